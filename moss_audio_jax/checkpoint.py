@@ -1,0 +1,178 @@
+"""Weights on disk and onto devices.
+
+An Orbax checkpoint of ours is a directory with `params/` (the stacked tree) beside the released configuration and
+tokenizer files. `load_model` reads that, or a released PyTorch directory as it is.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import nnx
+from jax.sharding import Mesh, Sharding, SingleDeviceSharding
+
+from moss_audio_jax.config import MossAudioConfig
+from moss_audio_jax.errors import MossAudioError
+from moss_audio_jax.model import MossAudio, parameter_specs
+from moss_audio_jax.released import INDEX_FILE, SINGLE_FILE, ReleasedCheckpoint
+from moss_audio_jax.sharding import named_sharding
+
+PARAMS = "params"
+
+
+def load_model(path: str | Path, *, dtype: Any = None, mesh: Mesh | None = None) -> MossAudio:
+    """The model of a checkpoint, its parameters on their devices.
+
+    path: an Orbax directory of `python -m convert to-orbax`, or a released PyTorch directory.
+    dtype: of the parameters and so of the computation; None takes bfloat16 on accelerators and float32 on the CPU,
+        where bfloat16 is slow.
+    mesh: each parameter is cut by its logical axes (`sharding.RULES`); None puts all on the first device.
+    From Orbax each device's shard is read straight onto it. A released directory is read one stacked parameter at a
+    time, so the host holds at most the largest one.
+    """
+    path = Path(path)
+    if dtype is None:
+        dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    if is_orbax(path):
+        config = MossAudioConfig.from_hf(path)
+        return build_model(config, _restore(path / PARAMS, abstract_parameters(config, dtype, mesh)))
+    if is_released(path):
+        released = ReleasedCheckpoint(path)
+        abstract = abstract_parameters(released.config, dtype, mesh)
+        return build_model(
+            released.config, {name: _place(released, name, leaf) for name, leaf in abstract.items()}
+        )
+    found = (
+        "does not exist"
+        if not path.exists()
+        else f"holds neither {PARAMS}/ nor {SINGLE_FILE} nor {INDEX_FILE}"
+    )
+    raise MossAudioError(
+        f"{path} {found}: give a released MOSS-Audio directory, or one that convert to-orbax wrote"
+    )
+
+
+def is_orbax(path: str | Path) -> bool:
+    return (Path(path) / PARAMS).is_dir()
+
+
+def is_released(path: str | Path) -> bool:
+    return any((Path(path) / name).exists() for name in (INDEX_FILE, SINGLE_FILE))
+
+
+def abstract_parameters(
+    config: MossAudioConfig, dtype: Any, mesh: Mesh | None = None
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Path -> shape, dtype and sharding of every parameter: what a restore is asked for."""
+
+    def sharding(path: str, spec: nnx.Variable) -> Sharding:
+        if mesh is None:
+            return SingleDeviceSharding(jax.local_devices()[0])
+        return named_sharding(path, spec.shape, spec.get_metadata("logical_axes"), mesh)
+
+    specs = parameter_specs(config).items()
+    return {
+        path: jax.ShapeDtypeStruct(spec.shape, dtype, sharding=sharding(path, spec)) for path, spec in specs
+    }
+
+
+def build_model(config: MossAudioConfig, parameters: dict[str, Any]) -> MossAudio:
+    """A model around given parameters, by path; nothing is initialised."""
+    model = nnx.eval_shape(lambda: MossAudio(config, rngs=nnx.Rngs(0)))
+    graphdef, state = nnx.split(model)
+    flat = {
+        path: spec.replace(parameters[".".join(map(str, path))]) for path, spec in nnx.to_flat_state(state)
+    }
+    return nnx.merge(graphdef, nnx.from_flat_state(flat))
+
+
+def save_model(model: MossAudio, path: str | Path) -> None:
+    """Writes parameters and configuration; the tokenizer's files are the caller's to copy. `path` must be new or empty."""
+    path = Path(path).absolute()
+    require_empty(path)
+    path.mkdir(parents=True, exist_ok=True)
+    model.config.save_hf(path)
+    flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    tree = unflatten({".".join(map(str, name)): variable[...] for name, variable in flat})
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path / PARAMS, tree)
+
+
+def require_empty(path: str | Path) -> None:
+    """Refuses a target that holds something: nothing is ever overwritten."""
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise MossAudioError(
+            f"{path} already exists and is not an empty directory: name a new one, or remove it first"
+        )
+
+
+def stored_shapes(params: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """Path -> shape and dtype of what an Orbax directory holds; no tensor is read."""
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        metadata = checkpointer.metadata(params.absolute()).item_metadata
+    if metadata is None:
+        raise MossAudioError(f"{params} is no Orbax checkpoint, or an unfinished one: convert it again")
+    return flatten(metadata.tree, lambda leaf: (tuple(leaf.shape), np.dtype(leaf.dtype)))
+
+
+def check_stored(params: Path, config: MossAudioConfig) -> None:
+    """Compares what an Orbax directory holds with its configuration; raises with all differences."""
+    stored = stored_shapes(params)
+    expected = {path: spec.shape for path, spec in parameter_specs(config).items()}
+    problems = [f"{path} is missing" for path in expected.keys() - stored.keys()]
+    problems += [f"{path} is not part of this model" for path in stored.keys() - expected.keys()]
+    problems += [
+        f"{path} has shape {stored[path][0]}, config.json makes it {shape}"
+        for path, shape in expected.items()
+        if path in stored and stored[path][0] != shape
+    ]
+    if problems:
+        raise MossAudioError(f"{params} does not fit its config.json: {'; '.join(sorted(problems)[:20])}")
+
+
+def _restore(params: Path, abstract: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    params = params.absolute()
+    config = MossAudioConfig.from_hf(params.parent)
+    check_stored(params, config)
+    target = unflatten(abstract)
+    # Unlimited, a restore holds the whole checkpoint a second time; less than the largest leaf is refused by Orbax.
+    largest = max(leaf.size * leaf.dtype.itemsize for leaf in abstract.values())
+    handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=max(1.0, 1.01 * largest / 1e9))
+    arguments = ocp.args.PyTreeRestore(
+        item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target)
+    )
+    try:
+        with ocp.Checkpointer(handler) as checkpointer:
+            return flatten(checkpointer.restore(params, args=arguments))
+    except (ValueError, OSError) as error:
+        raise MossAudioError(
+            f"{params} can't be restored, its files are damaged ({error}): convert it again"
+        ) from error
+
+
+def _place(released: ReleasedCheckpoint, path: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    host = released.assemble(path, leaf.dtype)
+    return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: host[index])
+
+
+def flatten(tree: dict[str, Any], convert: Callable[[Any], Any] = lambda leaf: leaf) -> dict[str, Any]:
+    """Nested dicts to one dict by path."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda node: not isinstance(node, dict))
+    return {".".join(key.key for key in path): convert(leaf) for path, leaf in leaves}
+
+
+def unflatten(leaves: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of `flatten`."""
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        *parents, last = path.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
+    return tree

@@ -1,0 +1,208 @@
+"""The audio encoder: mel chunks -> audio features at 12.5 tokens a second, with taps for DeepStack.
+
+A clip is cut into chunks of 400 mel frames (4 s, 50 tokens), and every chunk is encoded on its own: positions restart
+at 0 and attention stays inside. Encoding any number of clips is therefore one batch of equal chunks.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from moss_audio_jax.attention import attend, dropout
+from moss_audio_jax.config import EncoderConfig
+from moss_audio_jax.layers import LayerNorm, Linear, parameter, scan_layers, take_layers
+
+# The stem's activations are its memory, about 100 MB a chunk in float32 at 480 channels: it runs on so many at a time.
+STEM_CHUNKS = 8
+
+
+class Conv(nnx.Module):
+    """3x3 convolution of stride 2 over [time, frequency]; the kernel is stored [time, frequency, in, out]."""
+
+    def __init__(self, in_channels: int, out_channels: int, *, rngs: nnx.Rngs):
+        he_normal = nnx.initializers.variance_scaling(2.0, "fan_in", "normal")
+        self.kernel = parameter(
+            rngs, (3, 3, in_channels, out_channels), (None, None, "channels", "channels"), he_normal
+        )
+        self.bias = parameter(rngs, (out_channels,), ("channels",), nnx.initializers.zeros)
+
+    def __call__(self, x: Float[Array, "n t f in"]) -> Float[Array, "n t/2 f/2 out"]:
+        # XLA's convolutions are the right ones on a TPU and slow on the CPU, where matmuls over patches are faster.
+        y = jax.lax.platform_dependent(x, self.kernel[...], cpu=_conv_of_patches, default=_conv)
+        return y + self.bias[...]
+
+
+def _conv(x: Float[Array, "n t f in"], kernel: Float[Array, "3 3 in out"]) -> Float[Array, "n t/2 f/2 out"]:
+    layout = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(x, kernel, (2, 2), ((1, 1), (1, 1)), dimension_numbers=layout)
+
+
+def _conv_of_patches(
+    x: Float[Array, "n t f in"], kernel: Float[Array, "3 3 in out"]
+) -> Float[Array, "n t/2 f/2 out"]:
+    """The same sum as `_conv`, as one matmul over the nine shifted and strided views of `x`."""
+    _, frames, bins, _ = x.shape
+    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    patches = [padded[:, i : i + frames : 2, j : j + bins : 2] for i in range(3) for j in range(3)]
+    return jnp.concatenate(patches, axis=-1) @ kernel.reshape(-1, kernel.shape[-1])
+
+
+class EncoderAttention(nnx.Module):
+    def __init__(self, config: EncoderConfig, *, layers: int, rngs: nnx.Rngs):
+        self.config = config
+        width = config.d_model
+        common = {"std": width**-0.5, "layers": layers, "rngs": rngs}
+        self.q_proj = Linear(width, width, ("embed", "heads"), use_bias=True, **common)
+        self.k_proj = Linear(width, width, ("embed", "heads"), use_bias=False, **common)
+        self.v_proj = Linear(width, width, ("embed", "heads"), use_bias=True, **common)
+        self.out_proj = Linear(width, width, ("heads", "embed"), use_bias=True, **common)
+
+    def __call__(
+        self, x: Float[Array, "n t d"], num_tokens: Int[Array, " n"], dropout_key: jax.Array | None
+    ) -> Float[Array, "n t d"]:
+        heads = (*x.shape[:2], self.config.encoder_attention_heads, self.config.head_dim)
+        query, key, value = (proj(x).reshape(heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        valid = jnp.arange(x.shape[1]) < num_tokens[:, None, None]
+        mask = jnp.broadcast_to(valid, (x.shape[0], x.shape[1], x.shape[1]))
+        rate = self.config.attention_dropout
+        return self.out_proj(
+            attend(query, key, value, mask, dropout_rate=rate, dropout_key=dropout_key).reshape(x.shape)
+        )
+
+
+class EncoderLayer(nnx.Module):
+    """A pre-norm Whisper encoder layer."""
+
+    def __init__(self, config: EncoderConfig, *, layers: int, rngs: nnx.Rngs):
+        self.config = config
+        width, hidden = config.d_model, config.encoder_ffn_dim
+        self.self_attn = EncoderAttention(config, layers=layers, rngs=rngs)
+        self.self_attn_layer_norm = LayerNorm(width, 1e-5, layers=layers, rngs=rngs)
+        self.fc1 = Linear(
+            width, hidden, ("embed", "mlp"), use_bias=True, std=width**-0.5, layers=layers, rngs=rngs
+        )
+        self.fc2 = Linear(
+            hidden, width, ("mlp", "embed"), use_bias=True, std=hidden**-0.5, layers=layers, rngs=rngs
+        )
+        self.final_layer_norm = LayerNorm(width, 1e-5, layers=layers, rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "n t d"], num_tokens: Int[Array, " n"], dropout_key: jax.Array | None
+    ) -> Float[Array, "n t d"]:
+        keys = (None,) * 4 if dropout_key is None else jax.random.split(dropout_key, 4)
+        config = self.config
+        attended = self.self_attn(self.self_attn_layer_norm(x), num_tokens, keys[0])
+        x = x + dropout(attended, config.dropout, keys[1])
+        hidden = jax.nn.gelu(self.fc1(self.final_layer_norm(x)), approximate=False)
+        hidden = self.fc2(dropout(hidden, config.activation_dropout, keys[2]))
+        return x + dropout(hidden, config.dropout, keys[3])
+
+
+class AudioEncoder(nnx.Module):
+    """Mel chunks -> features and taps; see the module's docstring."""
+
+    def __init__(self, config: EncoderConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        channels, width = config.downsample_hidden_size, config.d_model
+        self.conv1 = Conv(1, channels, rngs=rngs)
+        self.conv2 = Conv(channels, channels, rngs=rngs)
+        self.conv3 = Conv(channels, channels, rngs=rngs)
+        self.stem_proj = Linear(
+            config.stem_features,
+            width,
+            (None, "embed"),
+            use_bias=True,
+            std=config.stem_features**-0.5,
+            rngs=rngs,
+        )
+        self.layers = EncoderLayer(config, layers=config.encoder_layers, rngs=rngs)
+        self.layer_norm = LayerNorm(width, config.layer_norm_eps, rngs=rngs)
+        if config.output_dim != width:
+            self.out_proj = Linear(width, config.output_dim, ("embed", None), std=width**-0.5, rngs=rngs)
+
+    def __call__(
+        self,
+        chunks: Float[Array, "b c frames mel"],
+        chunk_frames: Int[Array, "b c"],
+        stem_frames: Int[Array, "b c"],
+        *,
+        dropout_key: jax.Array | None = None,
+        remat: str = "none",
+    ) -> tuple[Float[Array, "b c*t out"], Float[Array, "taps b c*t out"]]:
+        """Features after the final norm, and the raw outputs of the tapped layers in the order the config lists them.
+
+        chunk_frames: how many frames of a chunk are audio (0: an empty chunk, whose features nobody reads).
+        stem_frames: how many frames the convolutions may see: all, except for a clip shorter than one chunk, which
+            the reference encodes unpadded. (The padding of a longer clip's last chunk does reach its last tokens,
+            since gelu(bias) is not 0.)
+        """
+        batch = chunks.shape[0]
+        x = self._stem_in_groups(chunks.astype(self.stem_proj.kernel.dtype), stem_frames, remat)
+        x = x + sinusoids(x.shape[1], x.shape[2]).astype(x.dtype)
+        num_tokens = downsampled_length(chunk_frames, 3).reshape(-1)
+
+        x, taps = self._layers_with_taps(x, num_tokens, dropout_key, remat)
+        x = self.layer_norm(x)
+        features = jnp.stack([x, *taps])
+        if hasattr(self, "out_proj"):
+            features = self.out_proj(features)
+        features = features.reshape(features.shape[0], batch, -1, features.shape[-1])
+        return features[0], features[1:]
+
+    def _stem_in_groups(
+        self, chunks: Float[Array, "b c frames mel"], stem_frames: Int[Array, "b c"], remat: str
+    ) -> Float[Array, "b*c t d"]:
+        """`_stem`, on STEM_CHUNKS chunks of each sequence at a time. The batch, which is sharded, is never cut."""
+        batch, count = stem_frames.shape
+        size = min(count, STEM_CHUNKS)
+
+        def grouped(x):
+            x = jnp.pad(x, [(0, 0), (0, -count % size)] + [(0, 0)] * (x.ndim - 2))
+            groups = x.reshape(batch, -1, size, *x.shape[2:]).swapaxes(0, 1)
+            return groups.reshape(groups.shape[0], batch * size, *x.shape[2:])
+
+        stem = self._stem if remat == "none" else jax.checkpoint(self._stem, prevent_cse=False)
+        x = jax.lax.map(lambda group: stem(*group), (grouped(chunks), grouped(stem_frames)))
+        x = x.reshape(x.shape[0], batch, size, *x.shape[2:]).swapaxes(0, 1)
+        return x.reshape(batch, -1, *x.shape[3:])[:, :count].reshape(batch * count, *x.shape[3:])
+
+    def _stem(self, mel: Float[Array, "n frames mel"], frames: Int[Array, " n"]) -> Float[Array, "n t d"]:
+        """Three convolutions, each followed by the exact (erf) GELU and zeroed past the clip's end; then `stem_proj`."""
+        x = mel[..., None]
+        for halvings, conv in enumerate((self.conv1, self.conv2, self.conv3), start=1):
+            x = jax.nn.gelu(conv(x), approximate=False)
+            inside = jnp.arange(x.shape[1]) < downsampled_length(frames, halvings)[:, None]
+            x = jnp.where(inside[:, :, None, None], x, 0)
+        return self.stem_proj(x.reshape(*x.shape[:2], -1))
+
+    def _layers_with_taps(self, x, num_tokens, dropout_key, remat):
+        """One scan up to and including each tapped layer, and one for the rest."""
+        config = self.config
+
+        def body(layer, x, key):
+            return layer(x, num_tokens, key)
+
+        total = config.encoder_layers
+        keys = None if dropout_key is None else jax.random.split(dropout_key, total)
+        outputs, start = {}, 0
+        for stop in sorted({tap + 1 for tap in config.deepstack_encoder_layer_indexes} | {total}):
+            segment = take_layers(self.layers, start, stop)
+            x = scan_layers(body, segment, x, None if keys is None else keys[start:stop], remat=remat)
+            outputs[stop - 1], start = x, stop
+        return x, [outputs[tap] for tap in config.deepstack_encoder_layer_indexes]
+
+
+def downsampled_length(frames: jax.Array, halvings: int) -> jax.Array:
+    """Length after so many stride-2 convolutions: ceil(frames / 2^halvings)."""
+    return -(-frames // 2**halvings)
+
+
+def sinusoids(length: int, width: int) -> Float[Array, "length width"]:
+    """[sin | cos] positions, in float32: in bfloat16 they would be off by up to 0.2 within one chunk."""
+    half = width // 2
+    inverse = jnp.exp(-math.log(10000.0) / (half - 1) * jnp.arange(half, dtype=jnp.float32))
+    angles = jnp.arange(length, dtype=jnp.float32)[:, None] * inverse
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=1)

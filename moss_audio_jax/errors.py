@@ -1,0 +1,9 @@
+"""The one exception that stands for a user's mistake rather than a defect of the program."""
+
+
+class MossAudioError(ValueError):
+    """Bad input from outside: a file, a tensor, an option.
+
+    Its message is one sentence that names the thing, what was expected, what was found and what to do. The command-line
+    doors print it without a traceback and exit with code 2.
+    """

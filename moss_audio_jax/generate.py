@@ -1,0 +1,237 @@
+"""Text out of the model: one prefill, then a compiled loop of cached single-token steps.
+
+The prompt's length is bucketed by `make_inputs`, the answer's here, so a new length seldom compiles anything. The loop
+runs on the device until every sequence has stopped; the host hears of it once, or every few tokens when streaming.
+"""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from moss_audio_jax.errors import MossAudioError
+from moss_audio_jax.inputs import ModelInputs, bucket
+from moss_audio_jax.language_model import KVCache
+from moss_audio_jax.model import MossAudio
+
+MIN_NEW_TOKENS = 16  # the smallest bucket of an answer's length
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn from the logits, in Hugging Face's order: penalty, temperature, top-k, top-p.
+
+    temperature: 0 takes the most likely token (greedy), and top_k and top_p do nothing.
+    top_k: draw from the k most likely tokens; 0 means all.
+    top_p: draw from the fewest tokens whose probabilities reach it; 1 means all.
+    repetition_penalty: logits of tokens in the prompt or the answer so far are divided by it where positive and
+        multiplied where negative; 1 changes nothing.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self):
+        checks = {
+            "temperature": (self.temperature >= 0, "0 or more"),
+            "top_k": (self.top_k >= 0, "0 (all) or more"),
+            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
+            "repetition_penalty": (self.repetition_penalty > 0, "above 0"),
+        }
+        for name, (valid, expected) in checks.items():
+            if not valid:
+                raise MossAudioError(f"{name} must be {expected}, not {getattr(self, name)}")
+
+    def __call__(
+        self, logits: Float[Array, "b vocab"], seen: Bool[Array, "b vocab"], keys: jax.Array
+    ) -> Int[Array, " b"]:
+        """One token a sequence; `keys` [b] are its random keys."""
+        if self.repetition_penalty != 1.0:
+            penalised = jnp.where(
+                logits > 0, logits / self.repetition_penalty, logits * self.repetition_penalty
+            )
+            logits = jnp.where(seen, penalised, logits)
+        if self.temperature == 0.0:
+            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        logits = logits / self.temperature
+        if not self.top_k and self.top_p == 1.0:
+            return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+        # Candidates in falling order, so that top-p is a prefix of them.
+        candidates, ids = jax.lax.top_k(logits, min(self.top_k or logits.shape[-1], logits.shape[-1]))
+        probabilities = jax.nn.softmax(candidates, axis=-1)
+        before = jnp.cumsum(probabilities, axis=-1) - probabilities
+        candidates = jnp.where(before < self.top_p, candidates, -jnp.inf)
+        choice = jax.vmap(jax.random.categorical)(keys, candidates)
+        return jnp.take_along_axis(ids, choice[:, None], axis=1)[:, 0].astype(jnp.int32)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _State:
+    """The loop's carry. `tokens[:, :count]` are drawn; the last of them is not read yet."""
+
+    cache: KVCache
+    tokens: Int[Array, "b new"]
+    count: Int[Array, ""]
+    next_position: Int[Array, " b"]
+    stopped: Bool[Array, " b"]
+    seen: Bool[Array, "b vocab"]
+    keys: jax.Array
+
+
+def generate(
+    model: MossAudio,
+    inputs: ModelInputs,
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    repetition_penalty: float = 1.0,
+    eos_ids: Sequence[int] | None = None,
+    seed: int = 0,
+) -> Int[np.ndarray, "b new"]:
+    """Answers to a batch of prompts, `new` being the longest one's length.
+
+    Sampling: see `Sampling`; the default is greedy. eos_ids: a sequence stops after any of these (which is part of its
+    answer, and fills the rest of its row); None takes the checkpoint's, `()` never stops early. Equal seeds give equal
+    answers.
+    """
+    sampling = Sampling(temperature, top_k, top_p, repetition_penalty)
+    pieces = list(_steps(model, inputs, max_new_tokens, max_new_tokens, sampling, eos_ids, seed))
+    return np.concatenate(pieces, axis=1)
+
+
+def stream(
+    model: MossAudio,
+    inputs: ModelInputs,
+    *,
+    max_new_tokens: int,
+    every: int = 8,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    repetition_penalty: float = 1.0,
+    eos_ids: Sequence[int] | None = None,
+    seed: int = 0,
+) -> Iterator[Int[np.ndarray, "b piece"]]:
+    """The same answers as `generate`, in pieces of up to `every` tokens as they are produced."""
+    sampling = Sampling(temperature, top_k, top_p, repetition_penalty)
+    return _steps(model, inputs, max_new_tokens, every, sampling, eos_ids, seed)
+
+
+def _steps(
+    model: MossAudio,
+    inputs: ModelInputs,
+    max_new_tokens: int,
+    every: int,
+    sampling: Sampling,
+    eos_ids: Sequence[int] | None,
+    seed: int,
+) -> Iterator[Int[np.ndarray, "b piece"]]:
+    if max_new_tokens < 1:
+        raise MossAudioError(f"max_new_tokens must be 1 or more, not {max_new_tokens}")
+    if np.asarray(inputs.segment_ids).max() > 1:
+        raise MossAudioError("inputs to generate hold several packed examples a row: give one prompt a row")
+    eos = tuple(model.config.eos_ids if eos_ids is None else eos_ids)
+    graphdef, state = nnx.split(model)
+    with _mesh_of(state):
+        loop = _prefill(graphdef, state, inputs, bucket(max_new_tokens, MIN_NEW_TOKENS), sampling, eos, seed)
+        done = 0
+        while True:
+            # The first piece is one token: it is there as soon as the prompt is read.
+            until = min(max_new_tokens, done + every)
+            loop = _decode_until(graphdef, state, loop, until, sampling, eos)
+            count = int(loop.count)
+            yield np.asarray(loop.tokens[:, done:count])
+            done = count
+            if done >= max_new_tokens or bool(loop.stopped.all()):
+                return
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "new_slots", "sampling", "eos_ids"))
+def _prefill(
+    graphdef: nnx.GraphDef,
+    state: nnx.State,
+    inputs: ModelInputs,
+    new_slots: int,
+    sampling: Sampling,
+    eos_ids: tuple[int, ...],
+    seed: int,
+) -> _State:
+    """Reads the prompts and draws the first token."""
+    model = nnx.merge(graphdef, state)
+    batch, length = inputs.tokens.shape
+    hidden, cache = model.prefill(inputs, length + new_slots)
+    vocab = model.config.language_config.vocab_size
+    valid = inputs.segment_ids != 0
+    seen = jnp.zeros((batch, vocab), bool).at[jnp.arange(batch)[:, None], inputs.tokens].max(valid)
+    keys = jax.random.split(jax.random.key(seed), batch)
+    loop = _State(
+        cache,
+        jnp.full((batch, new_slots), eos_ids[0] if eos_ids else 0, jnp.int32),
+        jnp.int32(0),
+        valid.sum(1, dtype=jnp.int32),
+        jnp.zeros(batch, bool),
+        seen,
+        keys,
+    )
+    return _draw(model, loop, hidden, sampling, eos_ids)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "sampling", "eos_ids"), donate_argnames="loop")
+def _decode_until(
+    graphdef: nnx.GraphDef,
+    state: nnx.State,
+    loop: _State,
+    until: int,
+    sampling: Sampling,
+    eos_ids: tuple[int, ...],
+) -> _State:
+    """Draws tokens until there are `until`, or all sequences have stopped."""
+    model = nnx.merge(graphdef, state)
+
+    def step(loop: _State) -> _State:
+        last = jax.lax.dynamic_index_in_dim(loop.tokens, loop.count - 1, axis=1, keepdims=False)
+        hidden, cache = model.decode(last, loop.next_position, loop.cache)
+        loop = dataclasses.replace(loop, cache=cache, next_position=loop.next_position + 1)
+        return _draw(model, loop, hidden, sampling, eos_ids)
+
+    return jax.lax.while_loop(lambda loop: (loop.count < until) & ~loop.stopped.all(), step, loop)
+
+
+def _draw(
+    model: MossAudio,
+    loop: _State,
+    hidden: Float[Array, "b hidden"],
+    sampling: Sampling,
+    eos_ids: tuple[int, ...],
+) -> _State:
+    keys = jax.vmap(lambda key: jax.random.fold_in(key, loop.count))(loop.keys)
+    token = sampling(model.logits(hidden), loop.seen, keys)
+    if eos_ids:
+        token = jnp.where(loop.stopped, eos_ids[0], token)
+    stopped = loop.stopped | jnp.isin(token, jnp.array(eos_ids, jnp.int32))
+    return dataclasses.replace(
+        loop,
+        tokens=jax.lax.dynamic_update_index_in_dim(loop.tokens, token, loop.count, axis=1),
+        count=loop.count + 1,
+        stopped=stopped,
+        seen=loop.seen.at[jnp.arange(token.shape[0]), token].set(True),
+    )
+
+
+def _mesh_of(state: nnx.State) -> contextlib.AbstractContextManager:
+    """Makes the mesh that the parameters lie on the current one, so that activations are placed on it too."""
+    sharding = jax.tree.leaves(state)[0].sharding
+    if isinstance(sharding, jax.sharding.NamedSharding):
+        return jax.set_mesh(sharding.mesh)
+    return contextlib.nullcontext()

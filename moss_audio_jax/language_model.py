@@ -1,0 +1,163 @@
+"""Qwen3, with DeepStack: the outputs of its first layers receive features of the audio encoder's early layers."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from moss_audio_jax.attention import causal_attend, rotary_phases, rotate
+from moss_audio_jax.config import LanguageConfig
+from moss_audio_jax.layers import GatedMLP, Linear, RMSNorm, layer_at, parameter, scan_layers, take_layers
+from moss_audio_jax.sharding import constrain
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """Keys (rotated) and values of what was read so far. Slot i of every sequence is filled in the same step."""
+
+    keys: Float[Array, "layers b slots kv d"]
+    values: Float[Array, "layers b slots kv d"]
+    segment_ids: Int[Array, "b slots"]  # 0: padding, or not filled yet
+    filled: Int[Array, ""]
+
+    @classmethod
+    def empty(cls, config: LanguageConfig, batch: int, slots: int, dtype: jnp.dtype) -> "KVCache":
+        shape = (config.num_hidden_layers, batch, slots, config.num_key_value_heads, config.head_dim)
+        keys, values = (
+            constrain(jnp.zeros(shape, dtype), "layers", "batch", None, "heads", None) for _ in range(2)
+        )
+        return cls(keys, values, jnp.zeros((batch, slots), jnp.int32), jnp.int32(0))
+
+
+class Embedding(nnx.Module):
+    def __init__(self, vocab_size: int, features: int, std: float, *, rngs: nnx.Rngs):
+        self.embedding = parameter(
+            rngs, (vocab_size, features), ("vocab", "embed"), nnx.initializers.normal(std)
+        )
+
+    def __call__(self, tokens: Int[Array, "b s"]) -> Float[Array, "b s d"]:
+        return jnp.take(self.embedding[...], tokens, axis=0)
+
+
+class SelfAttention(nnx.Module):
+    """Grouped-query attention with RMS-normed queries and keys; `project` and `o_proj` leave the middle to the caller."""
+
+    def __init__(self, config: LanguageConfig, *, layers: int, rngs: nnx.Rngs):
+        self.config = config
+        width = config.hidden_size
+        queries = config.num_attention_heads * config.head_dim
+        keys = config.num_key_value_heads * config.head_dim
+        common = {"std": config.initializer_range, "layers": layers, "rngs": rngs}
+        self.q_proj = Linear(width, queries, ("embed", "heads"), **common)
+        self.k_proj = Linear(width, keys, ("embed", "heads"), **common)
+        self.v_proj = Linear(width, keys, ("embed", "heads"), **common)
+        self.o_proj = Linear(queries, width, ("heads", "embed"), **common)
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, layers=layers, rngs=rngs)
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, layers=layers, rngs=rngs)
+
+    def project(
+        self, x: Float[Array, "b t hidden"], phases: tuple[jax.Array, jax.Array]
+    ) -> tuple[Float[Array, "b t heads d"], Float[Array, "b t kv d"], Float[Array, "b t kv d"]]:
+        """Rotated queries and keys, and values."""
+        query, key, value = (
+            proj(x).reshape(*x.shape[:2], -1, self.config.head_dim)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        return rotate(self.q_norm(query), phases), rotate(self.k_norm(key), phases), value
+
+
+class DecoderLayer(nnx.Module):
+    """x += attention(norm(x)); x += mlp(norm(x)). Split at the attention, so that a cache can stand in between."""
+
+    def __init__(self, config: LanguageConfig, *, layers: int, rngs: nnx.Rngs):
+        width, eps = config.hidden_size, config.rms_norm_eps
+        self.self_attn = SelfAttention(config, layers=layers, rngs=rngs)
+        self.mlp = GatedMLP(
+            width, config.intermediate_size, width, std=config.initializer_range, layers=layers, rngs=rngs
+        )
+        self.input_layernorm = RMSNorm(width, eps, layers=layers, rngs=rngs)
+        self.post_attention_layernorm = RMSNorm(width, eps, layers=layers, rngs=rngs)
+
+    def project(self, x: Float[Array, "b t hidden"], phases: tuple[jax.Array, jax.Array]):
+        return self.self_attn.project(self.input_layernorm(x), phases)
+
+    def finish(
+        self, x: Float[Array, "b t hidden"], attended: Float[Array, "b t heads d"]
+    ) -> Float[Array, "b t hidden"]:
+        x = x + self.self_attn.o_proj(attended.reshape(*x.shape[:2], -1))
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class LanguageModel(nnx.Module):
+    """Embedded tokens -> normed hidden states."""
+
+    def __init__(self, config: LanguageConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.embed_tokens = Embedding(
+            config.vocab_size, config.hidden_size, config.initializer_range, rngs=rngs
+        )
+        self.layers = DecoderLayer(config, layers=config.num_hidden_layers, rngs=rngs)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, rngs=rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "b s hidden"],
+        positions: Int[Array, "b s"],
+        segment_ids: Int[Array, "b s"],
+        deepstack: Float[Array, "injected b s hidden"],
+        *,
+        remat: str = "none",
+    ) -> Float[Array, "b s hidden"]:
+        """The pass for training and scoring. deepstack[k] is added to the output of layer k; it is 0 at text."""
+        phases = rotary_phases(positions, self.config.head_dim, self.config.rope_theta)
+        slots = jnp.arange(x.shape[1])
+
+        def body(layer, x, injected):
+            query, key, value = layer.project(x, phases)
+            x = layer.finish(x, causal_attend(query, key, value, slots, segment_ids, segment_ids))
+            x = x if injected is None else x + injected
+            return constrain(x, "batch", "sequence", "features")
+
+        injected, total = deepstack.shape[0], self.config.num_hidden_layers
+        x = constrain(x, "batch", "sequence", "features")
+        if injected:
+            x = scan_layers(body, take_layers(self.layers, 0, injected), x, deepstack, remat=remat)
+        if injected < total:
+            x = scan_layers(body, take_layers(self.layers, injected, total), x, remat=remat)
+        return self.norm(x)
+
+    def extend(
+        self,
+        x: Float[Array, "b t hidden"],
+        positions: Int[Array, "b t"],
+        segment_ids: Int[Array, "b t"],
+        cache: KVCache,
+        deepstack: Float[Array, "injected b t hidden"] | None = None,
+    ) -> tuple[Float[Array, "b t hidden"], KVCache]:
+        """Reads `t` more tokens into the cache: a whole prompt, or one generated token."""
+        phases = rotary_phases(positions, self.config.head_dim, self.config.rope_theta)
+        slots = cache.filled + jnp.arange(x.shape[1])
+        filled_segments = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, (0, cache.filled))
+
+        def body(carry, index, injected):
+            # The cache is carried and written in place; as a scanned-over input it would be copied for every token.
+            x, keys, values = carry
+            layer = layer_at(self.layers, index)
+            query, key, value = layer.project(x, phases)
+            start = (index, 0, cache.filled, 0, 0)
+            keys = jax.lax.dynamic_update_slice(keys, key[None], start)
+            values = jax.lax.dynamic_update_slice(values, value[None], start)
+            seen = (jax.lax.dynamic_index_in_dim(c, index, keepdims=False) for c in (keys, values))
+            x = layer.finish(x, causal_attend(query, *seen, slots, segment_ids, filled_segments))
+            return (x if injected is None else x + injected, keys, values), None
+
+        carry = (x, cache.keys, cache.values)
+        first = 0 if deepstack is None else deepstack.shape[0]
+        if first:
+            carry, _ = jax.lax.scan(lambda c, xs: body(c, *xs), carry, (jnp.arange(first), deepstack))
+        rest = jnp.arange(first, self.config.num_hidden_layers)
+        (x, keys, values), _ = jax.lax.scan(lambda c, index: body(c, index, None), carry, rest)
+        return self.norm(x), KVCache(keys, values, filled_segments, cache.filled + x.shape[1])

@@ -1,0 +1,156 @@
+"""The small parts that the encoder and the language model share, and how a stack of equal layers is stored and run.
+
+Every parameter is declared once, by `parameter`: shape, logical axes and initialiser. Initialisation, sharding,
+conversion and restoring all derive from that declaration. Modules compute in the dtype of their weights; norms and
+softmax compute in float32 whatever that dtype is.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+Initializer = Callable[..., jax.Array]
+Carry = TypeVar("Carry")
+
+REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
+    # What the backward pass of a layer finds stored, beside the layer's input.
+    "none": None,  # everything: the fastest, and the most memory
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # the outputs of the weight matmuls
+    "full": jax.checkpoint_policies.nothing_saveable,  # nothing: one more forward pass
+}
+
+
+def parameter(
+    rngs: nnx.Rngs,
+    shape: tuple[int, ...],
+    axes: tuple[str | None, ...],
+    init: Initializer,
+    layers: int | None = None,
+) -> nnx.Param:
+    """The one declaration of a parameter; with `layers`, that many are stored stacked on a new first axis."""
+    if layers is not None:
+        shape, axes = (layers, *shape), ("layers", *axes)
+    return nnx.Param(init(rngs.params(), shape, jnp.float32), logical_axes=axes)
+
+
+class Linear(nnx.Module):
+    """y = x W + b, the kernel stored [in, out]."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        axes: tuple[str | None, str | None],
+        *,
+        use_bias: bool = False,
+        std: float = 0.02,
+        layers: int | None = None,
+        rngs: nnx.Rngs,
+    ):
+        normal = nnx.initializers.normal(std)
+        self.kernel = parameter(rngs, (in_features, out_features), axes, normal, layers)
+        if use_bias:
+            self.bias = parameter(rngs, (out_features,), axes[1:], nnx.initializers.zeros, layers)
+
+    def __call__(self, x: Float[Array, "... in"]) -> Float[Array, "... out"]:
+        y = x @ self.kernel[...]
+        return y + self.bias[...] if hasattr(self, "bias") else y
+
+
+class LayerNorm(nnx.Module):
+    """(x - mean) / sqrt(var + eps) * scale + bias over the last axis."""
+
+    def __init__(self, features: int, eps: float, *, layers: int | None = None, rngs: nnx.Rngs):
+        self.eps = eps
+        self.scale = parameter(rngs, (features,), (None,), nnx.initializers.ones, layers)
+        self.bias = parameter(rngs, (features,), (None,), nnx.initializers.zeros, layers)
+
+    def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
+        x32 = x.astype(jnp.float32)
+        centred = x32 - x32.mean(-1, keepdims=True)
+        variance = jnp.square(centred).mean(-1, keepdims=True)
+        normed = centred * jax.lax.rsqrt(variance + self.eps)
+        return (normed * self.scale[...] + self.bias[...]).astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """x / sqrt(mean(x^2) + eps) * scale over the last axis."""
+
+    def __init__(self, features: int, eps: float, *, layers: int | None = None, rngs: nnx.Rngs):
+        self.eps = eps
+        self.scale = parameter(rngs, (features,), (None,), nnx.initializers.ones, layers)
+
+    def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
+        x32 = x.astype(jnp.float32)
+        normed = x32 * jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + self.eps)
+        return (normed * self.scale[...]).astype(x.dtype)
+
+
+class GatedMLP(nnx.Module):
+    """down(silu(gate(x)) * up(x)): the LLM's MLP, the audio adapter and the DeepStack mergers."""
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int,
+        out_features: int,
+        *,
+        std: float = 0.02,
+        layers: int | None = None,
+        rngs: nnx.Rngs,
+    ):
+        common = {"std": std, "layers": layers, "rngs": rngs}
+        self.gate_proj = Linear(in_features, hidden_features, ("embed", "mlp"), **common)
+        self.up_proj = Linear(in_features, hidden_features, ("embed", "mlp"), **common)
+        self.down_proj = Linear(hidden_features, out_features, ("mlp", "embed"), **common)
+
+    def __call__(self, x: Float[Array, "... in"]) -> Float[Array, "... out"]:
+        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def take_layers(stack: nnx.Module, first: int, last: int) -> Any:
+    """Layers first..last-1 of a stack, themselves a stack."""
+    graphdef, state = nnx.split(stack)
+    return nnx.merge(graphdef, jax.tree.map(lambda p: p[first:last], state))
+
+
+def map_layers(stack: nnx.Module, x: Float[Array, "layers ..."]) -> Float[Array, "layers ..."]:
+    """Each layer of a stack applied to its own entry of `x`."""
+    graphdef, state = nnx.split(stack)
+    return jax.vmap(lambda layer, x: nnx.merge(graphdef, layer)(x))(state, x)
+
+
+def layer_at(stack: nnx.Module, index: jax.Array) -> Any:
+    """One layer of a stack, read where it lies: inside a loop nothing else of the stack is copied."""
+    graphdef, state = nnx.split(stack)
+    return nnx.merge(
+        graphdef, jax.tree.map(lambda p: jax.lax.dynamic_index_in_dim(p, index, keepdims=False), state)
+    )
+
+
+def scan_layers(
+    body: Callable[[Any, Carry, Any], Carry],
+    stack: nnx.Module,
+    carry: Carry,
+    xs: Any = None,
+    *,
+    remat: str = "none",
+) -> Carry:
+    """carry = body(layer, carry, x) through every layer of a stack; `xs` holds a leaf entry for each layer.
+
+    remat: a key of REMAT_POLICIES.
+    """
+    graphdef, state = nnx.split(stack)
+
+    def step(carry, inputs):
+        layer, x = inputs
+        return body(nnx.merge(graphdef, layer), carry, x), None
+
+    if REMAT_POLICIES[remat] is not None:
+        # prevent_cse is for code outside loops; inside a scan it only costs.
+        step = jax.checkpoint(step, policy=REMAT_POLICIES[remat], prevent_cse=False)
+    return jax.lax.scan(step, carry, (state, xs))[0]

@@ -1,0 +1,113 @@
+"""MOSS-Audio: the encoder's features stand at the audio positions of a text that Qwen3 reads.
+
+    features, taps = audio_encoder(chunks)
+    x = tokens' embeddings, audio_adapter(features) at audio positions
+    x = language_model(x), deepstack_audio_merger_list[k](taps[k]) added to the output of layer k at audio positions
+    logits = lm_head(x)
+
+Module and parameter names follow the released checkpoint.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from moss_audio_jax.config import MossAudioConfig
+from moss_audio_jax.encoder import AudioEncoder
+from moss_audio_jax.inputs import ModelInputs
+from moss_audio_jax.language_model import KVCache, LanguageModel
+from moss_audio_jax.layers import GatedMLP, Linear, map_layers
+
+
+class MossAudio(nnx.Module):
+    """The whole network. `model(inputs)` gives logits; see `generate` for text and `hidden_states` for training."""
+
+    def __init__(self, config: MossAudioConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        audio, language = config.audio_config, config.language_config
+        sizes = (audio.output_dim, config.adapter_hidden_size, language.hidden_size)
+        self.audio_encoder = AudioEncoder(audio, rngs=rngs)
+        self.audio_adapter = GatedMLP(*sizes, rngs=rngs)
+        if config.num_deepstack:
+            self.deepstack_audio_merger_list = GatedMLP(*sizes, layers=config.num_deepstack, rngs=rngs)
+        self.language_model = LanguageModel(language, rngs=rngs)
+        if not config.tie_word_embeddings:
+            self.lm_head = Linear(language.hidden_size, language.vocab_size, ("embed", "vocab"), rngs=rngs)
+
+    def __call__(self, inputs: ModelInputs) -> Float[Array, "b s vocab"]:
+        """Logits in float32, compiled once for each shape of `inputs`; those at padding mean nothing."""
+        return _compiled_logits(*nnx.split(self), inputs)
+
+    def hidden_states(
+        self, inputs: ModelInputs, *, dropout_key: jax.Array | None = None, remat: str = "none"
+    ) -> Float[Array, "b s hidden"]:
+        """What `logits` reads. dropout_key: applies the encoder's dropout, as in training."""
+        x, deepstack = self.embed(inputs, dropout_key=dropout_key, remat=remat)
+        return self.language_model(x, inputs.positions, inputs.segment_ids, deepstack, remat=remat)
+
+    def logits(self, hidden: Float[Array, "... hidden"]) -> Float[Array, "... vocab"]:
+        """float32, accumulated in float32 from weights of any dtype."""
+        if self.config.tie_word_embeddings:
+            head = self.language_model.embed_tokens.embedding[...].T
+        else:
+            head = self.lm_head.kernel[...]
+        return jnp.matmul(hidden, head, preferred_element_type=jnp.float32)
+
+    def embed(
+        self, inputs: ModelInputs, *, dropout_key: jax.Array | None = None, remat: str = "none"
+    ) -> tuple[Float[Array, "b s hidden"], Float[Array, "injected b s hidden"]]:
+        """The LLM's input with audio in place, and what DeepStack adds after its first layers (0 at text)."""
+        x = self.language_model.embed_tokens(inputs.tokens)
+        if inputs.audio_chunks.shape[1] == 0:
+            return x, jnp.zeros((0, *x.shape), x.dtype)
+        adapted, merged = self.encode_audio(inputs, dropout_key=dropout_key, remat=remat)
+        at_audio = (inputs.audio_slots >= 0)[..., None]
+        # [injected, b, audio tokens, hidden] -> [injected, b, s, hidden]
+        place = jax.vmap(lambda feature, slot: feature[slot], in_axes=(0, 0))
+        x = jnp.where(at_audio, place(adapted, inputs.audio_slots), x)
+        placed = jax.vmap(place, in_axes=(0, None))(merged, inputs.audio_slots)
+        return x, jnp.where(at_audio, placed, 0)
+
+    def encode_audio(
+        self, inputs: ModelInputs, *, dropout_key: jax.Array | None = None, remat: str = "none"
+    ) -> tuple[Float[Array, "b audio hidden"], Float[Array, "injected b audio hidden"]]:
+        """Adapter output and merged DeepStack features of all chunks, padding of the chunks included."""
+        features, taps = self.audio_encoder(
+            inputs.audio_chunks, inputs.chunk_frames, inputs.stem_frames, dropout_key=dropout_key, remat=remat
+        )
+        adapted = self.audio_adapter(features)
+        if not self.config.num_deepstack:
+            return adapted, jnp.zeros((0, *adapted.shape), adapted.dtype)
+        return adapted, map_layers(self.deepstack_audio_merger_list, taps[: self.config.num_deepstack])
+
+    def prefill(self, inputs: ModelInputs, slots: int) -> tuple[Float[Array, "b hidden"], KVCache]:
+        """Reads the prompts into a new cache of `slots` slots; gives the hidden state of each one's last token."""
+        x, deepstack = self.embed(inputs)
+        cache = KVCache.empty(self.config.language_config, x.shape[0], slots, x.dtype)
+        hidden, cache = self.language_model.extend(x, inputs.positions, inputs.segment_ids, cache, deepstack)
+        last = (inputs.segment_ids != 0).sum(1) - 1
+        return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0], cache
+
+    def decode(
+        self, tokens: jax.Array, positions: jax.Array, cache: KVCache
+    ) -> tuple[Float[Array, "b hidden"], KVCache]:
+        """Reads one more token of each sequence ([b]), at its position ([b]); gives its hidden state."""
+        x = self.language_model.embed_tokens(tokens[:, None])
+        ones = jnp.ones_like(tokens)[:, None]
+        hidden, cache = self.language_model.extend(x, positions[:, None], ones, cache)
+        return hidden[:, 0], cache
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _compiled_logits(graphdef: nnx.GraphDef, state: nnx.State, inputs: ModelInputs) -> jax.Array:
+    model = nnx.merge(graphdef, state)
+    return model.logits(model.hidden_states(inputs))
+
+
+def parameter_specs(config: MossAudioConfig) -> dict[str, nnx.Variable]:
+    """Path, such as `language_model.norm.scale` -> the declared parameter, without its values."""
+    model = nnx.eval_shape(lambda: MossAudio(config, rngs=nnx.Rngs(0)))
+    return {".".join(map(str, path)): spec for path, spec in nnx.to_flat_state(nnx.state(model, nnx.Param))}

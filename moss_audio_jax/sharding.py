@@ -1,0 +1,87 @@
+"""Mesh axes, and the one table that maps a logical axis of a parameter or an activation to them.
+
+A parameter declares logical axes ("embed", "mlp"); where those live is decided here and nowhere else.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from moss_audio_jax.errors import MossAudioError
+
+# replica: whole copies (data parallel across slices); fsdp: data parallel with sharded parameters; tensor: within a layer.
+MESH_AXES = ("replica", "fsdp", "tensor")
+
+RULES: dict[str | None, str | tuple[str, ...] | None] = {
+    # parameters
+    "layers": None,
+    "embed": "fsdp",
+    "heads": "tensor",
+    "mlp": "tensor",
+    "vocab": "tensor",
+    "channels": None,
+    # activations
+    "batch": ("replica", "fsdp"),
+    "sequence": None,
+    "features": None,
+    None: None,
+}
+
+
+def make_mesh(*, replica: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence | None = None) -> Mesh:
+    """A mesh over all devices; one of the sizes may be -1 and takes the devices that are left."""
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = {"replica": replica, "fsdp": fsdp, "tensor": tensor}
+    filled = [name for name, size in sizes.items() if size == -1]
+    known = 1
+    for size in sizes.values():
+        known *= max(size, 1) if size != -1 else 1
+    if len(filled) == 1 and len(devices) % known == 0:
+        sizes[filled[0]] = len(devices) // known
+        known *= sizes[filled[0]]
+    if known != len(devices) or min(sizes.values()) < 1:
+        given = ", ".join(f"{name}={size}" for name, size in sizes.items())
+        raise MossAudioError(
+            f"a mesh of {given} does not cover {len(devices)} devices: their product must be that number"
+        )
+    return jax.make_mesh(
+        tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices
+    )
+
+
+def partition_spec(logical_axes: Sequence[str | None], mesh: Mesh | Any) -> PartitionSpec:
+    """Logical axes to the mesh's axes; those the mesh lacks are left out."""
+
+    def present(rule):
+        axes = (rule,) if isinstance(rule, str) else rule or ()
+        axes = tuple(axis for axis in axes if axis in mesh.axis_names)
+        return axes[0] if len(axes) == 1 else axes or None
+
+    return PartitionSpec(*(present(RULES[axis]) for axis in logical_axes))
+
+
+def named_sharding(
+    name: str, shape: Sequence[int], logical_axes: Sequence[str | None], mesh: Mesh
+) -> NamedSharding:
+    """The sharding of tensor `name` on `mesh`; a dimension that the mesh does not divide is an error naming both."""
+    spec = partition_spec(logical_axes, mesh)
+    for size, axis, entry in zip(shape, logical_axes, spec, strict=True):
+        parts = 1
+        for mesh_axis in (entry,) if isinstance(entry, str) else entry or ():
+            parts *= mesh.shape[mesh_axis]
+        if size % parts:
+            raise MossAudioError(
+                f"{name}: its {axis!r} dimension of {size} can't be cut into {parts} parts (mesh axis {entry!r}): "
+                f"choose a size for that axis that divides {size}"
+            )
+    return NamedSharding(mesh, spec)
+
+
+def constrain(array: jax.Array, *logical_axes: str | None) -> jax.Array:
+    """Pins an activation to its place on the mesh that `jax.set_mesh` made current; without a mesh it does nothing."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return array
+    return jax.lax.with_sharding_constraint(array, partition_spec(logical_axes, mesh))

@@ -1,0 +1,405 @@
+"""Text and clips as token ids: the tokenizer, the audio span with its time markers, chat prompts.
+
+    tokenizer = Tokenizer.from_dir("MOSS-Audio-4B-Instruct")
+    build_prompt(tokenizer, "Transcribe the audio.", clip_tokens=[125])  # ten seconds of audio
+
+gives the ids of
+
+    <|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n<|im_start|>user\\n
+    <|audio_bos|> 25 audio tokens, 2, 25 audio tokens, 4, ... <|audio_eos|>\\n
+    Transcribe the audio.<|im_end|>\\n<|im_start|>assistant\\n
+
+Special tokens written in a text (`<|im_end|>`) become special ids, as in the MOSS-Audio processor: that is
+what lets a caller write the chat markup by hand. Whoever passes on texts of strangers and minds this removes
+them first. The audio ids are the exception: they never come from text, only from clips.
+"""
+
+import codecs
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, Self
+
+import tokenizers
+from tokenizers import AddedToken, Regex, models, pre_tokenizers
+
+from moss_audio_jax.config import ProcessorConfig, read_json
+from moss_audio_jax.errors import MossAudioError
+
+# Qwen's ids. The ids of the audio span may differ between checkpoints and are in ProcessorConfig.
+ENDOFTEXT, IM_START, IM_END = 151643, 151644, 151645
+DIGITS = range(15, 25)  # '0'..'9'
+RELEASED = ProcessorConfig()
+
+MARKER_SECONDS = 2
+MARKER_TOKENS = 25  # audio tokens in MARKER_SECONDS, at 12.5 a second
+
+DEFAULT_SYSTEM_PROMPT = "You are a helpful assistant."
+ROLES = ("system", "user", "assistant")
+# How a prompt's text marks a clip's place.
+AUDIO_SPAN = re.compile(r"<\|audio_bos\|>(?:<\|AUDIO\|>)+<\|audio_eos\|>")
+
+# Where Qwen2's tokenizer cuts a text before byte-pair merging; digits stand alone.
+_QWEN2_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's character for each byte: printable Latin-1 stands for itself, other bytes are U+0100 and on."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    stand_ins = iter(range(0x100, 0x200))
+    return {chr(byte if byte in printable else next(stand_ins)): byte for byte in range(256)}
+
+
+_BYTE_ALPHABET = _byte_alphabet()
+_TO_LATIN_1 = {ord(character): byte for character, byte in _BYTE_ALPHABET.items()}
+
+
+class Tokenizer:
+    """Qwen2's byte-level BPE over text in Unicode's NFC form.
+
+    Ids equal those of transformers' Qwen2Tokenizer for every character of Unicode 14. Which newer ones are letters
+    is up to the Unicode version that the `tokenizers` library (here) or `regex` (there) was built with.
+    """
+
+    def __init__(self, core: tokenizers.Tokenizer, source: str | Path):
+        """`source` names the files in error messages."""
+        core.no_truncation()
+        core.no_padding()
+        vocabulary = core.get_vocab(with_added_tokens=True)
+        absent = [
+            token for token in ("<|im_start|>", "<|im_end|>", *_BYTE_ALPHABET) if token not in vocabulary
+        ]
+        if absent:
+            raise MossAudioError(
+                f"the tokenizer of {source} lacks {absent[0]!r}, which every Qwen tokenizer has: "
+                "fetch its files again from the released model"
+            )
+        added = core.get_added_tokens_decoder()
+        self._core = core
+        self._special_ids = {token_id for token_id, token in added.items() if token.special}
+        try:
+            self._bytes = {
+                token_id: token.encode()
+                if token_id in added
+                else token.translate(_TO_LATIN_1).encode("latin-1")
+                for token, token_id in vocabulary.items()
+            }
+        except UnicodeEncodeError as error:
+            raise MossAudioError(
+                f"the tokenizer of {source} is not a byte-level BPE: its token {error.object!r} does not "
+                "spell bytes; use the tokenizer of the released model"
+            ) from error
+
+    @classmethod
+    def from_dir(cls, directory: str | Path) -> Self:
+        """Reads vocab.json, merges.txt and the added tokens, as released; without those, tokenizer.json."""
+        directory = Path(directory)
+        missing = [name for name in ("vocab.json", "merges.txt") if not (directory / name).exists()]
+        if not missing:
+            return cls(_read_released(directory), directory)
+        path = directory / "tokenizer.json"
+        if not path.exists():
+            raise MossAudioError(
+                f"{directory} holds no {' and no '.join(missing)} (and no tokenizer.json in their place): "
+                "copy the tokenizer files from the released model"
+            )
+        try:
+            core = tokenizers.Tokenizer.from_str(path.read_text("utf-8"))
+        except Exception as error:  # tokenizers raises bare Exception
+            raise MossAudioError(f"{path} can't be read as a tokenizer ({error}): fetch it again") from error
+        return cls(core, path)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`, special tokens in it included; nothing is added at either end."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise MossAudioError(
+                f"character {error.start} of the text is U+{ord(text[error.start]):04X}, half of a surrogate "
+                "pair: the text was decoded wrongly, decode it again or remove the character"
+            ) from error
+        # Transformers' Qwen2Tokenizer normalizes before it looks for special tokens, so "<|im_end|>" followed
+        # by a combining stroke is not one. Left to the `tokenizers` library it would be.
+        text = unicodedata.normalize("NFC", text)
+        return self._core.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        """Text of `ids`. An id without text is dropped, bytes that are not UTF-8 become U+FFFD."""
+        return self.decode_bytes(ids, skip_special_tokens).decode("utf-8", "replace")
+
+    def decode_bytes(self, ids: Iterable[int], skip_special_tokens: bool = True) -> bytes:
+        """The bytes that `ids` stand for; a character may be cut at either end."""
+        skipped = self._special_ids if skip_special_tokens else ()
+        # The model's ids run past the tokenizer's: it can emit some, the audio ids among them, without text.
+        return b"".join(self._bytes.get(token_id, b"") for token_id in ids if token_id not in skipped)
+
+
+class StreamDecoder:
+    """Text as it is generated: what `feed` and at last `flush` return, joined, is `decode` of all ids."""
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True):
+        self._tokenizer = tokenizer
+        self._skip_special_tokens = skip_special_tokens
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def feed(self, ids: Iterable[int]) -> str:
+        """Text that `ids` complete; the first bytes of an incomplete character wait for the rest."""
+        return self._utf8.decode(self._tokenizer.decode_bytes(ids, self._skip_special_tokens))
+
+    def flush(self) -> str:
+        """What is left at the end: U+FFFD where a character was cut, mostly nothing."""
+        return self._utf8.decode(b"", final=True)
+
+
+def _read_released(directory: Path) -> tokenizers.Tokenizer:
+    added = _read_added_tokens(directory)
+    # Added tokens stand in the vocabulary too: the library numbers those it does not find there by itself.
+    vocabulary = read_json(directory / "vocab.json") | {
+        token.content: token_id for token_id, token in added.items()
+    }
+    merges = _read_merges(directory / "merges.txt")
+    try:
+        if len(set(vocabulary.values())) < len(vocabulary):
+            raise ValueError("two tokens share an id")
+        core = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise MossAudioError(
+            f"vocab.json, merges.txt and the added tokens of {directory} don't make one tokenizer ({error}): "
+            "fetch them again, all from the same released model"
+        ) from error
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_QWEN2_WORDS), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    core.add_tokens(list(added.values()))
+    return core
+
+
+def _read_merges(path: Path) -> list[tuple[str, str]]:
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise MossAudioError(f"{path} can't be read ({error}): fetch the file again") from error
+    merges = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip() or (number == 1 and line.startswith("#version:")):
+            continue
+        parts = line.split()
+        if len(parts) != 2:
+            raise MossAudioError(
+                f"{path} line {number}: expected two tokens with a space between, found {line!r}: "
+                "fetch the file again"
+            )
+        merges.append((parts[0], parts[1]))
+    return merges
+
+
+def _read_added_tokens(directory: Path) -> dict[int, AddedToken]:
+    """Tokens by id: `added_tokens_decoder` in tokenizer_config.json or else the older added_tokens.json."""
+    config, names, added = (
+        read_json(directory / name) if (directory / name).exists() else {}
+        for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+    )
+    try:
+        if "added_tokens_decoder" in config:
+            return {
+                int(token_id): AddedToken(**token)
+                for token_id, token in config["added_tokens_decoder"].items()
+            }
+        special = {token for content in (names, config) for token in _special_tokens(content)}
+        return {
+            int(token_id): AddedToken(token, special=token in special) for token, token_id in added.items()
+        }
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
+        raise MossAudioError(
+            f"the added tokens in tokenizer_config.json or added_tokens.json of {directory} can't be used "
+            f"({error}): fetch both files again"
+        ) from error
+
+
+def _special_tokens(content: dict) -> Iterator[str]:
+    """What `eos_token`, `additional_special_tokens` and the like name: texts, or objects with a `content`."""
+    for key, value in content.items():
+        if key.endswith(("_token", "_special_tokens")):
+            for token in value if isinstance(value, list) else [value]:
+                if isinstance(token, (str, dict)):  # others are null, or switches such as add_bos_token
+                    yield token["content"] if isinstance(token, dict) else token
+
+
+def audio_span(
+    num_audio_tokens: int, time_markers: bool = True, processor: ProcessorConfig = RELEASED
+) -> list[int]:
+    """Ids between <|audio_bos|> and <|audio_eos|>: one a token, 12.5 a second, and the time between them.
+
+    A time marker follows every 25 audio tokens: the whole seconds so far in decimal digits, one token a
+    digit, no unit. It can be the span's end.
+    """
+    if num_audio_tokens < 1:
+        raise MossAudioError(
+            f"a clip must have at least one audio token (10 ms), but one has {num_audio_tokens}: "
+            "leave out empty clips"
+        )
+    audio = processor.audio_token_id
+    if not time_markers:
+        return [audio] * num_audio_tokens
+    ids: list[int] = []
+    num_markers, rest = divmod(num_audio_tokens, MARKER_TOKENS)
+    for marker in range(1, num_markers + 1):
+        ids += [audio] * MARKER_TOKENS
+        ids += [DIGITS[int(digit)] for digit in str(marker * MARKER_SECONDS)]
+    return ids + [audio] * rest
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one side says: texts and clips in order, each on lines of its own."""
+
+    role: str  # "system", "user" or "assistant"
+    pieces: Sequence[str | int]  # a clip is given as its number of audio tokens
+
+    def __post_init__(self):
+        if self.role not in ROLES:
+            raise MossAudioError(f"a turn's role must be one of {', '.join(ROLES)}, not {self.role!r}")
+        if isinstance(self.pieces, str):
+            raise MossAudioError(f"the pieces of a turn must be a list: write [{self.pieces!r}]")
+        if self.role == "assistant" and not all(isinstance(piece, str) for piece in self.pieces):
+            raise MossAudioError(
+                "an assistant's turn holds a clip, but the model answers in text: move it to the user's"
+            )
+
+
+class EncodedConversation(NamedTuple):
+    """`loss_mask` is True at the ids to learn: an assistant's text and the <|im_end|> after it."""
+
+    ids: list[int]
+    loss_mask: list[bool]
+
+
+def build_conversation(
+    tokenizer: Tokenizer,
+    turns: Sequence[Turn],
+    *,
+    time_markers: bool | None = None,
+    processor: ProcessorConfig = RELEASED,
+) -> EncodedConversation:
+    """The chat format of MOSS-Audio for turns of any number, to train on or to answer.
+
+    Turns that do not begin with the system's are preceded by the default one. If the last turn is not the
+    assistant's, the ids end where its answer would begin: they are a prompt. The ids before an answer are
+    always those of the prompt for it, since the answer is encoded on its own.
+
+    time_markers: None takes the checkpoint's `enable_time_marker`.
+    """
+    if not turns or turns[0].role != "system":
+        turns = [Turn("system", [DEFAULT_SYSTEM_PROMPT]), *turns]
+    ids: list[int] = []
+    loss_mask: list[bool] = []
+    for pieces, is_learned in _segments(turns):
+        segment = _encode_pieces(tokenizer, pieces, time_markers, processor)
+        ids += segment
+        loss_mask += [is_learned] * len(segment)
+    return EncodedConversation(ids, loss_mask)
+
+
+def build_prompt(
+    tokenizer: Tokenizer,
+    text: str,
+    clip_tokens: Sequence[int] = (),
+    *,
+    system_prompt: str = DEFAULT_SYSTEM_PROMPT,
+    time_markers: bool | None = None,
+    processor: ProcessorConfig = RELEASED,
+) -> list[int]:
+    """Ids of a question about clips, each given as its number of audio tokens, up to where the answer begins.
+
+    The clips come first, in order, a line each, then the text. (The MOSS-Audio processor does the same for no
+    clip and for one, and refuses several.)
+
+    A text that holds spans, `<|audio_bos|><|AUDIO|><|audio_eos|>`, is the whole prompt, chat markup included:
+    each span is replaced by a clip, in order, and nothing is put around it. A span may repeat `<|AUDIO|>`;
+    the clip decides its length. Raises MossAudioError if there are not as many spans as clips.
+
+    time_markers: None takes the checkpoint's `enable_time_marker`.
+    """
+    first_text, *texts_after_spans = AUDIO_SPAN.split(text)
+    if not texts_after_spans:
+        turns = [Turn("system", [system_prompt]), Turn("user", [*clip_tokens, text])]
+        return build_conversation(tokenizer, turns, time_markers=time_markers, processor=processor).ids
+    if len(texts_after_spans) != len(clip_tokens):
+        raise MossAudioError(
+            f"the prompt holds {len(texts_after_spans)} audio span(s) <|audio_bos|><|AUDIO|><|audio_eos|>, "
+            f"but {len(clip_tokens)} clip(s) were given: write one span for each clip, or none at all"
+        )
+    pieces: list[str | int] = [first_text]
+    for clip, text_after in zip(clip_tokens, texts_after_spans, strict=True):
+        pieces += [clip, text_after]
+    return _encode_pieces(tokenizer, pieces, time_markers, processor)
+
+
+def _segments(turns: Sequence[Turn]) -> Iterator[tuple[list[str | int], bool]]:
+    """The turns in chat markup, cut where learning begins and ends: (pieces, whether they are learned)."""
+    line_break = ""
+    for turn in turns:
+        opening = f"{line_break}<|im_start|>{turn.role}\n"
+        content = [*_on_lines(turn.pieces), "<|im_end|>"]
+        if turn.role == "assistant":
+            yield [opening], False
+            yield content, True
+        else:
+            yield [opening, *content], False
+        line_break = "\n"
+    if turns[-1].role != "assistant":
+        yield [f"{line_break}<|im_start|>assistant\n"], False
+
+
+def _on_lines(pieces: Sequence[str | int]) -> Iterator[str | int]:
+    """The pieces with line breaks between them, and one after a clip that has no text after it."""
+    for number, piece in enumerate(pieces, start=1):
+        yield piece
+        if number < len(pieces) or not isinstance(piece, str):
+            yield "\n"
+
+
+def _encode_pieces(
+    tokenizer: Tokenizer, pieces: Iterable[str | int], time_markers: bool | None, processor: ProcessorConfig
+) -> list[int]:
+    """Ids of texts and clips; what stands between two clips is encoded as one text, however it was cut."""
+    if time_markers is None:
+        time_markers = processor.enable_time_marker
+    ids: list[int] = []
+    text = ""
+    for piece in pieces:
+        if isinstance(piece, str):
+            text += piece
+        else:
+            ids += _encode_text(tokenizer, text, processor)
+            text = ""
+            span = audio_span(piece, time_markers, processor)
+            ids += [processor.audio_start_id, *span, processor.audio_end_id]
+    return ids + _encode_text(tokenizer, text, processor)
+
+
+def _encode_text(tokenizer: Tokenizer, text: str, processor: ProcessorConfig) -> list[int]:
+    span = AUDIO_SPAN.search(text)
+    if span:
+        raise MossAudioError(
+            f"a text holds the audio span {span[0]!r} where none can stand: give the clip as a piece of a "
+            "turn, or write the whole prompt as one text"
+        )
+    ids = tokenizer.encode(text)
+    for audio_id in (processor.audio_token_id, processor.audio_start_id, processor.audio_end_id):
+        if audio_id in ids:
+            # The released vocabulary spells the audio token <|vision_pad|>; the model would look for audio.
+            spelling = tokenizer.decode([audio_id], skip_special_tokens=False)
+            raise MossAudioError(
+                f"a text holds {spelling!r}, whose id {audio_id} stands for audio: remove it from the text, "
+                "or mark a clip's place with <|audio_bos|><|AUDIO|><|audio_eos|>"
+            )
+    return ids
