@@ -1,0 +1,1 @@
+"""Between the released PyTorch files and Orbax checkpoints, in both directions, with proof that nothing changed."""

@@ -22,7 +22,7 @@ def attend(
     A query whose mask is all False gets a finite value that nobody reads. Dropout is applied to the weights where a
     key is given.
     """
-    batch, queries, heads, head_dim = query.shape
+    batch, queries, _, head_dim = query.shape
     grouped = query.reshape(batch, queries, key.shape[2], -1, head_dim)
     scores = jnp.einsum("btkgd,bskd->bkgts", grouped, key, preferred_element_type=jnp.float32)
     scores = jnp.where(mask[:, None, None], scores * head_dim**-0.5, jnp.finfo(jnp.float32).min)
@@ -60,9 +60,7 @@ def causal_attend(
         return jnp.moveaxis(x, axis, 0)
 
     # Recomputed in the backward pass: else every block's scores would be kept.
-    out = jax.lax.map(
-        jax.checkpoint(block), (blocks(query, 1), blocks(query_slots, 0), blocks(query_segments, 1))
-    )
+    out = jax.lax.map(jax.checkpoint(block), (blocks(query, 1), blocks(query_slots, 0), blocks(query_segments, 1)))
     return jnp.moveaxis(out, 0, 1).reshape(query.shape[0], -1, *query.shape[2:])[:, :tokens]
 
 

@@ -142,7 +142,7 @@ def _read_mono(sound: soundfile.SoundFile, count: int, name: str) -> np.ndarray:
                 f"{name}: expected finite samples, found NaN or infinity before second "
                 f"{sound.tell() / sound.samplerate:.1f}; repair it or leave it out."
             )
-        mono += block.mean(axis=1).data
+        mono += np.divide(sum(block.T), sound.channels, dtype=np.float32).data  # far faster than mean(axis=1)
         count -= len(block)
     return np.frombuffer(mono, dtype=np.float32)
 
@@ -163,21 +163,24 @@ def resample(wave: np.ndarray, orig_rate: int, new_rate: int) -> np.ndarray:
       orig_rate, new_rate: in Hz, positive.
 
     Returns:
-      float32 [ceil(samples * new_rate / orig_rate)].
+      float32 [samples * new_rate / orig_rate, rounded up to the precision of a float32].
     """
     if min(orig_rate, new_rate) <= 0:
-        raise MossAudioError(
-            f"expected positive sample rates, found {orig_rate} and {new_rate} Hz; correct them."
-        )
+        raise MossAudioError(f"expected positive sample rates, found {orig_rate} and {new_rate} Hz; correct them.")
     if orig_rate == new_rate or not len(wave):
         return wave
     divisor = math.gcd(orig_rate, new_rate)
     orig, new = orig_rate // divisor, new_rate // divisor
     taps, delay = _sinc_filter(orig, new)
-    # torchaudio rounds the length to float32 before its ceiling, and computes whole cycles of `new` samples.
-    length = min(math.ceil(np.float32(new * len(wave) / orig)), (len(wave) // orig + 1) * new)
+    length = _resampled_length(len(wave), orig, new)
     resampled = scipy.signal.upfirdn(taps, wave, up=new, down=orig)[delay : delay + length]
-    return np.pad(resampled, (0, length - len(resampled)))
+    missing = length - len(resampled)  # rounding may ask for samples past the filter's reach
+    return np.pad(resampled, (0, missing)) if missing else resampled
+
+
+def _resampled_length(samples: int, orig: int, new: int) -> int:
+    """torchaudio's length: a ceiling taken after rounding to float32, within the whole cycles it computed."""
+    return min(math.ceil(np.float32(new * samples / orig)), (samples // orig + 1) * new)
 
 
 @lru_cache(maxsize=16)
@@ -209,9 +212,7 @@ def _sinc_filter(orig: int, new: int) -> tuple[np.ndarray, int]:
 
 _MEL_MAX_HZ = 8000.0  # Whisper's, whatever the sample rate
 _MEL_FLOOR = 1e-10
-_FRAME_BLOCK = (
-    128  # frames transformed at a time: they fit in cache, and an hour of audio needs no more memory
-)
+_FRAME_BLOCK = 128  # frames transformed at a time: they fit in cache, and an hour of audio needs no more memory
 
 
 def log_mel(wave: np.ndarray, config: MelConfig = RELEASED_MEL) -> np.ndarray:
@@ -239,7 +240,10 @@ def log_mel(wave: np.ndarray, config: MelConfig = RELEASED_MEL) -> np.ndarray:
             f"expected at least {config.mel_hop_length} samples at {config.mel_sr} Hz, one mel frame, "
             f"found {len(wave)}; lengthen the clip or leave it out."
         )
-    padded = np.pad(wave.astype(np.float32, copy=False), config.mel_n_fft // 2, mode="reflect")
+    wave = wave.astype(np.float32, copy=False)
+    if not np.isfinite(wave).all():
+        raise MossAudioError("expected a wave of finite samples, found NaN or infinity; repair it or leave it out.")
+    padded = np.pad(wave, config.mel_n_fft // 2, mode="reflect")
     frames = sliding_window_view(padded, config.mel_n_fft)[:: config.mel_hop_length][:-1]
     window = np.hanning(config.mel_n_fft + 1)[:-1]
     mel_bank = _slaney_mel_bank(config)
@@ -250,12 +254,7 @@ def log_mel(wave: np.ndarray, config: MelConfig = RELEASED_MEL) -> np.ndarray:
         spectrum = np.fft.rfft(frames[block] * window).astype(np.complex64)
         power = np.square(spectrum.real, dtype=np.float64) + np.square(spectrum.imag, dtype=np.float64)
         mel[:, block] = np.log10(np.maximum(mel_bank @ power.T, _MEL_FLOOR))
-    peak = mel.max()
-    if not np.isfinite(peak):
-        raise MossAudioError(
-            "expected a wave of finite samples, found NaN or infinity; repair it or leave it out."
-        )
-    np.maximum(mel, peak - 8.0, out=mel)
+    np.maximum(mel, mel.max() - 8.0, out=mel)
     mel += 4.0
     mel /= 4.0
     return mel

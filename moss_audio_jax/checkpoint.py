@@ -4,9 +4,10 @@ An Orbax checkpoint of ours is a directory with `params/` (the stacked tree) bes
 tokenizer files. `load_model` reads that, or a released PyTorch directory as it is.
 """
 
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +16,23 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 
-from moss_audio_jax.config import MossAudioConfig
+from moss_audio_jax.config import CONFIG_FILES, MossAudioConfig
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.model import MossAudio, parameter_specs
-from moss_audio_jax.released import INDEX_FILE, SINGLE_FILE, ReleasedCheckpoint
+from moss_audio_jax.released import INDEX_FILE, SAFETENSORS_DTYPES, SINGLE_FILE, ReleasedCheckpoint
 from moss_audio_jax.sharding import named_sharding
 
 PARAMS = "params"
+# What travels beside the weights and the configuration, where it is there; names or patterns of them.
+TOKENIZER_FILES = (
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "chat_template*",
+)
 
 
 def load_model(path: str | Path, *, dtype: Any = None, mesh: Mesh | None = None) -> MossAudio:
@@ -37,23 +48,23 @@ def load_model(path: str | Path, *, dtype: Any = None, mesh: Mesh | None = None)
     path = Path(path)
     if dtype is None:
         dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    if is_orbax(path):
+    if layout_of(path) == "orbax":
         config = MossAudioConfig.from_hf(path)
         return build_model(config, _restore(path / PARAMS, abstract_parameters(config, dtype, mesh)))
+    released = ReleasedCheckpoint(path)
+    abstract = abstract_parameters(released.config, dtype, mesh)
+    return build_model(released.config, {name: _place(released, name, leaf) for name, leaf in abstract.items()})
+
+
+def layout_of(path: str | Path) -> Literal["orbax", "released"]:
+    """How a checkpoint directory is laid out; anything else is an error."""
+    if is_orbax(path):
+        return "orbax"
     if is_released(path):
-        released = ReleasedCheckpoint(path)
-        abstract = abstract_parameters(released.config, dtype, mesh)
-        return build_model(
-            released.config, {name: _place(released, name, leaf) for name, leaf in abstract.items()}
-        )
-    found = (
-        "does not exist"
-        if not path.exists()
-        else f"holds neither {PARAMS}/ nor {SINGLE_FILE} nor {INDEX_FILE}"
-    )
-    raise MossAudioError(
-        f"{path} {found}: give a released MOSS-Audio directory, or one that convert to-orbax wrote"
-    )
+        return "released"
+    exists = Path(path).exists()
+    found = f"holds neither {PARAMS}/ nor {SINGLE_FILE} nor {INDEX_FILE}" if exists else "does not exist"
+    raise MossAudioError(f"{path} {found}: give a released MOSS-Audio directory, or one that convert to-orbax wrote")
 
 
 def is_orbax(path: str | Path) -> bool:
@@ -75,23 +86,19 @@ def abstract_parameters(
         return named_sharding(path, spec.shape, spec.get_metadata("logical_axes"), mesh)
 
     specs = parameter_specs(config).items()
-    return {
-        path: jax.ShapeDtypeStruct(spec.shape, dtype, sharding=sharding(path, spec)) for path, spec in specs
-    }
+    return {path: jax.ShapeDtypeStruct(spec.shape, dtype, sharding=sharding(path, spec)) for path, spec in specs}
 
 
 def build_model(config: MossAudioConfig, parameters: dict[str, Any]) -> MossAudio:
     """A model around given parameters, by path; nothing is initialised."""
     model = nnx.eval_shape(lambda: MossAudio(config, rngs=nnx.Rngs(0)))
     graphdef, state = nnx.split(model)
-    flat = {
-        path: spec.replace(parameters[".".join(map(str, path))]) for path, spec in nnx.to_flat_state(state)
-    }
+    flat = {path: spec.replace(parameters[".".join(map(str, path))]) for path, spec in nnx.to_flat_state(state)}
     return nnx.merge(graphdef, nnx.from_flat_state(flat))
 
 
 def save_model(model: MossAudio, path: str | Path) -> None:
-    """Writes parameters and configuration; the tokenizer's files are the caller's to copy. `path` must be new or empty."""
+    """Writes parameters and configuration; `copy_tokenizer` adds the rest. `path` must be new or empty."""
     path = Path(path).absolute()
     require_empty(path)
     path.mkdir(parents=True, exist_ok=True)
@@ -106,9 +113,31 @@ def require_empty(path: str | Path) -> None:
     """Refuses a target that holds something: nothing is ever overwritten."""
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise MossAudioError(
-            f"{path} already exists and is not an empty directory: name a new one, or remove it first"
-        )
+        raise MossAudioError(f"{path} already exists and is not an empty directory: name a new one, or remove it first")
+
+
+def companion_files(directory: str | Path) -> list[Path]:
+    """The configuration files and then the tokenizer files that a checkpoint directory holds."""
+    return _plain_files(directory, CONFIG_FILES) + tokenizer_files(directory)
+
+
+def tokenizer_files(directory: str | Path) -> list[Path]:
+    return _plain_files(directory, TOKENIZER_FILES)
+
+
+def copy_tokenizer(source: str | Path, target: str | Path) -> None:
+    """Copies a checkpoint's tokenizer files, byte for byte."""
+    for file in tokenizer_files(source):
+        shutil.copyfile(file, Path(target) / file.name)
+
+
+def _plain_files(directory: str | Path, patterns: Iterable[str]) -> list[Path]:
+    directory = Path(directory)
+    files = [file for pattern in patterns for file in sorted(directory.glob(pattern))]
+    for file in files:
+        if not file.is_file() or not file.resolve().is_relative_to(directory.resolve()):
+            raise MossAudioError(f"{file} is not a file inside its directory: copy the file itself there (`cp -L`)")
+    return files
 
 
 def stored_shapes(params: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
@@ -131,6 +160,11 @@ def check_stored(params: Path, config: MossAudioConfig) -> None:
         for path, shape in expected.items()
         if path in stored and stored[path][0] != shape
     ]
+    problems += [
+        f"{path} is of type {dtype}, which is no floating-point type that this port reads"
+        for path, (_, dtype) in stored.items()
+        if dtype not in SAFETENSORS_DTYPES.values()
+    ]
     if problems:
         raise MossAudioError(f"{params} does not fit its config.json: {'; '.join(sorted(problems)[:20])}")
 
@@ -143,9 +177,7 @@ def _restore(params: Path, abstract: dict[str, jax.ShapeDtypeStruct]) -> dict[st
     # Unlimited, a restore holds the whole checkpoint a second time; less than the largest leaf is refused by Orbax.
     largest = max(leaf.size * leaf.dtype.itemsize for leaf in abstract.values())
     handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=max(1.0, 1.01 * largest / 1e9))
-    arguments = ocp.args.PyTreeRestore(
-        item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target)
-    )
+    arguments = ocp.args.PyTreeRestore(item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target))
     try:
         with ocp.Checkpointer(handler) as checkpointer:
             return flatten(checkpointer.restore(params, args=arguments))

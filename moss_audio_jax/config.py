@@ -117,7 +117,10 @@ class ProcessorConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MossAudioConfig:
-    """A whole checkpoint. `raw` keeps the files as they were read (for a new one: the 4B's), to be written back equal."""
+    """A whole checkpoint.
+
+    raw: the files as they were read (for a new checkpoint the 4B's), so that they can be written back equal.
+    """
 
     audio_config: EncoderConfig = EncoderConfig()
     language_config: LanguageConfig = LanguageConfig()
@@ -151,9 +154,7 @@ class MossAudioConfig:
     def num_deepstack(self) -> int:
         """How many encoder taps are injected into the LLM: the first ones listed, capped by the config."""
         taps = len(self.audio_config.deepstack_encoder_layer_indexes)
-        return (
-            taps if self.deepstack_num_inject_layers is None else min(taps, self.deepstack_num_inject_layers)
-        )
+        return taps if self.deepstack_num_inject_layers is None else min(taps, self.deepstack_num_inject_layers)
 
     @classmethod
     def preset(cls, name: str) -> Self:
@@ -168,9 +169,7 @@ class MossAudioConfig:
         directory = Path(directory)
         raw = _read_files(directory)
         if "config.json" not in raw:
-            raise MossAudioError(
-                f"{directory} holds no config.json: give the directory of a MOSS-Audio checkpoint"
-            )
+            raise MossAudioError(f"{directory} holds no config.json: give the directory of a MOSS-Audio checkpoint")
         try:
             return cls._from_raw(raw)
         except (MossAudioError, TypeError, ValueError, KeyError, AttributeError) as error:
@@ -196,9 +195,7 @@ class MossAudioConfig:
         return cls(
             audio_config=_read_encoder(config["audio_config"]),
             language_config=_read_language(config["language_config"]),
-            **_known_fields(
-                cls, config, skip=("audio_config", "language_config", "processor", "eos_ids", "raw")
-            ),
+            **_known_fields(cls, config, skip=("audio_config", "language_config", "processor", "eos_ids", "raw")),
             processor=ProcessorConfig(**_known_fields(ProcessorConfig, processor)),
             eos_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
             raw=raw,
@@ -240,9 +237,7 @@ class MossAudioConfig:
 
     def save_hf(self, directory: str | Path) -> None:
         for name, content in self.to_hf().items():
-            (Path(directory) / name).write_text(
-                json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8"
-            )
+            (Path(directory) / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
 IMPLEMENTED_MEL = {
@@ -285,14 +280,19 @@ def _require_values(content: Mapping, allowed: Mapping[str, tuple], where: str) 
     for key, values in allowed.items():
         if key in content and content[key] not in values:
             expected = " or ".join(map(repr, values))
-            raise MossAudioError(
-                f"{where}.{key} is {content[key]!r}, and this port implements {expected} only"
-            )
+            raise MossAudioError(f"{where}.{key} is {content[key]!r}, and this port implements {expected} only")
 
 
 def _known_fields(cls: type, content: Mapping, skip: tuple[str, ...] = ()) -> dict[str, Any]:
-    names = [field.name for field in dataclasses.fields(cls) if field.name not in skip]
-    return {name: content[name] for name in names if name in content}
+    """The fields of `cls` that `content` holds, each a number where the field's default is one."""
+    fields = {field.name: field for field in dataclasses.fields(cls) if field.name not in skip}
+    found = {name: content[name] for name in fields if content.get(name) is not None}
+    for name, value in found.items():
+        kind = type(fields[name].default)
+        numeric = {int: (int,), float: (int, float), bool: (bool,), str: (str,)}.get(kind)
+        if numeric and (not isinstance(value, numeric) or isinstance(value, bool) != (kind is bool)):
+            raise MossAudioError(f"{name} must be of type {kind.__name__}, not {value!r}")
+    return found
 
 
 def _write_fields(instance: Any, content: dict, skip: tuple[str, ...]) -> None:
@@ -306,9 +306,7 @@ def _read_encoder(content: dict) -> EncoderConfig:
     allowed = {"activation_function": ("gelu",), "downsample_rate": (DOWNSAMPLE_RATE,)}
     _require_values(content, allowed, "audio_config")
     fields = _known_fields(EncoderConfig, content, skip=("chunk_frames",))
-    fields["deepstack_encoder_layer_indexes"] = tuple(
-        content.get("deepstack_encoder_layer_indexes", (8, 16, 24)) or ()
-    )
+    fields["deepstack_encoder_layer_indexes"] = tuple(content.get("deepstack_encoder_layer_indexes", (8, 16, 24)) or ())
     n_window = content.get("n_window", 200)
     return EncoderConfig(**fields, chunk_frames=None if n_window is None else 2 * n_window)
 
@@ -332,11 +330,9 @@ def _read_language(content: dict) -> LanguageConfig:
     rope = content.get("rope_parameters") or {"rope_theta": content.get("rope_theta")}
     _require_values(rope, {"rope_type": ("default",)}, "language_config.rope_parameters")
     unknown = sorted(set(rope) - {"rope_type", "rope_theta"})
-    _require(
-        not unknown, f"language_config.rope_parameters has {unknown}, which this port does not implement"
-    )
-    fields = _known_fields(LanguageConfig, content) | {"rope_theta": rope.get("rope_theta")}
-    if fields.get("head_dim", 0) is None:  # null in some Qwen configs: derived
+    _require(not unknown, f"language_config.rope_parameters has {unknown}, which this port does not implement")
+    fields: dict[str, Any] = _known_fields(LanguageConfig, content) | {"rope_theta": rope.get("rope_theta")}
+    if content.get("head_dim", 0) is None:  # null in some Qwen configs: derived
         fields["head_dim"] = content["hidden_size"] // content["num_attention_heads"]
     missing = [key for key in _LANGUAGE_KEYS if fields.get(key) is None]
     _require(not missing, f"language_config lacks {', '.join(missing)}")

@@ -40,9 +40,7 @@ def _conv(x: Float[Array, "n t f in"], kernel: Float[Array, "3 3 in out"]) -> Fl
     return jax.lax.conv_general_dilated(x, kernel, (2, 2), ((1, 1), (1, 1)), dimension_numbers=layout)
 
 
-def _conv_of_patches(
-    x: Float[Array, "n t f in"], kernel: Float[Array, "3 3 in out"]
-) -> Float[Array, "n t/2 f/2 out"]:
+def _conv_of_patches(x: Float[Array, "n t f in"], kernel: Float[Array, "3 3 in out"]) -> Float[Array, "n t/2 f/2 out"]:
     """The same sum as `_conv`, as one matmul over the nine shifted and strided views of `x`."""
     _, frames, bins, _ = x.shape
     padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
@@ -81,12 +79,8 @@ class EncoderLayer(nnx.Module):
         width, hidden = config.d_model, config.encoder_ffn_dim
         self.self_attn = EncoderAttention(config, layers=layers, rngs=rngs)
         self.self_attn_layer_norm = LayerNorm(width, 1e-5, layers=layers, rngs=rngs)
-        self.fc1 = Linear(
-            width, hidden, ("embed", "mlp"), use_bias=True, std=width**-0.5, layers=layers, rngs=rngs
-        )
-        self.fc2 = Linear(
-            hidden, width, ("mlp", "embed"), use_bias=True, std=hidden**-0.5, layers=layers, rngs=rngs
-        )
+        self.fc1 = Linear(width, hidden, ("embed", "mlp"), use_bias=True, std=width**-0.5, layers=layers, rngs=rngs)
+        self.fc2 = Linear(hidden, width, ("mlp", "embed"), use_bias=True, std=hidden**-0.5, layers=layers, rngs=rngs)
         self.final_layer_norm = LayerNorm(width, 1e-5, layers=layers, rngs=rngs)
 
     def __call__(
@@ -170,7 +164,7 @@ class AudioEncoder(nnx.Module):
         return x.reshape(batch, -1, *x.shape[3:])[:, :count].reshape(batch * count, *x.shape[3:])
 
     def _stem(self, mel: Float[Array, "n frames mel"], frames: Int[Array, " n"]) -> Float[Array, "n t d"]:
-        """Three convolutions, each followed by the exact (erf) GELU and zeroed past the clip's end; then `stem_proj`."""
+        """Three convolutions, each with the exact (erf) GELU and zeroed past the clip's end; then `stem_proj`."""
         x = mel[..., None]
         for halvings, conv in enumerate((self.conv1, self.conv2, self.conv3), start=1):
             x = jax.nn.gelu(conv(x), approximate=False)

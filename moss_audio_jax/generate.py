@@ -55,9 +55,7 @@ class Sampling:
     ) -> Int[Array, " b"]:
         """One token a sequence; `keys` [b] are its random keys."""
         if self.repetition_penalty != 1.0:
-            penalised = jnp.where(
-                logits > 0, logits / self.repetition_penalty, logits * self.repetition_penalty
-            )
+            penalised = jnp.where(logits > 0, logits / self.repetition_penalty, logits * self.repetition_penalty)
             logits = jnp.where(seen, penalised, logits)
         if self.temperature == 0.0:
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)
@@ -147,7 +145,6 @@ def _steps(
         loop = _prefill(graphdef, state, inputs, bucket(max_new_tokens, MIN_NEW_TOKENS), sampling, eos, seed)
         done = 0
         while True:
-            # The first piece is one token: it is there as soon as the prompt is read.
             until = min(max_new_tokens, done + every)
             loop = _decode_until(graphdef, state, loop, until, sampling, eos)
             count = int(loop.count)
@@ -232,6 +229,6 @@ def _draw(
 def _mesh_of(state: nnx.State) -> contextlib.AbstractContextManager:
     """Makes the mesh that the parameters lie on the current one, so that activations are placed on it too."""
     sharding = jax.tree.leaves(state)[0].sharding
-    if isinstance(sharding, jax.sharding.NamedSharding):
+    if isinstance(sharding, jax.sharding.NamedSharding) and isinstance(sharding.mesh, jax.sharding.Mesh):
         return jax.set_mesh(sharding.mesh)
     return contextlib.nullcontext()

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,6 +19,8 @@ MIN_TOKENS = 64  # the smallest bucket of tokens
 class ModelInputs:
     """A batch of sequences; b sequences of s tokens, c audio chunks each. Sequences are padded on the right.
 
+    NumPy arrays as they are made, JAX arrays within a compiled function.
+
     tokens: ids; at audio positions the audio id, whose embedding is not used.
     positions: rotary positions, restarting at 0 in every packed example.
     segment_ids: 0 = padding; tokens see tokens of their own segment only.
@@ -27,13 +30,13 @@ class ModelInputs:
     stem_frames: how many the convolutions may see (see `AudioEncoder`).
     """
 
-    tokens: Int[np.ndarray | jax.Array, "b s"]
-    positions: Int[np.ndarray | jax.Array, "b s"]
-    segment_ids: Int[np.ndarray | jax.Array, "b s"]
-    audio_slots: Int[np.ndarray | jax.Array, "b s"]
-    audio_chunks: Float[np.ndarray | jax.Array, "b c frames mel"]
-    chunk_frames: Int[np.ndarray | jax.Array, "b c"]
-    stem_frames: Int[np.ndarray | jax.Array, "b c"]
+    tokens: Int[Any, "b s"]
+    positions: Int[Any, "b s"]
+    segment_ids: Int[Any, "b s"]
+    audio_slots: Int[Any, "b s"]
+    audio_chunks: Float[Any, "b c frames mel"]
+    chunk_frames: Int[Any, "b c"]
+    stem_frames: Int[Any, "b c"]
 
 
 def make_inputs(
@@ -52,9 +55,7 @@ def make_inputs(
     """
     audio_id = config.processor.audio_token_id if audio_token_id is None else audio_token_id
     if len(token_ids) != len(mels):
-        raise MossAudioError(
-            f"{len(token_ids)} sequences but {len(mels)} lists of mels: give one list a sequence"
-        )
+        raise MossAudioError(f"{len(token_ids)} sequences but {len(mels)} lists of mels: give one list a sequence")
     ids = [np.asarray(sequence, np.int32).reshape(-1) for sequence in token_ids]
     clips = [[np.asarray(mel, np.float32) for mel in sequence] for sequence in mels]
     for row, (sequence, sequence_clips) in enumerate(zip(ids, clips, strict=True)):
@@ -87,9 +88,7 @@ def bucket(size: int, smallest: int) -> int:
     return three_quarters if size <= three_quarters and three_quarters >= smallest else power
 
 
-def _check_sequence(
-    row: int, ids: np.ndarray, clips: list[np.ndarray], audio_id: int, config: MossAudioConfig
-) -> None:
+def _check_sequence(row: int, ids: np.ndarray, clips: list[np.ndarray], audio_id: int, config: MossAudioConfig) -> None:
     bins, vocab = config.audio_config.num_mel_bins, config.language_config.vocab_size
     if len(ids) == 0:
         raise MossAudioError(f"sequence {row} has no tokens")
@@ -119,11 +118,7 @@ def _chunk_clips(
     if size is None:  # a chunk is a whole clip
         size = bucket(max((mel.shape[1] for row in clips for mel in row), default=1), 50 * DOWNSAMPLE_RATE)
     pieces = [
-        [
-            (mel[:, start : start + size], mel.shape[1])
-            for mel in row
-            for start in range(0, mel.shape[1], size)
-        ]
+        [(mel[:, start : start + size], mel.shape[1]) for mel in row for start in range(0, mel.shape[1], size)]
         for row in clips
     ]
     most = max(map(len, pieces), default=0)

@@ -26,24 +26,20 @@ class KVCache:
     @classmethod
     def empty(cls, config: LanguageConfig, batch: int, slots: int, dtype: jnp.dtype) -> "KVCache":
         shape = (config.num_hidden_layers, batch, slots, config.num_key_value_heads, config.head_dim)
-        keys, values = (
-            constrain(jnp.zeros(shape, dtype), "layers", "batch", None, "heads", None) for _ in range(2)
-        )
+        keys, values = (constrain(jnp.zeros(shape, dtype), "layers", "batch", None, "heads", None) for _ in range(2))
         return cls(keys, values, jnp.zeros((batch, slots), jnp.int32), jnp.int32(0))
 
 
 class Embedding(nnx.Module):
     def __init__(self, vocab_size: int, features: int, std: float, *, rngs: nnx.Rngs):
-        self.embedding = parameter(
-            rngs, (vocab_size, features), ("vocab", "embed"), nnx.initializers.normal(std)
-        )
+        self.embedding = parameter(rngs, (vocab_size, features), ("vocab", "embed"), nnx.initializers.normal(std))
 
     def __call__(self, tokens: Int[Array, "b s"]) -> Float[Array, "b s d"]:
         return jnp.take(self.embedding[...], tokens, axis=0)
 
 
 class SelfAttention(nnx.Module):
-    """Grouped-query attention with RMS-normed queries and keys; `project` and `o_proj` leave the middle to the caller."""
+    """Grouped-query attention with RMS-normed queries and keys; what is between `project` and `o_proj` is the caller's."""
 
     def __init__(self, config: LanguageConfig, *, layers: int, rngs: nnx.Rngs):
         self.config = config
@@ -63,8 +59,7 @@ class SelfAttention(nnx.Module):
     ) -> tuple[Float[Array, "b t heads d"], Float[Array, "b t kv d"], Float[Array, "b t kv d"]]:
         """Rotated queries and keys, and values."""
         query, key, value = (
-            proj(x).reshape(*x.shape[:2], -1, self.config.head_dim)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
+            proj(x).reshape(*x.shape[:2], -1, self.config.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         return rotate(self.q_norm(query), phases), rotate(self.k_norm(key), phases), value
 
@@ -96,9 +91,7 @@ class LanguageModel(nnx.Module):
 
     def __init__(self, config: LanguageConfig, *, rngs: nnx.Rngs):
         self.config = config
-        self.embed_tokens = Embedding(
-            config.vocab_size, config.hidden_size, config.initializer_range, rngs=rngs
-        )
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, config.initializer_range, rngs=rngs)
         self.layers = DecoderLayer(config, layers=config.num_hidden_layers, rngs=rngs)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, rngs=rngs)
 
@@ -143,15 +136,17 @@ class LanguageModel(nnx.Module):
         filled_segments = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, (0, cache.filled))
 
         def body(carry, index, injected):
-            # The cache is carried and written in place; as a scanned-over input it would be copied for every token.
+            # The cache is carried and written in place: scanned over, it would be copied for every token.
             x, keys, values = carry
             layer = layer_at(self.layers, index)
             query, key, value = layer.project(x, phases)
             start = (index, 0, cache.filled, 0, 0)
             keys = jax.lax.dynamic_update_slice(keys, key[None], start)
             values = jax.lax.dynamic_update_slice(values, value[None], start)
-            seen = (jax.lax.dynamic_index_in_dim(c, index, keepdims=False) for c in (keys, values))
-            x = layer.finish(x, causal_attend(query, *seen, slots, segment_ids, filled_segments))
+            all_keys = jax.lax.dynamic_index_in_dim(keys, index, keepdims=False)
+            all_values = jax.lax.dynamic_index_in_dim(values, index, keepdims=False)
+            attended = causal_attend(query, all_keys, all_values, slots, segment_ids, filled_segments)
+            x = layer.finish(x, attended)
             return (x if injected is None else x + injected, keys, values), None
 
         carry = (x, cache.keys, cache.values)

@@ -127,9 +127,7 @@ def map_layers(stack: nnx.Module, x: Float[Array, "layers ..."]) -> Float[Array,
 def layer_at(stack: nnx.Module, index: jax.Array) -> Any:
     """One layer of a stack, read where it lies: inside a loop nothing else of the stack is copied."""
     graphdef, state = nnx.split(stack)
-    return nnx.merge(
-        graphdef, jax.tree.map(lambda p: jax.lax.dynamic_index_in_dim(p, index, keepdims=False), state)
-    )
+    return nnx.merge(graphdef, jax.tree.map(lambda p: jax.lax.dynamic_index_in_dim(p, index, keepdims=False), state))
 
 
 def scan_layers(

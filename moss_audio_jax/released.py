@@ -5,15 +5,19 @@ changes its layout. Every change is invertible. PyTorch itself is not needed.
 """
 
 import dataclasses
+import json
+import math
 import re
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import ml_dtypes  # its import also registers bfloat16 with NumPy, which safetensors needs
+import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from moss_audio_jax.config import MossAudioConfig, read_json
+from moss_audio_jax.config import MossAudioConfig
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.model import parameter_specs
 
@@ -21,28 +25,31 @@ INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 # MOSS-Music stores the encoder's sinusoids, which are recomputed in float32 here.
 IGNORED_TENSORS = frozenset({"audio_encoder.embed_positions.inv_timescales"})
+HEAD, EMBEDDING = "lm_head.weight", "language_model.embed_tokens.weight"
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How one released tensor becomes one of our arrays, and back."""
+    """How one released tensor becomes one of our arrays, and back.
 
-    name: str
+    Both changes also work on a block of the released tensor's rows (its first axis), which are `rows_axis` of our
+    array: that is how a conversion streams.
+    """
+
     from_released: Callable[[np.ndarray], np.ndarray]
     to_released: Callable[[np.ndarray], np.ndarray]
+    rows_axis: int
 
 
-SAME = Layout("same", lambda x: x, lambda x: x)
-LINEAR = Layout("[out, in] -> [in, out]", lambda x: x.T, lambda x: x.T)
-CONV = Layout(
-    "[out, in, frequency, time] -> [time, frequency, in, out]",
-    lambda x: x.transpose(3, 2, 1, 0),
-    lambda x: x.transpose(3, 2, 1, 0),
-)
+SAME = Layout(lambda x: x, lambda x: x, rows_axis=0)
+# [out, in] -> [in, out]
+LINEAR = Layout(lambda x: x.T, lambda x: x.T, rows_axis=-1)
+# [out, in, frequency, time] -> [time, frequency, in, out]
+CONV = Layout(lambda x: x.transpose(3, 2, 1, 0), lambda x: x.transpose(3, 2, 1, 0), rows_axis=-1)
 
 
 def stem_layout(channels: int) -> Layout:
-    """The reference flattens the conv stem's output as channel x frequency, we as frequency x channel."""
+    """[out, channel * frequency] -> [frequency * channel, out]: the order in which each side flattens the conv stem."""
 
     def from_released(x: np.ndarray) -> np.ndarray:
         return x.reshape(x.shape[0], channels, -1).transpose(2, 1, 0).reshape(-1, x.shape[0])
@@ -50,7 +57,7 @@ def stem_layout(channels: int) -> Layout:
     def to_released(x: np.ndarray) -> np.ndarray:
         return x.reshape(-1, channels, x.shape[1]).transpose(2, 1, 0).reshape(x.shape[1], -1)
 
-    return Layout("[out, channel*frequency] -> [frequency*channel, out]", from_released, to_released)
+    return Layout(from_released, to_released, rows_axis=-1)
 
 
 # What lies stacked in our tree is numbered in the released names.
@@ -80,30 +87,35 @@ class ReleasedLeaf:
     layout: Layout
     stacked: bool
 
-    def assemble(self, read: Callable[[str], np.ndarray], dtype: np.dtype) -> np.ndarray:
-        """Our array out of the released tensors, read one at a time."""
-        array = np.empty(self.shape, dtype)
-        for index, name in enumerate(self.names):
-            array[index if self.stacked else ...] = self.layout.from_released(read(name))
-        return array
+    @property
+    def rows_axis(self) -> int:
+        """The axis of our array that holds the rows of the released tensors."""
+        return self.stacked + self.layout.rows_axis % len(self.tensor_shape)
 
-    def tensors(self, array: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-        """The released tensors of our array, by name."""
-        for index, name in enumerate(self.names):
-            yield name, self.layout.to_released(array[index] if self.stacked else array)
+    def region(self, index: int, start: int, stop: int) -> tuple[int | slice, ...]:
+        """Where rows [start, stop) of `names[index]` lie in our array."""
+        region: list[int | slice] = [slice(None)] * len(self.shape)
+        region[self.rows_axis] = slice(start, stop)
+        if self.stacked:
+            region[0] = index
+        return tuple(region)
 
 
 def released_leaves(config: MossAudioConfig) -> dict[str, ReleasedLeaf]:
-    """Our path -> where it comes from, for every parameter of a model."""
+    """Our path -> where it comes from, for every parameter of a model; no released tensor is used twice."""
     channels = config.audio_config.downsample_hidden_size
     specs = parameter_specs(config)
-    return {path: _released_leaf(path, spec.shape, channels) for path, spec in specs.items()}
+    leaves = {path: _released_leaf(path, spec.shape, channels) for path, spec in specs.items()}
+    uses = Counter(name for leaf in leaves.values() for name in leaf.names)
+    doubled = [name for name, count in uses.items() if count > 1]
+    assert not doubled, f"TABLE takes {doubled} for more than one parameter"
+    return leaves
 
 
 def _released_leaf(path: str, shape: tuple[int, ...], channels: int) -> ReleasedLeaf:
-    leaf, layout = next(
-        (leaf, make(channels)) for pattern, leaf, make in TABLE if re.fullmatch(pattern, path)
-    )
+    rows = [(leaf, make(channels)) for pattern, leaf, make in TABLE if re.fullmatch(pattern, path)]
+    assert rows, f"TABLE has no row for {path}"
+    leaf, layout = rows[0]
     stack = next((stack for stack in STACKS if path.startswith(stack + ".")), None)
     parent = path.rpartition(".")[0]
     if stack is None:
@@ -114,6 +126,28 @@ def _released_leaf(path: str, shape: tuple[int, ...], channels: int) -> Released
     # Only its shape counts: this array of bytes holds no data.
     tensor_shape = layout.to_released(np.broadcast_to(np.int8(0), one)).shape
     return ReleasedLeaf(path, shape, names, tensor_shape, layout, stacked=stack is not None)
+
+
+SAFETENSORS_DTYPES = {
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F16": np.dtype(np.float16),
+    "F32": np.dtype(np.float32),
+    "F64": np.dtype(np.float64),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorHeader:
+    """A tensor's place: row after row, from byte `offset` of `file` on."""
+
+    file: str
+    offset: int
+    shape: tuple[int, ...]
+    stored_dtype: str  # safetensors' name for it
+
+    @property
+    def dtype(self) -> np.dtype:
+        return SAFETENSORS_DTYPES[self.stored_dtype]
 
 
 class ReleasedCheckpoint:
@@ -127,105 +161,165 @@ class ReleasedCheckpoint:
         self.directory = Path(directory)
         self.config = MossAudioConfig.from_hf(self.directory)
         self.leaves = released_leaves(self.config)
-        self.tensors = _read_headers(self.directory)
-        self._check_against_config()
-
-    def read(self, name: str) -> np.ndarray:
-        """One tensor. Its file is opened for it alone: an open one would keep all that was read of it in memory."""
-        with safe_open(self.directory / self.tensors[name].file, framework="numpy") as file:
-            return file.get_tensor(name)
-
-    def assemble(self, path: str, dtype: np.dtype | None = None) -> np.ndarray:
-        """The parameter at `path` of our tree, in the dtype it was stored in if none is given."""
-        leaf = self.leaves[path]
-        return leaf.assemble(self.read, np.dtype(dtype or self.tensors[leaf.names[0]].dtype))
-
-    def _check_against_config(self) -> None:
+        weight_map = _read_weight_map(self.directory)
+        self.tensors, problems = _read_headers(self.directory, weight_map)
         expected = {name: leaf.tensor_shape for leaf in self.leaves.values() for name in leaf.names}
-        problems = [f"{name} is missing" for name in expected if name not in self.tensors]
+        if weight_map or not problems:  # else the only file is unreadable, and nothing is known of its tensors
+            missing = expected.keys() - self.tensors.keys() - weight_map.keys()
+            problems += [f"{name} is missing" for name in sorted(missing)]
+        tied_head = self._take_tied_head()
         for name, tensor in self.tensors.items():
-            if name not in expected:
-                problems.append(f"{name} in {tensor.file} is not part of this model")
-            elif tensor.shape != expected[name]:
-                problems.append(
-                    f"{name} in {tensor.file} has shape {tensor.shape}, config.json makes it {expected[name]}"
-                )
-            elif tensor.dtype is None:
-                problems.append(f"{name} in {tensor.file} is not of a floating-point type this port reads")
-        _raise_problems(self.directory, problems)
+            problems += _tensor_problems(name, tensor, expected)
+        if problems:
+            shown = "; ".join(problems[:20]) + ("; ..." if len(problems) > 20 else "")
+            raise MossAudioError(f"{self.directory} has {len(problems)} problem(s): {shown}")
+        if tied_head:
+            self._check_tied_head(tied_head)
+
+    def dtype(self, name: str) -> np.dtype:
+        return self.tensors[name].dtype
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Rows [start, stop) of one tensor, all by default."""
+        return self._read(self.tensors[name], start, stop)
+
+    def assemble(self, path: str, dtype: Any) -> np.ndarray:
+        """The parameter at `path` of our tree, out of released tensors that are read one at a time."""
+        leaf = self.leaves[path]
+        array = np.empty(leaf.shape, dtype)
+        for index, name in enumerate(leaf.names):
+            array[index if leaf.stacked else ...] = leaf.layout.from_released(self.read(name))
+        return array
+
+    def _read(self, tensor: TensorHeader, start: int, stop: int | None) -> np.ndarray:
+        # Not through safetensors, whose mapped file would count as this program's memory.
+        start, stop, _ = slice(start, stop).indices(tensor.shape[0])
+        row_bytes = math.prod(tensor.shape[1:]) * tensor.dtype.itemsize
+        path, size = self.directory / tensor.file, (stop - start) * row_bytes
+        try:
+            data = np.fromfile(path, np.uint8, size, offset=tensor.offset + start * row_bytes)
+        except OSError as error:
+            raise MossAudioError(f"{path} can't be read ({error}): fetch it again") from error
+        if data.size != size:
+            raise MossAudioError(f"{path} became shorter while it was read: fetch it again")
+        return data.view(tensor.dtype).reshape(stop - start, *tensor.shape[1:])
+
+    def _take_tied_head(self) -> TensorHeader | None:
+        """Some tied checkpoints store the head none the less."""
+        return self.tensors.pop(HEAD, None) if self.config.tie_word_embeddings else None
+
+    def _check_tied_head(self, head: TensorHeader) -> None:
+        embedding = self.tensors[EMBEDDING]
+        same = (head.shape, head.stored_dtype) == (embedding.shape, embedding.stored_dtype) and all(
+            np.array_equal(
+                self._read(head, start, start + 1024).view(np.uint8),
+                self._read(embedding, start, start + 1024).view(np.uint8),
+            )
+            for start in range(0, head.shape[0], 1024)
+        )
+        if not same:
+            raise MossAudioError(
+                f"{self.directory / head.file} holds a {HEAD} that differs from {EMBEDDING}, though config.json says "
+                "tie_word_embeddings: set that to false, or remove the tensor"
+            )
 
 
-@dataclasses.dataclass(frozen=True)
-class TensorHeader:
-    file: str
-    shape: tuple[int, ...]
-    dtype: np.dtype | None  # None: a type that is not read
-
-
-SAFETENSORS_DTYPES = {
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "F16": np.dtype(np.float16),
-    "F32": np.dtype(np.float32),
-    "F64": np.dtype(np.float64),
-}
-
-
-def _read_headers(directory: Path) -> dict[str, TensorHeader]:
-    """Tensor name -> header, over all files of a checkpoint; IGNORED_TENSORS are left out."""
-    index_path = directory / INDEX_FILE
-    weight_map = read_json(index_path).get("weight_map") if index_path.exists() else None
-    if index_path.exists() and not (isinstance(weight_map, dict) and weight_map):
-        raise MossAudioError(f"{index_path} has no weight_map: fetch the file again")
-    files = sorted(set(map(str, weight_map.values()))) if weight_map else [SINGLE_FILE]
-    problems = [problem for file in files if (problem := _file_problem(directory, file))]
-    _raise_problems(directory, problems)
-
-    tensors: dict[str, TensorHeader] = {}
-    for file in files:
-        for name, header in _read_header(directory, file).items():
-            if name in tensors:
-                problems.append(f"{name} is in both {tensors[name].file} and {file}")
-            tensors[name] = header
-    if weight_map:
-        problems += [
-            f"{INDEX_FILE} puts {name} into {file}, which does not hold it"
-            for name, file in weight_map.items()
-            if name not in tensors or tensors[name].file != file
-        ]
-        problems += [
-            f"{name} in {tensors[name].file} is not in {INDEX_FILE}"
-            for name in tensors.keys() - weight_map.keys()
-        ]
-    _raise_problems(directory, problems)
-    return {name: header for name, header in tensors.items() if name not in IGNORED_TENSORS}
-
-
-def _file_problem(directory: Path, file: str) -> str | None:
-    path = directory / file
-    if Path(file).name != file or "\\" in file or file in ("", ".", ".."):
-        return f"{INDEX_FILE} names {file!r}: only plain file names inside the directory are read"
+def _read_weight_map(directory: Path) -> dict[str, str]:
+    """Tensor name -> file, as the index has it; empty if there is a single file and no index."""
+    path = directory / INDEX_FILE
     if not path.exists():
-        return f"{file} is missing"
+        return {}
+    try:
+        weight_map = _parse_json(path.read_bytes()).get("weight_map")
+    except (OSError, ValueError, RecursionError) as error:
+        raise MossAudioError(f"{path} can't be read as an index ({error}): fetch the file again") from error
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise MossAudioError(f"{path} has no weight_map: fetch the file again")
+    if (directory / SINGLE_FILE).exists() and SINGLE_FILE not in weight_map.values():
+        raise MossAudioError(
+            f"{directory} holds {SINGLE_FILE} and an {INDEX_FILE} that names other files: remove the one that is stale"
+        )
+    return {name: file if isinstance(file, str) else json.dumps(file) for name, file in weight_map.items()}
+
+
+def _read_headers(directory: Path, weight_map: dict[str, str]) -> tuple[dict[str, TensorHeader], list[str]]:
+    """Tensor name -> header over all files, IGNORED_TENSORS left out, and what is wrong with files and index."""
+    tensors: dict[str, TensorHeader] = {}
+    problems: list[str] = []
+    unread = set()
+    for file in sorted(set(weight_map.values())) or [SINGLE_FILE]:
+        try:
+            _check_file(directory, file)
+            headers = _read_header(directory, file)
+        except MossAudioError as error:
+            problems.append(str(error))
+            unread.add(file)
+            continue
+        problems += [f"{name} is in both {tensors[name].file} and {file}" for name in headers if name in tensors]
+        tensors |= headers
+    for name, file in weight_map.items():
+        if file not in unread and (name not in tensors or tensors[name].file != file):
+            problems.append(f"{INDEX_FILE} puts {name} into {file}, which does not hold it")
+    if weight_map:
+        surplus = sorted(tensors.keys() - weight_map.keys())
+        problems += [f"{name} in {tensors[name].file} is not in {INDEX_FILE}" for name in surplus]
+    return {name: header for name, header in tensors.items() if name not in IGNORED_TENSORS}, problems
+
+
+def _check_file(directory: Path, file: str) -> None:
+    path = directory / file
+    if not re.fullmatch(r"\w[\w.+-]{0,199}", file, re.ASCII):
+        raise MossAudioError(f"{INDEX_FILE} names {file!r}: only plain file names inside the directory are read")
+    if not path.exists():
+        raise MossAudioError(f"{file} is missing")
     if not path.resolve().is_relative_to(directory.resolve()):
-        return f"{file} is a link to outside the directory: copy the file itself here (cp -L)"
-    return None if path.is_file() else f"{file} is not a file"
+        raise MossAudioError(
+            f"{file} is a link to outside the directory: copy the file itself here (`cp -L`, or `hf download "
+            "--local-dir`)"
+        )
+    if not path.is_file():
+        raise MossAudioError(f"{file} is not a file")
 
 
 def _read_header(directory: Path, file: str) -> dict[str, TensorHeader]:
     try:
-        with safe_open(directory / file, framework="numpy") as handle:
-            slices = {name: handle.get_slice(name) for name in handle.keys()}
-            return {
-                name: TensorHeader(file, tuple(one.get_shape()), SAFETENSORS_DTYPES.get(one.get_dtype()))
-                for name, one in slices.items()
-            }
-    except (SafetensorError, OSError) as error:
-        raise MossAudioError(
-            f"{directory / file} is damaged or no safetensors file ({error}): fetch it again"
-        ) from error
+        with safe_open(directory / file, framework="numpy"):
+            pass  # checks the whole header, and that the file is as long as it says
+        with (directory / file).open("rb") as handle:
+            length = int.from_bytes(handle.read(8), "little")
+            header = _parse_json(handle.read(length))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise MossAudioError(f"{file} is damaged or no safetensors file ({error}): fetch it again") from error
+    header.pop("__metadata__", None)
+    return {
+        name: TensorHeader(file, 8 + length + entry["data_offsets"][0], tuple(entry["shape"]), entry["dtype"])
+        for name, entry in header.items()
+    }
 
 
-def _raise_problems(directory: Path, problems: list[str]) -> None:
-    if problems:
-        shown = "; ".join(problems[:20]) + ("; ..." if len(problems) > 20 else "")
-        raise MossAudioError(f"{directory} has {len(problems)} problem(s): {shown}")
+def _tensor_problems(name: str, tensor: TensorHeader, expected: dict[str, tuple[int, ...]]) -> list[str]:
+    if name not in expected:
+        return [f"{name} in {tensor.file} is not part of this model"]
+    problems = []
+    if tensor.shape != expected[name]:
+        problems.append(f"{name} in {tensor.file} has shape {tensor.shape}, config.json makes it {expected[name]}")
+    if tensor.stored_dtype not in SAFETENSORS_DTYPES:
+        types = ", ".join(SAFETENSORS_DTYPES)
+        problems.append(f"{name} in {tensor.file} is of type {tensor.stored_dtype}, and this port reads {types}")
+    return problems
+
+
+def _parse_json(text: bytes) -> dict[str, Any]:
+    """A JSON object in which no key stands twice: safetensors, and Python, would silently take the last."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        counts = Counter(key for key, _ in pairs)
+        doubled = [key for key, count in counts.items() if count > 1]
+        if doubled:
+            raise ValueError(f"{', '.join(doubled[:5])} stands in it more than once")
+        return dict(pairs)
+
+    content = json.loads(text, object_pairs_hook=unique)
+    if not isinstance(content, dict):
+        raise ValueError(f"it holds a {type(content).__name__} instead of an object")
+    return content

@@ -11,7 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from moss_audio_jax.errors import MossAudioError
 
-# replica: whole copies (data parallel across slices); fsdp: data parallel with sharded parameters; tensor: within a layer.
+# replica: whole copies, for slices; fsdp: data parallel, parameters cut; tensor: parallel within a layer.
 MESH_AXES = ("replica", "fsdp", "tensor")
 
 RULES: dict[str | None, str | tuple[str, ...] | None] = {
@@ -62,9 +62,7 @@ def partition_spec(logical_axes: Sequence[str | None], mesh: Mesh | Any) -> Part
     return PartitionSpec(*(present(RULES[axis]) for axis in logical_axes))
 
 
-def named_sharding(
-    name: str, shape: Sequence[int], logical_axes: Sequence[str | None], mesh: Mesh
-) -> NamedSharding:
+def named_sharding(name: str, shape: Sequence[int], logical_axes: Sequence[str | None], mesh: Mesh) -> NamedSharding:
     """The sharding of tensor `name` on `mesh`; a dimension that the mesh does not divide is an error naming both."""
     spec = partition_spec(logical_axes, mesh)
     for size, axis, entry in zip(shape, logical_axes, spec, strict=True):

@@ -62,8 +62,8 @@ _TO_LATIN_1 = {ord(character): byte for character, byte in _BYTE_ALPHABET.items(
 class Tokenizer:
     """Qwen2's byte-level BPE over text in Unicode's NFC form.
 
-    Ids equal those of transformers' Qwen2Tokenizer for every character of Unicode 14. Which newer ones are letters
-    is up to the Unicode version that the `tokenizers` library (here) or `regex` (there) was built with.
+    Ids equal those of transformers' Qwen2Tokenizer for every character of Unicode 14. Which newer ones are
+    letters is up to the Unicode version that the `tokenizers` library (here) or `regex` (there) was built with.
     """
 
     def __init__(self, core: tokenizers.Tokenizer, source: str | Path):
@@ -71,9 +71,7 @@ class Tokenizer:
         core.no_truncation()
         core.no_padding()
         vocabulary = core.get_vocab(with_added_tokens=True)
-        absent = [
-            token for token in ("<|im_start|>", "<|im_end|>", *_BYTE_ALPHABET) if token not in vocabulary
-        ]
+        absent = [token for token in ("<|im_start|>", "<|im_end|>", *_BYTE_ALPHABET) if token not in vocabulary]
         if absent:
             raise MossAudioError(
                 f"the tokenizer of {source} lacks {absent[0]!r}, which every Qwen tokenizer has: "
@@ -84,9 +82,7 @@ class Tokenizer:
         self._special_ids = {token_id for token_id, token in added.items() if token.special}
         try:
             self._bytes = {
-                token_id: token.encode()
-                if token_id in added
-                else token.translate(_TO_LATIN_1).encode("latin-1")
+                token_id: token.encode() if token_id in added else token.translate(_TO_LATIN_1).encode("latin-1")
                 for token, token_id in vocabulary.items()
             }
         except UnicodeEncodeError as error:
@@ -159,9 +155,7 @@ class StreamDecoder:
 def _read_released(directory: Path) -> tokenizers.Tokenizer:
     added = _read_added_tokens(directory)
     # Added tokens stand in the vocabulary too: the library numbers those it does not find there by itself.
-    vocabulary = read_json(directory / "vocab.json") | {
-        token.content: token_id for token_id, token in added.items()
-    }
+    vocabulary = read_json(directory / "vocab.json") | {token.content: token_id for token_id, token in added.items()}
     merges = _read_merges(directory / "merges.txt")
     try:
         if len(set(vocabulary.values())) < len(vocabulary):
@@ -194,8 +188,7 @@ def _read_merges(path: Path) -> list[tuple[str, str]]:
         parts = line.split()
         if len(parts) != 2:
             raise MossAudioError(
-                f"{path} line {number}: expected two tokens with a space between, found {line!r}: "
-                "fetch the file again"
+                f"{path} line {number}: expected two tokens with a space between, found {line!r}: fetch the file again"
             )
         merges.append((parts[0], parts[1]))
     return merges
@@ -209,14 +202,9 @@ def _read_added_tokens(directory: Path) -> dict[int, AddedToken]:
     )
     try:
         if "added_tokens_decoder" in config:
-            return {
-                int(token_id): AddedToken(**token)
-                for token_id, token in config["added_tokens_decoder"].items()
-            }
+            return {int(token_id): AddedToken(**token) for token_id, token in config["added_tokens_decoder"].items()}
         special = {token for content in (names, config) for token in _special_tokens(content)}
-        return {
-            int(token_id): AddedToken(token, special=token in special) for token, token_id in added.items()
-        }
+        return {int(token_id): AddedToken(token, special=token in special) for token, token_id in added.items()}
     except (TypeError, ValueError, AttributeError, KeyError) as error:
         raise MossAudioError(
             f"the added tokens in tokenizer_config.json or added_tokens.json of {directory} can't be used "
@@ -233,9 +221,7 @@ def _special_tokens(content: dict) -> Iterator[str]:
                     yield token["content"] if isinstance(token, dict) else token
 
 
-def audio_span(
-    num_audio_tokens: int, time_markers: bool = True, processor: ProcessorConfig = RELEASED
-) -> list[int]:
+def audio_span(num_audio_tokens: int, time_markers: bool = True, processor: ProcessorConfig = RELEASED) -> list[int]:
     """Ids between <|audio_bos|> and <|audio_eos|>: one a token, 12.5 a second, and the time between them.
 
     A time marker follows every 25 audio tokens: the whole seconds so far in decimal digits, one token a
@@ -243,8 +229,7 @@ def audio_span(
     """
     if num_audio_tokens < 1:
         raise MossAudioError(
-            f"a clip must have at least one audio token (10 ms), but one has {num_audio_tokens}: "
-            "leave out empty clips"
+            f"a clip must have at least one audio token (10 ms), but one has {num_audio_tokens}: leave out empty clips"
         )
     audio = processor.audio_token_id
     if not time_markers:

@@ -1,11 +1,23 @@
-"""Where the tests find their data."""
+"""The machine the tests run on, the recorded checkpoint, and where their data is."""
 
 import os
+
+# Before JAX starts: eight devices on the CPU, for meshes.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
+from moss_audio_jax import ModelInputs, MossAudio, load_model, make_inputs
+
 TESTS = Path(__file__).parent
+TINY_AUDIO_ID = 511  # tests/data/tiny has no processor_config.json to say so
+
+jax.config.update("jax_default_matmul_precision", "highest")
 
 
 @pytest.fixture(scope="session")
@@ -15,8 +27,35 @@ def data_dir() -> Path:
 
 @pytest.fixture(scope="session")
 def goldens_dir() -> Path:
-    """Recordings too large for the repository: in $MOSS_AUDIO_GOLDENS or else ../shared/goldens, from its root."""
+    """Recordings too large for the repository: $MOSS_AUDIO_GOLDENS or else ../shared/goldens beside it."""
     directory = Path(os.environ.get("MOSS_AUDIO_GOLDENS", TESTS.parents[1] / "shared" / "goldens"))
     if not directory.is_dir():
         pytest.skip(f"{directory} is absent: set MOSS_AUDIO_GOLDENS to the recorded outputs")
     return directory
+
+
+@pytest.fixture(scope="session")
+def tiny(data_dir: Path) -> MossAudio:
+    """The recorded small checkpoint, in float32."""
+    return load_model(data_dir / "tiny")
+
+
+def random_mel(frames: int, seed: int = 0) -> np.ndarray:
+    """A mel [128, frames] in the range of real ones."""
+    return np.random.default_rng(seed).uniform(-1.0, 1.5, (128, frames)).astype(np.float32)
+
+
+def question(model: MossAudio, clips: list[int], text: int = 5, seed: int = 0) -> ModelInputs:
+    """One sequence: `text` random ids, random clips of so many frames each, and as many ids again."""
+    ids, mels = question_parts(clips, text, seed)
+    return make_inputs([ids], [mels], config=model.config, audio_token_id=TINY_AUDIO_ID)
+
+
+def question_parts(clips: list[int], text: int = 5, seed: int = 0) -> tuple[list[int], list[np.ndarray]]:
+    """The ids and mels of `question`, to be batched with others."""
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(0, 500, text).tolist()
+    for frames in clips:
+        ids += [509, *[TINY_AUDIO_ID] * -(-frames // 8), 510]
+    ids += rng.integers(0, 500, text).tolist()
+    return ids, [random_mel(frames, seed + i) for i, frames in enumerate(clips)]

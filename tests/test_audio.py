@@ -2,7 +2,6 @@
 
 import io
 import math
-import os
 import tracemalloc
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import soundfile
 
 from moss_audio_jax.audio import (
     MelConfig,
+    _resampled_length,
     load_audio,
     log_mel,
     num_audio_tokens,
@@ -22,7 +22,6 @@ from moss_audio_jax.errors import MossAudioError
 
 FRONTEND = dict(np.load(Path(__file__).parent / "data" / "frontend.npz"))
 CLIPS = [key.removeprefix("wav:") for key in FRONTEND if key.startswith("wav:")]
-SHARED = Path(os.environ.get("MOSS_AUDIO_SHARED", Path(__file__).parents[2] / "shared"))
 LOSSLESS = ["wav", "flac"]
 FORMATS = [*LOSSLESS, "ogg", "mp3"]
 
@@ -97,9 +96,11 @@ def test_log_mel_equals_the_recorded_one(clip: str) -> None:
     mel, recorded = log_mel(FRONTEND[f"wav:{clip}"]), FRONTEND[f"mel:{clip}"]
     assert mel.dtype == np.float32 and mel.shape == recorded.shape
     np.testing.assert_allclose(mel, recorded, rtol=0, atol=1e-5)
-    differing = np.count_nonzero(round_bfloat16(mel) != round_bfloat16(recorded))
-    print(f"{clip}: {differing} of {mel.size} values differ after rounding to bfloat16")
-    assert differing <= 2  # 0 where this was written; another FFT may move a value across a rounding boundary
+    differing = np.count_nonzero(mel != recorded)
+    differing_rounded = np.count_nonzero(round_bfloat16(mel) != round_bfloat16(recorded))
+    print(f"{clip}: {differing} of {mel.size} values differ, {differing_rounded} after rounding to bfloat16")
+    # Both 0 where this was written; another FFT's float64 may move a value across a rounding boundary.
+    assert differing <= mel.size // 1000 and differing_rounded <= 2
 
 
 @pytest.mark.parametrize("samples", [160, 161, 199, 200, 201, 319, 320, 401, 20479, 20480, 20641])
@@ -138,7 +139,6 @@ def test_log_mel_of_ten_minutes_takes_little_memory() -> None:
         (np.full(16000, np.inf, np.float32), "found NaN or infinity"),
     ],
 )
-@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 def test_log_mel_refuses(wave: np.ndarray, found: str) -> None:
     with pytest.raises(MossAudioError, match=found):
         log_mel(wave)
@@ -182,17 +182,27 @@ def test_resample_equals_the_formula(orig: int, new: int, samples: int) -> None:
     wave = noise(samples)
     resampled = resample(wave, orig, new)
     assert resampled.dtype == np.float32 and len(resampled) == math.ceil(samples * new / orig)
-    # With times rounded to float32 like torchaudio's, then without: they differ by what that rounding makes of t.
+    # With times rounded to float32 like torchaudio's, then without, as far apart as that rounding moves t.
     np.testing.assert_allclose(resampled, direct_resample(wave, orig, new, np.float32), rtol=0, atol=2e-7)
     error_of_t = np.finfo(np.float32).eps * min(orig, new) / math.gcd(orig, new)
     exact = direct_resample(wave, orig, new, np.float64)
     np.testing.assert_allclose(resampled, exact, rtol=0, atol=2e-7 + error_of_t * np.abs(wave).max())
 
 
-def test_resample_rounds_the_length_like_torchaudio() -> None:
-    samples = 441 * 1000 + pow(160, -1, 441)  # 160/441 of it is 1/441 above an integer: lost in float32
-    assert samples * 160 % 441 == 1
-    assert len(resample(np.zeros(samples, np.float32), 44100, 16000)) == samples * 160 // 441
+@pytest.mark.parametrize(
+    "samples, orig, new, length",
+    [
+        (441000, 441, 160, 160000),
+        (441001, 441, 160, 160001),
+        (163983516, 441, 160, 59495152),  # the exact ceiling is 2 more
+        (301313086, 441, 160, 109319944),  # 3 less
+        (226719802, 3, 1, 75573264),  # 4 more
+        (226092957, 1, 2, 452185916),  # 2 less, and all there is: float32 gives 4 more
+    ],
+)
+def test_resampled_length_is_torchaudios(samples: int, orig: int, new: int, length: int) -> None:
+    """Recorded from PyTorch by running torchaudio's pad, conv1d and slice on shapes alone."""
+    assert _resampled_length(samples, orig, new) == length
 
 
 def test_resample_of_nearly_coprime_rates_takes_little_memory() -> None:
@@ -216,10 +226,9 @@ def test_resample_refuses_rates(orig: int, new: int) -> None:
         resample(noise(100), orig, new)
 
 
-@pytest.mark.skipif(not SHARED.exists(), reason="the recorded mp3 lies outside the repository")
-def test_load_audio_and_mel_of_the_recorded_mp3() -> None:
-    recorded = np.load(SHARED / "goldens" / "e2e_test_en.npz")
-    wave, mel = load_audio(SHARED / "audio" / "test_en.mp3"), recorded["mel_bf16_as_f32"][0]
+def test_load_audio_and_mel_of_the_recorded_mp3(goldens_dir: Path) -> None:
+    recorded = np.load(goldens_dir / "e2e_test_en.npz")
+    wave, mel = load_audio(goldens_dir.parent / "audio" / "test_en.mp3"), recorded["mel_bf16_as_f32"][0]
     assert wave.dtype == np.float32 and wave.shape == recorded["waveform_16k"].shape
     print(f"largest difference of the waveform: {np.abs(wave - recorded['waveform_16k']).max():.1e}")
     np.testing.assert_allclose(wave, recorded["waveform_16k"], rtol=0, atol=1.2e-7)
@@ -257,7 +266,7 @@ def test_load_audio_cuts_to_the_sample(tmp_path: Path, suffix: str) -> None:
         (9.5, 99.0, slice(152000, 160000)),
     ]:
         cut = load_audio(path, start=start, end=end)
-        # The mp3 decoder sums in another order after a seek: a last bit.
+        # After a seek the mp3 decoder itself comes out a last bit (3e-8) off.
         np.testing.assert_allclose(cut, whole[samples], rtol=0, atol=6e-8 if suffix == "mp3" else 0)
 
 
@@ -311,6 +320,7 @@ def with_sample(value: float) -> bytes:
         ("nan.wav", with_sample(np.nan), {}, "NaN or infinity"),
         ("inf.wav", with_sample(-np.inf), {}, "NaN or infinity"),
         ("late.wav", with_sample(0), {"start": 1.0}, r"within its 1.000 s, found start=1.0 and end=None"),
+        ("later.wav", with_sample(0), {"start": 2.0, "end": 3.0}, "start=2.0 and end=3.0"),
         ("swapped.wav", with_sample(0), {"start": 0.8, "end": 0.2}, "start=0.8 and end=0.2"),
         ("negative.wav", with_sample(0), {"start": -0.5}, "start=-0.5"),
         ("not_a_time.wav", with_sample(0), {"end": math.nan}, "end=nan"),

@@ -1,9 +1,9 @@
 """MOSS-Audio in PyTorch, one prompt at a time: what the JAX port is compared with.
 
 The transformer layers are those of transformers 4.57.1 (Whisper's encoder layer, Qwen3); the glue around them
-is our own, written for clarity rather than speed. Parameters carry the released checkpoint's names, so released
-files load as they are, and one run hands out every stage of the computation. `test_reference` proves it against
-recorded outputs of the original model.
+is our own, written for clarity rather than speed. Parameters carry the released checkpoint's names, so
+released files load as they are, and one run hands out every stage of the computation. `test_reference` proves
+it against recorded outputs of the original model.
 """
 
 import json
@@ -90,11 +90,11 @@ class Encoder(nn.Module):
         x = self.stem(padded)
         is_token = torch.arange(x.shape[1]) < tokens[:, None]
         # Added to the attention scores [chunks, heads, queries, keys]: padded tokens are no keys.
-        bias = torch.where(is_token, 0.0, torch.finfo(x.dtype).min).to(x.dtype)[:, None, None, :]
+        bias = torch.zeros(is_token.shape, dtype=x.dtype).masked_fill(~is_token, torch.finfo(x.dtype).min)
 
         outputs = []
         for layer in self.layers:
-            x = layer(x, attention_mask=bias, layer_head_mask=None)[0]
+            x = layer(x, attention_mask=bias[:, None, None, :], layer_head_mask=None)[0]
             outputs.append(x)
         # The taps skip the final norm, but not the projection.
         states = [self.layer_norm(x), *(outputs[tap] for tap in self.taps)]
@@ -154,7 +154,7 @@ class ReferenceModel(nn.Module):
     def forward(self, input_ids: Tensor, mels: Sequence[Tensor], audio_token_id: int) -> Stages:
         """A prompt [1, S] and the mels [num_mel_bins, frames] of its clips -> every stage up to the logits.
 
-        `input_ids` holds `audio_token_id` once for every audio token of the clips, in order (else ValueError).
+        `input_ids` holds `audio_token_id` once for each audio token of the clips, in order (else ValueError).
         The mels are as the MOSS-Audio processor makes them: rounded to bfloat16.
         """
         return self._prefill(input_ids, mels, audio_token_id, cache=None)
@@ -188,9 +188,7 @@ class ReferenceModel(nn.Module):
         is_audio = input_ids == audio_token_id
         places, needed = int(is_audio.sum()), sum(token_count(mel.shape[1]) for mel in mels)
         if places != needed:
-            raise ValueError(
-                f"{len(mels)} clips make {needed} audio tokens; the prompt has places for {places}"
-            )
+            raise ValueError(f"{len(mels)} clips make {needed} audio tokens; the prompt holds {places}")
         if not mels:
             return Stages(audio=None, logits=self._logits(embeds, cache))
         audio = self.encode_audio(mels)

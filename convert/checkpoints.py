@@ -1,0 +1,43 @@
+"""What the two layouts have in common: configuration and tokenizer files beside tensors with released names."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from convert.orbax_files import OrbaxCheckpoint
+from moss_audio_jax.checkpoint import companion_files, layout_of
+from moss_audio_jax.config import read_json
+from moss_audio_jax.released import ReleasedCheckpoint, ReleasedLeaf
+
+Checkpoint = ReleasedCheckpoint | OrbaxCheckpoint
+# Where config.json says what type the weights have; the older name is still met.
+DTYPE_KEYS = ("dtype", "torch_dtype")
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """A checkpoint of either layout, checked against its configuration; its tensors are not read yet."""
+    return OrbaxCheckpoint(path) if layout_of(path) == "orbax" else ReleasedCheckpoint(path)
+
+
+def by_released_name(leaves: dict[str, ReleasedLeaf]) -> dict[str, ReleasedLeaf]:
+    """Released name -> the parameter it belongs to, layer by layer."""
+    named = {name: leaf for leaf in leaves.values() for name in leaf.names}
+
+    def numerically(name: str) -> list[int | str]:
+        return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+
+    return {name: named[name] for name in sorted(named, key=numerically)}
+
+
+def copy_companions(source: Checkpoint, target: Path, dtype: np.dtype | None) -> None:
+    """Copies configuration and tokenizer files byte for byte, except that config.json tells of a changed type."""
+    for file in companion_files(source.directory):
+        shutil.copyfile(file, target / file.name)
+    if dtype is not None and any(source.dtype(name) != dtype for name in by_released_name(source.leaves)):
+        config = read_json(target / "config.json")
+        keys = [key for key in DTYPE_KEYS if key in config] or DTYPE_KEYS[:1]
+        config |= dict.fromkeys(keys, str(dtype))
+        (target / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")

@@ -1,0 +1,126 @@
+"""Orbax checkpoints written and read piece by piece, each piece as large as memory is meant to be.
+
+Orbax itself saves and restores whole leaves, and the largest leaf of the 8B model has 3.6 GB. A handler for a type of
+our own writes the same plain checkpoint from pieces, and opens a leaf without reading it.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+
+from convert.pieces import chunk_shape
+from moss_audio_jax.checkpoint import PARAMS, check_stored, flatten, unflatten
+from moss_audio_jax.config import MossAudioConfig
+from moss_audio_jax.errors import MossAudioError
+from moss_audio_jax.released import released_leaves
+
+Piece = tuple[Any, np.ndarray]  # where in the array, as an index, and what
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamedArray:
+    """An array that exists only piece by piece; together the pieces cover it."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    pieces: Callable[[], Iterator[Piece]]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class StreamedArrayHandler(ocp.type_handlers.NumpyHandler):
+    """Saves `StreamedArray`s as plain array leaves; restores leaves as TensorStores, of which nothing is read yet."""
+
+    async def serialize(self, values: Sequence[Any], infos: Sequence[Any], args: Any = None) -> list:
+        for value, info in zip(values, infos, strict=True):
+            await info.await_path_creation()
+            spec = ocp.type_handlers.get_json_tspec_write(
+                info,
+                use_ocdbt=info.is_ocdbt_checkpoint,
+                global_shape=value.shape,
+                local_shape=chunk_shape(value.shape, value.dtype.itemsize),
+                dtype=value.dtype,
+                process_index=0,
+                arg=ocp.SaveArgs(),
+            )
+            array = await ts.open(ts.Spec(spec), create=True, open=True, context=info.ts_context)
+            for region, block in value.pieces():
+                await array[region].write(block, can_reference_source_data_indefinitely=True)
+        return []
+
+    async def deserialize(self, infos: Sequence[Any], args: Any = None) -> list[ts.TensorStore]:
+        specs = [ocp.type_handlers.get_json_tspec_read(info, use_ocdbt=info.is_ocdbt_checkpoint) for info in infos]
+        return [
+            await ts.open(ts.Spec(spec), open=True, read=True, context=info.ts_context)
+            for spec, info in zip(specs, infos, strict=True)
+        ]
+
+
+def _checkpointer() -> ocp.Checkpointer:
+    # Without an entry for jax.Array Orbax warns.
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (StreamedArray, StreamedArrayHandler()), (jax.Array, ocp.type_handlers.ArrayHandler())
+    )
+    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=registry))
+
+
+def save_streamed(params: Path, leaves: dict[str, StreamedArray]) -> None:
+    """Writes a checkpoint of `leaves` by path, in the stacked tree that `load_model` restores."""
+    try:
+        with _checkpointer() as checkpointer:
+            checkpointer.save(params.absolute(), args=ocp.args.PyTreeSave(unflatten(leaves)))
+    except MossAudioError:
+        raise
+    except ValueError as error:  # TensorStore's only error, a full disk included
+        raise OSError(f"Orbax: {error}") from error
+
+
+class OrbaxCheckpoint:
+    """An Orbax directory seen as released tensors, read in rows; the same face as `ReleasedCheckpoint`.
+
+    Raises MossAudioError if what is stored does not fit the directory's configuration.
+    """
+
+    def __init__(self, directory: str | Path):
+        self.directory = Path(directory)
+        self.params = (self.directory / PARAMS).absolute()
+        self.config = MossAudioConfig.from_hf(self.directory)
+        check_stored(self.params, self.config)
+        self.leaves = released_leaves(self.config)
+        self._places = {name: (leaf, i) for leaf in self.leaves.values() for i, name in enumerate(leaf.names)}
+        self._stores = self._open()
+
+    def dtype(self, name: str) -> np.dtype:
+        leaf, _ = self._places[name]
+        return self._stores[leaf.path].dtype.numpy_dtype
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Rows [start, stop) of what a released file would hold under `name`, all by default."""
+        leaf, index = self._places[name]
+        start, stop, _ = slice(start, stop).indices(leaf.tensor_shape[0])
+        try:
+            block = self._stores[leaf.path][leaf.region(index, start, stop)].read().result()
+        except (ValueError, OSError) as error:
+            raise self._damaged(error) from error
+        return leaf.layout.to_released(block)
+
+    def _open(self) -> dict[str, ts.TensorStore]:
+        restore_args = unflatten({path: ocp.RestoreArgs(restore_type=StreamedArray) for path in self.leaves})
+        try:
+            with _checkpointer() as checkpointer:
+                tree = checkpointer.restore(self.params, args=ocp.args.PyTreeRestore(restore_args=restore_args))
+        except (ValueError, OSError) as error:
+            raise self._damaged(error) from error
+        return flatten(tree)
+
+    def _damaged(self, error: Exception) -> MossAudioError:
+        return MossAudioError(f"{self.params} can't be read, its files are damaged ({error}): convert it again")

@@ -1,0 +1,48 @@
+"""How a checkpoint is cut for streaming: the chunks Orbax stores, and the pieces that are in memory at a time."""
+
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from moss_audio_jax.errors import MossAudioError
+from moss_audio_jax.released import ReleasedLeaf
+
+PIECE_BYTES = 64 << 20  # one read, and one commit of an Orbax checkpoint
+# A shard narrower than a chunk has to read the whole chunk, so small chunks bound what a sharded restore reads in vain.
+CHUNK_BYTES = 2 << 20
+
+
+def chunk_shape(shape: Sequence[int], itemsize: int) -> tuple[int, ...]:
+    """The chunks an array is stored in: one layer of a stack, halved on its least cut even axis until small enough."""
+    chunk = list(shape)
+    if len(chunk) >= 3 and math.prod(chunk) * itemsize > CHUNK_BYTES:
+        chunk[0] = 1
+    while math.prod(chunk) * itemsize > CHUNK_BYTES:
+        even = [axis for axis, size in enumerate(chunk) if size % 2 == 0]
+        if not even:
+            break
+        axis = min(even, key=lambda axis: (shape[axis] // chunk[axis], -shape[axis]))
+        chunk[axis] //= 2
+    return tuple(chunk)
+
+
+def row_blocks(leaf: ReleasedLeaf, itemsize: int) -> Iterator[tuple[int, int]]:
+    """Rows [start, stop) of each released tensor of `leaf`, PIECE_BYTES at most and, where possible, whole chunks."""
+    rows = leaf.tensor_shape[0]
+    most = PIECE_BYTES // (itemsize * math.prod(leaf.tensor_shape[1:]))
+    chunk = chunk_shape(leaf.shape, itemsize)[leaf.rows_axis]
+    step = max(most // chunk * chunk, min(most, chunk), 1)
+    for start in range(0, rows, step):
+        yield start, min(start + step, rows)
+
+
+def cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+    """`array` in another floating-point type, rounded to nearest even; a value too large for it is an error."""
+    if array.dtype == dtype:
+        return array
+    with np.errstate(over="ignore"):
+        converted = array.astype(dtype)
+    if np.isinf(converted).sum() != np.isinf(array).sum():
+        raise MossAudioError(f"{name} holds values too large for {dtype}: convert to a wider type")
+    return converted

@@ -1,0 +1,53 @@
+"""A directory that is there whole or not at all."""
+
+import contextlib
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from moss_audio_jax.checkpoint import require_empty
+from moss_audio_jax.errors import MossAudioError
+
+# Measured: conversions hold a few pieces of `pieces.PIECE_BYTES`, whatever the size of the model (docs/conversion.md).
+PEAK_MEMORY_GB = 0.7
+
+
+def check_target(target: str | Path) -> Path:
+    """The absolute path of a directory that may be written: it must be new or empty."""
+    target = Path(target).resolve()
+    require_empty(target)
+    if os.path.ismount(target):
+        raise MossAudioError(f"{target} is a mount point and can't be replaced: name a new directory inside it")
+    return target
+
+
+@contextlib.contextmanager
+def staged(target: Path, required_bytes: int) -> Iterator[Path]:
+    """A new directory beside `target`, which becomes `target` at the end; after any error nothing is left of it.
+
+    Says what will be needed and refuses if the disk has not that much room.
+    """
+    existing = next(parent for parent in target.parents if parent.exists())
+    free = shutil.disk_usage(existing).free
+    required = required_bytes + required_bytes // 50 + (1 << 20)  # headers, manifests, padding
+    print(
+        f"writing {target}: needs up to {required / 1e9:.2f} GB of disk ({free / 1e9:.2f} GB are free) "
+        f"and about {PEAK_MEMORY_GB} GB of memory",
+        file=sys.stderr,
+    )
+    if required > free:
+        raise MossAudioError(
+            f"{target} would take up to {required / 1e9:.2f} GB and {existing} has {free / 1e9:.2f} GB free: "
+            "make room, or choose another disk"
+        )
+    work = target.with_name(f"{target.name}.partial-{os.getpid()}")
+    try:
+        work.mkdir(parents=True)
+        yield work
+        os.rename(work, target)  # over an empty directory, too
+    except OSError as error:
+        raise MossAudioError(f"{target} can't be written ({error}): nothing was left behind") from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)

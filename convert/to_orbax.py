@@ -1,0 +1,81 @@
+"""Released safetensors files -> an Orbax checkpoint of the stacked tree, streamed."""
+
+import math
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from convert.checkpoints import copy_companions
+from convert.orbax_files import Piece, StreamedArray, save_streamed
+from convert.pieces import PIECE_BYTES, cast, row_blocks
+from convert.staging import check_target, staged
+from moss_audio_jax.checkpoint import PARAMS, is_orbax
+from moss_audio_jax.errors import MossAudioError
+from moss_audio_jax.released import ReleasedCheckpoint, ReleasedLeaf
+
+
+def convert_to_orbax(source: str | Path, target: str | Path, dtype: np.dtype | None = None) -> None:
+    """Writes `target`, a new directory, from the released directory `source`.
+
+    dtype: of all parameters; None keeps each as it is stored.
+    """
+    target = check_target(target)
+    if is_orbax(source):
+        raise MossAudioError(f"{source} is an Orbax checkpoint already: give a released directory")
+    released = ReleasedCheckpoint(source)
+    dtypes = leaf_dtypes(released, dtype)
+    sizes = {path: math.prod(leaf.shape) * dtypes[path].itemsize for path, leaf in released.leaves.items()}
+    with staged(target, sum(sizes.values())) as work:
+        copy_companions(released, work, dtype)
+        with tqdm(total=sum(sizes.values()), unit="B", unit_scale=True, disable=None) as progress:
+            leaves = {
+                path: StreamedArray(leaf.shape, dtypes[path], partial(pieces, released, leaf, dtypes[path], progress))
+                for path, leaf in released.leaves.items()
+            }
+            save_streamed(work / PARAMS, leaves)
+
+
+def leaf_dtypes(released: ReleasedCheckpoint, dtype: np.dtype | None) -> dict[str, np.dtype]:
+    """Path -> the type a parameter gets; layers that are to be stacked but differ in type are an error."""
+    if dtype is not None:
+        return dict.fromkeys(released.leaves, dtype)
+    dtypes, problems = {}, []
+    for path, leaf in released.leaves.items():
+        found = sorted({str(released.dtype(name)) for name in leaf.names})
+        if len(found) > 1:
+            problems.append(f"{leaf.names[0]} and its like in other layers are {' and '.join(found)}")
+        dtypes[path] = released.dtype(leaf.names[0])
+    if problems:
+        raise MossAudioError(
+            f"{released.directory} mixes types within stacks of layers ({'; '.join(problems[:5])}): "
+            "choose one with --dtype"
+        )
+    return dtypes
+
+
+def pieces(released: ReleasedCheckpoint, leaf: ReleasedLeaf, dtype: np.dtype, progress: tqdm) -> Iterator[Piece]:
+    """Our array in blocks of whole layers or, where a layer is larger than a piece, blocks of its released rows."""
+
+    def block(name: str, start: int, stop: int | None) -> np.ndarray:
+        return leaf.layout.from_released(cast(released.read(name, start, stop), dtype, name))
+
+    layer_bytes = math.prod(leaf.tensor_shape) * dtype.itemsize
+    layers_at_once = PIECE_BYTES // layer_bytes
+    for first in range(0, len(leaf.names), max(layers_at_once, 1)):
+        names = leaf.names[first : first + max(layers_at_once, 1)]
+        if not layers_at_once:
+            for start, stop in row_blocks(leaf, dtype.itemsize):
+                yield leaf.region(first, start, stop), block(names[0], start, stop)
+                progress.update((stop - start) * layer_bytes // leaf.tensor_shape[0])
+            continue
+        if leaf.stacked:
+            layers = np.empty((len(names), *leaf.shape[1:]), dtype)
+            for layer, name in zip(layers, names, strict=True):
+                layer[...] = block(name, 0, None)
+            yield slice(first, first + len(names)), layers
+        else:
+            yield ..., block(names[0], 0, None)
+        progress.update(layer_bytes * len(names))

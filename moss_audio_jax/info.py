@@ -1,0 +1,56 @@
+"""What a checkpoint is made of, without reading its tensors."""
+
+import math
+from pathlib import Path
+
+from moss_audio_jax.checkpoint import PARAMS, is_orbax, stored_shapes
+from moss_audio_jax.config import MossAudioConfig
+from moss_audio_jax.released import ReleasedCheckpoint
+
+# The parts of the model, by the beginning of their parameters' paths.
+PARTS = ("audio_encoder", "audio_adapter", "deepstack_audio_merger_list", "language_model", "lm_head")
+
+
+def describe(path: str | Path) -> str:
+    """A table of the model's parameters, stacked as this port stores them, with a sum for each part."""
+    path = Path(path)
+    if is_orbax(path):
+        layout, config, stored = "Orbax", MossAudioConfig.from_hf(path), stored_shapes(path / PARAMS)
+    else:
+        layout, released = "released PyTorch layout", ReleasedCheckpoint(path)
+        config = released.config
+        dtypes = {name: released.tensors[leaf.names[0]].dtype for name, leaf in released.leaves.items()}
+        stored = {name: (leaf.shape, dtypes[name]) for name, leaf in released.leaves.items()}
+
+    rows: list[tuple[str, str, str, str, str]] = [("parameter", "shape", "dtype", "parameters", "bytes")]
+    total_count = total_bytes = 0
+    for part in PARTS:
+        leaves = {name: leaf for name, leaf in stored.items() if name.startswith(part + ".")}
+        counts = {name: math.prod(shape) for name, (shape, _) in leaves.items()}
+        sizes = {name: counts[name] * dtype.itemsize for name, (_, dtype) in leaves.items()}
+        for name, (shape, dtype) in leaves.items():
+            rows.append((name, "x".join(map(str, shape)), str(dtype), f"{counts[name]:,}", f"{sizes[name]:,}"))
+        rows.append((f"{part}: sum", "", "", f"{sum(counts.values()):,}", f"{sum(sizes.values()):,}"))
+        total_count, total_bytes = total_count + sum(counts.values()), total_bytes + sum(sizes.values())
+    rows.append(("all", "", "", f"{total_count:,}", f"{total_bytes:,}"))
+
+    audio, language = config.audio_config, config.language_config
+    chunk = "whole clips" if audio.chunk_frames is None else f"chunks of {audio.chunk_frames} frames"
+    heading = (
+        f"{path}: {config.model_type}, {layout}\n"
+        f"encoder: {audio.encoder_layers} layers of {audio.d_model}, {chunk}, "
+        f"taps after layers {', '.join(map(str, audio.deepstack_encoder_layer_indexes))} (from 0)\n"
+        f"language model: {language.num_hidden_layers} layers of {language.hidden_size}, "
+        f"{config.num_deepstack} of them with DeepStack, vocabulary {language.vocab_size:,}\n"
+    )
+    return heading + align(rows)
+
+
+def align(rows: list[tuple[str, ...]]) -> str:
+    """Rows of equal length as text: the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = (
+        "  ".join(cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths)))
+        for row in rows
+    )
+    return "\n".join(line.rstrip() for line in lines)
