@@ -11,8 +11,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
-from moss_audio_jax import ModelInputs, MossAudio, load_model, make_inputs
+from moss_audio_jax import ModelInputs, MossAudio, MossAudioConfig, load_model, make_inputs
+from moss_audio_jax.released import released_leaves
 
 TESTS = Path(__file__).parent
 TINY_AUDIO_ID = 511  # tests/data/tiny has no processor_config.json to say so
@@ -59,3 +61,15 @@ def question_parts(clips: list[int], text: int = 5, seed: int = 0) -> tuple[list
         ids += [509, *[TINY_AUDIO_ID] * -(-frames // 8), 510]
     ids += rng.integers(0, 500, text).tolist()
     return ids, [random_mel(frames, seed + i) for i, frames in enumerate(clips)]
+
+
+def released_tensors(config: MossAudioConfig, parameters: nnx.State) -> dict[str, np.ndarray]:
+    """Parameters, or their gradients, by released name and in the released layout."""
+    tensors = {}
+    leaves = released_leaves(config)
+    for path, parameter in nnx.to_flat_state(parameters):
+        leaf = leaves[".".join(map(str, path))]
+        for index, name in enumerate(leaf.names):
+            array = np.asarray(parameter[...])
+            tensors[name] = leaf.layout.to_released(array[index] if leaf.stacked else array)
+    return tensors

@@ -13,8 +13,7 @@ from flax import nnx
 from moss_audio_jax import ModelInputs, MossAudio, MossAudioConfig, attention, encoder, make_inputs
 from moss_audio_jax.checkpoint import build_model
 from moss_audio_jax.layers import REMAT_POLICIES, map_layers
-from moss_audio_jax.released import released_leaves
-from tests.conftest import TINY_AUDIO_ID, question, question_parts
+from tests.conftest import TINY_AUDIO_ID, question, question_parts, released_tensors
 
 CASES = ("t1", "t8", "t237", "t400", "t403", "t801_markers", "t2998_markers", "two_clips")
 
@@ -37,9 +36,9 @@ def valid_audio(inputs: ModelInputs) -> np.ndarray:
 def cross_entropy(model: MossAudio, inputs: ModelInputs, labels: jax.Array) -> jax.Array:
     """Mean over labels that are not -100, each predicted from the position before it."""
     logits = model.logits(model.hidden_states(inputs))[:, : labels.shape[1] - 1]
-    log_likelihood = jnp.take_along_axis(
-        jax.nn.log_softmax(logits), jnp.maximum(labels[:, 1:], 0)[..., None], axis=-1
-    )[..., 0]
+    log_likelihood = jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.maximum(labels[:, 1:], 0)[..., None], axis=-1)[
+        ..., 0
+    ]
     return -jnp.mean(log_likelihood, where=labels[:, 1:] != -100)
 
 
@@ -78,10 +77,7 @@ def test_loss_and_gradients_equal_the_recording(case, tiny):
     labels[:, : case["labels"].shape[1]] = case["labels"]
     loss, gradients = loss_and_gradients(*nnx.split(tiny), inputs, labels)
     np.testing.assert_allclose(loss, case["loss"], rtol=1e-5)
-    ours = {}
-    for path, leaf in nnx.to_flat_state(gradients):
-        released = released_leaves(tiny.config)[".".join(map(str, path))]
-        ours |= dict(released.tensors(np.asarray(leaf[...])))
+    ours = released_tensors(tiny.config, gradients)
     recorded = {name.removeprefix("grad:"): value for name, value in case.items() if name.startswith("grad:")}
     assert len(recorded) > 5
     for name, gradient in recorded.items():
@@ -116,7 +112,9 @@ def test_packed_examples_do_not_see_each_other(tiny):
 
     # The second example's audio stands behind the first one's chunks.
     tokens_per_chunk, chunks = 50, first.audio_chunks.shape[1]
-    slots = pack(first.audio_slots, np.where(second.audio_slots < 0, -1, second.audio_slots + tokens_per_chunk * chunks))
+    slots = pack(
+        first.audio_slots, np.where(second.audio_slots < 0, -1, second.audio_slots + tokens_per_chunk * chunks)
+    )
     slots[0, sum(lengths) :] = -1
     segments = pack(first.segment_ids, second.segment_ids, offset=1)
     segments[0, sum(lengths) :] = 0

@@ -15,15 +15,10 @@ pytest.importorskip("transformers", reason=INSTALL)
 from safetensors.torch import load_file, save_file  # noqa: E402
 from transformers import Qwen3ForCausalLM  # noqa: E402
 
-from .reference import (  # noqa: E402
-    STORED_BUFFERS,
-    ReferenceModel,
-    loss,
-    random_reference,
-    run_reference_from_dir,
-    save_released,
-    token_count,
-)
+from convert.pytorch_reference import ReferenceModel, load_reference, token_count  # noqa: E402
+from moss_audio_jax.released import IGNORED_TENSORS  # noqa: E402
+
+from .reference import loss, random_reference, save_released  # noqa: E402
 
 CASES = ["t1", "t8", "t237", "t400", "t403", "t801_markers", "t2998_markers", "two_clips"]
 # Largest difference over largest magnitude. Measured with AVX-512, AVX2 and SSE kernels, on 1 and 2 threads:
@@ -45,7 +40,7 @@ def above(tolerance: float, errors: dict[str, float]) -> dict[str, float]:
 
 @pytest.fixture
 def tiny(data_dir: Path) -> ReferenceModel:
-    return run_reference_from_dir(data_dir / "tiny")
+    return load_reference(data_dir / "tiny")
 
 
 @pytest.fixture
@@ -102,7 +97,7 @@ def test_greedy_ids_equal_the_recording(tiny: ReferenceModel, data_dir: Path, na
 
 def test_speech_with_the_full_vocabulary_equals_the_recording(goldens_dir: Path):
     """Ten seconds of speech through bfloat16 weights in shards, computed in float32."""
-    model = run_reference_from_dir(goldens_dir / "tiny-hf")
+    model = load_reference(goldens_dir / "tiny-hf")
     recorded = np.load(goldens_dir / "e2e_test_en.npz")
     mel = torch.from_numpy(recorded["mel_bf16_as_f32"][0])
     arguments = torch.from_numpy(recorded["input_ids"]), [mel], 151654
@@ -180,23 +175,23 @@ def test_saved_files_give_the_same_model(tiny_config: dict, tmp_path: Path, shar
 
     prompt = random_prompt([30, 97])
     with torch.no_grad():
-        assert torch.equal(run_reference_from_dir(tmp_path)(*prompt).logits, model(*prompt).logits)
+        assert torch.equal(load_reference(tmp_path)(*prompt).logits, model(*prompt).logits)
 
 
 def test_loading_is_strict_but_for_the_stored_sinusoids(tiny_config: dict[str, Any], tmp_path: Path):
     save_released(random_reference(tiny_config, seed=3), tmp_path)
     file = tmp_path / "model.safetensors"
     tensors = load_file(file)
-    save_file(tensors | {name: torch.zeros(16) for name in STORED_BUFFERS}, file)
-    run_reference_from_dir(tmp_path)
+    save_file(tensors | {name: torch.zeros(16) for name in IGNORED_TENSORS}, file)
+    load_reference(tmp_path)
 
     save_file(tensors | {"audio_encoder.unheard_of": torch.zeros(1)}, file)
     with pytest.raises(RuntimeError, match=r"Unexpected key.*audio_encoder\.unheard_of"):
-        run_reference_from_dir(tmp_path)
+        load_reference(tmp_path)
     del tensors["audio_adapter.up_proj.weight"]
     save_file(tensors, file)
     with pytest.raises(RuntimeError, match=r"Missing key.*audio_adapter\.up_proj\.weight"):
-        run_reference_from_dir(tmp_path)
+        load_reference(tmp_path)
 
 
 @pytest.mark.parametrize("n_window", [20, 200, None])

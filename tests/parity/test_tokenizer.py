@@ -27,6 +27,7 @@ TEXTS = [
     "1 12 123 1234567890 ٣٤٥ ½ Ⅷ ₂",
     " a  b   c    d\te\t\tf\n\n\ng \n h\r\n\r\ni \t\n ",
     "   \n   \n\n  x\u00a0\u3000\u2028y\u200bz\x1c\x85",
+    "#include <stdio.h>\n## heading ### #1",  # merges that begin as comments do
     "for (int i=0;i<n;++i){\n\treturn a[i]; // <tag/>\n}\n",
     "مرحبا بالعالم שלום עולם नमस्ते दुनिया สวัสดี Привет, мир!",
     "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n<think>\nhm\n</think>\n\nyes<|im_end|>",
