@@ -283,15 +283,18 @@ def _require_values(content: Mapping, allowed: Mapping[str, tuple], where: str) 
             raise MossAudioError(f"{where}.{key} is {content[key]!r}, and this port implements {expected} only")
 
 
+_JSON_TYPES = {int: (int,), int | None: (int,), float: (int, float), bool: (bool,), str: (str,)}
+
+
 def _known_fields(cls: type, content: Mapping, skip: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The fields of `cls` that `content` holds, each a number where the field's default is one."""
+    """The fields of `cls` that `content` holds, their types checked; null is as good as absent."""
     fields = {field.name: field for field in dataclasses.fields(cls) if field.name not in skip}
     found = {name: content[name] for name in fields if content.get(name) is not None}
     for name, value in found.items():
-        kind = type(fields[name].default)
-        numeric = {int: (int,), float: (int, float), bool: (bool,), str: (str,)}.get(kind)
-        if numeric and (not isinstance(value, numeric) or isinstance(value, bool) != (kind is bool)):
-            raise MossAudioError(f"{name} must be of type {kind.__name__}, not {value!r}")
+        expected = _JSON_TYPES.get(fields[name].type)  # sequences are read by their callers
+        # Python counts True among the integers.
+        if expected and (not isinstance(value, expected) or isinstance(value, bool) != (expected == (bool,))):
+            raise MossAudioError(f"{name} must be of type {expected[-1].__name__}, not {value!r}")
     return found
 
 

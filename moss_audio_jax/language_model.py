@@ -39,7 +39,7 @@ class Embedding(nnx.Module):
 
 
 class SelfAttention(nnx.Module):
-    """Grouped-query attention with RMS-normed queries and keys; what is between `project` and `o_proj` is the caller's."""
+    """Grouped-query attention with normed queries and keys; what is between `project` and `o_proj` is the caller's."""
 
     def __init__(self, config: LanguageConfig, *, layers: int, rngs: nnx.Rngs):
         self.config = config

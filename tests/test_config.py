@@ -151,7 +151,7 @@ def test_damaged_and_absent_files_are_named(tmp_path):
 
 
 def test_unknown_presets_are_named():
-    with pytest.raises(MossAudioError, match="'70b'.*4b"):
+    with pytest.raises(MossAudioError, match=r"'70b'.*4b"):
         MossAudioConfig.preset("70b")
 
 

@@ -11,11 +11,13 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
+from convert.pytorch_reference import ReferenceModel, load_reference, token_count
 from moss_audio_jax import ModelInputs, MossAudio, load_model, make_inputs
 from moss_audio_jax.config import ProcessorConfig
+from moss_audio_jax.released import IGNORED_TENSORS
 from moss_audio_jax.tokens import audio_span
 
-from .reference import STORED_BUFFERS, ReferenceModel, random_reference, run_reference_from_dir, save_released, token_count
+from .reference import random_reference, save_released
 
 VOCABULARY = 96
 PROCESSOR = ProcessorConfig(audio_token_id=95, audio_start_id=94, audio_end_id=93)
@@ -82,7 +84,7 @@ def make_pair(
 ) -> Pair:
     """Random weights, written once and read by both. rewrite: changes the files to a form that only the port reads."""
     save_released(random_reference(config, seed), directory, shards)
-    reference = run_reference_from_dir(directory)
+    reference = load_reference(directory)
     rewrite(directory)
     return Pair(reference, load_model(directory))
 
@@ -99,7 +101,7 @@ def move_rope_theta(directory: Path) -> None:
 def store_sinusoid_rates(directory: Path) -> None:
     """Adds the buffer that MOSS-Music's files hold, with values that would show if they were used."""
     path = directory / "model.safetensors"
-    save_file(load_file(path) | {name: torch.ones(12) for name in STORED_BUFFERS}, path)
+    save_file(load_file(path) | {name: torch.ones(12) for name in IGNORED_TENSORS}, path)
 
 
 @dataclass(frozen=True)
