@@ -348,7 +348,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "language_config": LanguageConfig(hidden_size=4096, intermediate_size=12288),
         "deepstack_num_inject_layers": 3,
     },
-    # The vocabulary is bytes plus the special tokens: see `tokens.write_byte_tokenizer`.
+    # The vocabulary is bytes plus the special tokens: see `convert.rehearse.write_byte_tokenizer`.
     "tiny": {
         "audio_config": EncoderConfig(
             d_model=32,

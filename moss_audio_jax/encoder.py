@@ -41,11 +41,16 @@ def _conv(x: Float[Array, "n t f in"], kernel: Float[Array, "3 3 in out"]) -> Fl
 
 
 def _conv_of_patches(x: Float[Array, "n t f in"], kernel: Float[Array, "3 3 in out"]) -> Float[Array, "n t/2 f/2 out"]:
-    """The same sum as `_conv`, as one matmul over the nine shifted and strided views of `x`."""
-    _, frames, bins, _ = x.shape
-    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    patches = [padded[:, i : i + frames : 2, j : j + bins : 2] for i in range(3) for j in range(3)]
-    return jnp.concatenate(patches, axis=-1) @ kernel.reshape(-1, kernel.shape[-1])
+    """The same sum as `_conv`, as a matmul over nine strided views, chunk by chunk to stay near the cache."""
+
+    def of_chunk(x: Float[Array, "t f in"]) -> Float[Array, "t/2 f/2 out"]:
+        frames, bins, _ = x.shape
+        padded = jnp.pad(x, ((1, 1), (1, 1), (0, 0)))
+        patches = [padded[i : i + frames : 2, j : j + bins : 2] for i in range(3) for j in range(3)]
+        return jnp.concatenate(patches, axis=-1) @ kernel.reshape(-1, kernel.shape[-1])
+
+    # The backward pass builds the patches again: kept, they would take nine times the memory of the activations.
+    return jax.lax.map(jax.checkpoint(of_chunk), x)
 
 
 class EncoderAttention(nnx.Module):

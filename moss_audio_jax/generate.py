@@ -54,21 +54,29 @@ class Sampling:
         self, logits: Float[Array, "b vocab"], seen: Bool[Array, "b vocab"], keys: jax.Array
     ) -> Int[Array, " b"]:
         """One token a sequence; `keys` [b] are its random keys."""
+        log_weights, ids = self.candidates(logits, seen)
+        choice = jax.vmap(jax.random.categorical)(keys, log_weights)
+        return jnp.take_along_axis(ids, choice[:, None], axis=1)[:, 0]
+
+    def candidates(
+        self, logits: Float[Array, "b vocab"], seen: Bool[Array, "b vocab"]
+    ) -> tuple[Float[Array, "b k"], Int[Array, "b k"]]:
+        """The tokens to draw from, and the logarithms of their weights: -inf where top-p rules a token out."""
         if self.repetition_penalty != 1.0:
             penalised = jnp.where(logits > 0, logits / self.repetition_penalty, logits * self.repetition_penalty)
             logits = jnp.where(seen, penalised, logits)
         if self.temperature == 0.0:
-            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+            ids = jnp.argmax(logits, axis=-1, keepdims=True).astype(jnp.int32)
+            return jnp.zeros(ids.shape), ids
         logits = logits / self.temperature
+        vocab = logits.shape[-1]
         if not self.top_k and self.top_p == 1.0:
-            return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+            return logits, jnp.broadcast_to(jnp.arange(vocab), logits.shape)
         # Candidates in falling order, so that top-p is a prefix of them.
-        candidates, ids = jax.lax.top_k(logits, min(self.top_k or logits.shape[-1], logits.shape[-1]))
-        probabilities = jax.nn.softmax(candidates, axis=-1)
+        logits, ids = jax.lax.top_k(logits, min(self.top_k or vocab, vocab))
+        probabilities = jax.nn.softmax(logits, axis=-1)
         before = jnp.cumsum(probabilities, axis=-1) - probabilities
-        candidates = jnp.where(before < self.top_p, candidates, -jnp.inf)
-        choice = jax.vmap(jax.random.categorical)(keys, candidates)
-        return jnp.take_along_axis(ids, choice[:, None], axis=1)[:, 0].astype(jnp.int32)
+        return jnp.where(before < self.top_p, logits, -jnp.inf), ids
 
 
 @jax.tree_util.register_dataclass

@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# The way of a released checkpoint through this port, in small: written, converted, verified, asked, converted back.
+# Run by `make demo`; each command works the same on a released MOSS-Audio directory. Needs no network and no accelerator.
+set -euo pipefail
+out=${1:-demo-out}
+rm -rf "$out"
+mkdir -p "$out"
+
+step() { printf '\n== %s\n' "$1"; }
+
+step "1. A small checkpoint in the released layout (random weights, a tokenizer of bytes), and a clip of sound"
+python -m convert rehearse --preset tiny "$out/released"
+python - "$out/clip.wav" <<'PYTHON'
+import sys
+import numpy as np
+import soundfile
+
+rate, seconds = 44100, 9.3
+time = np.arange(int(rate * seconds)) / rate
+sweep = 0.3 * np.sin(2 * np.pi * (200 * time + 60 * time**2))  # 200 Hz rising to 1.3 kHz
+clicks = (np.modf(time)[0] < 0.005) * np.random.default_rng(0).normal(0, 0.3, time.shape)
+soundfile.write(sys.argv[1], np.stack([sweep + clicks, sweep], axis=1), rate)
+print(f"wrote {sys.argv[1]}: {seconds} s, stereo, {rate} Hz")
+PYTHON
+
+step "2. To Orbax: what a TPU mesh restores from"
+python -m convert to-orbax "$out/released" "$out/orbax"
+
+step "3. Nothing changed: every tensor compared"
+python -m convert verify "$out/released" "$out/orbax" --no-torch
+
+step "4. What it is made of"
+python -m moss_audio_jax info "$out/orbax" | grep -E 'encoder:|language model:|: sum|^all'
+
+step "5. A question about the clip (the weights are random, so the answer is noise: released weights make it text)"
+python -m moss_audio_jax generate "$out/orbax" "$out/clip.wav" --prompt "Transcribe the audio." --max-new-tokens 40
+
+step "6. Back to the released layout, and compared with the original bit by bit"
+python -m convert to-hf "$out/orbax" "$out/back"
+cmp "$out/released/model.safetensors" "$out/back/model.safetensors"
+echo "model.safetensors is byte-identical to the original"
