@@ -64,8 +64,14 @@ class Processor:
 
     def mel(self, clip: Clip) -> np.ndarray:
         """Log-mel [mel bins, frames], rounded to bfloat16 as the reference rounds it whatever the model's dtype."""
-        wave = clip if isinstance(clip, np.ndarray) else load_audio(clip, sample_rate=SAMPLE_RATE)
-        return round_bfloat16(log_mel(wave))
+        if isinstance(clip, np.ndarray):
+            wave, name = clip, "a clip given as an array"
+        else:
+            wave, name = load_audio(clip, sample_rate=SAMPLE_RATE), "audio bytes" if isinstance(clip, bytes) else clip
+        try:
+            return round_bfloat16(log_mel(wave))
+        except MossAudioError as error:
+            raise MossAudioError(f"{name}: {error}") from error
 
     def decode(self, ids: Sequence[int] | np.ndarray, *, skip_special_tokens: bool = True) -> str:
         """Text of one answer; ids without text are dropped."""
