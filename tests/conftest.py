@@ -68,8 +68,7 @@ def released_tensors(config: MossAudioConfig, parameters: nnx.State) -> dict[str
     tensors = {}
     leaves = released_leaves(config)
     for path, parameter in nnx.to_flat_state(parameters):
-        leaf = leaves[".".join(map(str, path))]
+        leaf, array = leaves[".".join(map(str, path))], np.asarray(parameter[...])
         for index, name in enumerate(leaf.names):
-            array = np.asarray(parameter[...])
             tensors[name] = leaf.layout.to_released(array[index] if leaf.stacked else array)
     return tensors
