@@ -1,21 +1,21 @@
 """Does the JAX model compute what PyTorch computes? One sound through both, compared stage by stage."""
 
 import dataclasses
+import functools
 import gc
-import os
 from pathlib import Path
-from typing import Any
+from typing import Self
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from scipy.special import log_softmax
 
 from moss_audio_jax.audio import SAMPLE_RATE, load_audio, log_mel, num_audio_tokens, round_bfloat16
 from moss_audio_jax.checkpoint import load_model, tokenizer_files
 from moss_audio_jax.config import MossAudioConfig
 from moss_audio_jax.inputs import ModelInputs, make_inputs
-from moss_audio_jax.layers import map_layers
+from moss_audio_jax.language_model import KVCache
 from moss_audio_jax.model import MossAudio
 from moss_audio_jax.tokens import Tokenizer, audio_span, build_prompt
 
@@ -23,6 +23,19 @@ SYNTHETIC_SECONDS = 9.3  # three chunks, the last of them partly empty, and four
 QUESTION = "Transcribe the audio."
 PLAIN_IDS = 24  # text tokens around the audio where there is no tokenizer
 TOP_K = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Sound:
+    name: str
+    wave: np.ndarray  # float32 [samples] at 16 kHz
+
+    @classmethod
+    def load(cls, path: Path | None) -> Self:
+        """A sound file; None takes a synthetic clip."""
+        if path is None:
+            return cls(f"a synthetic clip of {SYNTHETIC_SECONDS} s", synthetic_clip())
+        return cls(str(path), load_audio(path))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,24 +65,22 @@ class ModelComparison:
     top_k_overlap: float
 
 
-def compare_models(released: Path, checkpoint: Path, audio: Path | None, dtype: str) -> ModelComparison:
+def compare_models(released: Path, checkpoint: Path, sound: Sound, dtype: str) -> ModelComparison:
     """PyTorch on `released` against JAX on `checkpoint`, one after the other so that one model is in memory.
 
-    audio: a sound file; None takes a synthetic clip. dtype: of both models' weights and computations.
+    dtype: of both models' weights and computations.
     """
     from convert.pytorch_reference import reference_stages  # PyTorch may be missing
 
     config = MossAudioConfig.from_hf(checkpoint)
-    wave = synthetic_clip() if audio is None else load_audio(audio)
-    mel = round_bfloat16(log_mel(wave))
+    mel = round_bfloat16(log_mel(sound.wave))
     ids = prompt_ids(released, config, num_audio_tokens(mel.shape[1]))
     expected = reference_stages(released, ids, [mel], config.processor.audio_token_id, dtype)
     gc.collect()
     found = jax_stages(checkpoint, config, ids, mel, dtype)
-    name = f"synthetic clip of {SYNTHETIC_SECONDS} s" if audio is None else str(audio)
-    stages = [_stage_error(stage, expected[stage], found[stage]) for stage in expected]
+    stages = [stage_error(stage, expected[stage], found[stage]) for stage in expected]
     return ModelComparison(
-        name, len(ids), dtype, stages, **_distribution_errors(expected["logits"], found["logits"])
+        sound.name, len(ids), dtype, stages, **distribution_errors(expected["logits"], found["logits"])
     )
 
 
@@ -98,24 +109,58 @@ def prompt_ids(directory: Path, config: MossAudioConfig, clip_tokens: int) -> li
 def jax_stages(
     checkpoint: Path, config: MossAudioConfig, ids: list[int], mel: np.ndarray, dtype: str
 ) -> dict[str, np.ndarray]:
-    """Stage -> its valid tokens [tokens, width], in float32."""
+    """Stage -> its values at audio tokens or, for the logits, at all positions: float32 [tokens, width]."""
     inputs = make_inputs([ids], [[mel]], config=config)
     slots = inputs.audio_slots[0][inputs.audio_slots[0] >= 0]
-    model = load_model(checkpoint, dtype=jnp.dtype(dtype))
+    graphdef, state = nnx.split(load_model(checkpoint, dtype=dtype))
     with jax.default_matmul_precision("highest"):
-        stages = _compiled_stages(*nnx.split(model), inputs)
+        stages = _compiled_stages(graphdef, state, inputs, slots, np.arange(len(ids)))
+    return {stage: np.asarray(values, np.float32) for stage, values in stages.items()}
+
+
+# Without this pass XLA would keep float32 copies of all bfloat16 weights on the CPU: three times the memory.
+@functools.partial(
+    jax.jit,
+    static_argnums=0,
+    compiler_options={"xla_disable_hlo_passes": "while-loop-invariant-code-motion"},
+)
+def _compiled_stages(
+    graphdef: nnx.GraphDef, state: nnx.State, inputs: ModelInputs, slots: jax.Array, positions: jax.Array
+) -> dict[str, jax.Array]:
+    model: MossAudio = nnx.merge(graphdef, state)
+    encoded, taps = model.audio_encoder(inputs.audio_chunks, inputs.chunk_frames, inputs.stem_frames)
+    adapted, merged = model.encode_audio(inputs)
+    # As in generation, where layers are read in place; the pass for training copies most of a stack.
+    x, deepstack = model.embed(inputs)
+    cache = KVCache.empty(model.config.language_config, x.shape[0], x.shape[1], x.dtype)
+    hidden, _ = model.language_model.extend(x, inputs.positions, inputs.segment_ids, cache, deepstack)
+    logits = model.logits(hidden)
     return {
-        stage: np.asarray(array[0], np.float32)[: len(ids) if stage == "logits" else None][
-            ... if stage == "logits" else slots
-        ]
-        for stage, array in stages.items()
+        "encoder": encoded[0, slots],
+        **{f"tap {k}": tap[0, slots] for k, tap in enumerate(taps)},
+        "adapter": adapted[0, slots],
+        **{f"merged {k}": values[0, slots] for k, values in enumerate(merged)},
+        "logits": logits[0, positions],
     }
 
 
-@jax.jit
-def _unused() -> None: ...
-
-
-def _stage_error(stage: str, expected: np.ndarray, found: np.ndarray) -> StageError:
+def stage_error(stage: str, expected: np.ndarray, found: np.ndarray) -> StageError:
     difference = float(np.abs(expected - found).max())
-    return StageError(stage, difference, difference / max(float(np.abs(expected).max()), 1e-30))
+    return StageError(stage, difference, difference / (float(np.abs(expected).max()) or 1.0))
+
+
+def distribution_errors(expected: np.ndarray, found: np.ndarray) -> dict[str, float]:
+    """The last four fields of `ModelComparison`, from logits [positions, vocabulary]."""
+    kl, top_1, overlap = [], [], []
+    for reference, logits in zip(expected, found, strict=True):
+        log_p, log_q = log_softmax(reference.astype(np.float64)), log_softmax(logits.astype(np.float64))
+        kl.append(float(np.sum(np.exp(log_p) * (log_p - log_q))))
+        best, candidates = np.argsort(-reference)[:TOP_K], np.argsort(-logits)[:TOP_K]
+        top_1.append(best[0] == candidates[0])
+        overlap.append(len(np.intersect1d(best, candidates)) / len(best))
+    return {
+        "max_kl": max(kl),
+        "mean_kl": float(np.mean(kl)),
+        "top_1_agreement": float(np.mean(top_1)),
+        "top_k_overlap": float(np.mean(overlap)),
+    }

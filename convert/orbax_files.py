@@ -6,7 +6,9 @@ our own writes the same plain checkpoint from pieces, and opens a leaf without r
 
 import dataclasses
 import math
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
+from tqdm import tqdm
 
 from convert.pieces import chunk_shape
 from moss_audio_jax.checkpoint import PARAMS, check_stored, flatten, unflatten
@@ -38,7 +41,15 @@ class StreamedArray:
 
 
 class StreamedArrayHandler(ocp.type_handlers.NumpyHandler):
-    """Saves `StreamedArray`s as plain array leaves; restores leaves as TensorStores, of which nothing is read yet."""
+    """Saves `StreamedArray`s as plain array leaves; restores leaves as TensorStores, of which nothing is read yet.
+
+    stop: once set, saving ends before the next piece. progress: counts the bytes that are written.
+    """
+
+    def __init__(self, stop: threading.Event, progress: tqdm):
+        super().__init__()
+        self._stop = stop
+        self._progress = progress
 
     async def serialize(self, values: Sequence[Any], infos: Sequence[Any], args: Any = None) -> list:
         for value, info in zip(values, infos, strict=True):
@@ -54,7 +65,10 @@ class StreamedArrayHandler(ocp.type_handlers.NumpyHandler):
             )
             array = await ts.open(ts.Spec(spec), create=True, open=True, context=info.ts_context)
             for region, block in value.pieces():
+                if self._stop.is_set():
+                    raise InterruptedError(f"stopped while writing {info.name}")
                 await array[region].write(block, can_reference_source_data_indefinitely=True)
+                self._progress.update(block.nbytes)
         return []
 
     async def deserialize(self, infos: Sequence[Any], args: Any = None) -> list[ts.TensorStore]:
@@ -65,23 +79,39 @@ class StreamedArrayHandler(ocp.type_handlers.NumpyHandler):
         ]
 
 
-def _checkpointer() -> ocp.Checkpointer:
+def _checkpointer(handler: StreamedArrayHandler) -> ocp.Checkpointer:
     # Without an entry for jax.Array Orbax warns.
     registry = ocp.type_handlers.create_type_handler_registry(
-        (StreamedArray, StreamedArrayHandler()), (jax.Array, ocp.type_handlers.ArrayHandler())
+        (StreamedArray, handler), (jax.Array, ocp.type_handlers.ArrayHandler())
     )
     return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=registry))
 
 
 def save_streamed(params: Path, leaves: dict[str, StreamedArray]) -> None:
-    """Writes a checkpoint of `leaves` by path, in the stacked tree that `load_model` restores."""
-    try:
-        with _checkpointer() as checkpointer:
+    """Writes a checkpoint of `leaves` by path, in the stacked tree that `load_model` restores.
+
+    An interrupt takes effect after the piece that is being written, so that nothing is written after it: signals only
+    reach the main thread, and the work is done in another.
+    """
+    stop = threading.Event()
+    total = sum(leaf.nbytes for leaf in leaves.values())
+
+    def save() -> None:
+        with (
+            tqdm(total=total, unit="B", unit_scale=True, disable=None) as progress,
+            _checkpointer(StreamedArrayHandler(stop, progress)) as checkpointer,
+        ):
             checkpointer.save(params.absolute(), args=ocp.args.PyTreeSave(unflatten(leaves)))
-    except MossAudioError:
-        raise
-    except ValueError as error:  # TensorStore's only error, a full disk included
-        raise OSError(f"Orbax: {error}") from error
+
+    with ThreadPoolExecutor(1) as worker:
+        try:
+            worker.submit(save).result()
+        except MossAudioError:
+            raise
+        except ValueError as error:  # how TensorStore reports everything, a full disk included
+            raise OSError(f"Orbax: {error}") from error
+        finally:
+            stop.set()
 
 
 class OrbaxCheckpoint:
@@ -116,7 +146,7 @@ class OrbaxCheckpoint:
     def _open(self) -> dict[str, ts.TensorStore]:
         restore_args = unflatten({path: ocp.RestoreArgs(restore_type=StreamedArray) for path in self.leaves})
         try:
-            with _checkpointer() as checkpointer:
+            with _checkpointer(StreamedArrayHandler(threading.Event(), tqdm(disable=True))) as checkpointer:
                 tree = checkpointer.restore(self.params, args=ocp.args.PyTreeRestore(restore_args=restore_args))
         except (ValueError, OSError) as error:
             raise self._damaged(error) from error

@@ -6,13 +6,12 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from convert.checkpoints import copy_companions
 from convert.orbax_files import Piece, StreamedArray, save_streamed
 from convert.pieces import PIECE_BYTES, cast, row_blocks
 from convert.staging import check_target, staged
-from moss_audio_jax.checkpoint import PARAMS, is_orbax
+from moss_audio_jax.checkpoint import PARAMS, layout_of
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.released import ReleasedCheckpoint, ReleasedLeaf
 
@@ -23,19 +22,18 @@ def convert_to_orbax(source: str | Path, target: str | Path, dtype: np.dtype | N
     dtype: of all parameters; None keeps each as it is stored.
     """
     target = check_target(target)
-    if is_orbax(source):
+    if layout_of(source) == "orbax":
         raise MossAudioError(f"{source} is an Orbax checkpoint already: give a released directory")
     released = ReleasedCheckpoint(source)
     dtypes = leaf_dtypes(released, dtype)
-    sizes = {path: math.prod(leaf.shape) * dtypes[path].itemsize for path, leaf in released.leaves.items()}
-    with staged(target, sum(sizes.values())) as work:
+    size = sum(math.prod(leaf.shape) * dtypes[path].itemsize for path, leaf in released.leaves.items())
+    with staged(target, size) as work:
         copy_companions(released, work, dtype)
-        with tqdm(total=sum(sizes.values()), unit="B", unit_scale=True, disable=None) as progress:
-            leaves = {
-                path: StreamedArray(leaf.shape, dtypes[path], partial(pieces, released, leaf, dtypes[path], progress))
-                for path, leaf in released.leaves.items()
-            }
-            save_streamed(work / PARAMS, leaves)
+        leaves = {
+            path: StreamedArray(leaf.shape, dtypes[path], partial(pieces, released, leaf, dtypes[path]))
+            for path, leaf in released.leaves.items()
+        }
+        save_streamed(work / PARAMS, leaves)
 
 
 def leaf_dtypes(released: ReleasedCheckpoint, dtype: np.dtype | None) -> dict[str, np.dtype]:
@@ -56,26 +54,23 @@ def leaf_dtypes(released: ReleasedCheckpoint, dtype: np.dtype | None) -> dict[st
     return dtypes
 
 
-def pieces(released: ReleasedCheckpoint, leaf: ReleasedLeaf, dtype: np.dtype, progress: tqdm) -> Iterator[Piece]:
-    """Our array in blocks of whole layers or, where a layer is larger than a piece, blocks of its released rows."""
+def pieces(released: ReleasedCheckpoint, leaf: ReleasedLeaf, dtype: np.dtype) -> Iterator[Piece]:
+    """Our array in blocks of whole layers or, where a layer is larger than a piece, of its released rows."""
 
-    def block(name: str, start: int, stop: int | None) -> np.ndarray:
+    def block(name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         return leaf.layout.from_released(cast(released.read(name, start, stop), dtype, name))
 
-    layer_bytes = math.prod(leaf.tensor_shape) * dtype.itemsize
-    layers_at_once = PIECE_BYTES // layer_bytes
-    for first in range(0, len(leaf.names), max(layers_at_once, 1)):
-        names = leaf.names[first : first + max(layers_at_once, 1)]
-        if not layers_at_once:
+    layers_at_once = PIECE_BYTES // (math.prod(leaf.tensor_shape) * dtype.itemsize)
+    if not layers_at_once:
+        for index, name in enumerate(leaf.names):
             for start, stop in row_blocks(leaf, dtype.itemsize):
-                yield leaf.region(first, start, stop), block(names[0], start, stop)
-                progress.update((stop - start) * layer_bytes // leaf.tensor_shape[0])
-            continue
-        if leaf.stacked:
+                yield leaf.region(index, start, stop), block(name, start, stop)
+    elif not leaf.stacked:
+        yield ..., block(leaf.names[0])
+    else:
+        for first in range(0, len(leaf.names), layers_at_once):
+            names = leaf.names[first : first + layers_at_once]
             layers = np.empty((len(names), *leaf.shape[1:]), dtype)
             for layer, name in zip(layers, names, strict=True):
-                layer[...] = block(name, 0, None)
+                layer[...] = block(name)
             yield slice(first, first + len(names)), layers
-        else:
-            yield ..., block(names[0], 0, None)
-        progress.update(layer_bytes * len(names))

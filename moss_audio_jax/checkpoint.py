@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore as ts
 from flax import nnx
 from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 
@@ -142,8 +143,13 @@ def _plain_files(directory: str | Path, patterns: Iterable[str]) -> list[Path]:
 
 def stored_shapes(params: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     """Path -> shape and dtype of what an Orbax directory holds; no tensor is read."""
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        metadata = checkpointer.metadata(params.absolute()).item_metadata
+    try:
+        # Asked first, because Orbax reports damage here by a traceback of its event loop.
+        ts.KvStore.open({"driver": "ocdbt", "base": f"file://{params.absolute()}/"}).result().list().result()
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            metadata = checkpointer.metadata(params.absolute()).item_metadata
+    except (ValueError, OSError) as error:
+        raise MossAudioError(f"{params} can't be read, its files are damaged ({error}): convert it again") from error
     if metadata is None:
         raise MossAudioError(f"{params} is no Orbax checkpoint, or an unfinished one: convert it again")
     return flatten(metadata.tree, lambda leaf: (tuple(leaf.shape), np.dtype(leaf.dtype)))

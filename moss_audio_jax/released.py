@@ -171,7 +171,9 @@ class ReleasedCheckpoint:
         for name, tensor in self.tensors.items():
             problems += _tensor_problems(name, tensor, expected)
         if problems:
-            shown = "; ".join(problems[:20]) + ("; ..." if len(problems) > 20 else "")
+            # Names in foreign files may be of any length and hold control characters.
+            shown = "; ".join(ascii(problem)[1:-1][:300] for problem in problems[:20])
+            shown += "; ..." * (len(problems) > 20)
             raise MossAudioError(f"{self.directory} has {len(problems)} problem(s): {shown}")
         if tied_head:
             self._check_tied_head(tied_head)
@@ -269,7 +271,7 @@ def _read_headers(directory: Path, weight_map: dict[str, str]) -> tuple[dict[str
 def _check_file(directory: Path, file: str) -> None:
     path = directory / file
     if not re.fullmatch(r"\w[\w.+-]{0,199}", file, re.ASCII):
-        raise MossAudioError(f"{INDEX_FILE} names {file!r}: only plain file names inside the directory are read")
+        raise MossAudioError(f"{INDEX_FILE} names {file[:80]!r}: only plain file names inside the directory are read")
     if not path.exists():
         raise MossAudioError(f"{file} is missing")
     if not path.resolve().is_relative_to(directory.resolve()):

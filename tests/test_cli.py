@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 
+from convert.to_orbax import convert_to_orbax
 from moss_audio_jax import MossAudioConfig
 from moss_audio_jax.model import parameter_specs
 
@@ -16,10 +17,14 @@ def door(*arguments: str) -> subprocess.CompletedProcess:
     )
 
 
-def test_generate_prints_the_recorded_answer(goldens_dir):
-    """The real tokenizer, a real recording, the released layout read directly."""
+@pytest.mark.parametrize("layout", ["released", "orbax"])
+def test_generate_prints_the_recorded_answer(layout, goldens_dir, tmp_path):
+    """The real tokenizer and a real recording, from the released layout directly and converted."""
     recorded = np.load(goldens_dir / "e2e_test_en.npz")
     checkpoint, clip = goldens_dir / "tiny-hf", goldens_dir.parent / "audio" / "test_en.mp3"
+    if layout == "orbax":
+        convert_to_orbax(checkpoint, tmp_path / "orbax")
+        checkpoint = tmp_path / "orbax"
     result = door("generate", str(checkpoint), str(clip), "--prompt", str(recorded["text"]), "--max-new-tokens", "24")
     assert result.returncode == 0, result.stderr
     assert result.stdout == f"{recorded['decoded']}\n"

@@ -17,13 +17,16 @@ from moss_audio_jax.config import ProcessorConfig
 from moss_audio_jax.released import IGNORED_TENSORS
 from moss_audio_jax.tokens import audio_span
 
-from .reference import random_reference, save_released
+from .reference import IGNORED_LABEL, random_reference, save_released
+
+# Tensors this small gain nothing from threads, which wait for one another where the machine is busy.
+torch.set_num_threads(1)
 
 VOCABULARY = 96
 PROCESSOR = ProcessorConfig(audio_token_id=95, audio_start_id=94, audio_end_id=93)
 TEXT_IDS = (25, 93)  # below them are the digits of the time markers
 
-# No two sizes that a mistake could confuse are equal.
+# Sizes differ where they can, so that an array laid out the wrong way does not fit.
 CONFIG: dict[str, Any] = {
     "model_type": "moss_audio",
     "architectures": ["MossAudioModel"],
@@ -85,6 +88,8 @@ def make_pair(
     """Random weights, written once and read by both. rewrite: changes the files to a form that only the port reads."""
     save_released(random_reference(config, seed), directory, shards)
     reference = load_reference(directory)
+    if reference.tied:  # loading made two parameters of the one
+        reference.lm_head.weight = reference.language_model.embed_tokens.weight
     rewrite(directory)
     return Pair(reference, load_model(directory))
 
@@ -113,6 +118,11 @@ class Prompt:
     mels: list[np.ndarray]
 
     @property
+    def labels(self) -> list[int]:
+        """What the loss counts: all but audio."""
+        return [IGNORED_LABEL if token == PROCESSOR.audio_token_id else token for token in self.ids]
+
+    @property
     def torch_inputs(self) -> tuple[Any, list[Any], int]:
         """What the reference is called with."""
         return torch.tensor([self.ids]), [torch.from_numpy(mel) for mel in self.mels], PROCESSOR.audio_token_id
@@ -130,6 +140,6 @@ def make_prompt(clips: list[int], *, time_markers: bool = False, mel_bins: int =
     return Prompt(f"clips {clips}{' with time markers' * time_markers}", ids, mels)
 
 
-def batch(prompts: list[Prompt], model: MossAudio) -> ModelInputs:
+def make_batch(prompts: list[Prompt], model: MossAudio) -> ModelInputs:
     ids, mels = [prompt.ids for prompt in prompts], [prompt.mels for prompt in prompts]
     return make_inputs(ids, mels, config=model.config, audio_token_id=PROCESSOR.audio_token_id)

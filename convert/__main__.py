@@ -1,0 +1,185 @@
+"""`python -m convert`, or `moss-audio-convert`: released PyTorch files to Orbax and back, and proof of equality.
+
+Conversions stream: a model of any size goes through less than a gigabyte of memory. PyTorch is not needed.
+"""
+
+import json
+import resource
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from moss_audio_jax.cli import run_door
+
+Source = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
+Target = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="TARGET")]
+Dtype = Literal["bfloat16", "float32"]
+JsonFlag = Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff]
+
+app = tyro.extras.SubcommandApp()
+
+# Heavy imports are inside the commands: JAX takes seconds to start, --help should not.
+
+
+@app.command
+def to_orbax(
+    source: Source,
+    target: Target,
+    /,
+    *,
+    dtype: Dtype | None = None,
+) -> None:
+    """Converts released weights to an Orbax checkpoint, which JAX restores onto any mesh.
+
+    Everything is checked before anything is written: every tensor of the model is there once, in its shape, in files
+    that are whole. The configuration and tokenizer files travel along unchanged.
+
+    Args:
+        source: A released directory: config.json, model*.safetensors and, for several shards, their index.
+        target: The directory to write, new or empty.
+        dtype: Type of all parameters; by default each stays as it is stored. config.json then names the new type.
+    """
+    with _reported(target):
+        import numpy as np
+
+        from convert.to_orbax import convert_to_orbax
+
+        convert_to_orbax(source, target, None if dtype is None else np.dtype(dtype))
+
+
+@app.command
+def to_hf(
+    source: Source,
+    target: Target,
+    /,
+    *,
+    dtype: Dtype | None = None,
+    shard_gb: float = 5.0,
+) -> None:
+    """Converts an Orbax checkpoint back to the released layout, for PyTorch and everything that reads it.
+
+    Args:
+        source: A directory that to-orbax or training wrote.
+        target: The directory to write, new or empty.
+        dtype: Type of all tensors; by default each stays as it is stored. config.json then names the new type.
+        shard_gb: Gigabytes (10^9 bytes) of tensors in a file, at most; what fits in one gets no index.
+    """
+    with _reported(target):
+        import numpy as np
+
+        from convert.to_hf import convert_to_hf
+
+        convert_to_hf(source, target, None if dtype is None else np.dtype(dtype), round(shard_gb * 10**9))
+
+
+@app.command
+def inspect(path: Source, /, *, json_output: JsonFlag = False) -> None:
+    """Lists what a checkpoint holds: parameters, shapes, types, bytes, and the layout. Reads headers only.
+
+    Args:
+        path: A released or an Orbax directory.
+        json_output: Print JSON instead of a table.
+    """
+    _keep_to_cpu()
+    from convert.inspect import contents, table
+
+    found = contents(path)
+    print(json.dumps(found, indent=2) if json_output else table(found))
+
+
+@app.command
+def verify(
+    source: Source,
+    target: Target,
+    /,
+    *,
+    torch: bool = True,
+    audio: Path | None = None,
+    dtype: Dtype = "float32",
+    max_error: float | None = None,
+    max_kl: float | None = None,
+    min_top_1: float | None = None,
+    min_top_k: float | None = None,
+    json_output: JsonFlag = False,
+) -> None:
+    """Compares two checkpoints, each released or Orbax; exits with 1 if they differ.
+
+    Every tensor is compared bit by bit. Where the types differ, the target must hold exactly what converting the source
+    gives, so the original comes first. If one of the two is a released directory and PyTorch is installed, PyTorch runs
+    it and JAX the other on the same sound, one after the other, and all stages are compared up to the logits.
+
+    Args:
+        source: The original.
+        target: What was made of it.
+        torch: Compare the computations too, where PyTorch is installed.
+        audio: A sound file for that; by default a synthetic clip, always the same.
+        dtype: Type of both models' weights and computations; bfloat16 takes half the memory and proves less.
+        max_error: Fail if a stage's largest error, over its largest magnitude, is above this.
+        max_kl: Fail if a next-token distribution's divergence from PyTorch's, in nats, is above this.
+        min_top_1: Fail if a smaller share of positions has the same likeliest token.
+        min_top_k: Fail if a smaller share of PyTorch's five likeliest tokens is among JAX's.
+        json_output: Print JSON instead of tables.
+    """
+    if not torch:
+        _keep_to_cpu()
+    from convert.verify import as_json, table
+    from convert.verify import verify as compare
+
+    limits = {"relative_error": max_error, "kl": max_kl, "top_1_agreement": min_top_1, "top_k_overlap": min_top_k}
+    report = compare(source, target, pytorch=torch, audio=audio, dtype=dtype, limits=limits)
+    print(json.dumps(as_json(report), indent=2) if json_output else table(report))
+    if not report.passed:
+        sys.exit(1)
+
+
+@app.command
+def rehearse(target: Target, /, *, preset: Literal["4b", "8b", "tiny"], seed: int = 0) -> None:
+    """Writes random weights in the released layout, to try conversion and launch before downloading anything.
+
+    4b takes 10.4 GB and 8b 18.1 GB. tiny comes with a tokenizer of single bytes; the others need the released one's
+    files copied beside them before they generate.
+
+    Args:
+        target: The directory to write, new or empty.
+        preset: The model's size.
+        seed: Equal seeds give equal weights.
+    """
+    with _reported(target):
+        from convert.rehearse import rehearse as write
+
+        write(preset, target, seed)
+
+
+@contextmanager
+def _reported(target: Path) -> Iterator[None]:
+    """For the commands that write: says at the end what it took."""
+    _keep_to_cpu()
+    start = time.perf_counter()
+    yield
+    size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+    seconds = time.perf_counter() - start
+    print(f"wrote {target}: {size / 1e9:.2f} GB in {seconds:.1f} s, peak memory {peak / 1e9:.2f} GB")
+
+
+def _keep_to_cpu() -> None:
+    """For what only handles files: JAX would take the accelerator, or wait for whoever has it."""
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
+
+
+def main() -> None:
+    # A polite kill cleans up like Ctrl-C does.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    run_door(lambda: app.cli(prog="moss-audio-convert", description=__doc__, config=(tyro.conf.OmitArgPrefixes,)))
+
+
+if __name__ == "__main__":
+    main()
