@@ -4,7 +4,6 @@ Conversions stream: a model of any size goes through less than a gigabyte of mem
 """
 
 import json
-import resource
 import signal
 import sys
 import time
@@ -15,6 +14,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from convert.memory import peak_memory
 from moss_audio_jax.cli import run_door
 
 Source = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
@@ -163,9 +163,9 @@ def _reported(target: Path) -> Iterator[None]:
     start = time.perf_counter()
     yield
     size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
-    seconds = time.perf_counter() - start
-    print(f"wrote {target}: {size / 1e9:.2f} GB in {seconds:.1f} s, peak memory {peak / 1e9:.2f} GB")
+    seconds, peak = time.perf_counter() - start, peak_memory()
+    memory = "" if peak is None else f", peak memory {peak / 1e9:.2f} GB"
+    print(f"wrote {target}: {size / 1e9:.3g} GB in {seconds:.1f} s{memory}")
 
 
 def _keep_to_cpu() -> None:

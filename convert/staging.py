@@ -33,13 +33,13 @@ def staged(target: Path, required_bytes: int) -> Iterator[Path]:
     free = shutil.disk_usage(existing).free
     required = required_bytes + required_bytes // 50 + (1 << 20)  # headers, manifests, padding
     print(
-        f"writing {target}: needs up to {required / 1e9:.2f} GB of disk ({free / 1e9:.2f} GB are free) "
+        f"writing {target}: needs up to {required / 1e9:.3g} GB of disk ({free / 1e9:.3g} GB are free) "
         f"and about {PEAK_MEMORY_GB} GB of memory",
         file=sys.stderr,
     )
     if required > free:
         raise MossAudioError(
-            f"{target} would take up to {required / 1e9:.2f} GB and {existing} has {free / 1e9:.2f} GB free: "
+            f"{target} would take up to {required / 1e9:.3g} GB and {existing} has {free / 1e9:.3g} GB free: "
             "make room, or choose another disk"
         )
     work = target.with_name(f"{target.name}.partial-{os.getpid()}")

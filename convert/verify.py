@@ -16,6 +16,7 @@ from convert.compare_tensors import (
     compare_tensors,
     tensor_set_differences,
 )
+from convert.memory import available_memory
 from moss_audio_jax.checkpoint import layout_of
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.info import align
@@ -130,15 +131,6 @@ def require_memory(checkpoint: Checkpoint, dtype: Dtype) -> None:
             f"running the model in {dtype} needs about {needed / 1e9:.1f} GB of memory and {available / 1e9:.1f} GB "
             "are available: compare in --dtype bfloat16, or the tensors alone with --no-torch"
         )
-
-
-def available_memory() -> int | None:
-    """Bytes, where the system tells (Linux)."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
 
 
 def beyond(models: ModelComparison, thresholds: Thresholds) -> list[str]:

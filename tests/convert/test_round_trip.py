@@ -64,7 +64,8 @@ CONFIGS = {
         adapter_hidden_size=37,
     ),
     "one layer": config(
-        audio={"encoder_layers": 1, "deepstack_encoder_layer_indexes": (0,)}, language={"num_hidden_layers": 1}
+        audio={"encoder_layers": 1, "deepstack_encoder_layer_indexes": (0,), "downsample_hidden_size": 32},
+        language={"num_hidden_layers": 1, "vocab_size": 32},
     ),
 }
 
@@ -75,7 +76,7 @@ CONFIGS = {
         *((name, pieces.PIECE_BYTES, pieces.CHUNK_BYTES) for name in CONFIGS),
         ("tiny", 20_000, 500),  # several layers in a piece
         ("odd sizes", 4000, 500),  # parts of a layer in a piece
-        ("one layer", 200, 4000),  # less than a row
+        ("one layer", 1000, 4000),  # less than a row of stem_proj
     ],
 )
 def test_weights_come_back(tmp_path, monkeypatch, name, piece_bytes, chunk_bytes):
