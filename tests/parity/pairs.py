@@ -88,8 +88,6 @@ def make_pair(
     """Random weights, written once and read by both. rewrite: changes the files to a form that only the port reads."""
     save_released(random_reference(config, seed), directory, shards)
     reference = load_reference(directory)
-    if reference.tied:  # loading made two parameters of the one
-        reference.lm_head.weight = reference.language_model.embed_tokens.weight
     rewrite(directory)
     return Pair(reference, load_model(directory))
 
