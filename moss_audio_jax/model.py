@@ -48,13 +48,16 @@ class MossAudio(nnx.Module):
         x, deepstack = self.embed(inputs, dropout_key=dropout_key, remat=remat)
         return self.language_model(x, inputs.positions, inputs.segment_ids, deepstack, remat=remat)
 
+    @property
+    def head(self) -> Float[Array, "hidden vocab"]:
+        """The kernel that makes logits of hidden states; with tied weights it is the embedding's."""
+        if self.config.tie_word_embeddings:
+            return self.language_model.embed_tokens.embedding[...].T
+        return self.lm_head.kernel[...]
+
     def logits(self, hidden: Float[Array, "... hidden"]) -> Float[Array, "... vocab"]:
         """float32, accumulated in float32 from weights of any dtype."""
-        if self.config.tie_word_embeddings:
-            head = self.language_model.embed_tokens.embedding[...].T
-        else:
-            head = self.lm_head.kernel[...]
-        return jnp.matmul(hidden, head, preferred_element_type=jnp.float32)
+        return jnp.matmul(hidden, self.head, preferred_element_type=jnp.float32)
 
     def embed(
         self, inputs: ModelInputs, *, dropout_key: jax.Array | None = None, remat: str = "none"

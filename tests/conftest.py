@@ -6,6 +6,10 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 
+# XLA runs those devices on one pool of threads. A collective blocks one, and independent ones wait for each other: with
+# as few threads as cores they can block for good, until XLA aborts the process.
+os.environ.setdefault("NPROC", "32")
+
 from pathlib import Path
 
 import jax
