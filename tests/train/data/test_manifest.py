@@ -1,0 +1,132 @@
+"""Lines of a manifest become examples; each kind of bad line is an error that names it."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from moss_audio_jax.errors import MossAudioError
+from train.data.manifest import Clip, Manifest, TimedText, parse_line
+
+RELEASED = {
+    "conversation": [
+        {"role": "user", "message_type": "audio", "content": "a.wav"},
+        {"role": "user", "message_type": "text", "content": "Transcribe the audio."},
+        {"role": "assistant", "message_type": "text", "content": " Hello world.\n"},
+    ]
+}
+
+
+def parse(line: object, directory: Path = Path("/data")):
+    text = line if isinstance(line, bytes) else json.dumps(line).encode()
+    return parse_line(text, "m.jsonl line 3", directory)
+
+
+def test_released_format():
+    user, assistant = parse(RELEASED).conversation
+    clip, prompt = user.content
+    assert isinstance(clip, Clip) and clip.audio == "/data/a.wav" and (clip.start, clip.end) == (None, None)
+    assert (user.role, prompt) == ("user", "Transcribe the audio.")
+    assert (assistant.role, assistant.content) == ("assistant", ("Hello world.",))
+
+
+def test_system_message_several_turns_and_clips():
+    def message(role: str, kind: str, content: str, **cut: float) -> dict:
+        return {"role": role, "message_type": kind, "content": content, **cut}
+
+    example = parse(
+        {
+            "conversation": [
+                message("system", "text", "Answer briefly."),
+                message("user", "audio", "a.wav", start=1, end=2.5),
+                message("user", "text", "And"),
+                message("user", "audio", "/b.wav"),
+                message("assistant", "text", "One."),
+                message("user", "text", "More?"),
+                message("assistant", "text", "No."),
+            ]
+        }
+    )
+    assert [turn.role for turn in example.conversation] == ["system", "user", "assistant", "user", "assistant"]
+    first, text, second = example.conversation[1].content
+    assert isinstance(first, Clip) and (first.start, first.end) == (1, 2.5)
+    assert text == "And" and isinstance(second, Clip) and second.audio == "/b.wav"
+    assert example.clip is None  # labels could not say which
+
+
+def test_labels_count_from_the_start_of_the_cut_and_are_sorted():
+    words = [{"text": "there", "start": 3.5, "end": 4}, {"text": "hello", "start": 3, "end": 3.25}]
+    example = parse({"audio": "a.wav", "start": 2, "end": 4, "words": words, "text": "hello there", "id": 7})
+    assert example.words == (TimedText("hello", 1, 1.25), TimedText("there", 1.5, 2))
+    beside = parse(RELEASED | {"words": words})
+    assert beside.clip is beside.conversation[0].content[0] and beside.words[0].start == 3
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        (b"{", "expected a JSON object, found none"),
+        (b'{"text": "\xff"}', "expected a JSON object, found none"),
+        ([1], "expected a JSON object, found [1]"),
+        ({}, "'conversation', 'audio' or 'text'"),
+        ({"text": "  "}, "'text' in a line without audio to be a text that is not blank, found '  '"),
+        ({"audio": "a.wav", "txt": "hi"}, "found 'txt'"),
+        ({"audio": "a.wav"}, "labels beside 'audio'"),
+        ({"audio": "a.wav", "text": "hi", "start": 3, "end": 2}, "start < end, found start=3 and end=2"),
+        ({"audio": "a.wav", "text": "hi", "start": True}, "'start' in the line to be a time"),
+        (b'{"audio": "a.wav", "text": "hi", "end": NaN}', "a time of 0 s or more, found nan"),
+        ({"audio": "a\0", "text": "hi"}, "expected a path"),
+        ({"audio": "a.wav", "words": []}, "a list that is not empty, found []"),
+        ({"audio": "a.wav", "words": [{"text": "a", "start": 1}]}, "'end' in words[1]"),
+        ({"audio": "a.wav", "words": [{"text": "a", "start": 2, "end": 1}]}, "times in order"),
+        ({"audio": "a.wav", "end": 1, "words": [{"text": "a", "start": 0, "end": 1.5}]}, "within the clip, 0.0 to 1 s"),
+        ({"conversation": RELEASED["conversation"][:2]}, "found the roles user;"),
+        ({"conversation": RELEASED["conversation"][2:]}, "found the roles assistant;"),
+        ({"conversation": ["hello"]}, "message 1 to be a JSON object"),
+        ({"conversation": [{"role": "user", "content": "a"}]}, "'message_type' in message 1"),
+        ({"conversation": [{"role": "bot", "message_type": "text", "content": "a"}]}, "a role of system"),
+        (
+            {"conversation": [{"role": "assistant", "message_type": "audio", "content": "a"}]},
+            "audio from the user only",
+        ),
+        ({"conversation": RELEASED["conversation"][1:], "text": "hi"}, "found 0 clips"),
+    ],
+)
+def test_bad_lines(line: object, complaint: str):
+    with pytest.raises(MossAudioError) as error:
+        parse(line)
+    assert str(error.value).startswith("m.jsonl line 3: expected ") and complaint in str(error.value)
+
+
+def test_manifest_counts_lines_as_an_editor_does(tmp_path: Path):
+    path = tmp_path / "m.jsonl"
+    path.write_text('\n{"text": "one"}\n\n{"text": "zwölf"}\n{"text": "drei"}', "utf-8")
+    manifest = Manifest(path)
+    assert [example.text for example in manifest] == ["one", "zwölf", "drei"]
+    assert [example.name for example in manifest] == [f"{path} line {number}" for number in (2, 4, 5)]
+    path.write_text('{"text": "one"}\n{"text": 2}\n', "utf-8")
+    with pytest.raises(MossAudioError, match=r"m\.jsonl line 2: expected 'text'"):
+        Manifest(path)
+
+
+def test_missing_and_empty_manifests(tmp_path: Path):
+    with pytest.raises(MossAudioError, match="No such file"):
+        Manifest(tmp_path / "absent.jsonl")
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(MossAudioError, match="found no line"):
+        Manifest(tmp_path / "empty.jsonl")
+
+
+def test_clips_are_cut(tmp_path: Path):
+    wave = np.linspace(-0.5, 0.5, 16000, dtype=np.float32)
+    soundfile.write(tmp_path / "a.wav", wave, 16000, subtype="FLOAT")
+    example = parse({"audio": "a.wav", "start": 0.25, "end": 0.5, "text": "hi"}, tmp_path)
+    assert example.clip is not None
+    np.testing.assert_array_equal(example.clip.wave(), wave[4000:8000])
+    np.testing.assert_array_equal(Clip(wave, 0.25, 0.5).wave(), wave[4000:8000])
+    absent = parse({"audio": "../b.wav", "text": "hi"}, tmp_path)
+    assert absent.clip is not None
+    with pytest.raises(MossAudioError, match=r"m\.jsonl line 3: \.\./b\.wav: expected a readable audio file"):
+        absent.clip.wave()

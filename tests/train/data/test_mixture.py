@@ -1,0 +1,82 @@
+"""The order of examples: shares, square roots of sizes, every example once an epoch, the same for everyone."""
+
+import collections
+import json
+
+import pytest
+
+from moss_audio_jax.errors import MossAudioError
+from train.data.manifest import Example
+from train.data.mixture import SHUFFLE_WINDOW, ExampleOrder, Group, Source, source_weights
+
+
+def source(name: str, size: int, **options: dict) -> Source:
+    return Source(name, [Example(f"{name} {number}", text="text") for number in range(size)], **options)
+
+
+GROUPS = (
+    Group("asr", 0.3, (source("small", 25), source("large", 100))),
+    Group("caption", 0.4, (source("captions", 60),)),
+    Group("text", 0.3, (source("texts", 9),)),
+)
+
+
+def test_weights_are_group_shares_times_square_roots():
+    weights = {source.name: weight for _, source, weight in source_weights(GROUPS)}
+    assert weights == pytest.approx({"small": 0.1, "large": 0.2, "captions": 0.4, "texts": 0.3})
+    doubled = [Group(group.name, 2 * group.share, group.sources) for group in GROUPS]
+    assert [weight for *_, weight in source_weights(doubled)] == pytest.approx(list(weights.values()))
+
+
+def test_order_holds_the_shares_overall_and_for_every_reader_of_some():
+    order = ExampleOrder(GROUPS, seed=3)
+    count = 2 * SHUFFLE_WINDOW
+    names = [order[number].source.name for number in range(count)]
+    expected = {source.name: weight for _, source, weight in source_weights(GROUPS)}
+    for step, tolerance in ((1, 0.01), (8, 0.05)):
+        for first in range(step):
+            found = collections.Counter(names[first::step])
+            for name, weight in expected.items():
+                assert found[name] / len(names[first::step]) == pytest.approx(weight, abs=tolerance)
+
+
+def test_every_example_comes_once_an_epoch_in_a_new_order():
+    order = ExampleOrder([Group("all", 1, (source("one", SHUFFLE_WINDOW),))], seed=0)
+    epochs = [[order[epoch * SHUFFLE_WINDOW + number].index for number in range(SHUFFLE_WINDOW)] for epoch in range(2)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(SHUFFLE_WINDOW))
+    same = sum(a == b for a, b in zip(*epochs, strict=True))
+    assert same < 20 and sum(a == b for a, b in enumerate(epochs[0])) < 20
+
+
+def test_order_depends_on_the_seed_alone():
+    def drawn(seed: int) -> list[tuple[str, int, float]]:
+        order = ExampleOrder(GROUPS, seed)
+        return [(order[n].source.name, order[n].index, order[n].rng.random()) for n in (5, 3, 70_000, 10**12)]
+
+    assert drawn(1) == drawn(1)
+    assert drawn(1) != drawn(2)
+    assert len({value for *_, value in drawn(1)}) == 4  # every example draws for itself
+    assert ExampleOrder(GROUPS, 2**32 - 1)[10**12].example.text == "text"
+
+
+def test_fingerprint_changes_with_whatever_changes_the_examples():
+    def fingerprint(size: int = 3, seed: int = 7, share: float = 0.5, **options: dict) -> str:
+        groups = [Group("a", share, (source("one", size, **options),)), Group("b", 0.5, (source("two", 3),))]
+        return json.dumps(ExampleOrder(groups, seed).fingerprint())
+
+    changed = [fingerprint(), fingerprint(size=4), fingerprint(seed=8), fingerprint(share=0.6)]
+    changed.append(fingerprint(objectives={"caption": 1.0}))
+    assert len(set(changed)) == 5 and fingerprint() == changed[0]
+
+
+def test_errors():
+    with pytest.raises(MossAudioError, match="source none: expected examples"):
+        source("none", 0)
+    with pytest.raises(MossAudioError, match="found 'transcrib'"):
+        source("one", 1, objectives={"transcrib": 1.0})
+    with pytest.raises(MossAudioError, match="group g: expected a share above 0"):
+        Group("g", 0, (source("one", 1),))
+    with pytest.raises(MossAudioError, match="different names"):
+        ExampleOrder([Group("g", 1, (source("one", 1), source("one", 2)))], 0)
+    with pytest.raises(MossAudioError, match="seed"):
+        ExampleOrder(GROUPS, -1)

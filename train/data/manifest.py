@@ -1,0 +1,273 @@
+"""Manifests: JSON lines that say which audio there is and what is known about it, read as checked examples.
+
+A line is one of three things. A conversation, in the format of MOSS-Audio's fine-tuning data, here with a system
+message, several turns and several clips if wished, each of which may be cut:
+
+    {"conversation": [{"role": "user", "message_type": "audio", "content": "a.wav", "start": 1.5, "end": 9},
+                      {"role": "user", "message_type": "text", "content": "Transcribe the audio."},
+                      {"role": "assistant", "message_type": "text", "content": "Hello."}]}
+
+A clip and its labels, of which any may be absent; `objectives` makes conversations out of them:
+
+    {"audio": "a.wav", "start": 1.5, "end": 9, "text": "what is said", "caption": "what is heard",
+     "words": [{"text": "what", "start": 1.6, "end": 1.8}], "segments": [...], "events": [...]}
+
+Or text without audio: {"text": "..."}. Labels may also stand beside a conversation about one clip. All times are
+seconds from the start of the file, also those of labels of a cut clip. Keys that are none of these are an error,
+since they are mostly misspelled; `id` and `meta` may hold anything and are ignored.
+
+Paths are relative to the manifest's directory. Absolute ones and those with `..` are followed: the released format
+has them, and a manifest is its user's own list of files. So look at the paths of a manifest from strangers before
+`prepare` copies what they name. Shards hold the audio itself and follow no path.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+
+from moss_audio_jax.audio import SAMPLE_RATE, load_audio
+from moss_audio_jax.errors import MossAudioError
+from moss_audio_jax.tokens import ROLES
+
+
+@dataclass(frozen=True, eq=False)
+class Clip:
+    """A piece of audio that is decoded when it is needed.
+
+    audio: a path, the bytes of an audio file, or a mono wave, float32 [samples] at 16 kHz.
+    start, end: what is cut out of it, in seconds; None is the file's own start or end.
+    name: what errors call it.
+    """
+
+    audio: str | bytes | np.ndarray
+    start: float | None = None
+    end: float | None = None
+    name: str = "a clip"
+
+    def wave(self) -> np.ndarray:
+        """float32 [samples] at 16 kHz; raises MossAudioError if it can't be read."""
+        if not isinstance(self.audio, np.ndarray):
+            return load_audio(self.audio, start=self.start, end=self.end, name=self.name)
+        first = 0 if self.start is None else round(self.start * SAMPLE_RATE)
+        last = len(self.audio) if self.end is None else round(self.end * SAMPLE_RATE)
+        return self.audio[first:last]
+
+
+@dataclass(frozen=True)
+class TimedText:
+    """A word, a sentence or the name of a sound, and when it is heard: seconds from the start of the clip."""
+
+    text: str
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class Message:
+    """What one side says in its turn."""
+
+    role: str
+    content: tuple[str | Clip, ...]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One line of a manifest, checked. What is absent is empty.
+
+    name: where it comes from, for errors and logs.
+    conversation: turns that end with an answer.
+    clip: what the labels describe.
+    text: what is said in the clip; without a clip, plain text to learn.
+    """
+
+    name: str
+    conversation: tuple[Message, ...] = ()
+    clip: Clip | None = None
+    text: str = ""
+    caption: str = ""
+    words: tuple[TimedText, ...] = ()
+    segments: tuple[TimedText, ...] = ()
+    events: tuple[TimedText, ...] = ()
+
+
+class Manifest(Sequence[Example]):
+    """The examples of a JSON-lines file, which stays on disk: only where its lines begin is held in memory.
+
+    Every line is checked when the file is opened (some 50,000 a second). Raises MossAudioError for the first bad one.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        offsets, numbers = [], []
+        try:
+            with open(self.path, "rb") as file:
+                offset = 0
+                for number, line in enumerate(file, start=1):
+                    if line.strip():
+                        parse_line(line, self._name(number), self.path.parent)
+                        offsets.append(offset)
+                        numbers.append(number)
+                    offset += len(line)
+        except OSError as error:
+            raise MossAudioError(
+                f"{path}: expected a readable manifest, found '{error.strerror}'; check the path."
+            ) from error
+        if not offsets:
+            raise MossAudioError(f"{path}: expected a manifest of JSON lines, found no line; check the path.")
+        self._offsets, self._numbers = np.array(offsets), np.array(numbers)
+
+    def __len__(self) -> int:
+        return len(self._offsets)
+
+    def __getitem__(self, index: int) -> Example:
+        line, name = self.line(index)
+        return parse_line(line, name, self.path.parent)
+
+    def line(self, index: int) -> tuple[bytes, str]:
+        """A line as it stands in the file, and its name in errors."""
+        with open(self.path, "rb") as file:
+            file.seek(self._offsets[index])
+            return file.readline(), self._name(self._numbers[index])
+
+    def _name(self, number: int) -> str:
+        return f"{self.path} line {number}"
+
+
+def parse_line(line: bytes, name: str, directory: Path) -> Example:
+    """An example out of a line of a manifest in `directory`. Raises MossAudioError that begins with `name`."""
+    try:
+        content = json.loads(line)
+    except ValueError as error:  # also bytes that are not UTF-8
+        raise MossAudioError(f"{name}: expected a JSON object, found none ({error}); correct the line.") from error
+    return _Line(name, directory).example(content)
+
+
+# Keys and the types of their values; a line holds the keys of one of these sets.
+_LABELS: dict[str, type] = {"text": str, "caption": str, "words": list, "segments": list, "events": list}
+_CUT: dict[str, type] = {"start": float, "end": float}
+_IGNORED: dict[str, type] = {"id": object, "meta": object}
+_CONVERSATION_LINE = {"conversation": list, **_LABELS, **_IGNORED}
+_AUDIO_LINE = {"audio": str, **_CUT, **_LABELS, **_IGNORED}
+_TEXT_LINE = {"text": str, **_IGNORED}
+_TIMED_TEXT = {"text": str, **_CUT}
+_TEXT_MESSAGE = {"role": str, "message_type": str, "content": str}
+_AUDIO_MESSAGE = {**_TEXT_MESSAGE, **_CUT}
+
+_TYPE_NAMES = {str: "a text that is not blank", list: "a list that is not empty", float: "a time of 0 s or more"}
+
+
+class _Line:
+    """Reads the content of a line; every method raises MossAudioError if it is not as expected."""
+
+    def __init__(self, name: str, directory: Path):
+        self.name = name
+        self.directory = directory
+
+    def fail(self, expected: str, found: str) -> NoReturn:
+        raise MossAudioError(f"{self.name}: expected {expected}, found {found}; correct the line.")
+
+    def example(self, content: Any) -> Example:
+        if not isinstance(content, dict):
+            self.fail("a JSON object", _shortened(content))
+        if "conversation" in content:
+            self.check(content, "the line", _CONVERSATION_LINE, required=("conversation",))
+            conversation = tuple(self.turns(content["conversation"]))
+            clips = [piece for turn in conversation for piece in turn.content if isinstance(piece, Clip)]
+            if len(clips) != 1 and any(label in content for label in _LABELS):
+                self.fail("labels beside a conversation about one clip", f"{len(clips)} clips")
+            return self.labelled(content, conversation, clips[0] if len(clips) == 1 else None)
+        if "audio" in content:
+            self.check(content, "the line", _AUDIO_LINE, required=("audio",))
+            if not any(label in content for label in _LABELS):
+                self.fail(f"labels beside 'audio' ({', '.join(_LABELS)})", f"only {', '.join(content)}")
+            return self.labelled(content, (), self.clip(content, "audio"))
+        if "text" in content:
+            self.check(content, "a line without audio", _TEXT_LINE, required=("text",))
+            return Example(self.name, text=content["text"])
+        self.fail("'conversation', 'audio' or 'text'", f"the keys {_shortened(list(content))}")
+
+    def labelled(self, content: dict, conversation: tuple[Message, ...], clip: Clip | None) -> Example:
+        return Example(
+            self.name,
+            conversation,
+            clip,
+            content.get("text", "").strip(),
+            content.get("caption", "").strip(),
+            *(tuple(self.timed_texts(content, key, clip)) for key in ("words", "segments", "events")),
+        )
+
+    def turns(self, messages: list) -> Iterator[Message]:
+        """The messages, those of the same role in a row joined, which must end with an answer."""
+        turns: list[tuple[str, list[str | Clip]]] = []
+        for number, message in enumerate(messages, start=1):
+            where = f"message {number}"
+            is_audio = isinstance(message, dict) and message.get("message_type") == "audio"
+            self.check(message, where, _AUDIO_MESSAGE if is_audio else _TEXT_MESSAGE, required=_TEXT_MESSAGE)
+            role = message["role"]
+            if role not in ROLES or message["message_type"] not in ("audio", "text"):
+                self.fail(f"a role of {', '.join(ROLES)} and a message_type of audio, text", f"{where} {message}")
+            if is_audio and role != "user":
+                self.fail("audio from the user only", f"{where} with audio from {role}")
+            if role == "system" and turns and turns[0][0] != "system":
+                self.fail("system messages first", f"{where} from system")
+            if not turns or turns[-1][0] != role:
+                turns.append((role, []))
+            # Blanks at either end are dropped, as MOSS-Audio's fine-tuning script does.
+            turns[-1][1].append(self.clip(message, "content") if is_audio else message["content"].strip())
+        roles = [role for role, _ in turns if role != "system"]
+        if roles[:1] != ["user"] or roles[-1] != "assistant":
+            found = ", ".join(roles) or "none"
+            self.fail("a conversation from a user's message to an assistant's", f"the roles {found}")
+        return (Message(role, tuple(content)) for role, content in turns)
+
+    def clip(self, content: dict, key: str) -> Clip:
+        start, end = content.get("start"), content.get("end")
+        if end is not None and end <= (start or 0):
+            self.fail("start < end", f"start={start} and end={end}")
+        path = content[key]
+        if "\0" in path:
+            self.fail("a path", repr(path))
+        return Clip(str(self.directory / path), start, end, name=f"{self.name}: {path}")
+
+    def timed_texts(self, content: dict, key: str, clip: Clip | None) -> Iterator[TimedText]:
+        """The labels of a key, their times counted from the start of the clip, in order of time."""
+        first = clip.start or 0.0 if clip else 0.0
+        last = clip.end if clip and clip.end is not None else math.inf
+        labels = []
+        for number, label in enumerate(content.get(key, ()), start=1):
+            self.check(label, f"{key}[{number}]", _TIMED_TEXT, required=_TIMED_TEXT)
+            if not first <= label["start"] <= label["end"] <= last:
+                self.fail(f"times in order and within the clip, {first} to {last} s", f"{key}[{number}] {label}")
+            labels.append(TimedText(label["text"].strip(), label["start"] - first, label["end"] - first))
+        return iter(sorted(labels, key=lambda label: (label.start, label.end)))
+
+    def check(self, content: Any, where: str, types: dict[str, type], required: Sequence[str] | dict) -> None:
+        """`content` is an object of keys of `types` with values of theirs, and has the required ones."""
+        if not isinstance(content, dict):
+            self.fail(f"{where} to be a JSON object", _shortened(content))
+        for key in required:
+            if key not in content:
+                self.fail(f"{key!r} in {where}", f"the keys {_shortened(list(content))}")
+        for key, value in content.items():
+            if key not in types:
+                self.fail(f"the keys {', '.join(types)} in {where}", repr(key))
+            if not _is_valid(value, types[key]):
+                self.fail(f"{key!r} in {where} to be {_TYPE_NAMES[types[key]]}", _shortened(value))
+
+
+def _is_valid(value: Any, expected: type) -> bool:
+    if expected is str:
+        return isinstance(value, str) and bool(value.strip())
+    if expected is float:  # Python counts True among the integers
+        return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
+    return isinstance(value, expected) and value != []
+
+
+def _shortened(value: Any, length: int = 120) -> str:
+    text = repr(value)
+    return text if len(text) <= length else f"{text[:length]}..."

@@ -1,0 +1,110 @@
+"""One example as the model reads it: decoded, log-mel, tokenised, with the tokens to learn marked."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import ml_dtypes
+import numpy as np
+
+from moss_audio_jax.audio import log_mel, num_audio_tokens, round_bfloat16
+from moss_audio_jax.config import MossAudioConfig
+from moss_audio_jax.errors import MossAudioError
+from moss_audio_jax.inputs import ModelInputs, make_inputs
+from moss_audio_jax.tokens import Tokenizer, Turn, build_conversation
+from train.data.manifest import Clip, Example, Message
+from train.data.objectives import Rendered, render
+
+END_OF_TEXT = "<|endoftext|>"  # what Qwen puts after a text that is not a conversation
+FRAMES_PER_SECOND = 100
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An example, tokenised.
+
+    inputs: a batch of one sequence, its tokens padded, its chunks in bfloat16.
+    learned: bool [num_tokens], True at the ids to learn.
+    """
+
+    name: str
+    inputs: ModelInputs
+    learned: np.ndarray
+    num_chunks: int
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.learned)
+
+    @property
+    def audio_seconds(self) -> float:
+        return float(self.inputs.chunk_frames.sum()) / FRAMES_PER_SECOND
+
+    def truncated(self, num_tokens: int) -> "Sample | None":
+        """The first `num_tokens` tokens; None if that cuts audio off or leaves nothing to learn."""
+        if (self.inputs.audio_slots[0, num_tokens:] >= 0).any() or not self.learned[1:num_tokens].any():
+            return None
+        return replace(self, learned=self.learned[:num_tokens])
+
+
+class SampleMaker:
+    """From examples to samples. Cheap to send to worker processes, where it does the work."""
+
+    def __init__(self, tokenizer: Tokenizer, config: MossAudioConfig, *, time_markers: bool | None = None):
+        """time_markers: None takes the checkpoint's `enable_time_marker`."""
+        if config.audio_config.chunk_frames is None:
+            raise MossAudioError(
+                "expected an encoder with chunks of a fixed length to train on packed sequences, "
+                "found chunk_frames=None (n_window null); set it, released models have 400."
+            )
+        self._tokenizer = tokenizer
+        self._config = config
+        self.time_markers = config.processor.enable_time_marker if time_markers is None else time_markers
+
+    def __call__(
+        self, example: Example, rng: np.random.Generator, objectives: Mapping[str, float] | None = None
+    ) -> Sample:
+        """Raises MossAudioError that names the example if a clip can't be read or nothing can be asked about it."""
+        return self.sample(example.name, render(example, rng, objectives))
+
+    def sample(self, name: str, rendered: Rendered) -> Sample:
+        """A sample of the turns of a conversation, or of a plain text and the mark of its end, all of it learned."""
+        try:
+            ids, learned, mels = self._plain_text(rendered) if isinstance(rendered, str) else self._turns(rendered)
+            inputs = make_inputs([ids], [mels], config=self._config)
+        except MossAudioError as error:
+            # Errors of audio name the clip, and so the example, themselves.
+            raise error if str(error).startswith(name) else MossAudioError(f"{name}: {error}") from error
+        num_chunks = int((inputs.chunk_frames > 0).sum())
+        # Rounded to bfloat16 already, and half as large to keep, to hand to another process and to send to a device.
+        chunks = inputs.audio_chunks[:, :num_chunks].astype(ml_dtypes.bfloat16)
+        return Sample(name, replace(inputs, audio_chunks=chunks), np.asarray(learned, bool), num_chunks)
+
+    def _plain_text(self, text: str) -> tuple[list[int], list[bool], list[np.ndarray]]:
+        ids = self._tokenizer.encode(text + END_OF_TEXT)
+        return ids, [True] * len(ids), []
+
+    def _turns(self, messages: tuple[Message, ...]) -> tuple[list[int], list[bool], list[np.ndarray]]:
+        mels: list[np.ndarray] = []
+        turns = []
+        for message in messages:
+            pieces: list[str | int] = []
+            for piece in message.content:
+                if isinstance(piece, Clip):
+                    mels.append(_mel(piece))
+                    pieces.append(num_audio_tokens(mels[-1].shape[1]))
+                else:
+                    pieces.append(piece)
+            turns.append(Turn(message.role, pieces))
+        ids, learned = build_conversation(
+            self._tokenizer, turns, time_markers=self.time_markers, processor=self._config.processor
+        )
+        return ids, learned, mels
+
+
+def _mel(clip: Clip) -> np.ndarray:
+    """Log-mel [mel bins, frames] as `Processor.mel` makes it."""
+    wave = clip.wave()
+    try:
+        return round_bfloat16(log_mel(wave))
+    except MossAudioError as error:
+        raise MossAudioError(f"{clip.name}: {error}") from error

@@ -1,0 +1,461 @@
+"""Sound scenes made on the fly: what can be heard, when it starts and ends, and questions about it.
+
+    scene = make_scene(seed=0, index=7, config=SceneConfig())
+    scene.wave, scene.events            # float32 [128000]; (Event("tone", 2.703, 3.512, ...), ...)
+    task = make_task(seed=0, index=7, config=SceneConfig(tasks=("timeline", "start")))
+    task.question, task.answer          # "When does the tone start?", "2.7"
+
+Scene number `index` depends on the seed, its index and the configuration alone, so any worker can make any scene, in
+any order. Some hundreds of 8-second scenes a second on one core.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.fft
+
+from moss_audio_jax.audio import SAMPLE_RATE
+from moss_audio_jax.errors import MossAudioError
+from train.data.manifest import Clip, Example, Message, TimedText
+from train.data.objectives import EVENT_DECIMALS, PROMPTS, TIME_QUESTIONS, timeline
+
+LABELS = ("tone", "chirp", "click", "noise", "dial", "hum")
+BACKGROUNDS = ("white", "pink", "brown")
+
+
+@dataclass(frozen=True)
+class SceneConfig:
+    """What scenes are made of. Pairs are the bounds of a uniform draw; equal bounds fix the value."""
+
+    seconds: tuple[float, float] = (8.0, 8.0)
+    """Length of a scene, drawn in steps of a mel frame (10 ms)."""
+    events: tuple[int, int] = (1, 4)
+    """Number of events; in a scene too short for those drawn, as many as fit."""
+    labels: tuple[str, ...] = LABELS
+    """Classes to draw from: a steady tone, a gliding chirp, a row of clicks, a burst of noise, dialled digits (DTMF),
+    a low buzzing hum."""
+    event_seconds: tuple[float, float] = (0.3, 1.5)
+    """Length of an event."""
+    gap: float = 0.2
+    """Seconds of background at least, between two events and at both ends of a scene."""
+    overlap: bool = False
+    """Lets events sound at once; `gap` then holds at the scene's ends only."""
+    level_db: tuple[float, float] = (-24.0, -6.0)
+    """Peak of an event, in dB of full scale."""
+    background_db: tuple[float, float] = (-65.0, -50.0)
+    """Root mean square of the background noise, in dB of full scale."""
+    backgrounds: tuple[str, ...] = BACKGROUNDS
+    """Colours of noise to draw from."""
+    tasks: tuple[str, ...] = ("timeline",)
+    """What `make_task` asks, all alike often; a name may be repeated to be asked more often."""
+
+    def __post_init__(self):
+        for name in ("seconds", "events", "event_seconds", "level_db", "background_db"):
+            low, high = getattr(self, name)
+            if not low <= high:
+                raise MossAudioError(f"scenes: {name} must be a lower and an upper bound, found {low} and {high}.")
+        for name, known in (("labels", LABELS), ("backgrounds", BACKGROUNDS), ("tasks", tuple(TASKS))):
+            found = getattr(self, name)
+            if not found or set(found) - set(known):
+                raise MossAudioError(f"scenes: {name} must be some of {', '.join(known)}, found {', '.join(found)}.")
+        if self.events[0] < 1:
+            raise MossAudioError(f"scenes: events must be 1 or more, found {self.events[0]}.")
+        if self.event_seconds[0] < _SHORTEST:
+            raise MossAudioError(f"scenes: event_seconds must be {_SHORTEST} or more, found {self.event_seconds[0]}.")
+        if self.gap < 0 or self.seconds[0] < self.event_seconds[1] + 2 * self.gap:
+            raise MossAudioError(
+                "scenes: seconds must hold the longest event and a gap of 0 or more on either side, found "
+                f"{self.seconds[0]} s for {self.event_seconds[1]} s and twice {self.gap} s; lengthen it."
+            )
+        if self.level_db[1] > 0:
+            raise MossAudioError(f"scenes: level_db must be 0 or less, full scale, found {self.level_db[1]}.")
+
+
+@dataclass(frozen=True)
+class Event(TimedText):
+    """A sound. `text` is its label; `start` and `end` are where its samples begin and end, to the sample.
+
+    level_db: its peak, in dB of full scale.
+    pitch_hz: at its start and at its end; None for sounds without pitch.
+    """
+
+    level_db: float
+    pitch_hz: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """All that can be asked about a scene: events in order of their start, and the colour of the background."""
+
+    samples: int
+    events: tuple[Event, ...]
+    background: str
+    background_db: float
+
+    @property
+    def seconds(self) -> float:
+        return self.samples / SAMPLE_RATE
+
+
+@dataclass(frozen=True, eq=False)
+class Scene(Layout):
+    """wave: float32 [samples], mono at 16 kHz, within [-1, 1]."""
+
+    wave: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class SceneTask:
+    """A scene with a question and its answer; `name` is one of `TASKS`."""
+
+    name: str
+    scene: Scene
+    question: str
+    answer: str
+
+    def example(self, name: str = "a scene") -> Example:
+        """As a line of a manifest: a conversation about the clip, and the labels beside it."""
+        clip = Clip(self.scene.wave, name=name)
+        return Example(
+            name=name,
+            conversation=(Message("user", (clip, self.question)), Message("assistant", (self.answer,))),
+            clip=clip,
+            caption=caption(self.scene),
+            events=self.scene.events,
+        )
+
+
+def make_scene(seed: int, index: int, config: SceneConfig) -> Scene:
+    """Scene number `index` of a seed; both are 0 or more."""
+    rng = _generator(seed, index, stream=0)
+    return _synthesize(_draw_layout(config, rng), rng)
+
+
+def _generator(seed: int, index: int, stream: int) -> np.random.Generator:
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(index, stream)))
+
+
+_ATTEMPTS = 1000
+
+
+def make_task(seed: int, index: int, config: SceneConfig) -> SceneTask:
+    """Draws one of the tasks, then scenes until one fits it (the first is that of `make_scene`).
+
+    Raises MossAudioError if no scene of this configuration does.
+    """
+    rng = _generator(seed, index, stream=_ATTEMPTS)
+    name = str(rng.choice(config.tasks))
+    for attempt in range(_ATTEMPTS):
+        scene_rng = _generator(seed, index, stream=attempt)
+        layout = _draw_layout(config, scene_rng)
+        asked = TASKS[name](layout, rng)
+        if asked is not None:
+            return SceneTask(name, _synthesize(layout, scene_rng), *asked)
+    raise MossAudioError(
+        f"scenes: no scene in {_ATTEMPTS} of this configuration can be asked the task {name!r}; "
+        "allow the events it needs or leave it out."
+    )
+
+
+# Layouts
+
+_SHORTEST = 0.1  # seconds of an event
+_FRAME = SAMPLE_RATE // 100
+_TONE_HZ = (300.0, 3000.0)
+_HUM_HZ = (60.0, 160.0)
+_CHIRP_HZ = (400.0, 1600.0)  # its lower end
+_CHIRP_RATIO = (1.8, 4.0)
+
+
+def _draw_layout(config: SceneConfig, rng: np.random.Generator) -> Layout:
+    samples = round(rng.uniform(*config.seconds) * SAMPLE_RATE / _FRAME) * _FRAME
+    count = rng.integers(config.events[0], config.events[1] + 1)
+    lengths = np.round(rng.uniform(*config.event_seconds, count) * SAMPLE_RATE).astype(int)
+    starts, lengths = _place(samples, lengths, round(config.gap * SAMPLE_RATE), config.overlap, rng)
+    events = tuple(
+        Event(
+            text=label,
+            start=float(start / SAMPLE_RATE),
+            end=float((start + length) / SAMPLE_RATE),
+            level_db=float(rng.uniform(*config.level_db)),
+            pitch_hz=_draw_pitch(label, rng),
+        )
+        for start, length, label in zip(starts, lengths, map(str, rng.choice(config.labels, len(starts))), strict=True)
+    )
+    return Layout(samples, events, str(rng.choice(config.backgrounds)), float(rng.uniform(*config.background_db)))
+
+
+def _place(
+    samples: int, lengths: np.ndarray, gap: int, overlap: bool, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Starts, in order, and lengths of the events that fit, in samples; all arrangements are equally likely."""
+    if overlap:
+        starts = gap + np.floor(rng.random(len(lengths)) * (samples - 2 * gap - lengths + 1)).astype(int)
+        order = np.argsort(starts, kind="stable")
+        return starts[order], lengths[order]
+    fitting = int(np.sum(np.cumsum(lengths + gap) + gap <= samples))
+    lengths = lengths[:fitting]
+    free = samples - gap - int(np.sum(lengths + gap))
+    before = np.sort(rng.integers(0, free + 1, fitting))  # free samples before each event
+    return before + gap + np.cumsum(lengths + gap) - (lengths + gap), lengths
+
+
+def _draw_pitch(label: str, rng: np.random.Generator) -> tuple[float, float] | None:
+    if label == "chirp":
+        low, ratio = _log_uniform(_CHIRP_HZ, rng), _log_uniform(_CHIRP_RATIO, rng)
+        return (low, low * ratio) if rng.random() < 0.5 else (low * ratio, low)
+    if label in ("tone", "hum"):
+        pitch = _log_uniform(_TONE_HZ if label == "tone" else _HUM_HZ, rng)
+        return pitch, pitch
+    return None
+
+
+def _log_uniform(bounds: tuple[float, float], rng: np.random.Generator) -> float:
+    return float(np.exp(rng.uniform(*np.log(bounds))))
+
+
+# Waves
+
+
+def _synthesize(layout: Layout, rng: np.random.Generator) -> Scene:
+    wave = _colored_noise(layout.samples, _SLOPES[layout.background], rng) * _gain(layout.background_db)
+    for event in layout.events:
+        first, last = round(event.start * SAMPLE_RATE), round(event.end * SAMPLE_RATE)
+        sound = _SOUNDS[event.text](event, last - first, rng)
+        wave[first:last] += sound * (_gain(event.level_db) / np.abs(sound).max())
+    loudest = np.abs(wave).max()
+    if loudest > 1:  # events that overlap; scaled together, so that comparisons of loudness stay true
+        wave /= loudest
+    return Scene(**vars(layout), wave=wave)
+
+
+def _gain(decibels: float) -> np.float32:
+    return np.float32(10 ** (decibels / 20))
+
+
+_SLOPES = {"white": 0.0, "pink": -0.5, "brown": -1.0}  # exponents of frequency, in amplitude
+_LOWEST_NOISE_HZ = 20.0
+
+
+def _colored_noise(samples: int, slope: float, rng: np.random.Generator) -> np.ndarray:
+    """Noise of amplitude proportional to frequency ** slope and a root mean square of 1: float32 [samples]."""
+    white = rng.standard_normal(samples, np.float32)
+    if slope:
+        hertz = np.fft.rfftfreq(samples, 1 / SAMPLE_RATE)
+        shape = np.maximum(hertz, _LOWEST_NOISE_HZ) ** slope * (hertz >= _LOWEST_NOISE_HZ)
+        spectrum = np.asarray(scipy.fft.rfft(white)) * shape.astype(np.float32)
+        white = np.asarray(scipy.fft.irfft(spectrum, samples))
+    return white / np.sqrt(np.mean(np.square(white)))
+
+
+_RAMP = 0.005  # seconds in which a sound rises and falls: no clicks, and an onset exact to a few ms
+
+
+def _ramped(sound: np.ndarray) -> np.ndarray:
+    ramp = np.linspace(0, 1, round(_RAMP * SAMPLE_RATE), dtype=np.float32)
+    sound[: len(ramp)] *= ramp
+    sound[-len(ramp) :] *= ramp[::-1]
+    return sound
+
+
+def _seconds(samples: int) -> np.ndarray:
+    return np.arange(samples, dtype=np.float32) / SAMPLE_RATE
+
+
+def _tone(event: Event, samples: int, rng: np.random.Generator) -> np.ndarray:
+    """A glide on a logarithmic scale from the first pitch to the second; a steady sine if they are equal."""
+    assert event.pitch_hz is not None
+    first, last = event.pitch_hz
+    hertz = np.float32(first) * np.exp(np.linspace(0, np.log(last / first), samples, dtype=np.float32))
+    cycles = np.cumsum(hertz, dtype=np.float64) / SAMPLE_RATE + rng.random()
+    return _ramped(np.sin(2 * np.pi * (cycles % 1).astype(np.float32)))
+
+
+_HARMONICS = 12
+
+
+def _hum(event: Event, samples: int, rng: np.random.Generator) -> np.ndarray:
+    """Harmonics that fall with 1 / k, at random phases."""
+    assert event.pitch_hz is not None
+    k = np.arange(1, _HARMONICS + 1, dtype=np.float32)[:, None]
+    phases = rng.uniform(0, 2 * np.pi, k.shape).astype(np.float32)
+    waves = np.sin(np.float32(2 * np.pi * event.pitch_hz[0]) * k * _seconds(samples) + phases)
+    return _ramped((waves / k).sum(0))
+
+
+def _noise(event: Event, samples: int, rng: np.random.Generator) -> np.ndarray:
+    return _ramped(rng.standard_normal(samples, np.float32))
+
+
+_CLICK = 0.02  # seconds
+_CLICK_DECAY = 0.004
+_CLICKS_PER_SECOND = (6.0, 14.0)
+
+
+def _clicks(event: Event, samples: int, rng: np.random.Generator) -> np.ndarray:
+    """Decaying bursts of noise, equally loud and evenly spaced; the first begins and the last ends with the event."""
+    click = _seconds(round(_CLICK * SAMPLE_RATE))
+    count = max(2, round(rng.uniform(*_CLICKS_PER_SECOND) * samples / SAMPLE_RATE))
+    bursts = rng.standard_normal((count, len(click)), np.float32) * np.exp(-click / _CLICK_DECAY)
+    bursts /= np.abs(bursts).max(axis=1, keepdims=True)
+    starts = np.linspace(0, samples - len(click), count).astype(int)
+    sound = np.zeros(samples, np.float32)
+    sound[starts[:, None] + np.arange(len(click))] = bursts
+    return sound
+
+
+_KEY_ROWS = np.array([697, 770, 852, 941], np.float32)  # Hz, ITU-T Q.23
+_KEY_COLUMNS = np.array([1209, 1336, 1477, 1633], np.float32)
+_KEYS_PER_SECOND = 6
+_KEY_PAUSE = 0.05  # seconds
+
+
+def _dial(event: Event, samples: int, rng: np.random.Generator) -> np.ndarray:
+    """Random DTMF keys, evenly spaced; the first begins and the last ends with the event."""
+    seconds = _seconds(samples)
+    count = max(1, round(_KEYS_PER_SECOND * samples / SAMPLE_RATE))
+    period = (samples / SAMPLE_RATE + _KEY_PAUSE) / count
+    key = np.minimum(seconds / period, count - 1).astype(int)
+    since = seconds - (key * period).astype(np.float32)
+    gate = np.clip(np.minimum(since, np.float32(period - _KEY_PAUSE) - since) / _RAMP, 0, 1)
+    row, column = rng.choice(_KEY_ROWS, count)[key], rng.choice(_KEY_COLUMNS, count)[key]
+    return gate * (np.sin(2 * np.pi * row * since) + np.sin(2 * np.pi * column * since))
+
+
+_SOUNDS: dict[str, Callable[[Event, int, np.random.Generator], np.ndarray]] = {
+    "tone": _tone,
+    "chirp": _tone,
+    "click": _clicks,
+    "noise": _noise,
+    "dial": _dial,
+    "hum": _hum,
+}
+
+# Tasks: a question and its answer, or None if the scene does not allow it
+
+Asked = tuple[str, str] | None
+
+PITCH_RATIO = 1.2  # at least, between two sounds whose pitch is compared: three semitones
+LOUDNESS_DB = 6.0  # at least, between two whose loudness is compared
+_COMPARISONS = {
+    "pitch": ("Which {0} is higher, the first or the second?", "Is the first or the second {0} higher in pitch?"),
+    "loudness": ("Which {0} is louder, the first or the second?", "Is the first or the second {0} louder?"),
+}
+_ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth")
+_MARGIN = 0.1  # seconds at least between a time that is asked about and the nearest onset or offset
+_QUIET_SHARE = 0.25  # of the questions what is heard at a time
+
+
+def _ask(wordings: tuple[str, ...], subject: str, rng: np.random.Generator) -> str:
+    return str(rng.choice(wordings)).format(subject)
+
+
+def _ask_timeline(layout: Layout, rng: np.random.Generator) -> Asked:
+    return _ask(PROMPTS["events"], "", rng), timeline(layout.events, EVENT_DECIMALS)
+
+
+def _ask_caption(layout: Layout, rng: np.random.Generator) -> Asked:
+    return _ask(PROMPTS["caption"], "", rng), caption(layout)
+
+
+def _ask_start(layout: Layout, rng: np.random.Generator) -> Asked:
+    subject, event = _pick_event(layout, rng)
+    return _ask(TIME_QUESTIONS["start"], subject, rng), f"{event.start:.{EVENT_DECIMALS}f}"
+
+
+def _ask_duration(layout: Layout, rng: np.random.Generator) -> Asked:
+    subject, event = _pick_event(layout, rng)
+    return _ask(TIME_QUESTIONS["duration"], subject, rng), f"{event.end - event.start:.{EVENT_DECIMALS}f}"
+
+
+def _pick_event(layout: Layout, rng: np.random.Generator) -> tuple[str, Event]:
+    """An event and its name in a question: "the tone", or "the second tone" where there are several."""
+    names: list[tuple[str, Event]] = []
+    labels = [event.text for event in layout.events]
+    for index, event in enumerate(layout.events):
+        earlier = labels[:index].count(event.text)
+        if labels.count(event.text) == 1:
+            names.append((f"the {event.text}", event))
+        elif earlier < len(_ORDINALS):
+            names.append((f"the {_ORDINALS[earlier]} {event.text}", event))
+    return names[rng.integers(len(names))]
+
+
+def _ask_what_at(layout: Layout, rng: np.random.Generator) -> Asked:
+    times = np.arange(1, int(layout.seconds * 10)) / 10
+    starts, ends = (np.array([getattr(event, side) for event in layout.events]) for side in ("start", "end"))
+    edges = np.concatenate([starts, ends])
+    times = times[(np.abs(times[:, None] - edges) > _MARGIN - 1e-6).all(1)]
+    heard = (starts < times[:, None]) & (times[:, None] < ends)
+    wanted = heard.any(1) != (rng.random() < _QUIET_SHARE)
+    if not wanted.any():
+        return None
+    index = rng.choice(np.flatnonzero(wanted))
+    labels = [event.text for event, is_heard in zip(layout.events, heard[index], strict=True) if is_heard]
+    question = _ask(TIME_QUESTIONS["what_at"], f"{times[index]:.{EVENT_DECIMALS}f}", rng)
+    return question, ", ".join(labels) or "nothing"
+
+
+def _ask_pitch(layout: Layout, rng: np.random.Generator) -> Asked:
+    def octaves(first: Event, second: Event) -> float:
+        if first.text not in ("tone", "hum") or not first.pitch_hz or not second.pitch_hz:
+            return 0.0
+        return float(np.log2(first.pitch_hz[0] / second.pitch_hz[0]))
+
+    return _compare("pitch", layout, octaves, float(np.log2(PITCH_RATIO)), rng)
+
+
+def _ask_loudness(layout: Layout, rng: np.random.Generator) -> Asked:
+    return _compare("loudness", layout, lambda first, second: first.level_db - second.level_db, LOUDNESS_DB, rng)
+
+
+def _compare(
+    task: str,
+    layout: Layout,
+    excess: Callable[[Event, Event], float],
+    least: float,
+    rng: np.random.Generator,
+) -> Asked:
+    """Asks about two sounds that are the only ones of their label, and that differ by `least` or more."""
+    pairs = []
+    for label in dict.fromkeys(event.text for event in layout.events):
+        same = [event for event in layout.events if event.text == label]
+        if len(same) == 2 and abs(excess(*same)) >= least:
+            pairs.append(same)
+    if not pairs:
+        return None
+    first, second = pairs[rng.integers(len(pairs))]
+    return _ask(_COMPARISONS[task], first.text, rng), "first" if excess(first, second) > 0 else "second"
+
+
+TASKS: dict[str, Callable[[Layout, np.random.Generator], Asked]] = {
+    "timeline": _ask_timeline,
+    "caption": _ask_caption,
+    "start": _ask_start,
+    "duration": _ask_duration,
+    "what_at": _ask_what_at,
+    "pitch": _ask_pitch,
+    "loudness": _ask_loudness,
+}
+
+_PHRASES = {
+    "tone": "a tone",
+    "click": "a row of clicks",
+    "noise": "a burst of noise",
+    "dial": "dialled digits",
+    "hum": "a hum",
+}
+_BACKGROUND_PHRASES = {"white": "a faint hiss", "pink": "a faint rushing", "brown": "a faint rumble"}
+
+
+def caption(layout: Layout) -> str:
+    """The events in words, in order of their start: `A tone, then a hum, over a faint hiss.`"""
+    phrases = [_PHRASES.get(event.text) or _chirp_phrase(event) for event in layout.events]
+    sentence = f"{', then '.join(phrases)}, over {_BACKGROUND_PHRASES[layout.background]}."
+    return sentence[0].upper() + sentence[1:]
+
+
+def _chirp_phrase(event: Event) -> str:
+    assert event.pitch_hz is not None
+    return f"a {'rising' if event.pitch_hz[0] < event.pitch_hz[1] else 'falling'} chirp"

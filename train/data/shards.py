@@ -1,0 +1,283 @@
+"""A manifest and its audio as a few large files, for storage that serves those better than many small ones.
+
+`prepare` writes them, `Shards` reads them. Example i of the manifest is record i // shards of shard i % shards, so
+training reads the same examples in the same order from shards as from the manifest. A shard is an ArrayRecord file; a
+record is the length of a JSON header (4 bytes, little-endian), the header, and the audio files of its clips one after
+the other.
+
+Audio is kept as it was: the bytes of the file, or, for a cut clip, the samples of the cut, unchanged, as FLAC or
+float WAV. The record of an example with a clip that can't be decoded holds the reason instead, so that training skips
+and counts it as it does with a manifest.
+"""
+
+import hashlib
+import io
+import json
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import grain
+import numpy as np
+import soundfile
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+
+from moss_audio_jax.audio import load_audio
+from moss_audio_jax.config import read_json
+from moss_audio_jax.errors import MossAudioError
+from train.data.manifest import Clip, Example, Manifest, Message, TimedText
+
+log = logging.getLogger(__name__)
+
+INDEX_FILE = "shards.json"
+_INT16_SCALE = 32768
+_HEADER_LENGTH_BYTES = 4
+
+
+@dataclass(frozen=True)
+class ShardReport:
+    """What became of a shard. unreadable: examples that hold the reason why they can't be read."""
+
+    path: Path
+    examples: int
+    unreadable: int
+    already_there: bool
+
+
+def prepare(manifest: str | Path, out: str | Path, shards: int, only: int | None = None) -> list[ShardReport]:
+    """Writes a manifest and its audio to `out` as `shards` files, or just the one of number `only`.
+
+    Machines can write one shard each to the same directory. Finished shards are left alone, so an interrupted call can
+    simply be repeated; a file appears under its name only when it is whole. Clips that can't be read are named in the
+    log. Raises MossAudioError for a bad manifest or option, or if `out` holds the shards of something else.
+    """
+    if shards < 1 or (only is not None and not 0 <= only < shards):
+        raise MossAudioError(
+            f"expected at least 1 shard and one of 0 to shards - 1, found shards={shards}, shard={only}; correct them."
+        )
+    examples, out = Manifest(manifest), Path(out)
+    if len(examples) < shards:
+        raise MossAudioError(
+            f"{manifest}: expected an example for each of {shards} shards, found {len(examples)}; ask for less."
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    with open(examples.path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    _write_index(out, {"examples": len(examples), "shards": shards, "manifest_sha256": digest})
+    return [_write_shard(examples, out, shard, shards) for shard in (range(shards) if only is None else [only])]
+
+
+class Shards(Sequence[Example]):
+    """The examples that `prepare` wrote to a directory, read at random from disk."""
+
+    def __init__(self, directory: str | Path):
+        self.directory = Path(directory)
+        index = read_json(self.directory / INDEX_FILE)
+        if not (_is_count(index.get("examples")) and _is_count(index.get("shards"))):
+            raise MossAudioError(
+                f"{self.directory / INDEX_FILE}: expected the numbers of examples and shards, found {index}; "
+                "run `prepare` again."
+            )
+        self._examples, self._shards = index["examples"], index["shards"]
+        counts = [_examples_in(shard, self._shards, self._examples) for shard in range(self._shards)]
+        paths = [_shard_path(self.directory, shard, self._shards) for shard in range(self._shards)]
+        for path, count in zip(paths, counts, strict=True):
+            if _num_records(path) != count:
+                raise MossAudioError(
+                    f"{path}: expected a shard of {count} examples, found {_num_records(path) or 'none'}; "
+                    "run `prepare` for it again."
+                )
+        self._starts = np.cumsum([0, *counts])
+        self._records = grain.sources.ArrayRecordDataSource([str(path) for path in paths])
+
+    def __len__(self) -> int:
+        return self._examples
+
+    def __getitem__(self, index: int) -> Example:
+        """Raises MossAudioError if a clip could not be read when the shard was written, or the record is damaged."""
+        if not 0 <= index < self._examples:
+            raise IndexError(index)
+        shard, position = index % self._shards, index // self._shards
+        name = f"{_shard_path(self.directory, shard, self._shards)} record {position}"
+        try:
+            record = self._records[int(self._starts[shard]) + position]
+            return _decode(record, name)
+        except (ValueError, KeyError, TypeError, IndexError, RuntimeError) as error:
+            if isinstance(error, MossAudioError):
+                raise
+            raise MossAudioError(
+                f"{name}: expected an example, found damaged data ({error}); run `prepare` for this shard again."
+            ) from error
+
+
+def _examples_in(shard: int, shards: int, examples: int) -> int:
+    return len(range(shard, examples, shards))
+
+
+def _shard_path(directory: Path, shard: int, shards: int) -> Path:
+    return directory / f"shard-{shard:05d}-of-{shards:05d}.arrayrecord"
+
+
+def _num_records(path: Path) -> int:
+    """Records of an ArrayRecord file; 0 if it is none, is damaged or isn't there."""
+    try:
+        reader = ArrayRecordReader(str(path), "readahead_buffer_size:0,max_parallelism:0")
+        records = reader.num_records() if reader.ok() else 0
+        reader.close()
+    except RuntimeError:  # all that the library says about any of these
+        return 0
+    return records
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+# Writing
+
+
+def _write_index(out: Path, index: dict[str, Any]) -> None:
+    path = out / INDEX_FILE
+    if path.exists() and (there := read_json(path)) != index:
+        different = [key for key in index if there.get(key) != index[key]]
+        raise MossAudioError(
+            f"{path}: expected shards of this manifest, found others ({', '.join(different)} differ); "
+            "choose another directory or remove it."
+        )
+    _replace(path, json.dumps(index, indent=2).encode())
+
+
+def _replace(path: Path, content: bytes) -> None:
+    partial = _partial(path)
+    partial.write_bytes(content)
+    partial.replace(path)
+
+
+def _partial(path: Path) -> Path:
+    """Where a file is written before it takes its name; of this process alone, for others may write the same file."""
+    return path.with_name(f"{path.name}.{os.getpid()}.partial")
+
+
+def _write_shard(examples: Manifest, out: Path, shard: int, shards: int) -> ShardReport:
+    path, count = _shard_path(out, shard, shards), _examples_in(shard, shards, len(examples))
+    if _num_records(path) == count:
+        return ShardReport(path, count, _count_unreadable(path), already_there=True)
+    partial, unreadable = _partial(path), 0
+    # Groups of one: every record is read on its own. The audio is compressed already.
+    writer = ArrayRecordWriter(str(partial), "group_size:1,uncompressed")
+    try:
+        for index in range(shard, len(examples), shards):
+            example = examples[index]
+            try:
+                record = _encode(example)
+            except MossAudioError as error:
+                log.warning("unreadable: %s", error)
+                unreadable += 1
+                record = _record({"name": example.name, "unreadable": str(error)}, [])
+            writer.write(record)
+        writer.close()
+        partial.replace(path)
+    finally:
+        if writer.is_open():
+            writer.close()
+        partial.unlink(missing_ok=True)
+    return ShardReport(path, count, unreadable, already_there=False)
+
+
+def _count_unreadable(path: Path) -> int:
+    reader = ArrayRecordReader(str(path))
+    try:
+        return sum("unreadable" in _split(reader.read([index])[0])[0] for index in range(reader.num_records()))
+    finally:
+        reader.close()
+
+
+def _encode(example: Example) -> bytes:
+    clips: list[Clip] = []
+
+    def number(clip: Clip) -> int:
+        if not any(clip is known for known in clips):
+            clips.append(clip)
+        return next(i for i, known in enumerate(clips) if known is clip)
+
+    header = {
+        "name": example.name,
+        "conversation": [
+            {
+                "role": message.role,
+                "content": [{"clip": number(piece)} if isinstance(piece, Clip) else piece for piece in message.content],
+            }
+            for message in example.conversation
+        ],
+        "clip": None if example.clip is None else number(example.clip),
+        "text": example.text,
+        "caption": example.caption,
+        **{key: [asdict(label) for label in getattr(example, key)] for key in ("words", "segments", "events")},
+    }
+    audio = [_audio_bytes(clip) for clip in clips]
+    header["clips"] = [{"name": clip.name, "bytes": len(data)} for clip, data in zip(clips, audio, strict=True)]
+    return _record(header, audio)
+
+
+def _audio_bytes(clip: Clip) -> bytes:
+    """An audio file that decodes to exactly the clip's wave. Raises MossAudioError if it can't be decoded."""
+    assert isinstance(clip.audio, str)  # a manifest holds paths
+    wave = clip.wave()  # decodes it, even if only to see that this can be done
+    if clip.start is None and clip.end is None:
+        return Path(clip.audio).read_bytes()
+    rate = soundfile.info(clip.audio).samplerate
+    wave = load_audio(clip.audio, sample_rate=rate, start=clip.start, end=clip.end, name=clip.name)
+    file = io.BytesIO()
+    scaled = wave * _INT16_SCALE
+    integers = np.clip(scaled, -_INT16_SCALE, _INT16_SCALE - 1).astype(np.int16)
+    if np.array_equal(scaled, integers):  # was 16 bits
+        soundfile.write(file, integers, rate, format="FLAC", subtype="PCM_16")
+    else:
+        soundfile.write(file, wave, rate, format="WAV", subtype="FLOAT")
+    return file.getvalue()
+
+
+def _record(header: dict[str, Any], audio: Sequence[bytes]) -> bytes:
+    encoded = json.dumps(header, ensure_ascii=False).encode()
+    return b"".join([len(encoded).to_bytes(_HEADER_LENGTH_BYTES, "little"), encoded, *audio])
+
+
+# Reading
+
+
+def _split(record: bytes) -> tuple[dict[str, Any], bytes]:
+    """Header and audio."""
+    end = _HEADER_LENGTH_BYTES + int.from_bytes(record[:_HEADER_LENGTH_BYTES], "little")
+    header = json.loads(record[_HEADER_LENGTH_BYTES:end])
+    if not isinstance(header, dict):
+        raise ValueError("its header is no JSON object")
+    return header, record[end:]
+
+
+def _decode(record: bytes, name: str) -> Example:
+    header, audio = _split(record)
+    if "unreadable" in header:
+        raise MossAudioError(header["unreadable"])
+    clips, begin = [], 0
+    for clip in header["clips"]:
+        clips.append(Clip(audio[begin : begin + clip["bytes"]], name=clip["name"]))
+        begin += clip["bytes"]
+    if begin != len(audio):
+        raise ValueError(f"{len(audio)} bytes of audio instead of {begin}")
+    return Example(
+        header["name"],
+        tuple(
+            Message(
+                message["role"],
+                tuple(clips[piece["clip"]] if isinstance(piece, dict) else piece for piece in message["content"]),
+            )
+            for message in header["conversation"]
+        ),
+        None if header["clip"] is None else clips[header["clip"]],
+        header["text"],
+        header["caption"],
+        *(tuple(TimedText(**label) for label in header[key]) for key in ("words", "segments", "events")),
+    )
