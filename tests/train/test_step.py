@@ -1,0 +1,317 @@
+"""The step keeps its promises: accumulation, meshes, freezing, skipping, dropout, donation.
+
+Gradients are read off Adam's first moment, which after one unclipped step is (1 - b1) times them; so the program that
+trains is the one compared.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+
+import jax
+import jax.extend.core
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from moss_audio_jax import MossAudioConfig, MossAudioError, make_inputs
+from moss_audio_jax.checkpoint import build_model
+from moss_audio_jax.model import parameter_specs
+from moss_audio_jax.sharding import make_mesh
+from tests.conftest import question_parts
+from train.data.packing import TrainingBatch
+from train.optimizer import OptimizerConfig
+from train.step import (
+    RecentValues,
+    StepConfig,
+    TrainState,
+    abstract_state,
+    batch_sharding,
+    initial_parameters,
+    loss_and_gradients,
+    new_state,
+    split_microbatches,
+    train_step,
+)
+
+EXACT = StepConfig(compute_dtype="float32", remat="none", encoder_dropout=False, loss_chunk=48, z_loss=1e-3)
+EVERYTHING = OptimizerConfig(clip_norm=1e9, learning_rate=1e-3, warmup_steps=0)
+STAGE_ONE = dataclasses.replace(EVERYTHING, freeze=("audio_encoder.*", "language_model.*", "lm_head.*"))
+AS_TRAINED = StepConfig(remat="full")  # bfloat16, with dropout
+ROWS = 8
+# The tiny preset with fewer layers: each list of them that is scanned costs seconds of compilation.
+TINY = MossAudioConfig.preset("tiny")
+CONFIG = dataclasses.replace(
+    TINY,
+    audio_config=dataclasses.replace(TINY.audio_config, encoder_layers=2, deepstack_encoder_layer_indexes=(0,)),
+    language_config=dataclasses.replace(TINY.language_config, num_hidden_layers=2),
+)
+JAXPRS = (jax.extend.core.Jaxpr, jax.extend.core.ClosedJaxpr)
+
+
+@pytest.fixture(scope="module")
+def parameters() -> dict[str, np.ndarray]:
+    return host(initial_parameters(CONFIG))
+
+
+@pytest.fixture(scope="module")
+def graphdef(parameters) -> nnx.GraphDef:
+    return nnx.split(build_model(CONFIG, parameters))[0]
+
+
+def host(tree):
+    """A copy that outlives the donated original."""
+    return jax.tree.map(np.array, tree)
+
+
+def start(parameters, **options) -> TrainState:
+    return new_state(parameters, CONFIG, EVERYTHING, **options)
+
+
+def changed(state: TrainState, **changes) -> TrainState:
+    """A state with other scalars, in the place of the old ones lest the step be compiled anew."""
+    return jax.device_put(dataclasses.replace(state, **changes), jax.devices()[0])
+
+
+def make_batch(seed: int = 0) -> TrainingBatch:
+    """Rows of one clip each that supervise very different numbers of tokens, in one microbatch."""
+    parts = [question_parts([237 - 8 * row], seed=seed + row) for row in range(ROWS)]
+    ids, mels = zip(*parts, strict=True)
+    inputs = make_inputs(ids, mels, config=CONFIG)
+    targets = np.roll(inputs.tokens, -1, axis=1)
+    supervised = (np.arange(inputs.tokens.shape[1]) < 4 + 3 * np.arange(ROWS)[:, None]) & (inputs.segment_ids > 0)
+    return split_microbatches(TrainingBatch(inputs, targets, supervised.astype(np.float32)), 1)
+
+
+def gradients_of(state: TrainState) -> dict[str, np.ndarray]:
+    (adam,) = (part for part in state.moments if isinstance(part, optax.ScaleByAdamState))
+    return {path: np.asarray(leaf) / (1 - EVERYTHING.b1) for path, leaf in adam.mu.items()}
+
+
+def equal_bits(first, second) -> bool:
+    return all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True))
+
+
+@pytest.fixture(scope="module")
+def one_step(parameters, graphdef):
+    """The state and metrics after a step in float32 on one device."""
+    return host(train_step(graphdef, EXACT, EVERYTHING, start(parameters), make_batch()))
+
+
+def same_step(found, expected, tolerance: float) -> None:
+    (found_state, found_metrics), (state, metrics) = found, expected
+    for name in ("loss", "z", "accuracy", "tokens", "grad_norm"):
+        np.testing.assert_allclose(found_metrics[name], metrics[name], rtol=tolerance, err_msg=name)
+    found_gradients = gradients_of(found_state)
+    for path, gradient in gradients_of(state).items():
+        scale = np.abs(gradient).max()
+        np.testing.assert_allclose(found_gradients[path], gradient, atol=tolerance * scale, rtol=0, err_msg=path)
+
+
+def test_accumulation_equals_the_big_batch(parameters, graphdef, one_step):
+    """Rows supervise 4 to 25 tokens, so a mean of the microbatches' means would be another loss."""
+    quarters = split_microbatches(jax.tree.map(lambda x: x[0], make_batch()), 4)
+    assert quarters.weights.shape == (4, 2, 64)
+    same_step(train_step(graphdef, EXACT, EVERYTHING, start(parameters), quarters), one_step, 1e-5)
+
+
+def test_a_batch_that_does_not_divide_is_refused():
+    with pytest.raises(MossAudioError, match="8 sequences can't be cut into 3"):
+        split_microbatches(jax.tree.map(lambda x: x[0], make_batch()), 3)
+
+
+@pytest.mark.parametrize("layout", [{"fsdp": 8}, {"replica": 2, "fsdp": 2, "tensor": 2}], ids=str)
+def test_a_mesh_gives_the_loss_and_gradients_of_one_device(layout, parameters, graphdef, one_step):
+    mesh = make_mesh(**layout)
+    target = abstract_state(CONFIG, EVERYTHING, mesh=mesh)
+    batch = jax.device_put(make_batch(), batch_sharding(mesh))
+    state = start(parameters, mesh=mesh)
+    with jax.set_mesh(mesh):
+        first = train_step(graphdef, EXACT, EVERYTHING, state, batch)
+        same_step(host(first), one_step, 1e-5)
+        second, _ = train_step(graphdef, EXACT, EVERYTHING, first[0], batch)
+    # The state lies as it was given: else the next step would be compiled anew, or a restore would move it.
+    for leaf, wanted in zip(jax.tree.leaves(second), jax.tree.leaves(target), strict=True):
+        assert (leaf.shape, leaf.dtype) == (wanted.shape, wanted.dtype)
+        assert leaf.sharding.is_equivalent_to(wanted.sharding, leaf.ndim)
+    (adam,) = (part for part in second.moments if isinstance(part, optax.ScaleByAdamState))
+    kernel = adam.nu["language_model.layers.mlp.up_proj.kernel"]
+    assert kernel.addressable_shards[0].data.size == kernel.size / (mesh.shape["fsdp"] * mesh.shape["tensor"])
+
+
+@pytest.mark.parametrize("mesh_sizes", [None, {"fsdp": 4, "tensor": 2}], ids=str)
+def test_a_new_state_is_as_the_abstract_one_says(mesh_sizes, parameters):
+    mesh = None if mesh_sizes is None else make_mesh(**mesh_sizes)
+    halves = {path: jnp.asarray(leaf, jnp.bfloat16) for path, leaf in parameters.items()}
+    state = new_state(halves, CONFIG, STAGE_ONE, mesh=mesh)
+    dtypes = dict.fromkeys(state.frozen, jnp.bfloat16)
+    target = abstract_state(CONFIG, STAGE_ONE, frozen_dtypes=dtypes, mesh=mesh)
+    assert jax.tree.structure(state) == jax.tree.structure(target)
+    for leaf, wanted in zip(jax.tree.leaves(state), jax.tree.leaves(target), strict=True):
+        assert (leaf.shape, leaf.dtype, leaf.sharding) == (wanted.shape, wanted.dtype, wanted.sharding)
+    assert {leaf.dtype for leaf in state.trainable.values()} == {jnp.dtype("float32")}
+    assert {leaf.dtype for leaf in state.frozen.values()} == {jnp.dtype("bfloat16")}
+
+
+def test_random_parameters_are_the_same_on_every_mesh(parameters):
+    on_mesh = initial_parameters(CONFIG, mesh=make_mesh(fsdp=4, tensor=2))
+    assert parameters.keys() == parameter_specs(CONFIG).keys()
+    assert equal_bits(host(on_mesh), parameters)
+
+
+def test_stage_one_as_it_is_trained(parameters, graphdef):
+    """bfloat16, rematerialised, with dropout, most of the model frozen."""
+    batch, start = make_batch(), host(new_state(parameters, CONFIG, STAGE_ONE))
+    state, metrics = host(train_step(graphdef, AS_TRAINED, STAGE_ONE, new_state(parameters, CONFIG, STAGE_ONE), batch))
+    assert metrics["skipped"] == 0 and metrics["tokens"] == batch.weights.sum()
+    assert state.frozen.keys() and equal_bits(state.frozen, start.frozen)
+    assert {path.split(".")[0] for path in state.trainable} == {"audio_adapter", "deepstack_audio_merger_list"}
+    assert all(not np.array_equal(leaf, start.trainable[path]) for path, leaf in state.trainable.items())
+    assert {leaf.dtype for leaf in state.trainable.values()} == {np.dtype("float32")}
+
+    # Neither moments nor gradients of anything that is frozen.
+    trainable_size = sum(leaf.size for leaf in state.trainable.values())
+    assert sum(leaf.size for leaf in jax.tree.leaves(state.moments)) == 2 * trainable_size + 1
+    _, gradients = jax.eval_shape(
+        lambda *arguments: loss_and_gradients(graphdef, AS_TRAINED, *arguments),
+        *(state.trainable, state.frozen, batch, jax.random.key(0)),
+    )
+    assert gradients.keys() == state.trainable.keys()
+
+    # Dropout is drawn anew in every step and for every seed, and the same again for the same ones.
+    def loss(seed: int = 0, step: int = 0) -> float:
+        state = changed(new_state(parameters, CONFIG, STAGE_ONE, seed=seed), step=jnp.int32(step))
+        return float(train_step(graphdef, AS_TRAINED, STAGE_ONE, state, batch)[1]["loss"])
+
+    again, later, seeded = loss(), loss(step=1), loss(seed=1)
+    assert again == metrics["loss"] and len({again, later, seeded}) == 3
+
+
+def test_bfloat16_comes_near_float32(parameters, graphdef, one_step):
+    config = dataclasses.replace(EXACT, compute_dtype="bfloat16")
+    state, metrics = host(train_step(graphdef, config, EVERYTHING, start(parameters), make_batch()))
+    np.testing.assert_allclose(metrics["loss"], one_step[1]["loss"], rtol=0.01)
+    found, expected = (np.concatenate([x.ravel() for x in gradients_of(s).values()]) for s in (state, one_step[0]))
+    assert found @ expected > 0.99 * np.linalg.norm(found) * np.linalg.norm(expected)
+
+
+def test_the_loss_falls_and_the_buffers_are_reused(parameters, graphdef):
+    batch, state, losses = make_batch(), start(parameters), []
+    for _ in range(60):
+        before = state
+        state, metrics = train_step(graphdef, EXACT, EVERYTHING, state, batch)
+        losses.append(float(metrics["loss"]))
+        assert all(leaf.is_deleted() for leaf in before.trainable.values())
+    assert losses[-1] < 0.5 * losses[0]
+    assert int(state.step) == 60 and int(state.skipped) == 0 and int(state.recent_loss.count) == 60
+
+
+def unusable(how: str) -> TrainingBatch:
+    batch = make_batch()
+    if how == "nothing supervised":
+        return dataclasses.replace(batch, weights=np.zeros_like(batch.weights))
+    chunks = batch.inputs.audio_chunks.copy()
+    chunks[0, 3, 0, 10, 5] = {"NaN": np.nan, "infinite": np.inf}[how]
+    return dataclasses.replace(batch, inputs=dataclasses.replace(batch.inputs, audio_chunks=chunks))
+
+
+@pytest.mark.parametrize("how", ["NaN", "infinite", "nothing supervised"])
+def test_a_step_that_is_not_finite_moves_nothing_and_is_counted(how, parameters, graphdef, one_step):
+    state, before = start(parameters), host(start(parameters))
+    for count in (1, 2):
+        state, metrics = train_step(graphdef, EXACT, EVERYTHING, state, unusable(how))
+        assert not np.isfinite(metrics["loss"])
+        assert [int(metrics[name]) for name in ("skipped", "skipped_total", "skipped_in_a_row")] == [1, count, count]
+    after = host(state)
+    assert after.step == 2
+    for name in ("trainable", "frozen", "moments", "rng", "recent_loss", "recent_norm"):
+        assert equal_bits(getattr(after, name), getattr(before, name)), name
+    # The next good batch finds everything in order.
+    state, metrics = host(train_step(graphdef, EXACT, EVERYTHING, state, make_batch()))
+    same_step((state, metrics), one_step, 1e-6)
+    assert [int(metrics[name]) for name in ("skipped", "skipped_total", "skipped_in_a_row")] == [0, 2, 0]
+
+
+@pytest.mark.parametrize("spiking", ["recent_loss", "recent_norm"])
+def test_a_spike_of_loss_or_gradient_norm_is_skipped(spiking, parameters, graphdef, one_step):
+    metrics = one_step[1]
+    value = metrics["loss"] if spiking == "recent_loss" else metrics["grad_norm"]
+
+    def skipped(sigmas: float) -> int:
+        """Whether the step is skipped where its value lies so many deviations above the mean."""
+        recent = RecentValues(jnp.int32(64), jnp.float32(value * 0.5), jnp.float32((value * 0.5 / sigmas) ** 2))
+        state = changed(start(parameters), **{spiking: recent})
+        state, metrics = train_step(graphdef, EXACT, EVERYTHING, state, make_batch())
+        moved = not equal_bits(state.trainable, parameters)
+        assert moved != bool(metrics["skipped"])
+        return int(metrics["skipped"])
+
+    assert (skipped(6.1), skipped(5.9)) == (1, 0)
+
+
+def recorded(values, config: StepConfig) -> RecentValues:
+    return jax.lax.fori_loop(
+        0, len(values), lambda i, recent: recent.record(jnp.asarray(values)[i], config), RecentValues.empty()
+    )
+
+
+def test_recent_values_are_plain_moments_within_the_window():
+    values = np.random.default_rng(0).normal(3.0, 2.0, 100).astype(np.float32)
+    recent = recorded(values, StepConfig(spike_window=128, spike_sigma=0))
+    np.testing.assert_allclose([recent.mean, recent.variance], [values.mean(), values.var()], rtol=1e-4)
+
+
+def test_no_spike_before_half_a_window_and_six_deviations_after():
+    config = StepConfig(spike_window=8)
+    assert math.isinf(recorded(np.float32([1, 2, 3]), config).limit(config))
+    limit = recorded(np.float32([1, 2, 3, 4]), config).limit(config)
+    np.testing.assert_allclose(limit, 2.5 + 6 * np.std([1, 2, 3, 4]), rtol=1e-5)
+    unlimited = StepConfig(spike_window=8, spike_sigma=0)
+    assert math.isinf(recorded(np.float32([1, 2, 3, 4]), unlimited).limit(unlimited))
+
+
+def test_one_spike_does_not_hide_the_next_and_a_lasting_rise_passes_in_time():
+    config = StepConfig(spike_window=128)
+    quiet = np.random.default_rng(0).normal(1.0, 0.05, 200).astype(np.float32)
+    recent = recorded(quiet, config)
+    assert recent.record(jnp.float32(1e9), config).limit(config) < 1.6
+    assert recent.record(jnp.float32(np.inf), config).limit(config) == recent.limit(config)
+    raised = recorded(np.concatenate([quiet, np.full(30, 3.0, np.float32)]), config)
+    assert recent.limit(config) < 1.5 and raised.limit(config) > 3
+
+
+def shapes_in(jaxpr: jax.extend.core.Jaxpr) -> Iterator[tuple[int, ...]]:
+    """The shapes of all that a program computes, within its loops too."""
+    for equation in jaxpr.eqns:
+        yield from (variable.aval.shape for variable in equation.outvars)
+        for value in jax.tree.leaves(equation.params, is_leaf=lambda x: isinstance(x, JAXPRS)):
+            if isinstance(value, JAXPRS):
+                yield from shapes_in(getattr(value, "jaxpr", value))
+
+
+def test_a_step_never_holds_the_logits_of_the_whole_batch(parameters, graphdef):
+    vocabulary, tokens = CONFIG.language_config.vocab_size, ROWS * 64
+
+    def holds_them(chunk: int) -> bool:
+        config = dataclasses.replace(EXACT, loss_chunk=chunk)
+        traced = train_step.trace(graphdef, config, EVERYTHING, start(parameters), make_batch())
+        shapes = shapes_in(traced.jaxpr.jaxpr)
+        return any(vocabulary in shape and math.prod(shape) >= tokens * vocabulary for shape in shapes)
+
+    assert holds_them(64) and not holds_them(32)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"remat": "some"}, "remat must be one of none, dots, full, not 'some'"),
+        ({"compute_dtype": "float16"}, "compute_dtype must be bfloat16 or float32, not 'float16'"),
+        ({"loss_chunk": 0}, "loss_chunk must be at least 1"),
+        ({"spike_sigma": -1.0}, "spike_sigma must be 0 or more"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(changes, message):
+    with pytest.raises(MossAudioError, match=message):
+        StepConfig(**changes)

@@ -1,0 +1,151 @@
+"""What is trained, how fast, and how AdamW moves it.
+
+Parameters are dicts by path, such as `language_model.layers.mlp.up_proj.kernel`. Which ones are frozen, how fast one
+learns and whether it decays follows from its path alone. Only trainable parameters ever reach the functions here, so a
+frozen one has no gradient and no moments, and adds nothing to the norm that clipping looks at.
+"""
+
+import dataclasses
+import difflib
+import fnmatch
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from moss_audio_jax.errors import MossAudioError
+
+Parameters = dict[str, Any]
+Schedule = Literal["cosine", "wsd"]
+
+# The part of the model that a path belongs to, by its first name -> the field of OptimizerConfig that scales it.
+PARTS = {
+    "audio_encoder": "encoder_rate",
+    "audio_adapter": "adapter_rate",
+    "deepstack_audio_merger_list": "adapter_rate",
+    "language_model": "language_model_rate",
+    "lm_head": "language_model_rate",
+}
+# Last names of the parameters that do not decay: norms' scales and all biases.
+UNDECAYED = ("scale", "bias")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with decoupled weight decay, a schedule and global-norm clipping.
+
+    learning_rate: the schedule's peak; a part of the model learns at this times its own rate.
+    encoder_rate, adapter_rate, language_model_rate: multipliers; the adapter's serves the DeepStack mergers too.
+    freeze: globs over paths, such as `audio_encoder.*` or `*.embed_tokens.embedding`.
+    schedule: both rise linearly for `warmup_steps`. "cosine" falls from there to the end. "wsd" (warm-up, stable,
+        decay) stays at the peak and falls linearly during the last `decay_steps`: it can be prolonged at any time.
+    final_fraction: of the peak, where the schedule ends and stays.
+    clip_norm: gradients are scaled down to this norm, taken over all trainable parameters.
+    first_moment_dtype: bfloat16 saves 2 bytes a parameter; the second moment is always float32.
+    """
+
+    learning_rate: float = 1e-4
+    encoder_rate: float = 1.0
+    adapter_rate: float = 1.0
+    language_model_rate: float = 1.0
+    freeze: tuple[str, ...] = ()
+    schedule: Schedule = "cosine"
+    total_steps: int = 10_000
+    warmup_steps: int = 100
+    decay_steps: int = 1_000
+    final_fraction: float = 0.1
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+    first_moment_dtype: Literal["float32", "bfloat16"] = "float32"
+
+    def __post_init__(self):
+        if self.schedule not in get_args(Schedule):
+            raise MossAudioError(f"schedule must be one of {', '.join(get_args(Schedule))}, not {self.schedule!r}")
+        if self.first_moment_dtype not in ("float32", "bfloat16"):
+            raise MossAudioError(f"first_moment_dtype must be float32 or bfloat16, not {self.first_moment_dtype!r}")
+        falling = self.decay_steps if self.schedule == "wsd" else 1
+        if min(self.warmup_steps, falling) < 0 or self.warmup_steps + falling > self.total_steps:
+            raise MossAudioError(
+                f"warmup_steps {self.warmup_steps} and {falling} steps of decay do not fit into total_steps "
+                f"{self.total_steps}: make the schedule longer"
+            )
+        for name in ("learning_rate", "clip_norm", "eps"):
+            if not getattr(self, name) > 0:
+                raise MossAudioError(f"{name} must be above 0, not {getattr(self, name)}")
+        for name in {*PARTS.values(), "weight_decay", "final_fraction"}:
+            if not getattr(self, name) >= 0:
+                raise MossAudioError(f"{name} must be 0 or more, not {getattr(self, name)}")
+
+
+def split_frozen(parameters: Parameters, freeze: Sequence[str]) -> tuple[Parameters, Parameters]:
+    """The trainable and the frozen parameters; every pattern must match some, and some must be left to train."""
+    for pattern in freeze:
+        if not any(is_frozen(path, [pattern]) for path in parameters):
+            close = ", ".join(_close_patterns(pattern, parameters))
+            raise MossAudioError(f"freeze pattern {pattern!r} matches no parameter: did you mean one of {close}?")
+    frozen = {path: leaf for path, leaf in parameters.items() if is_frozen(path, freeze)}
+    trainable = {path: leaf for path, leaf in parameters.items() if path not in frozen}
+    if not trainable:
+        raise MossAudioError(f"the freeze patterns {', '.join(freeze)} leave no parameter to train: take one away")
+    return trainable, frozen
+
+
+def is_frozen(path: str, freeze: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(path, pattern) for pattern in freeze)
+
+
+def _close_patterns(pattern: str, paths: Iterable[str]) -> list[str]:
+    """Existing paths, and patterns of everything below a name, that are spelt like `pattern`."""
+    prefixes = {path.rsplit(".", depth)[0] + ".*" for path in paths for depth in range(1, path.count(".") + 1)}
+    candidates = sorted(prefixes) + sorted(paths)
+    return difflib.get_close_matches(pattern, candidates, n=3, cutoff=0.0)
+
+
+def learning_rate(config: OptimizerConfig, step: jax.Array) -> jax.Array:
+    """The schedule at a step, counted from 0: the first step learns at peak / warmup_steps, not at 0."""
+    warmup = jnp.minimum(1.0, (step + 1) / max(config.warmup_steps, 1))
+    falling = config.decay_steps if config.schedule == "wsd" else config.total_steps - config.warmup_steps
+    progress = jnp.clip((step - (config.total_steps - falling)) / max(falling, 1), 0.0, 1.0)
+    share_left = 1 - progress if config.schedule == "wsd" else 0.5 * (1 + jnp.cos(jnp.pi * progress))
+    return config.learning_rate * warmup * (config.final_fraction + (1 - config.final_fraction) * share_left)
+
+
+def rate_of(config: OptimizerConfig, path: str) -> float:
+    """The multiplier of the learning rate for the part of the model that a parameter belongs to."""
+    return getattr(config, PARTS[path.partition(".")[0]])
+
+
+def decays(path: str) -> bool:
+    return path.rpartition(".")[2] not in UNDECAYED
+
+
+def adamw(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Gradients by path -> updates at a learning rate of 1; `apply_gradients` brings in the rates."""
+
+    def decaying(parameters: Any) -> dict[str, bool]:
+        return {path: decays(path) for path in parameters}
+
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=config.first_moment_dtype),
+        optax.add_decayed_weights(config.weight_decay, mask=decaying),
+    )
+
+
+def apply_gradients(
+    config: OptimizerConfig,
+    parameters: Parameters,
+    moments: optax.OptState,
+    gradients: Parameters,
+    rate: jax.Array,
+) -> tuple[Parameters, optax.OptState]:
+    """Parameters and moments after a step at the schedule's rate, each part of the model at its own multiple of it."""
+    updates: Any
+    updates, moments = adamw(config).update(gradients, moments, parameters)
+    moved = {path: leaf - rate * rate_of(config, path) * updates[path] for path, leaf in parameters.items()}
+    return moved, moments

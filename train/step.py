@@ -1,0 +1,308 @@
+"""One step of training: a batch and a state in, a state and its metrics out.
+
+    loss = sum over supervised tokens / their number, both over the global batch and all its microbatches
+    gradients by the trainable parameters alone, added up in float32 over the microbatches
+    AdamW, unless the loss or the gradient is not finite or far above its recent values: then nothing moves
+
+The masters are float32; the network computes in a copy of them in the compute dtype. On a mesh that `jax.set_mesh` made
+current, parameters, gradients and moments lie as `sharding.RULES` says.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.tree_util import KeyPath
+from jaxtyping import Array, Float, Int, UInt32
+
+from moss_audio_jax.checkpoint import abstract_parameters, unflatten
+from moss_audio_jax.config import MossAudioConfig
+from moss_audio_jax.errors import MossAudioError
+from moss_audio_jax.layers import REMAT_POLICIES
+from moss_audio_jax.model import MossAudio
+from moss_audio_jax.sharding import constrain, partition_spec
+from train.data.packing import TrainingBatch
+from train.loss import CHUNK, LossSums, chunked_cross_entropy
+from train.optimizer import OptimizerConfig, Parameters, adamw, apply_gradients, learning_rate, split_frozen
+
+Metrics = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class StepConfig:
+    """How a step computes.
+
+    remat: what the backward pass recomputes, a key of `layers.REMAT_POLICIES`; "none" where memory allows.
+    z_loss: the weight of log(Z)^2, see `loss.chunked_cross_entropy`; loss_chunk: its chunk.
+    encoder_dropout: at the rates of the model's configuration.
+    spike_sigma: a loss or gradient norm this many standard deviations above its mean is a spike; 0 lets all through.
+    spike_window: how many steps that mean looks back; nothing counts as a spike before half of them.
+    """
+
+    compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    remat: Literal["none", "dots", "full"] = "full"
+    z_loss: float = 0.0
+    loss_chunk: int = CHUNK
+    encoder_dropout: bool = True
+    spike_sigma: float = 6.0
+    spike_window: int = 128
+
+    def __post_init__(self):
+        if self.compute_dtype not in ("bfloat16", "float32"):
+            raise MossAudioError(f"compute_dtype must be bfloat16 or float32, not {self.compute_dtype!r}")
+        if self.remat not in REMAT_POLICIES:
+            raise MossAudioError(f"remat must be one of {', '.join(REMAT_POLICIES)}, not {self.remat!r}")
+        if self.loss_chunk < 1 or self.spike_window < 2:
+            raise MossAudioError(
+                f"loss_chunk must be at least 1 and spike_window 2, not {self.loss_chunk} and {self.spike_window}"
+            )
+        if self.z_loss < 0 or self.spike_sigma < 0:
+            raise MossAudioError(f"z_loss and spike_sigma must be 0 or more, not {self.z_loss} and {self.spike_sigma}")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RecentValues:
+    """Mean and variance of a metric: of all its values at first, then weighted towards the last `window`."""
+
+    count: Int[Array, ""]
+    mean: Float[Array, ""]
+    variance: Float[Array, ""]
+
+    @classmethod
+    def empty(cls) -> "RecentValues":
+        return cls(jnp.int32(0), jnp.float32(0), jnp.float32(0))
+
+    def limit(self, config: StepConfig) -> Float[Array, ""]:
+        """Above this a value is a spike. The rule of OLMo's SkipStepOptimizer, with running moments."""
+        if config.spike_sigma == 0:
+            return jnp.float32(jnp.inf)
+        highest = self.mean + config.spike_sigma * jnp.sqrt(self.variance)
+        return jnp.where(self.count >= config.spike_window // 2, highest, jnp.inf)
+
+    def record(self, value: Float[Array, ""], config: StepConfig) -> "RecentValues":
+        """A spike is recorded as the limit: one can't hide the next, and a lasting rise is let through in time."""
+        share = 1 / jnp.minimum(self.count + 1, config.spike_window)
+        distance = jnp.minimum(value, self.limit(config)) - self.mean
+        recorded = RecentValues(
+            self.count + 1, self.mean + share * distance, (1 - share) * (self.variance + share * distance**2)
+        )
+        return _select(jnp.isfinite(value), recorded, self)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that a step changes, and the frozen parameters, which it hands on as they are.
+
+    step: batches read so far, skipped ones included; it sets the learning rate and the dropout.
+    trainable: float32 masters by path; frozen: in the dtype they came in.
+    rng: key data of the run's dropout, the same at every step.
+    """
+
+    step: Int[Array, ""]
+    trainable: Parameters
+    frozen: Parameters
+    moments: optax.OptState
+    rng: UInt32[Array, "2"]
+    skipped: Int[Array, ""]
+    skipped_in_a_row: Int[Array, ""]
+    recent_loss: RecentValues
+    recent_norm: RecentValues
+
+
+def parameters_of(model: MossAudio) -> Parameters:
+    """A model's parameters by path; the arrays are not copied."""
+    return {".".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+
+
+def initial_parameters(config: MossAudioConfig, *, seed: int = 0, mesh: Mesh | None = None) -> Parameters:
+    """Random float32 parameters, each made where it will lie; the same on every mesh."""
+    shardings = {path: leaf.sharding for path, leaf in abstract_parameters(config, jnp.float32, mesh).items()}
+    return jax.jit(lambda: parameters_of(MossAudio(config, rngs=nnx.Rngs(seed))), out_shardings=shardings)()
+
+
+def new_state(
+    parameters: Parameters,
+    config: MossAudioConfig,
+    optimizer: OptimizerConfig,
+    *,
+    seed: int = 0,
+    mesh: Mesh | None = None,
+) -> TrainState:
+    """The state before the first step.
+
+    It takes the parameters over: `train_step` donates its state, so arrays that are in place and of the right dtype
+    become the masters themselves and can't be used elsewhere.
+    """
+    state = _first_state(parameters, optimizer, seed)
+    dtypes = {path: leaf.dtype for path, leaf in state.frozen.items()}
+    target = abstract_state(config, optimizer, frozen_dtypes=dtypes, mesh=mesh)
+    return jax.tree.map(lambda leaf, place: jax.device_put(leaf, place.sharding), state, target)
+
+
+def abstract_state(
+    config: MossAudioConfig,
+    optimizer: OptimizerConfig,
+    *,
+    frozen_dtypes: Mapping[str, Any] | None = None,
+    mesh: Mesh | None = None,
+) -> TrainState:
+    """Shape, dtype and sharding of every array of a state: what a restore is asked for.
+
+    frozen_dtypes: by path; float32 where nothing is said. Moments lie as their parameters do, scalars everywhere.
+    """
+    parameters = abstract_parameters(config, jnp.float32, mesh)
+    for path, dtype in (frozen_dtypes or {}).items():
+        parameters[path] = parameters[path].update(dtype=dtype)
+    everywhere = SingleDeviceSharding(jax.local_devices()[0]) if mesh is None else NamedSharding(mesh, PartitionSpec())
+
+    def placed(keys: KeyPath, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        parameter = parameters.get(_parameter_path(keys))
+        return leaf.update(sharding=everywhere if parameter is None else parameter.sharding)
+
+    state = jax.eval_shape(lambda arrays: _first_state(arrays, optimizer, seed=0), parameters)
+    return jax.tree_util.tree_map_with_path(placed, state)
+
+
+def _first_state(parameters: Parameters, optimizer: OptimizerConfig, seed: int) -> TrainState:
+    trainable, frozen = split_frozen(parameters, optimizer.freeze)
+    trainable = {path: leaf.astype(jnp.float32) for path, leaf in trainable.items()}
+    return TrainState(
+        step=jnp.int32(0),
+        trainable=trainable,
+        frozen=frozen,
+        moments=adamw(optimizer).init(trainable),
+        rng=jax.random.key_data(jax.random.key(seed)),
+        skipped=jnp.int32(0),
+        skipped_in_a_row=jnp.int32(0),
+        recent_loss=RecentValues.empty(),
+        recent_norm=RecentValues.empty(),
+    )
+
+
+def split_microbatches(batch: TrainingBatch, count: int) -> TrainingBatch:
+    """[b, ...] -> [count, b / count, ...], for `train_step`. On the host, before the batch goes to its devices."""
+    rows = batch.weights.shape[0]
+    if rows % count:
+        raise MossAudioError(f"a batch of {rows} sequences can't be cut into {count} equal microbatches")
+    return jax.tree.map(lambda x: x.reshape(count, rows // count, *x.shape[1:]), batch)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Where every array of a batch in microbatches lies: its sequences over the data-parallel axes."""
+    return NamedSharding(mesh, partition_spec((None, "batch"), mesh))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=3)
+def train_step(
+    graphdef: nnx.GraphDef,
+    config: StepConfig,
+    optimizer: OptimizerConfig,
+    state: TrainState,
+    batch: TrainingBatch,
+) -> tuple[TrainState, Metrics]:
+    """The next state, and scalars about this step.
+
+    graphdef: of a MossAudio with these parameters. batch: in microbatches, see `split_microbatches`.
+    A step whose loss or gradient norm is not finite (a batch without supervised tokens has none) or a spike leaves
+    parameters and moments as they were, bit for bit, and counts as skipped.
+    """
+    dropout_key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+    sums, gradients = loss_and_gradients(graphdef, config, state.trainable, state.frozen, batch, dropout_key)
+    loss, norm = sums.loss / sums.weight, optax.tree.norm(gradients)
+    accepted = jnp.isfinite(loss) & jnp.isfinite(norm)
+    accepted &= (loss <= state.recent_loss.limit(config)) & (norm <= state.recent_norm.limit(config))
+
+    rate = learning_rate(optimizer, state.step)
+    moved = apply_gradients(optimizer, state.trainable, state.moments, gradients, rate)
+    trainable, moments = _select(accepted, moved, (state.trainable, state.moments))
+
+    skipped = 1 - accepted.astype(jnp.int32)
+    state = TrainState(
+        step=state.step + 1,
+        trainable=trainable,
+        frozen=state.frozen,
+        moments=moments,
+        rng=state.rng,
+        skipped=state.skipped + skipped,
+        skipped_in_a_row=(state.skipped_in_a_row + 1) * skipped,
+        recent_loss=state.recent_loss.record(loss, config),
+        recent_norm=state.recent_norm.record(norm, config),
+    )
+    metrics = {
+        "loss": loss,
+        "z": sums.z / sums.weight,
+        "accuracy": sums.correct / sums.weight,
+        "tokens": sums.weight,
+        "grad_norm": norm,
+        "learning_rate": rate,
+        "skipped": skipped,
+        "skipped_total": state.skipped,
+        "skipped_in_a_row": state.skipped_in_a_row,
+    }
+    return _placed(graphdef, state.trainable | state.frozen, state), metrics
+
+
+def loss_and_gradients(
+    graphdef: nnx.GraphDef,
+    config: StepConfig,
+    trainable: Parameters,
+    frozen: Parameters,
+    batch: TrainingBatch,
+    dropout_key: jax.Array,
+) -> tuple[LossSums, Parameters]:
+    """Sums over all microbatches, and the gradients of the mean over their supervised tokens by `trainable`."""
+    supervised = batch.weights.sum()
+
+    def objective(trainable: Parameters, microbatch: TrainingBatch, key: jax.Array) -> tuple[jax.Array, LossSums]:
+        copies = {path: leaf.astype(config.compute_dtype) for path, leaf in (trainable | frozen).items()}
+        model = _model(graphdef, copies)
+        hidden = model.hidden_states(
+            microbatch.inputs, dropout_key=key if config.encoder_dropout else None, remat=config.remat
+        )
+        total, sums = chunked_cross_entropy(
+            hidden,
+            model.head,
+            microbatch.targets,
+            microbatch.weights,
+            z_loss=config.z_loss,
+            chunk=config.loss_chunk,
+        )
+        return total / supervised, sums
+
+    def add_microbatch(carry, item):
+        index, microbatch = item
+        key = jax.random.fold_in(dropout_key, index)
+        (_, sums), gradients = jax.value_and_grad(objective, has_aux=True)(trainable, microbatch, key)
+        gradients = _placed(graphdef, trainable | frozen, gradients)
+        return jax.tree.map(jnp.add, carry, (sums, gradients)), None
+
+    start = (LossSums.zero(), jax.tree.map(jnp.zeros_like, trainable))
+    return jax.lax.scan(add_microbatch, start, (jnp.arange(batch.weights.shape[0]), batch))[0]
+
+
+def _model(graphdef: nnx.GraphDef, parameters: Parameters) -> MossAudio:
+    return nnx.merge(graphdef, nnx.State(unflatten(parameters)))
+
+
+def _select(condition: jax.Array, if_true: Any, if_false: Any) -> Any:
+    return jax.tree.map(functools.partial(jnp.where, condition), if_true, if_false)
+
+
+def _parameter_path(keys: KeyPath) -> str:
+    """The parameter that an array of a state belongs to: what is kept by parameter is a dict by path, and innermost."""
+    return str(getattr(keys[-1], "key", "")) if keys else ""
+
+
+def _placed(graphdef: nnx.GraphDef, parameters: Parameters, tree: Any) -> Any:
+    """Pins arrays to the current mesh: what belongs to a parameter as that lies, anything else everywhere."""
+    declared = nnx.to_flat_state(nnx.state(_model(graphdef, parameters), nnx.Param))
+    axes = {".".join(map(str, path)): leaf.get_metadata("logical_axes") for path, leaf in declared}
+    return jax.tree_util.tree_map_with_path(lambda keys, x: constrain(x, *axes.get(_parameter_path(keys), ())), tree)
