@@ -1,0 +1,446 @@
+"""Measures of answers against references: WER and CER, timestamps (AAS), event F1, multiple choice.
+
+Every measure is taken over a whole test set: counts are summed first and divided once, so a long clip weighs more than
+a short one. A rate whose denominator is zero is None. Answers are what a model wrote: what can't be read is counted,
+never raised and never left out of the denominator.
+
+NumPy only: a row of the edit-distance table is a few vector operations, so 10,000 characters against 10,000 take
+a fraction of a second.
+"""
+
+import re
+import unicodedata
+from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from train.data.manifest import TimedText
+
+# Text
+
+_APOSTROPHE = re.compile(r"(?<=\w)['\u2019\u02bc](?=\w)")
+_UNSPACED = re.compile(  # a script written without spaces: Han, kana, bopomofo
+    "([\u2e80-\u2fdf\u3005-\u3007\u3021-\u3029\u3040-\u30ff\u3100-\u312f\u31f0-\u31ff"
+    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff])"
+)
+
+
+class _Punctuation(dict[int, str]):
+    """For `str.translate`: punctuation, symbols, controls to a space; invisible format characters to nothing."""
+
+    def __missing__(self, code: int) -> str:
+        category = unicodedata.category(chr(code))
+        self[code] = "" if category == "Cf" else " " if category[0] in "PSZC" else chr(code)
+        return self[code]
+
+
+_PUNCTUATION = _Punctuation()
+
+
+def normalize_text(text: str) -> str:
+    """The form in which WER, CER and event labels are compared.
+
+    NFKC; lower case (Unicode case folding); an apostrophe inside a word is removed (don't = dont); all other
+    punctuation and symbols become spaces (well-known = well known); runs of white space become one space. Numbers
+    and abbreviations stay as written.
+    """
+    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    return " ".join(_APOSTROPHE.sub("", folded).translate(_PUNCTUATION).split())
+
+
+def split_words(text: str) -> list[str]:
+    """Normalised words; a Han, kana or bopomofo character is a word of its own ("mixed error rate")."""
+    return _UNSPACED.sub(r" \1 ", normalize_text(text)).split()
+
+
+def split_characters(text: str) -> list[str]:
+    """Normalised characters without white space, the unit of CER."""
+    return list(normalize_text(text).replace(" ", ""))
+
+
+@dataclass(frozen=True)
+class ErrorRate:
+    """Substitutions, deletions and insertions over the length of all references, in words or characters."""
+
+    edits: int
+    length: int
+
+    @property
+    def rate(self) -> float | None:
+        return self.edits / self.length if self.length else None
+
+
+def word_error_rate(predictions: Iterable[str], references: Iterable[str]) -> ErrorRate:
+    """WER of a test set, over `split_words`."""
+    return _error_rate(map(split_words, predictions), map(split_words, references))
+
+
+def character_error_rate(predictions: Iterable[str], references: Iterable[str]) -> ErrorRate:
+    """CER of a test set, over `split_characters`."""
+    return _error_rate(map(split_characters, predictions), map(split_characters, references))
+
+
+def _error_rate(predictions: Iterable[Sequence[str]], references: Iterable[Sequence[str]]) -> ErrorRate:
+    edits = length = 0
+    for prediction, reference in zip(predictions, references, strict=True):
+        edits += edit_distance(prediction, reference)
+        length += len(reference)
+    return ErrorRate(edits, length)
+
+
+# Edit distance
+
+Tokens = Sequence[str]
+
+
+def edit_distance(left: Tokens, right: Tokens) -> int:
+    """Levenshtein distance of two sequences of tokens."""
+    shorter, longer = sorted((left, right), key=len)
+    last_row = deque(_edit_rows(shorter, longer), maxlen=1)[0]
+    return int(last_row[-1])
+
+
+def align(left: Tokens, right: Tokens) -> list[tuple[int, int]]:
+    """Pairs of indices that a shortest edit leaves alone or substitutes, in order.
+
+    Among equally short edits the one that pairs tokens as late as possible.
+    """
+    table = np.stack(list(_edit_rows(left, right)))
+    i, j = len(left), len(right)
+    pairs = []
+    while i and j:
+        if table[i, j] == table[i - 1, j - 1] + (left[i - 1] != right[j - 1]):
+            i, j = i - 1, j - 1
+            pairs.append((i, j))
+        elif table[i, j] == table[i - 1, j] + 1:
+            i -= 1
+        else:
+            j -= 1
+    return pairs[::-1]
+
+
+def _edit_rows(left: Tokens, right: Tokens) -> Iterator[np.ndarray]:
+    """Rows i = 0..len(left) of the table of distances D[i, j] between left[:i] and right[:j].
+
+    An insertion chain D[i, j] = min over k <= j of (best[k] + j - k) is a running minimum of best[k] - k.
+    """
+    ids: dict[str, int] = {}
+    left_ids, right_ids = (np.array([ids.setdefault(t, len(ids)) for t in side], np.int32) for side in (left, right))
+    columns = np.arange(len(right) + 1, dtype=np.int32)
+    row = columns
+    yield row
+    for i, token in enumerate(left_ids, start=1):
+        best = np.empty_like(row)
+        best[0] = i
+        np.minimum(row[1:] + 1, row[:-1] + (right_ids != token), out=best[1:])
+        row = np.minimum.accumulate(best - columns) + columns
+        yield row
+
+
+# Timestamps
+
+
+class ParsedTimeline(NamedTuple):
+    """What could be read, and how many texts or times stand where the format has none."""
+
+    items: tuple[TimedText, ...]
+    malformed: int
+
+
+_TIME = re.compile(r"\[\s*([0-9]{1,7}(?:\.[0-9]{0,9})?)\s*\]")
+
+
+def parse_timeline(text: str) -> ParsedTimeline:
+    """Reads `[0.00]hello there[2.01][2.01]the weather[4.32]` or `[2.7]tone[3.5]`, whatever is around it.
+
+    A text directly between two times is an item; one time may end an item and begin the next. A text without a time
+    before or after it, and a time that belongs to no item, count as malformed. Times are taken as written, even
+    if they run backwards. Reasoning before `</think>` is dropped first.
+    """
+    texts, times = [], []
+    for index, part in enumerate(_TIME.split(final_answer(text))):
+        if index % 2:
+            times.append(float(part))
+        else:
+            texts.append(part.strip())
+    items = []
+    stray_texts, used_times = 0, set()
+    for index, content in enumerate(texts):  # text `index` stands between the times `index - 1` and `index`
+        if not content:
+            continue
+        if 0 < index < len(texts) - 1:
+            items.append(TimedText(content, times[index - 1], times[index]))
+            used_times |= {index - 1, index}
+        else:
+            stray_texts += 1
+    return ParsedTimeline(tuple(items), stray_texts + len(times) - len(used_times))
+
+
+@dataclass(frozen=True)
+class TimestampScore:
+    """Accumulated average shift over matched slots; an item has two slots, its start and its end."""
+
+    aas_ms: float | None
+    matched_slots: int
+    missing_slots: int  # in the reference only
+    surplus_slots: int  # in the prediction only
+
+
+def score_timestamps(
+    predictions: Iterable[Sequence[TimedText]], references: Iterable[Sequence[TimedText]]
+) -> TimestampScore:
+    """AAS of a test set: the mean |predicted - reference| over timestamp slots, as MOSS-Audio reports it.
+
+    The words of all items are aligned by `align`. A slot belongs to its item's first or last word, so it is matched
+    where both sides begin (or end) an item at an aligned word, substituted words included. Items that were merged or
+    split thus cost missing or surplus slots, and no error is taken between unrelated times.
+    """
+    shift = 0.0
+    matched = predicted_slots = reference_slots = 0
+    for prediction, reference in zip(predictions, references, strict=True):
+        predicted_slots += 2 * len(prediction)
+        reference_slots += 2 * len(reference)
+        predicted, expected = _word_times(prediction), _word_times(reference)
+        for i, j in align(predicted.words, expected.words):
+            for times, true_times in ((predicted.starts, expected.starts), (predicted.ends, expected.ends)):
+                if i in times and j in true_times:
+                    matched += 1
+                    shift += abs(times[i] - true_times[j])
+    return TimestampScore(
+        aas_ms=1000 * shift / matched if matched else None,
+        matched_slots=matched,
+        missing_slots=reference_slots - matched,
+        surplus_slots=predicted_slots - matched,
+    )
+
+
+class _WordTimes(NamedTuple):
+    words: list[str]
+    starts: dict[int, float]  # by index of an item's first word
+    ends: dict[int, float]  # by index of its last
+
+
+def _word_times(items: Sequence[TimedText]) -> _WordTimes:
+    result = _WordTimes([], {}, {})
+    for item in items:
+        result.starts[len(result.words)] = item.start
+        result.words.extend(split_words(item.text) or [""])  # punctuation alone still has its slots
+        result.ends[len(result.words) - 1] = item.end
+    return result
+
+
+# Events
+
+_ROUNDING = 1e-6  # seconds: 2.7 - 2.5 is more than 0.2 in floating point
+
+
+@dataclass(frozen=True)
+class EventCounts:
+    matched: int = 0
+    predicted: int = 0
+    reference: int = 0
+
+    @property
+    def precision(self) -> float | None:
+        return self.matched / self.predicted if self.predicted else None
+
+    @property
+    def recall(self) -> float | None:
+        return self.matched / self.reference if self.reference else None
+
+    @property
+    def f1(self) -> float | None:
+        """2 TP / (2 TP + FP + FN)."""
+        total = self.predicted + self.reference
+        return 2 * self.matched / total if total else None
+
+    def __add__(self, other: "EventCounts") -> "EventCounts":
+        return EventCounts(
+            self.matched + other.matched, self.predicted + other.predicted, self.reference + other.reference
+        )
+
+
+@dataclass(frozen=True)
+class EventScore:
+    total: EventCounts  # over all classes: its F1 is the micro average
+    by_class: Mapping[str, EventCounts]
+    onset_ms: float | None  # mean absolute error over matched events
+    offset_ms: float | None
+
+
+def score_events(
+    predictions: Iterable[Sequence[TimedText]],
+    references: Iterable[Sequence[TimedText]],
+    onset_tolerance: float = 0.2,
+) -> EventScore:
+    """Event-based F1 of a test set: an event is right if its label equals and its onset lies within the tolerance.
+
+    As many events as possible are matched, one to one. Labels are compared after `normalize_text`.
+
+    onset_tolerance: in seconds, inclusive.
+    """
+    by_class: defaultdict[str, EventCounts] = defaultdict(EventCounts)
+    onset_errors, offset_errors = [], []
+    for prediction, reference in zip(predictions, references, strict=True):
+        predicted, expected = _sorted_by_label(prediction), _sorted_by_label(reference)
+        for label in predicted.keys() | expected.keys():
+            pairs = _match_onsets(predicted[label], expected[label], onset_tolerance + _ROUNDING)
+            by_class[label] += EventCounts(len(pairs), len(predicted[label]), len(expected[label]))
+            onset_errors += [abs(event.start - truth.start) for event, truth in pairs]
+            offset_errors += [abs(event.end - truth.end) for event, truth in pairs]
+    return EventScore(
+        total=sum(by_class.values(), EventCounts()),
+        by_class=dict(sorted(by_class.items())),
+        onset_ms=1000 * float(np.mean(onset_errors)) if onset_errors else None,
+        offset_ms=1000 * float(np.mean(offset_errors)) if offset_errors else None,
+    )
+
+
+def _sorted_by_label(events: Sequence[TimedText]) -> defaultdict[str, list[TimedText]]:
+    groups: defaultdict[str, list[TimedText]] = defaultdict(list)
+    for event in sorted(events, key=lambda event: event.start):
+        groups[normalize_text(event.text)].append(event)
+    return groups
+
+
+def _match_onsets(
+    predicted: Sequence[TimedText], expected: Sequence[TimedText], tolerance: float
+) -> list[tuple[TimedText, TimedText]]:
+    """The most pairs within the tolerance. Both sides in order of onset, so that taking the earliest is optimal."""
+    pairs = []
+    i = j = 0
+    while i < len(predicted) and j < len(expected):
+        lag = predicted[i].start - expected[j].start
+        if abs(lag) <= tolerance:
+            pairs.append((predicted[i], expected[j]))
+        i += lag <= tolerance
+        j += lag >= -tolerance
+    return pairs
+
+
+# Multiple choice
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_CLOSED_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
+# A small letter is an option only where the answer ends with it: elsewhere "a" is an article.
+_LETTER = r"([A-Z](?![\w#'\u2019])|[a-z](?=[\s*_\"').\]}$]*\Z))"
+_MARKUP = r"[\s:=*_\"'\u201c\u2018(\[$\\{]*"
+_STATED = re.compile(
+    rf"(?:(?i:\banswer\b(?:\s+(?:is|would|should|must|be))*{_MARKUP}(?:(?:option|choice|letter)\s+)?{_MARKUP})"
+    rf"|\\boxed\s*\{{\s*(?:\\text\s*\{{)?){_LETTER}"
+)
+_LABELLED = re.compile(r"^[\s*_(\[\"'>-]*([A-Z](?=[*_\"']*,)|[A-Za-z](?=[*_\"']*(?:[).:\]]|\s*$)))", re.MULTILINE)
+_NAMED = re.compile(rf"(?i:\b(?:option|choice)\s+){_MARKUP}{_LETTER}")
+_EDGES = " \t\r\n.,;:!?\"'`\u201c\u201d\u2018\u2019*_()[]"
+
+
+class ChoiceReading(NamedTuple):
+    """The option an answer names; `letter` is None where it names none or more than one."""
+
+    letter: str | None
+    status: Literal["answered", "unanswered", "ambiguous"]
+
+
+def final_answer(text: str) -> str:
+    """What follows the reasoning: after the last `</think>`, empty if the reasoning never ended; then the content
+    of the last `<answer>` element, if there is one."""
+    _, closed, after = text.rpartition("</think>")
+    answer = after if closed or "<think>" not in text else ""
+    tagged = _CLOSED_TAG.findall(answer)
+    return tagged[-1] if tagged else answer
+
+
+def read_choice(text: str, choices: Sequence[str]) -> ChoiceReading:
+    """Finds the option that an answer names, by the first of these rules that finds any:
+
+    1. nothing but an option's text of more than one character;
+    2. nothing but letters: `B`, `(b).`, `**B**`. A letter is an option's letter even where it is also some option's
+       text, as in questions about chords, because letters are what the prompt asks for;
+    3. `the answer is C`, `Answer: (C)`, `\\boxed{C}`;
+    4. a letter that labels a line: `B. text`, `B) text`, `(B) text`, `B, because ...`;
+    5. `option C`;
+    6. the options' texts as whole words in the answer, longer ones first (`car horn` does not name `car`).
+
+    If that rule finds several options, or its letter is followed by another option's text, the answer is ambiguous.
+    """
+    answer = final_answer(text).strip()
+    letters = LETTERS[: len(choices)]
+    texts = [_fold_choice(choice) for choice in choices]
+    whole = _fold_choice(answer)
+    if len(whole) > 1 and whole in texts:
+        return _decide({letters[texts.index(whole)]})
+    words = [word.upper() for word in re.findall(r"[^\W_]+", answer) if word.upper() not in ("AND", "OR")]
+    if words and all(len(word) == 1 and word in letters for word in words):
+        is_label = _fold_choice(whole[1:]) == texts[letters.index(words[0])]  # `C. D`, where the text of option C is D
+        return _decide({words[0]} if is_label else set(words))
+    for pattern in (_STATED, _LABELLED, _NAMED):
+        found = {reading for match in pattern.finditer(answer) for reading in _read_letter(match, letters, texts)}
+        if found:
+            return _decide(found)
+    return _decide({letters[texts.index(choice)] for choice in _texts_within(whole, texts)})
+
+
+def _decide(found: set[str]) -> ChoiceReading:
+    if len(found) == 1:
+        return ChoiceReading(found.pop(), "answered")
+    return ChoiceReading(None, "ambiguous" if found else "unanswered")
+
+
+def _read_letter(match: re.Match[str], letters: str, texts: Sequence[str]) -> set[str]:
+    """The option a matched letter names, together with one whose text follows, if that is another's.
+
+    "A dog" is first of all a text: its A can be an article.
+    """
+    line = match.string[match.start(1) :].split("\n", 1)[0]
+    letter, rest = match[1].upper(), _fold_choice(line[1:])
+    if rest and _fold_choice(line) in texts:
+        return {letters[texts.index(_fold_choice(line))]}
+    if letter not in letters:
+        return set()
+    own = texts[letters.index(letter)]
+    return {letter, letters[texts.index(rest)]} if rest and rest in texts and rest != own else {letter}
+
+
+def _texts_within(answer: str, texts: Sequence[str]) -> list[str]:
+    found = []
+    for text in sorted(set(texts) - {""}, key=len, reverse=True):
+        pattern = rf"(?<!\w){re.escape(text)}(?!\w)"
+        if re.search(pattern, answer):
+            found.append(text)
+            answer = re.sub(pattern, "\0", answer)
+    return found
+
+
+def _fold_choice(text: str) -> str:
+    """Lower case and single spaces without quotes, brackets or stops at the ends; symbols stay (A# is not A)."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split()).strip(_EDGES)
+
+
+@dataclass(frozen=True)
+class ChoiceScore:
+    """Accuracy counts unanswered and ambiguous answers as wrong."""
+
+    correct: int = 0
+    total: int = 0
+    unanswered: int = 0
+    ambiguous: int = 0
+
+    @property
+    def accuracy(self) -> float | None:
+        return self.correct / self.total if self.total else None
+
+
+def score_choices(predictions: Iterable[str], choices: Iterable[Sequence[str]], answers: Iterable[str]) -> ChoiceScore:
+    """Multiple-choice accuracy; `answers` are letters. Options of equal text count as the same option."""
+    correct = 0
+    statuses = []
+    for prediction, options, answer in zip(predictions, choices, answers, strict=True):
+        letter, status = read_choice(prediction, options)
+        statuses.append(status)
+        if letter is not None:
+            chosen, true = (_fold_choice(options[LETTERS.index(x)]) for x in (letter, answer))
+            correct += letter == answer or (chosen == true != "")
+    return ChoiceScore(correct, len(statuses), statuses.count("unanswered"), statuses.count("ambiguous"))
