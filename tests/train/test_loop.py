@@ -1,0 +1,322 @@
+"""A run that was stopped, killed or damaged and started again ends where one that never stopped does, bit for bit."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import soundfile
+
+from convert.rehearse import write_byte_tokenizer
+from moss_audio_jax import MossAudioConfig, MossAudioError
+from moss_audio_jax.checkpoint import build_model, save_model
+from moss_audio_jax.sharding import make_mesh
+from train.checkpoints import Checkpoints
+from train.config import RECIPES, LoopConfig, MixtureConfig, ModelSource, RunConfig, settle
+from train.data import DataConfig
+from train.loop import Outcome, train
+from train.optimizer import OptimizerConfig
+from train.step import StepConfig, TrainState, abstract_state, initial_parameters
+
+STEPS = 6
+TINY = MossAudioConfig.preset("tiny")
+MODEL = dataclasses.replace(
+    TINY,
+    audio_config=dataclasses.replace(TINY.audio_config, encoder_layers=2, deepstack_encoder_layer_indexes=(0,)),
+    language_config=dataclasses.replace(TINY.language_config, num_hidden_layers=2),
+)
+# A subprocess has one device, and compiles quickly.
+ENVIRONMENT = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """clips.jsonl, texts.jsonl, and in model/ a checkpoint with its tokenizer."""
+    directory = tmp_path_factory.mktemp("corpus")
+    rng = np.random.default_rng(0)
+    clips = []
+    for number in range(12):
+        soundfile.write(directory / f"{number}.wav", rng.normal(0, 0.1, int(rng.uniform(3000, 20000))), 16000)
+        clips.append({"audio": f"{number}.wav", "text": f"number {number}"})
+    texts = [{"text": f"text {number} " * 3} for number in range(8)]
+    for name, lines in (("clips", clips), ("texts", texts)):
+        (directory / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    mesh = one_device()
+    save_model(build_model(MODEL, initial_parameters(MODEL, mesh=mesh)), directory / "model")
+    write_byte_tokenizer(directory / "model")
+    return directory
+
+
+def one_device() -> jax.sharding.Mesh:
+    return make_mesh(devices=jax.devices()[:1])
+
+
+@pytest.fixture(scope="module")
+def config(corpus: Path) -> RunConfig:
+    """A part of everything: speech and text, accumulation, frozen parameters, dropout, bfloat16."""
+    mixture = MixtureConfig()
+    return RunConfig(
+        data=DataConfig(batch_size=2, tokens=160, chunks=2, open_bins=2),
+        optimizer=OptimizerConfig(
+            learning_rate=1e-3, warmup_steps=2, total_steps=20, freeze=("audio_encoder.stem_proj.*",)
+        ),
+        loop=LoopConfig(steps=STEPS, checkpoint_every=2, keep_last=2, log_every=1),
+        model=ModelSource(checkpoint=str(corpus / "model")),
+        mixture=dataclasses.replace(
+            mixture,
+            speech=dataclasses.replace(mixture.speech, paths=(str(corpus / "clips.jsonl"),)),
+            text=dataclasses.replace(mixture.text, paths=(str(corpus / "texts.jsonl"),)),
+        ),
+        step=StepConfig(remat="none", loss_chunk=160),
+        microbatches=2,
+    )
+
+
+def until(config: RunConfig, steps: int, **changes) -> RunConfig:
+    return dataclasses.replace(config, loop=dataclasses.replace(config.loop, steps=steps, **changes))
+
+
+@pytest.fixture(scope="module")
+def straight(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was never stopped."""
+    out = tmp_path_factory.mktemp("straight")
+    assert train(config, out, mesh=one_device()) == Outcome(STEPS, preempted=False)
+    return out
+
+
+@pytest.fixture
+def copy(straight: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(straight, tmp_path / "copy")
+
+
+def restored(out: Path, config: RunConfig, mesh: jax.sharding.Mesh | None = None) -> tuple[TrainState, dict]:
+    frozen = {"audio_encoder.stem_proj.kernel": "bfloat16"}
+    target = abstract_state(MODEL, config.optimizer, frozen_dtypes=frozen, mesh=mesh or one_device())
+    with Checkpoints(out) as checkpoints:
+        found = checkpoints.restore(target)
+    assert found is not None
+    return found
+
+
+def assert_same_end(found: Path, expected: Path, config: RunConfig) -> None:
+    """Every array of the state, the data's position, and the numbers of every step."""
+    (state, data), (expected_state, expected_data) = restored(found, config), restored(expected, config)
+    assert data == expected_data
+    leaves, expected_leaves = (jax.tree_util.tree_leaves_with_path(tree) for tree in (state, expected_state))
+    for (path, leaf), (expected_path, other) in zip(leaves, expected_leaves, strict=True):
+        assert path == expected_path and leaf.dtype == other.dtype
+        np.testing.assert_array_equal(leaf, other, err_msg=jax.tree_util.keystr(path))
+    timeless = [{k: v for k, v in line.items() if k not in ("step_seconds", "data_wait")} for line in lines(found)]
+    for line, other in zip(timeless, lines(expected), strict=True):
+        assert line == {name: other[name] for name in line}
+
+
+def lines(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_leaves_checkpoints_metrics_and_its_configuration(straight: Path, config: RunConfig):
+    with Checkpoints(straight) as checkpoints:
+        assert checkpoints.steps == [4, 6]
+    assert [line["step"] for line in lines(straight)] == list(range(1, STEPS + 1))
+    for line in lines(straight):
+        assert line["loss"] > 0 and line["tokens"] > 0 and line["step_seconds"] > line["data_wait"] > 0
+        assert line["grad_norm"] > 0 and line["learning_rate"] > 0 and line["skipped"] == 0
+        assert 0 < line["token_fill"] <= 1 and 0 < line["chunk_fill"] <= 1 and line["unreadable"] == 0
+    assert len({line["loss"] for line in lines(straight)}) == STEPS
+    assert json.loads((straight / "config.json").read_text())["optimizer"]["total_steps"] == 20
+    state, data = restored(straight, config)
+    assert int(state.step) == data["batches"] == STEPS
+    assert state.frozen["audio_encoder.stem_proj.kernel"].dtype == "bfloat16"
+    first = initial_parameters(MODEL, mesh=one_device())
+    moved = [path for path, leaf in state.trainable.items() if not np.array_equal(leaf, first[path])]
+    assert len(moved) > 0.9 * len(state.trainable)
+
+
+def test_stopped_and_resumed_ends_with_the_same_bits(straight: Path, config: RunConfig, tmp_path: Path):
+    out = tmp_path / "run"
+    assert train(until(config, 3), out, mesh=one_device()).step == 3
+    assert train(config, out, mesh=one_device()).step == STEPS
+    assert_same_end(out, straight, config)
+
+
+def test_resumed_from_a_checkpoint_made_while_training_went_on(copy: Path, straight: Path, config: RunConfig):
+    """Its arrays were donated to the next step while it was written. Metrics past it are written again."""
+    shutil.rmtree(copy / "checkpoints" / "6")
+    with open(copy / "metrics.jsonl", "a") as file:
+        file.write('{"step": 7, "lo')  # as a kill leaves it
+    assert train(config, copy, mesh=one_device()).step == STEPS
+    assert_same_end(copy, straight, config)
+
+
+def command(config: RunConfig, out: Path, **loop) -> list[str]:
+    """The command line of a configuration."""
+    options = {
+        "recipe": "pretrain_stage2",
+        "out": out,
+        "steps": loop.get("steps", config.loop.steps),
+        "checkpoint-every": loop.get("checkpoint_every", config.loop.checkpoint_every),
+        "keep-last": 2,
+        "log-every": 1,
+        "model.checkpoint": config.model.checkpoint,
+        "mixture.speech.paths": config.mixture.speech.paths[0],
+        "mixture.text.paths": config.mixture.text.paths[0],
+        "data.batch-size": 2,
+        "data.tokens": 160,
+        "data.chunks": 2,
+        "data.open-bins": 2,
+        "optimizer.learning-rate": 1e-3,
+        "optimizer.warmup-steps": 2,
+        "optimizer.total-steps": 20,
+        "optimizer.freeze": config.optimizer.freeze[0],
+        "step.remat": "none",
+        "step.loss-chunk": 160,
+        "microbatches": 2,
+    }
+    pairs = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    return [sys.executable, "-m", "train", "run", *pairs]
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Subprocesses compile once between them."""
+    cache = str(tmp_path_factory.mktemp("compiled"))
+    return ENVIRONMENT | {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+
+
+def wait_for_step(process: subprocess.Popen, step: int | None = None) -> None:
+    """Until the process has reported this step, or any."""
+    assert process.stderr is not None
+    reports = (line for line in process.stderr if line.startswith("step " if step is None else f"step {step}/"))
+    assert next(reports, None), "it ended too early"
+
+
+@pytest.fixture
+def start(environment: dict[str, str]) -> Iterator[Callable[[list[str]], subprocess.Popen]]:
+    processes: list[subprocess.Popen] = []
+    watchdogs: list[threading.Timer] = []
+
+    def popen(arguments: list[str]) -> subprocess.Popen:
+        processes.append(subprocess.Popen(arguments, env=environment, stderr=subprocess.PIPE, text=True))
+        watchdogs.append(threading.Timer(240, processes[-1].kill))
+        watchdogs[-1].start()
+        return processes[-1]
+
+    yield popen
+    for watchdog in watchdogs:
+        watchdog.cancel()
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def test_killed_and_preempted_ends_with_the_same_bits(config: RunConfig, tmp_path: Path, start):
+    """SIGKILL, perhaps with a checkpoint half written, and SIGTERM: two processes do the work of one."""
+    out, other = tmp_path / "run", tmp_path / "other"
+    endless = command(config, out, steps=100_000, checkpoint_every=1)
+    killed = start(endless)
+    wait_for_step(killed, 3)
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait(60) == -signal.SIGKILL
+
+    preempted = start(endless)
+    wait_for_step(preempted)
+    preempted.send_signal(signal.SIGTERM)
+    assert preempted.wait(120) == 75
+    reached = lines(out)[-1]["step"]
+    assert [line["step"] for line in lines(out)] == list(range(1, reached + 1))
+
+    unstopped = start(command(config, other, steps=reached))
+    assert unstopped.wait(240) == 0
+    assert_same_end(out, other, config)
+
+
+def test_a_damaged_checkpoint_is_put_aside(copy: Path, straight: Path, config: RunConfig, capfd):
+    for file in (copy / "checkpoints" / "6").rglob("*"):
+        if file.is_file() and "params" in file.parts and file.stat().st_size > 1000:
+            file.write_bytes(file.read_bytes()[:100])
+    assert train(config, copy, mesh=one_device()).step == STEPS
+    assert "checkpoint 6 can't be read, 4 is taken" in capfd.readouterr().err
+    assert (copy / "damaged_checkpoints" / "6").is_dir()
+    assert_same_end(copy, straight, config)
+
+
+def test_a_full_disk_stops_the_run_which_then_goes_on(copy: Path, straight: Path, config: RunConfig, start):
+    """Files that can't grow beyond 20 kB stand in for a disk without room."""
+    shutil.rmtree(copy / "checkpoints" / "6")
+    limited = start(["sh", "-c", 'ulimit -f 40; exec "$@"', "sh", *command(config, copy)])
+    _, errors = limited.communicate(timeout=240)
+    assert limited.returncode == 2 and "a checkpoint can't be written" in errors
+    assert train(config, copy, mesh=one_device()).step == STEPS
+    assert_same_end(copy, straight, config)
+
+
+def test_restores_on_more_devices(straight: Path, config: RunConfig):
+    mesh = make_mesh(fsdp=2, tensor=2, devices=jax.devices()[:4])
+    state, _ = restored(straight, config, mesh)
+    expected, _ = restored(straight, config)
+    kernel = state.trainable["language_model.layers.mlp.up_proj.kernel"]
+    assert kernel.sharding.mesh == mesh and kernel.addressable_shards[0].data.size == kernel.size // 4
+    jax.tree.map(np.testing.assert_array_equal, state, expected)
+
+
+def test_another_configuration_is_refused(config: RunConfig, tmp_path: Path):
+    settle(config, tmp_path, begun=False)
+    settle(until(config, 50, workers=2), tmp_path, begun=True)  # goes on further
+    changed = dataclasses.replace(config, seed=1, optimizer=dataclasses.replace(config.optimizer, learning_rate=2e-3))
+    with pytest.raises(MossAudioError, match=r"optimizer.learning_rate is 0.002 and was 0.001; seed is 1 and was 0"):
+        settle(changed, tmp_path, begun=True)
+    settle(changed, tmp_path, begun=False)
+
+
+def test_gives_up_after_skipped_steps_in_a_row(copy: Path, config: RunConfig):
+    """A loss that is not finite is skipped; here the last checkpoint's parameters have gone bad."""
+    target = abstract_state(MODEL, config.optimizer, frozen_dtypes={"audio_encoder.stem_proj.kernel": "bfloat16"})
+    with Checkpoints(copy) as checkpoints:
+        found = checkpoints.restore(target)
+        assert found is not None
+        state, data = found
+        scale = state.trainable["language_model.norm.scale"]
+        bad = dataclasses.replace(state, trainable=state.trainable | {"language_model.norm.scale": scale * np.nan})
+        checkpoints.save(7, bad, data)
+    with pytest.raises(MossAudioError, match="2 steps in a row were skipped"):
+        train(until(config, 20, max_skipped_in_a_row=2), copy, mesh=one_device())
+    assert [line["skipped"] for line in lines(copy)[-2:]] == [1, 1] and lines(copy)[-1]["loss"] is None
+
+
+def test_recipes_train_the_parts_they_say():
+    stage1, stage2 = RECIPES["pretrain_stage1"], RECIPES["pretrain_stage2"]
+    state = abstract_state(MossAudioConfig.preset("tiny"), stage1.optimizer)
+    assert {path.partition(".")[0] for path in state.trainable} == {"audio_adapter", "deepstack_audio_merger_list"}
+    assert not abstract_state(MossAudioConfig.preset("tiny"), stage2.optimizer).frozen
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [(("--optimizer.learning-rat", "1"), "learning-rat"), (("--model.checkpoint", "nowhere"), "nowhere")],
+)
+def test_mistakes_on_the_command_line_are_refused(tmp_path: Path, options: tuple[str, ...], message: str):
+    arguments = [sys.executable, "-m", "train", "run", "--recipe", "pretrain_stage1", "--out", str(tmp_path / "run")]
+    result = subprocess.run([*arguments, *options], env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_values_are_checked(config: RunConfig):
+    with pytest.raises(MossAudioError, match="steps must be 1 or more, not 0"):
+        LoopConfig(steps=0)
+    with pytest.raises(MossAudioError, match="4b, 8b, tiny, not '5b'"):
+        ModelSource(preset="5b")
+    with pytest.raises(MossAudioError, match="microbatches must divide the batch of 2 sequences, not 3"):
+        dataclasses.replace(config, microbatches=3)
+    with pytest.raises(MossAudioError, match="nothing to train on"):
+        MixtureConfig().groups()

@@ -1,0 +1,130 @@
+"""`python -m train`, or `moss-audio-train`: training data made ready, and training."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from moss_audio_jax.cli import run_door
+from moss_audio_jax.errors import MossAudioError
+
+if TYPE_CHECKING:
+    from train.config import RunConfig
+
+PREEMPTED = 75  # exit code, EX_TEMPFAIL: run it again
+
+app = tyro.extras.SubcommandApp()
+
+
+@app.command
+def prepare(
+    manifest: tyro.conf.Positional[Path],
+    out: tyro.conf.Positional[Path],
+    /,
+    *,
+    shards: int | None = None,
+    shard: str | None = None,
+) -> None:
+    """Packs a manifest and the audio it names into ArrayRecord shards, which training reads like the manifest itself.
+
+    A finished shard is left alone, so an interrupted call is simply repeated. Machines may share the work, each
+    writing a shard of its own into the same directory.
+
+    Args:
+        manifest: JSON lines; `train/data/manifest.py` says what a line may hold.
+        out: The directory of the shards.
+        shards: Write all of so many shards.
+        shard: Write one only: `2/8` is number 2 of 8, counted from 0.
+    """
+    from train.data.shards import prepare as write
+
+    logging.basicConfig(format="%(message)s")  # names the clips that can't be read
+    number, total = _which_shard(shards, shard)
+    unreadable = 0
+    for report in write(manifest, out, total, only=number):
+        state = "already there" if report.already_there else f"{report.examples} examples"
+        print(f"{report.path}: {state}, {report.unreadable} of them unreadable")
+        unreadable += report.unreadable
+    if unreadable:
+        print(f"{unreadable} examples hold no audio, only the reason; training skips and counts them", file=sys.stderr)
+
+
+def _which_shard(shards: int | None, shard: str | None) -> tuple[int | None, int]:
+    """The number of the one shard to write (None: all), and how many there are."""
+    if shard is None:
+        if shards is None:
+            raise MossAudioError("prepare needs --shards N for all shards, or --shard I/N for one of them")
+        return None, shards
+    number, slash, total = shard.partition("/")
+    if not (slash and number.isdecimal() and total.isdecimal()):
+        raise MossAudioError(f"--shard must be I/N, such as 2/8, not {shard!r}")
+    if shards not in (None, int(total)):
+        raise MossAudioError(
+            f"--shards {shards} and --shard {shard} name different numbers of shards: give one of them"
+        )
+    return int(number), int(total)
+
+
+@app.command
+def check(manifest: tyro.conf.Positional[Path], /) -> None:
+    """Reads every line of a manifest and says how many examples it holds, or what is wrong with a line.
+
+    Args:
+        manifest: JSON lines; `train/data/manifest.py` says what a line may hold.
+    """
+    from train.data.manifest import Manifest
+
+    print(f"{manifest}: {len(Manifest(manifest))} examples")
+
+
+def run_command(arguments: list[str]) -> Callable[..., None]:
+    """The command `run`; the recipe that the arguments name gives its options their defaults."""
+    from train.config import RECIPES, RecipeName, RunConfig
+
+    scan = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    scan.add_argument("--recipe", default=next(iter(RECIPES)))
+    recipe_config = RECIPES.get(scan.parse_known_args(arguments)[0].recipe, next(iter(RECIPES.values())))
+
+    def run(
+        *,
+        recipe: RecipeName,
+        out: Path,
+        config: Annotated[RunConfig, tyro.conf.arg(name="")] = recipe_config,
+    ) -> None:
+        """Trains, and goes on from the newest checkpoint in the directory if there is one.
+
+        SIGTERM makes a checkpoint and exits with code 75; the same command then goes on, to the same result.
+
+        Args:
+            recipe: Where the other options get their defaults.
+            out: The directory of the run: config.json, metrics.jsonl, checkpoints/.
+            config: What the recipe says, and may be said otherwise.
+        """
+        _train(config, out)
+
+    return run
+
+
+def _train(config: "RunConfig", out: Path) -> None:
+    from train.loop import train
+
+    logging.basicConfig(format="%(message)s", force=True)  # names the examples that are skipped
+    outcome = train(config, out)
+    if outcome.preempted:
+        print(f"stopped after step {outcome.step}, which is saved: run the same command to go on", file=sys.stderr)
+        sys.exit(PREEMPTED)
+    print(f"{out}: trained to step {outcome.step}")
+
+
+def main() -> None:
+    if sys.argv[1:2] not in (["prepare"], ["check"]):  # these start faster without JAX, which recipes need
+        app.command(name="run")(run_command(sys.argv[2:]))
+    run_door(lambda: app.cli(prog="moss-audio-train", description=__doc__))
+
+
+if __name__ == "__main__":
+    main()

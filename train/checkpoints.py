@@ -1,0 +1,148 @@
+"""Checkpoints of a run: parameters, everything else of the state, and where the data stood, in one commit.
+
+    checkpoints/<step>/params   the parameters as a tree, laid out as `load_model` reads them
+    checkpoints/<step>/state    step, moments, dropout key, counts of skipped steps
+    checkpoints/<step>/data     JSON of the data's iterator
+
+A checkpoint appears under its name only when all three are whole, so a killed run leaves none that is half written.
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from moss_audio_jax.checkpoint import PARAMS, flatten, unflatten
+from moss_audio_jax.errors import MossAudioError
+from train.step import TrainState
+
+STATE, DATA = "state", "data"
+DAMAGED = "damaged_checkpoints"
+
+
+class Checkpoints:
+    """The checkpoints in a run's directory. Saving goes on in the background; `close` waits for it."""
+
+    def __init__(self, run: Path, *, keep_last: int = 3, keep_every: int | None = None):
+        self._run = run.absolute()
+        self._directory = self._run / "checkpoints"
+        policies: list[Any] = [preservation_policy.LatestN(keep_last)]
+        if keep_every is not None:
+            policies.append(preservation_policy.EveryNSteps(keep_every))
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=preservation_policy.AnyPreservationPolicy(policies), cleanup_tmp_directories=True
+        )
+        handlers = {
+            PARAMS: ocp.StandardCheckpointHandler(),
+            STATE: ocp.StandardCheckpointHandler(),
+            DATA: ocp.JsonCheckpointHandler(),
+        }
+        self._manager = ocp.CheckpointManager(self._directory, options=options, item_handlers=handlers)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        self.close()
+
+    @property
+    def steps(self) -> list[int]:
+        """Oldest first."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, step: int, state: TrainState, data: dict[str, Any]) -> None:
+        """Returns when the arrays are copied to the host, so the state may be donated; the rest happens meanwhile.
+
+        Raises MossAudioError if this or the save before can't be written.
+        """
+        parameters, rest = _parts(state)
+        items = {
+            PARAMS: ocp.args.StandardSave(parameters),
+            STATE: ocp.args.StandardSave(rest),
+            DATA: ocp.args.JsonSave(data),
+        }
+        try:
+            self._manager.save(step, args=ocp.args.Composite(**items))
+        except (OSError, ValueError) as error:
+            raise self._unwritable(error) from error
+
+    def restore(self, target: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+        """The newest state and the data's; None if there is no checkpoint.
+
+        target: shapes, dtypes and shardings (`step.abstract_state`), on any mesh. A checkpoint that can't be read is
+        named and put aside into `damaged_checkpoints`, and the one before is taken; an error if none can be read.
+        """
+        steps = self.steps
+        if not steps:
+            return None
+        damaged: dict[int, str] = {}
+        for step in reversed(steps):
+            try:
+                restored = self._restore(step, target)
+            except (OSError, ValueError, KeyError) as error:
+                damaged[step] = _first_line(error)
+                continue
+            for newer, reason in damaged.items():
+                print(f"checkpoint {newer} can't be read, {step} is taken; {reason}", file=sys.stderr)
+                self._put_aside(newer)
+            return restored
+        raise MossAudioError(
+            f"{self._directory}: none of the checkpoints {', '.join(map(str, steps))} can be read "
+            f"({damaged[steps[-1]]}); restore one from a copy, or begin anew with another --out"
+        )
+
+    def _restore(self, step: int, target: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        parameters, rest = _parts(target)
+        items = {
+            PARAMS: ocp.args.StandardRestore(parameters),
+            STATE: ocp.args.StandardRestore(rest),
+            DATA: ocp.args.JsonRestore(),
+        }
+        restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+        flat = flatten(restored[PARAMS])
+        leaves = [restored[STATE][name] for name in rest]
+        state = jax.tree.unflatten(jax.tree.structure(_without_parameters(target)), leaves)
+        trainable = {path: flat[path] for path in target.trainable}
+        frozen = {path: flat[path] for path in target.frozen}
+        return dataclasses.replace(state, trainable=trainable, frozen=frozen), restored[DATA]
+
+    def _put_aside(self, step: int) -> None:
+        aside = self._run / DAMAGED
+        aside.mkdir(exist_ok=True)
+        taken = len(list(aside.glob(f"{step}*")))
+        (self._directory / str(step)).rename(aside / (f"{step}-{taken}" if taken else str(step)))
+        self._manager.reload()
+
+    def close(self) -> None:
+        """Waits until the last save is whole; raises MossAudioError if it can't be written."""
+        try:
+            self._manager.wait_until_finished()
+        except (OSError, ValueError) as error:
+            raise self._unwritable(error) from error
+        finally:
+            self._manager.close()
+
+    def _unwritable(self, error: Exception) -> MossAudioError:
+        return MossAudioError(
+            f"{self._directory}: a checkpoint can't be written ({_first_line(error)}); make room and run again, "
+            "which resumes from the newest whole one"
+        )
+
+
+def _parts(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The parameters as a tree, and all else by name."""
+    rest, _ = jax.tree_util.tree_flatten_with_path(_without_parameters(state))
+    by_name = {jax.tree_util.keystr(keys, simple=True, separator="/"): leaf for keys, leaf in rest}
+    return unflatten(state.trainable | state.frozen), by_name
+
+
+def _without_parameters(state: TrainState) -> TrainState:
+    return dataclasses.replace(state, trainable={}, frozen={})
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0][:300]
