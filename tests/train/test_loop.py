@@ -17,7 +17,7 @@ import pytest
 import soundfile
 
 from convert.rehearse import write_byte_tokenizer
-from moss_audio_jax import MossAudioConfig, MossAudioError
+from moss_audio_jax import MossAudioConfig, MossAudioError, load_model
 from moss_audio_jax.checkpoint import build_model, save_model
 from moss_audio_jax.sharding import make_mesh
 from train.checkpoints import Checkpoints
@@ -25,7 +25,7 @@ from train.config import RECIPES, LoopConfig, MixtureConfig, ModelSource, RunCon
 from train.data import DataConfig
 from train.loop import Outcome, train
 from train.optimizer import OptimizerConfig
-from train.step import StepConfig, TrainState, abstract_state, initial_parameters
+from train.step import StepConfig, TrainState, abstract_state, initial_parameters, parameters_of
 
 STEPS = 6
 TINY = MossAudioConfig.preset("tiny")
@@ -137,7 +137,7 @@ def test_a_run_leaves_checkpoints_metrics_and_its_configuration(straight: Path, 
     state, data = restored(straight, config)
     assert int(state.step) == data["batches"] == STEPS
     assert state.frozen["audio_encoder.stem_proj.kernel"].dtype == "bfloat16"
-    first = initial_parameters(MODEL, mesh=one_device())
+    first = parameters_of(load_model(str(config.model.checkpoint)))
     moved = [path for path, leaf in state.trainable.items() if not np.array_equal(leaf, first[path])]
     assert len(moved) > 0.9 * len(state.trainable)
 
