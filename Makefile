@@ -9,7 +9,8 @@ demo: .venv/core
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash runs/demo.sh demo-out
 
 test: check
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not alone"
+	$(BIN)/python -m pytest -m alone tests/train
 
 check: .venv/test
 	$(BIN)/ruff check .

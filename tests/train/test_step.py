@@ -122,9 +122,9 @@ def test_a_batch_that_does_not_divide_is_refused():
         split_microbatches(jax.tree.map(lambda x: x[0], make_batch()), 3)
 
 
-# Slow only in that they must not run with the whole suite: late in a long process XLA's collectives between simulated
-# devices have blocked for good and aborted it. By themselves they pass: pytest -m slow tests/train/test_step.py
-@pytest.mark.slow
+# In a process of their own (`make test` gives them one): late in a long process XLA's collectives between simulated
+# devices have blocked for good and aborted it.
+@pytest.mark.alone
 @pytest.mark.parametrize("layout", [{"fsdp": 8}, {"replica": 2, "fsdp": 2, "tensor": 2}], ids=str)
 def test_a_mesh_gives_the_loss_and_gradients_of_one_device(layout, parameters, graphdef, one_step):
     mesh = make_mesh(**layout)
