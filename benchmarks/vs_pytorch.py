@@ -3,15 +3,11 @@
 Both frameworks get the same float32 weights and the same inputs in one process. The repeats are interleaved, so that a
 machine that slows down slows both; medians are compared. The model has the released widths of the encoder, where the
 kernels are the released model's, but few layers: the whole takes minutes. Needs the extra `test` (PyTorch).
+What feeds the model is compared by `benchmarks.input_pipeline`.
 """
 
-import dataclasses
-import json
-import statistics
-import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -21,17 +17,21 @@ import numpy as np
 import tyro
 from flax import nnx
 
+from benchmarks.side_by_side import Row, Timed, compare, report
 from convert.rehearse import write_random_checkpoint
 from moss_audio_jax.audio import log_mel, num_audio_tokens, round_bfloat16
 from moss_audio_jax.checkpoint import load_model
 from moss_audio_jax.cli import run_door
 from moss_audio_jax.config import EncoderConfig, LanguageConfig, MossAudioConfig, ProcessorConfig
+from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.generate import Sampling, _decode_until, _prefill
-from moss_audio_jax.info import align
 from moss_audio_jax.inputs import ModelInputs, make_inputs
 from moss_audio_jax.language_model import KVCache
 from moss_audio_jax.model import MossAudio
 from moss_audio_jax.tokens import audio_span
+from train.data.packing import TrainingBatch
+from train.optimizer import OptimizerConfig
+from train.step import StepConfig, new_state, parameters_of, split_microbatches, train_step
 
 CONFIG = MossAudioConfig(
     audio_config=EncoderConfig(encoder_layers=8, deepstack_encoder_layer_indexes=(2, 4, 6)),
@@ -50,30 +50,10 @@ CONFIG = MossAudioConfig(
 NEW_TOKENS = 64
 RELEASED_CONV_CHUNKS = 64  # the released code encodes so many chunks at a time
 
-Timed = Callable[[], object]
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """ratio: PyTorch's time over ours; above 1 the port is faster."""
-
-    name: str
-    ours_seconds: float
-    pytorch_seconds: float
-    ratio: float
-
-
-def compare(name: str, ours: Timed, pytorch: Timed, repeats: int) -> Row:
-    """Medians of interleaved runs, after one of each that is not counted (it compiles)."""
-    times: dict[Timed, list[float]] = {ours: [], pytorch: []}
-    for repeat in range(repeats + 1):
-        for run, seconds in times.items():
-            start = time.perf_counter()
-            jax.block_until_ready(run())
-            if repeat:
-                seconds.append(time.perf_counter() - start)
-    mine, theirs = (statistics.median(seconds) for seconds in times.values())
-    return Row(name, mine, theirs, theirs / mine)
+# float32 without dropout, as PyTorch's side runs; nothing recomputed on either. The rate stays what it is.
+STEP = StepConfig(compute_dtype="float32", remat="none", encoder_dropout=False, spike_sigma=0)
+OPTIMIZER = OptimizerConfig(learning_rate=1e-4, warmup_steps=0, final_fraction=1.0)
+LOSS_TOLERANCE = 1e-3
 
 
 def wave(seconds: float) -> np.ndarray:
@@ -83,30 +63,31 @@ def wave(seconds: float) -> np.ndarray:
     return 0.1 * noise * (1 + np.sin(np.arange(count, dtype=np.float32) / 8000))
 
 
-def question(mel: np.ndarray) -> tuple[list[int], ModelInputs]:
+def question(mel: np.ndarray, config: MossAudioConfig) -> tuple[list[int], ModelInputs]:
     """A clip with its time markers between some ids of text."""
-    span = audio_span(num_audio_tokens(mel.shape[1]), processor=CONFIG.processor)
-    ids = [*range(100, 116), 32765, *span, 32766, *range(200, 216)]
-    return ids, make_inputs([ids], [[mel]], config=CONFIG)
+    processor = config.processor
+    span = audio_span(num_audio_tokens(mel.shape[1]), processor=processor)
+    ids = [*range(100, 116), processor.audio_start_id, *span, processor.audio_end_id, *range(200, 216)]
+    return ids, make_inputs([ids], [[mel]], config=config)
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     return -jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1).mean()
 
 
-def rows(directory: Path, repeats: int) -> Iterator[Row]:
-    """The rows, one by one as they are measured."""
+def rows(directory: Path, repeats: int, short: float = 30, long: float = 600) -> Iterator[Row]:
+    """The rows, one by one as they are measured. short, long: seconds of the clips."""
     import torch
     from transformers import DynamicCache, WhisperFeatureExtractor
 
     from convert.pytorch_reference import load_reference
 
-    half_minute, ten_minutes = wave(30), wave(600)
+    short_wave, long_wave = wave(short), wave(long)
     extractor = WhisperFeatureExtractor(feature_size=128)
     yield compare(
-        "mel of 30 s",
-        lambda: round_bfloat16(log_mel(half_minute)),
-        lambda: torch.from_numpy(extractor._np_extract_fbank_features(half_minute[None], "cpu")).bfloat16(),
+        f"mel of {short:g} s",
+        lambda: round_bfloat16(log_mel(short_wave)),
+        lambda: torch.from_numpy(extractor._np_extract_fbank_features(short_wave[None], "cpu")).bfloat16(),
         repeats,
     )
 
@@ -122,21 +103,22 @@ def rows(directory: Path, repeats: int) -> Iterator[Row]:
     def encode_pytorch(mel: torch.Tensor):
         return [reference.audio_encoder(part) for part in mel.split(400 * RELEASED_CONV_CHUNKS, dim=1)]
 
-    for name, sound, times in (("30 s", half_minute, repeats), ("10 min", ten_minutes, min(repeats, 3))):
+    config = model.config
+    for sound, times in ((short_wave, repeats), (long_wave, min(repeats, 3))):
         mel = round_bfloat16(log_mel(sound))
-        inputs, tensor = jax.device_put(question(mel)[1]), torch.from_numpy(mel)
+        inputs, tensor = jax.device_put(question(mel, config)[1]), torch.from_numpy(mel)
         yield compare(
-            f"encoder on {name}",
+            f"encoder on {len(sound) / 16000:g} s",
             lambda inputs=inputs: encode(state, inputs),
             lambda tensor=tensor: encode_pytorch(tensor),
             times,
         )
 
-    mel = round_bfloat16(log_mel(half_minute))
-    ids, inputs = question(mel)
+    mel = round_bfloat16(log_mel(short_wave))
+    ids, inputs = question(mel, config)
     inputs = jax.device_put(inputs)
     tokens, clip = torch.tensor([ids]), torch.from_numpy(mel)
-    is_audio = tokens == CONFIG.processor.audio_token_id
+    is_audio = tokens == config.processor.audio_token_id
     with torch.no_grad():
         audio = reference.encode_audio([clip])
         embedded = reference.language_model.embed_tokens(tokens).index_put((is_audio,), audio.adapter_output)
@@ -145,7 +127,7 @@ def rows(directory: Path, repeats: int) -> Iterator[Row]:
     @jax.jit
     def prefill(state: nnx.State, x: jax.Array, deepstack: jax.Array):
         model = nnx.merge(graphdef, state)
-        cache = KVCache.empty(CONFIG.language_config, 1, x.shape[1] + NEW_TOKENS, x.dtype)
+        cache = KVCache.empty(config.language_config, 1, x.shape[1] + NEW_TOKENS, x.dtype)
         hidden, cache = model.language_model.extend(x, inputs.positions, inputs.segment_ids, cache, deepstack)
         return model.logits(hidden[:, len(ids) - 1]), cache
 
@@ -159,6 +141,7 @@ def rows(directory: Path, repeats: int) -> Iterator[Row]:
     yield compare(f"prefill of {len(ids)} tokens", lambda: prefill(state, x, deepstack), prefill_pytorch, repeats)
     yield _decode_row(model, inputs, prefill_pytorch, reference, repeats)
     yield _backward_row(model, inputs, tokens, clip, reference, repeats)
+    yield _training_row(model, inputs, tokens, clip, reference, repeats)  # the last: it takes the parameters over
 
 
 def _decode_row(model: MossAudio, inputs: ModelInputs, prefill_pytorch: Timed, reference, repeats: int) -> Row:
@@ -189,7 +172,6 @@ def _decode_row(model: MossAudio, inputs: ModelInputs, prefill_pytorch: Timed, r
 
 def _backward_row(model: MossAudio, inputs: ModelInputs, tokens, clip, reference, repeats: int) -> Row:
     """Loss of every next token, and its gradient for every parameter."""
-    import torch
 
     graphdef, state = nnx.split(model)
     length = tokens.shape[1]
@@ -205,12 +187,72 @@ def _backward_row(model: MossAudio, inputs: ModelInputs, tokens, clip, reference
 
     def backward_pytorch():
         reference.zero_grad()
-        logits = reference(tokens, [clip], CONFIG.processor.audio_token_id).logits
-        loss = torch.nn.functional.cross_entropy(logits[0, :-1], tokens[0, 1:])
+        loss = _pytorch_loss(reference, tokens, clip, model.config)
         loss.backward()
         return loss
 
-    return compare("forward and backward, 30 s", lambda: backward(state), backward_pytorch, repeats)
+    return compare(f"forward and backward, {length} tokens", lambda: backward(state), backward_pytorch, repeats)
+
+
+def _training_row(model: MossAudio, inputs: ModelInputs, tokens, clip, reference, repeats: int) -> Row:
+    """`train_step` on one sequence, and PyTorch's: loss, gradients, clipping, AdamW. Every step moves the parameters.
+
+    Raises MossAudioError if the two losses part at any step; from the second on they show the updates as well.
+    """
+    import torch
+
+    length = tokens.shape[1]
+    weights = (np.arange(inputs.tokens.shape[1]) < length - 1).astype(np.float32)[None]
+    targets = np.roll(np.asarray(inputs.tokens), -1, axis=1)
+    batch = jax.device_put(split_microbatches(TrainingBatch(inputs, targets, weights), 1))
+    graphdef = nnx.split(model)[0]
+    state = new_state(parameters_of(model), model.config, OPTIMIZER)
+    optimizer = _torch_adamw(reference)
+
+    def step():
+        nonlocal state
+        state, metrics = train_step(graphdef, STEP, OPTIMIZER, state, batch)
+        return state.trainable, metrics["loss"]
+
+    def step_pytorch():
+        optimizer.zero_grad()
+        loss = _pytorch_loss(reference, tokens, clip, model.config)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(reference.parameters(), OPTIMIZER.clip_norm)
+        optimizer.step()
+        return loss.item()
+
+    def check(ours: tuple[object, jax.Array], pytorch: float) -> None:
+        loss = float(ours[1])
+        if not abs(loss - pytorch) <= LOSS_TOLERANCE * abs(pytorch):
+            raise MossAudioError(
+                f"training step: expected PyTorch's loss {pytorch:.6f} to {LOSS_TOLERANCE:.0e}, found {loss:.6f}; "
+                "the two sides do not compute the same, so their times say nothing: run tests/parity."
+            )
+
+    return compare(f"training step, {length} tokens", step, step_pytorch, repeats, check=check)
+
+
+def _pytorch_loss(reference, tokens, clip, config: MossAudioConfig):
+    """Mean over every next token."""
+    from torch.nn.functional import cross_entropy
+
+    logits = reference(tokens, [clip], config.processor.audio_token_id).logits
+    return cross_entropy(logits[0, :-1], tokens[0, 1:])
+
+
+def _torch_adamw(reference):
+    """PyTorch's fastest AdamW on the CPU, as OPTIMIZER says: norms and biases do not decay."""
+    import torch
+
+    decayed = [parameter for parameter in reference.parameters() if parameter.ndim > 1]
+    undecayed = [parameter for parameter in reference.parameters() if parameter.ndim <= 1]
+    groups = [
+        {"params": decayed, "weight_decay": OPTIMIZER.weight_decay},
+        {"params": undecayed, "weight_decay": 0.0},
+    ]
+    betas = (OPTIMIZER.b1, OPTIMIZER.b2)
+    return torch.optim.AdamW(groups, lr=OPTIMIZER.learning_rate, betas=betas, eps=OPTIMIZER.eps, fused=True)
 
 
 def run(
@@ -223,18 +265,9 @@ def run(
         json_file: Write the rows there as a JSON list.
         repeats: Timed runs of each side (three at most on ten minutes of sound).
     """
-    measured = []
     with tempfile.TemporaryDirectory() as scratch:
         write_random_checkpoint(CONFIG, Path(scratch) / "model")
-        for row in rows(Path(scratch) / "model", repeats):
-            print(f"{row.name}: {row.ratio:.2f}", file=sys.stderr, flush=True)
-            measured.append(row)
-    cells = [("", "ours, s", "PyTorch, s", "PyTorch / ours")]
-    for row in measured:
-        cells.append((row.name, f"{row.ours_seconds:.4f}", f"{row.pytorch_seconds:.4f}", f"{row.ratio:.2f}"))
-    print(align(cells))
-    if json_file:
-        json_file.write_text(json.dumps([dataclasses.asdict(row) for row in measured], indent=2) + "\n", "utf-8")
+        report(rows(Path(scratch) / "model", repeats), "s", json_file)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from flax import nnx
 from scipy.special import log_softmax
 
 from moss_audio_jax.audio import SAMPLE_RATE, load_audio, log_mel, num_audio_tokens, round_bfloat16
-from moss_audio_jax.checkpoint import load_model, tokenizer_files
+from moss_audio_jax.checkpoint import files_directory, load_model, tokenizer_files
 from moss_audio_jax.config import MossAudioConfig
 from moss_audio_jax.inputs import ModelInputs, make_inputs
 from moss_audio_jax.language_model import KVCache
@@ -72,7 +72,7 @@ def compare_models(released: Path, checkpoint: Path, sound: Sound, dtype: str) -
     """
     from convert.pytorch_reference import reference_stages  # PyTorch may be missing
 
-    config = MossAudioConfig.from_hf(checkpoint)
+    config = MossAudioConfig.from_hf(files_directory(checkpoint))
     mel = round_bfloat16(log_mel(sound.wave))
     ids = prompt_ids(released, config, num_audio_tokens(mel.shape[1]))
     expected = reference_stages(released, ids, [mel], config.processor.audio_token_id, dtype)
@@ -98,7 +98,9 @@ def prompt_ids(directory: Path, config: MossAudioConfig, clip_tokens: int) -> li
     """A question about one clip or, without a tokenizer, ids from all over the vocabulary around it."""
     processor = config.processor
     if tokenizer_files(directory):
-        return build_prompt(Tokenizer.from_dir(directory), QUESTION, [clip_tokens], processor=processor)
+        return build_prompt(
+            Tokenizer.from_dir(files_directory(directory)), QUESTION, [clip_tokens], processor=processor
+        )
     vocabulary = min(config.language_config.vocab_size, processor.audio_token_id)
     text = [index * vocabulary // PLAIN_IDS for index in range(PLAIN_IDS)]
     span = audio_span(clip_tokens, processor.enable_time_marker, processor)

@@ -19,7 +19,7 @@ import tensorstore as ts
 from tqdm import tqdm
 
 from convert.pieces import chunk_shape
-from moss_audio_jax.checkpoint import PARAMS, check_stored, flatten, unflatten
+from moss_audio_jax.checkpoint import check_stored, flatten, orbax_paths, unflatten
 from moss_audio_jax.config import MossAudioConfig
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.released import released_leaves
@@ -121,9 +121,11 @@ class OrbaxCheckpoint:
     """
 
     def __init__(self, directory: str | Path):
-        self.directory = Path(directory)
-        self.params = (self.directory / PARAMS).absolute()
-        self.config = MossAudioConfig.from_hf(self.directory)
+        paths = orbax_paths(directory)
+        if paths is None:
+            raise MossAudioError(f"{directory} is no Orbax checkpoint: give one that to-orbax or training wrote")
+        self.directory, self.params = Path(directory), paths.params.absolute()
+        self.config = MossAudioConfig.from_hf(paths.files)
         check_stored(self.params, self.config)
         self.leaves = released_leaves(self.config)
         self._places = {name: (leaf, i) for leaf in self.leaves.values() for i, name in enumerate(leaf.names)}

@@ -1,6 +1,5 @@
 """Random weights in the released layout: a conversion, a demo or a pod can be tried before anything is downloaded."""
 
-import json
 import math
 import zlib
 from collections.abc import Iterator
@@ -9,7 +8,6 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
-from tokenizers.pre_tokenizers import ByteLevel
 
 from convert.checkpoints import by_released_name
 from convert.pieces import row_blocks
@@ -18,10 +16,9 @@ from convert.staging import check_target, staged
 from moss_audio_jax.checkpoint import require_empty
 from moss_audio_jax.config import MossAudioConfig
 from moss_audio_jax.released import ReleasedLeaf, released_leaves
+from moss_audio_jax.small_tokenizer import write_small_tokenizer
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-BYTES = 256  # the vocabulary of a byte-level tokenizer without merges; its special tokens follow
-SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 EMBEDDING_STD = 0.02
 
 
@@ -33,7 +30,7 @@ def rehearse(preset: str, target: str | Path, seed: int = 0) -> None:
     with staged(target, parameters * BFLOAT16.itemsize) as work:
         write_random_checkpoint(config, work, seed)
         if preset == "tiny":
-            write_byte_tokenizer(work)
+            write_small_tokenizer(work)
 
 
 def write_random_checkpoint(
@@ -73,31 +70,3 @@ def _moments(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
     if name.endswith("embed_tokens.weight"):
         return 0.0, EMBEDDING_STD
     return 0.0, math.prod(shape[1:]) ** -0.5
-
-
-def write_byte_tokenizer(directory: str | Path) -> None:
-    """Writes the released tokenizer files with a byte a token and no merges: 256 bytes, then SPECIAL_TOKENS.
-
-    The bytes are in GPT-2's order, like the first 256 tokens of Qwen's vocabulary, so that the digits of time markers
-    have the same ids, 15 to 24.
-    """
-    vocabulary = {character: token_id for token_id, character in enumerate(sorted(ByteLevel.alphabet()))}
-    added = {token: BYTES + index for index, token in enumerate(SPECIAL_TOKENS)}
-    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
-    endoftext, _, im_end = SPECIAL_TOKENS
-    files = {
-        "vocab.json": vocabulary,
-        "added_tokens.json": added,
-        "special_tokens_map.json": {"eos_token": im_end, "pad_token": endoftext},
-        "tokenizer_config.json": {
-            "add_prefix_space": False,
-            "added_tokens_decoder": {str(token_id): {"content": token, **flags} for token, token_id in added.items()},
-            "eos_token": im_end,
-            "pad_token": endoftext,
-            "tokenizer_class": "Qwen2Tokenizer",
-            "unk_token": None,
-        },
-    }
-    for name, content in files.items():
-        (Path(directory) / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
-    (Path(directory) / "merges.txt").write_text("#version: 0.2\n", "utf-8")

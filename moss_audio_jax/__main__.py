@@ -36,7 +36,7 @@ def generate(
     """Answers a question about sounds, printing the text as it is produced.
 
     Args:
-        checkpoint: An Orbax directory that `python -m convert to-orbax` wrote, or a released directory.
+        checkpoint: A released directory, one that `python -m convert to-orbax` wrote, or a training run's.
         clips: Audio files (wav, flac, ogg, mp3), in the order in which the model hears them; none for text alone.
         prompt: The question.
         system: The system prompt.
@@ -87,7 +87,7 @@ def info(checkpoint: tyro.conf.Positional[Path], /) -> None:
     """Prints a checkpoint's parts: shapes, dtypes, parameters, bytes.
 
     Args:
-        checkpoint: An Orbax directory or a released one.
+        checkpoint: A released directory, an Orbax one, or a training run's.
     """
     from moss_audio_jax.info import describe
 

@@ -1,9 +1,10 @@
 """Weights on disk and onto devices.
 
 An Orbax checkpoint of ours is a directory with `params/` (the stacked tree) beside the released configuration and
-tokenizer files. `load_model` reads that, or a released PyTorch directory as it is.
+tokenizer files. `load_model` reads that, the newest checkpoint of a training run, or a released PyTorch directory.
 """
 
+import dataclasses
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -20,10 +21,18 @@ from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 from moss_audio_jax.config import CONFIG_FILES, MossAudioConfig
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.model import MossAudio, parameter_specs
-from moss_audio_jax.released import INDEX_FILE, SAFETENSORS_DTYPES, SINGLE_FILE, ReleasedCheckpoint
+from moss_audio_jax.released import (
+    INDEX_FILE,
+    SAFETENSORS_DTYPES,
+    SINGLE_FILE,
+    ReleasedCheckpoint,
+    SafetensorsCheckpoint,
+)
 from moss_audio_jax.sharding import named_sharding
 
 PARAMS = "params"
+# A training run has many checkpoints, each with `params/`, and one directory of the files that go with all of them.
+RUN_CHECKPOINTS, RUN_MODEL = "checkpoints", "model"
 # What travels beside the weights and the configuration, where it is there; names or patterns of them.
 TOKENIZER_FILES = (
     "vocab.json",
@@ -39,7 +48,8 @@ TOKENIZER_FILES = (
 def load_model(path: str | Path, *, dtype: Any = None, mesh: Mesh | None = None) -> MossAudio:
     """The model of a checkpoint, its parameters on their devices.
 
-    path: an Orbax directory of `python -m convert to-orbax`, or a released PyTorch directory.
+    path: an Orbax directory of `python -m convert to-orbax`; the directory of a training run, whose newest checkpoint
+        is taken, or one of its checkpoints; or a released PyTorch directory.
     dtype: of the parameters and so of the computation; None takes bfloat16 on accelerators and float32 on the CPU,
         where bfloat16 is slow.
     mesh: each parameter is cut by its logical axes (`sharding.RULES`); None puts all on the first device.
@@ -50,26 +60,52 @@ def load_model(path: str | Path, *, dtype: Any = None, mesh: Mesh | None = None)
     if dtype is None:
         dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     if layout_of(path) == "orbax":
-        config = MossAudioConfig.from_hf(path)
-        return build_model(config, _restore(path / PARAMS, abstract_parameters(config, dtype, mesh)))
+        config = MossAudioConfig.from_hf(files_directory(path))
+        return build_model(config, restore(path, config, abstract_parameters(config, dtype, mesh)))
     released = ReleasedCheckpoint(path)
-    abstract = abstract_parameters(released.config, dtype, mesh)
-    return build_model(released.config, {name: _place(released, name, leaf) for name, leaf in abstract.items()})
+    return build_model(released.config, assemble(released, abstract_parameters(released.config, dtype, mesh)))
 
 
 def layout_of(path: str | Path) -> Literal["orbax", "released"]:
     """How a checkpoint directory is laid out; anything else is an error."""
-    if is_orbax(path):
+    if orbax_paths(path) is not None:
         return "orbax"
     if is_released(path):
         return "released"
+    if (Path(path) / RUN_CHECKPOINTS).is_dir():
+        raise MossAudioError(f"{path} is a training run without a checkpoint so far: wait until it has saved one")
     exists = Path(path).exists()
     found = f"holds neither {PARAMS}/ nor {SINGLE_FILE} nor {INDEX_FILE}" if exists else "does not exist"
-    raise MossAudioError(f"{path} {found}: give a released MOSS-Audio directory, or one that convert to-orbax wrote")
+    raise MossAudioError(
+        f"{path} {found}: give a released MOSS-Audio directory, one that convert to-orbax wrote, or a training run"
+    )
 
 
-def is_orbax(path: str | Path) -> bool:
-    return (Path(path) / PARAMS).is_dir()
+@dataclasses.dataclass(frozen=True)
+class OrbaxPaths:
+    """Where an Orbax checkpoint's tree lies, and the directory of its configuration and tokenizer files."""
+
+    params: Path
+    files: Path
+
+
+def orbax_paths(path: str | Path) -> OrbaxPaths | None:
+    """Of a directory that `convert to-orbax` wrote, a training run or one of its checkpoints; else None."""
+    path = Path(path)
+    if (path / PARAMS).is_dir():
+        of_run = path.absolute().parent.parent / RUN_MODEL
+        in_run = path.absolute().parent.name == RUN_CHECKPOINTS and of_run.is_dir()
+        return OrbaxPaths(path / PARAMS, of_run if in_run else path)
+    steps = [int(entry.name) for entry in (path / RUN_CHECKPOINTS).glob("*/") if entry.name.isdecimal()]
+    if not steps:
+        return None
+    return OrbaxPaths(path / RUN_CHECKPOINTS / str(max(steps)) / PARAMS, path / RUN_MODEL)
+
+
+def files_directory(path: str | Path) -> Path:
+    """The directory of a checkpoint's configuration and tokenizer files: its own, except in a training run."""
+    paths = orbax_paths(path)
+    return Path(path) if paths is None else paths.files
 
 
 def is_released(path: str | Path) -> bool:
@@ -117,13 +153,14 @@ def require_empty(path: str | Path) -> None:
         raise MossAudioError(f"{path} already exists and is not an empty directory: name a new one, or remove it first")
 
 
-def companion_files(directory: str | Path) -> list[Path]:
-    """The configuration files and then the tokenizer files that a checkpoint directory holds."""
+def companion_files(checkpoint: str | Path) -> list[Path]:
+    """The configuration files and then the tokenizer files of a checkpoint."""
+    directory = files_directory(checkpoint)
     return _plain_files(directory, CONFIG_FILES) + tokenizer_files(directory)
 
 
-def tokenizer_files(directory: str | Path) -> list[Path]:
-    return _plain_files(directory, TOKENIZER_FILES)
+def tokenizer_files(checkpoint: str | Path) -> list[Path]:
+    return _plain_files(files_directory(checkpoint), TOKENIZER_FILES)
 
 
 def copy_tokenizer(source: str | Path, target: str | Path) -> None:
@@ -175,15 +212,21 @@ def check_stored(params: Path, config: MossAudioConfig) -> None:
         raise MossAudioError(f"{params} does not fit its config.json: {'; '.join(sorted(problems)[:20])}")
 
 
-def _restore(params: Path, abstract: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-    params = params.absolute()
-    config = MossAudioConfig.from_hf(params.parent)
+def restore(
+    path: str | Path, config: MossAudioConfig, abstract: dict[str, jax.ShapeDtypeStruct]
+) -> dict[str, jax.Array]:
+    """The parameters that `abstract` names, of an Orbax checkpoint whose configuration is `config`."""
+    paths = orbax_paths(path)
+    assert paths is not None
+    params = paths.params.absolute()
     check_stored(params, config)
     target = unflatten(abstract)
     # Unlimited, a restore holds the whole checkpoint a second time; less than the largest leaf is refused by Orbax.
     largest = max(leaf.size * leaf.dtype.itemsize for leaf in abstract.values())
     handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=max(1.0, 1.01 * largest / 1e9))
-    arguments = ocp.args.PyTreeRestore(item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target))
+    arguments = ocp.args.PyTreeRestore(
+        item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=True
+    )
     try:
         with ocp.Checkpointer(handler) as checkpointer:
             return flatten(checkpointer.restore(params, args=arguments))
@@ -193,7 +236,12 @@ def _restore(params: Path, abstract: dict[str, jax.ShapeDtypeStruct]) -> dict[st
         ) from error
 
 
-def _place(released: ReleasedCheckpoint, path: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+def assemble(released: SafetensorsCheckpoint, abstract: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    """The parameters that `abstract` names, one after the other."""
+    return {path: _place(released, path, leaf) for path, leaf in abstract.items()}
+
+
+def _place(released: SafetensorsCheckpoint, path: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
     host = released.assemble(path, leaf.dtype)
     return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: host[index])
 

@@ -194,7 +194,7 @@ class MossAudioConfig:
         eos = config["language_config"].get("eos_token_id") if eos is None else eos
         return cls(
             audio_config=_read_encoder(config["audio_config"]),
-            language_config=_read_language(config["language_config"]),
+            language_config=read_language(config["language_config"]),
             **_known_fields(cls, config, skip=("audio_config", "language_config", "processor", "eos_ids", "raw")),
             processor=ProcessorConfig(**_known_fields(ProcessorConfig, processor)),
             eos_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
@@ -314,7 +314,8 @@ def _read_encoder(content: dict) -> EncoderConfig:
     return EncoderConfig(**fields, chunk_frames=None if n_window is None else 2 * n_window)
 
 
-def _read_language(content: dict) -> LanguageConfig:
+def read_language(content: dict, where: str = "language_config") -> LanguageConfig:
+    """A Qwen3 configuration, MOSS-Audio's inner one or a stock file's; `where` it stands is for errors."""
     allowed = {
         "model_type": ("qwen3",),
         "architectures": (["Qwen3ForCausalLM"], ["Qwen3Model"], None),
@@ -324,21 +325,21 @@ def _read_language(content: dict) -> LanguageConfig:
         "rope_scaling": (None,),
         "use_sliding_window": (False,),
     }
-    _require_values(content, allowed, "language_config")
+    _require_values(content, allowed, where)
     _require(
         set(content.get("layer_types") or []) <= {"full_attention"},
-        f"language_config.layer_types must be full_attention throughout, not {content.get('layer_types')}",
+        f"{where}.layer_types must be full_attention throughout, not {content.get('layer_types')}",
     )
     # Transformers 5 moves rope_theta into rope_parameters.
     rope = content.get("rope_parameters") or {"rope_theta": content.get("rope_theta")}
-    _require_values(rope, {"rope_type": ("default",)}, "language_config.rope_parameters")
+    _require_values(rope, {"rope_type": ("default",)}, f"{where}.rope_parameters")
     unknown = sorted(set(rope) - {"rope_type", "rope_theta"})
-    _require(not unknown, f"language_config.rope_parameters has {unknown}, which this port does not implement")
+    _require(not unknown, f"{where}.rope_parameters has {unknown}, which this port does not implement")
     fields: dict[str, Any] = _known_fields(LanguageConfig, content) | {"rope_theta": rope.get("rope_theta")}
     if content.get("head_dim", 0) is None:  # null in some Qwen configs: derived
         fields["head_dim"] = content["hidden_size"] // content["num_attention_heads"]
     missing = [key for key in _LANGUAGE_KEYS if fields.get(key) is None]
-    _require(not missing, f"language_config lacks {', '.join(missing)}")
+    _require(not missing, f"{where} lacks {', '.join(missing)}")
     return LanguageConfig(**fields)
 
 
@@ -348,7 +349,35 @@ PRESETS: dict[str, dict[str, Any]] = {
         "language_config": LanguageConfig(hidden_size=4096, intermediate_size=12288),
         "deepstack_num_inject_layers": 3,
     },
-    # The vocabulary is bytes plus the special tokens: see `convert.rehearse.write_byte_tokenizer`.
+    # Learns sound scenes from nothing in minutes on two CPU cores.
+    "small": {
+        "audio_config": EncoderConfig(
+            d_model=96,
+            output_dim=96,
+            encoder_layers=2,
+            encoder_attention_heads=2,
+            encoder_ffn_dim=192,
+            downsample_hidden_size=8,
+            dropout=0.0,
+            attention_dropout=0.0,
+            deepstack_encoder_layer_indexes=(0, 1),
+        ),
+        "language_config": LanguageConfig(
+            vocab_size=512,
+            hidden_size=96,
+            intermediate_size=192,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=48,
+            rope_theta=10_000,
+        ),
+        "adapter_hidden_size": 192,
+        "deepstack_num_inject_layers": 2,
+        "processor": ProcessorConfig(audio_token_id=511, audio_start_id=509, audio_end_id=510),
+        "eos_ids": (258,),
+    },
+    # The vocabulary is bytes plus the special tokens: see `small_tokenizer`.
     "tiny": {
         "audio_config": EncoderConfig(
             d_model=32,

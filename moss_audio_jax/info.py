@@ -3,7 +3,7 @@
 import math
 from pathlib import Path
 
-from moss_audio_jax.checkpoint import PARAMS, is_orbax, stored_shapes
+from moss_audio_jax.checkpoint import orbax_paths, stored_shapes
 from moss_audio_jax.config import MossAudioConfig
 from moss_audio_jax.released import ReleasedCheckpoint
 
@@ -14,8 +14,9 @@ PARTS = ("audio_encoder", "audio_adapter", "deepstack_audio_merger_list", "langu
 def describe(path: str | Path) -> str:
     """A table of the model's parameters, stacked as this port stores them, with a sum for each part."""
     path = Path(path)
-    if is_orbax(path):
-        layout, config, stored = "Orbax", MossAudioConfig.from_hf(path), stored_shapes(path / PARAMS)
+    orbax = orbax_paths(path)
+    if orbax is not None:
+        layout, config, stored = "Orbax", MossAudioConfig.from_hf(orbax.files), stored_shapes(orbax.params)
     else:
         layout, released = "released PyTorch layout", ReleasedCheckpoint(path)
         config = released.config

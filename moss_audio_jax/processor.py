@@ -8,6 +8,7 @@ from typing import Self
 import numpy as np
 
 from moss_audio_jax.audio import SAMPLE_RATE, load_audio, log_mel, num_audio_tokens, round_bfloat16
+from moss_audio_jax.checkpoint import files_directory
 from moss_audio_jax.config import MossAudioConfig
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.inputs import ModelInputs, make_inputs
@@ -79,5 +80,5 @@ class Processor:
 
 
 def load_processor(path: str | Path) -> Processor:
-    """The processor of a checkpoint directory, released or Orbax."""
-    return Processor.from_dir(path)
+    """The processor of whatever `load_model` reads."""
+    return Processor.from_dir(files_directory(path))

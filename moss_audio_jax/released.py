@@ -1,7 +1,8 @@
 """The released PyTorch layout on disk: safetensors files, and the one table between their tensor names and our tree.
 
 Our names follow the released ones, so the table is short: equal layers are stacked, a leaf is renamed, and an array
-changes its layout. Every change is invertible. PyTorch itself is not needed.
+changes its layout. Every change is invertible. PyTorch itself is not needed. Stock Qwen3 weights, from which a language
+model may start, are read by the same table.
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from moss_audio_jax.config import MossAudioConfig
+from moss_audio_jax.config import MossAudioConfig, read_json, read_language
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.model import parameter_specs
 
@@ -25,7 +26,8 @@ INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 # MOSS-Music stores the encoder's sinusoids, which are recomputed in float32 here.
 IGNORED_TENSORS = frozenset({"audio_encoder.embed_positions.inv_timescales"})
-HEAD, EMBEDDING = "lm_head.weight", "language_model.embed_tokens.weight"
+HEAD = "lm_head.weight"  # a tensor; it has this name in every layout
+EMBEDDING = "language_model.embed_tokens.embedding"  # our path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,24 +152,25 @@ class TensorHeader:
         return SAFETENSORS_DTYPES[self.stored_dtype]
 
 
-class ReleasedCheckpoint:
-    """A released directory, every header of it read and compared with its configuration before anything is used.
+class SafetensorsCheckpoint:
+    """The safetensors files of a directory, every header read and compared with `leaves` before anything is used.
 
+    tied: there is no head in `leaves`; files may hold one all the same, if it equals the embedding.
     Raises MossAudioError with all problems found: missing, surplus, doubled or wrongly shaped tensors, files that are
     truncated, unreadable or outside the directory.
     """
 
-    def __init__(self, directory: str | Path):
+    def __init__(self, directory: str | Path, leaves: dict[str, ReleasedLeaf], *, tied: bool):
         self.directory = Path(directory)
-        self.config = MossAudioConfig.from_hf(self.directory)
-        self.leaves = released_leaves(self.config)
+        self.leaves = leaves
         weight_map = _read_weight_map(self.directory)
         self.tensors, problems = _read_headers(self.directory, weight_map)
         expected = {name: leaf.tensor_shape for leaf in self.leaves.values() for name in leaf.names}
         if weight_map or not problems:  # else the only file is unreadable, and nothing is known of its tensors
             missing = expected.keys() - self.tensors.keys() - weight_map.keys()
             problems += [f"{name} is missing" for name in sorted(missing)]
-        tied_head = self._take_tied_head()
+        # Some tied checkpoints store the head none the less.
+        tied_head = self.tensors.pop(HEAD, None) if tied else None
         for name, tensor in self.tensors.items():
             problems += _tensor_problems(name, tensor, expected)
         if problems:
@@ -206,12 +209,9 @@ class ReleasedCheckpoint:
             raise MossAudioError(f"{path} became shorter while it was read: fetch it again")
         return data.view(tensor.dtype).reshape(stop - start, *tensor.shape[1:])
 
-    def _take_tied_head(self) -> TensorHeader | None:
-        """Some tied checkpoints store the head none the less."""
-        return self.tensors.pop(HEAD, None) if self.config.tie_word_embeddings else None
-
     def _check_tied_head(self, head: TensorHeader) -> None:
-        embedding = self.tensors[EMBEDDING]
+        (name,) = self.leaves[EMBEDDING].names
+        embedding = self.tensors[name]
         same = (head.shape, head.stored_dtype) == (embedding.shape, embedding.stored_dtype) and all(
             np.array_equal(
                 self._read(head, start, start + 1024).view(np.uint8),
@@ -221,9 +221,46 @@ class ReleasedCheckpoint:
         )
         if not same:
             raise MossAudioError(
-                f"{self.directory / head.file} holds a {HEAD} that differs from {EMBEDDING}, though config.json says "
+                f"{self.directory / head.file} holds a {HEAD} that differs from {name}, though config.json says "
                 "tie_word_embeddings: set that to false, or remove the tensor"
             )
+
+
+class ReleasedCheckpoint(SafetensorsCheckpoint):
+    """A released MOSS-Audio directory."""
+
+    def __init__(self, directory: str | Path):
+        self.config = MossAudioConfig.from_hf(directory)
+        super().__init__(directory, released_leaves(self.config), tied=self.config.tie_word_embeddings)
+
+
+class Qwen3Checkpoint(SafetensorsCheckpoint):
+    """A stock Qwen3 directory as Hugging Face lays it out: the language model and, unless it is tied, its head.
+
+    `leaves` has our paths, and so `assemble` takes them.
+    """
+
+    def __init__(self, directory: str | Path):
+        path = Path(directory) / "config.json"
+        content = read_json(path)
+        try:
+            self.config = read_language(content, "config.json")
+        except (MossAudioError, TypeError, ValueError, KeyError, AttributeError) as error:
+            raise MossAudioError(f"{path}: this Qwen3 configuration can't be used: {error}") from error
+        self.tied = content.get("tie_word_embeddings", False) is True
+        whole = MossAudioConfig(
+            language_config=self.config, deepstack_num_inject_layers=0, tie_word_embeddings=self.tied
+        )
+        leaves = {
+            path: dataclasses.replace(leaf, names=tuple(map(_qwen3_name, leaf.names)))
+            for path, leaf in released_leaves(whole).items()
+            if path.startswith(("language_model.", "lm_head."))
+        }
+        super().__init__(directory, leaves, tied=self.tied)
+
+
+def _qwen3_name(released_name: str) -> str:
+    return re.sub(r"^language_model\.", "model.", released_name)
 
 
 def _read_weight_map(directory: Path) -> dict[str, str]:

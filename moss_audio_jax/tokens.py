@@ -110,6 +110,11 @@ class Tokenizer:
             raise MossAudioError(f"{path} can't be read as a tokenizer ({error}): fetch it again") from error
         return cls(core, path)
 
+    @property
+    def pre_tokenizer(self) -> pre_tokenizers.PreTokenizer:
+        """What cuts text into words, across whose borders nothing is merged."""
+        return self._core.pre_tokenizer
+
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, special tokens in it included; nothing is added at either end."""
         try:

@@ -4,15 +4,15 @@ import numpy as np
 import pytest
 import soundfile
 
-from convert.rehearse import write_byte_tokenizer
 from moss_audio_jax import MossAudioConfig, MossAudioError, Processor, load_processor
+from moss_audio_jax.small_tokenizer import write_small_tokenizer
 
 
 @pytest.fixture(scope="module")
 def processor(tmp_path_factory) -> Processor:
     directory = tmp_path_factory.mktemp("tiny")
     MossAudioConfig.preset("tiny").save_hf(directory)
-    write_byte_tokenizer(directory)
+    write_small_tokenizer(directory)
     return load_processor(directory)
 
 

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from convert.rehearse import write_random_checkpoint
 from moss_audio_jax import MossAudioConfig, MossAudioError, load_model
 from moss_audio_jax.model import parameter_specs
-from moss_audio_jax.released import INDEX_FILE, SINGLE_FILE, ReleasedCheckpoint, released_leaves
+from moss_audio_jax.released import INDEX_FILE, SINGLE_FILE, Qwen3Checkpoint, ReleasedCheckpoint, released_leaves
 
 TINY = MossAudioConfig.preset("tiny")
 
@@ -333,3 +333,100 @@ def test_file_that_shrinks_while_it_is_read(sharded, tmp_path):
     os.truncate(directory / checkpoint.tensors["lm_head.weight"].file, 1000)
     with pytest.raises(MossAudioError, match="became shorter"):
         checkpoint.read("lm_head.weight")
+
+
+# Stock Qwen3: sizes and names as published with Qwen3-4B and Qwen3-8B.
+QWEN3 = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "max_position_embeddings": 40960,
+    "max_window_layers": 36,
+    "model_type": "qwen3",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 36,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "sliding_window": None,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+QWEN3_SIZES = {
+    "4b": {"hidden_size": 2560, "intermediate_size": 9728, "tie_word_embeddings": True},
+    "8b": {"hidden_size": 4096, "intermediate_size": 12288, "tie_word_embeddings": False},
+}
+
+
+def write_empty_qwen3(directory: Path, config: dict) -> None:
+    """A directory whose tensors are a hole in the file: it takes no room, and only its header is read."""
+    width, hidden, head = config["hidden_size"], config["intermediate_size"], config["head_dim"]
+    queries, keys = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
+    layer = {
+        "input_layernorm": [width],
+        "post_attention_layernorm": [width],
+        "self_attn.q_norm": [head],
+        "self_attn.k_norm": [head],
+        "self_attn.q_proj": [queries, width],
+        "self_attn.k_proj": [keys, width],
+        "self_attn.v_proj": [keys, width],
+        "self_attn.o_proj": [width, queries],
+        "mlp.gate_proj": [hidden, width],
+        "mlp.up_proj": [hidden, width],
+        "mlp.down_proj": [width, hidden],
+    }
+    shapes = {"model.embed_tokens.weight": [config["vocab_size"], width], "model.norm.weight": [width]}
+    for i in range(config["num_hidden_layers"]):
+        shapes |= {f"model.layers.{i}.{name}.weight": shape for name, shape in layer.items()}
+    if not config["tie_word_embeddings"]:
+        shapes["lm_head.weight"] = [config["vocab_size"], width]
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    with (directory / SINGLE_FILE).open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    (directory / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("size", QWEN3_SIZES)
+def test_presets_take_the_published_qwen3(size, tmp_path):
+    write_empty_qwen3(tmp_path, QWEN3 | QWEN3_SIZES[size])
+    qwen3, preset = Qwen3Checkpoint(tmp_path), CONFIGS[size]
+    assert qwen3.config == preset.language_config
+    assert qwen3.tied == (size == "4b")
+    parts = ("language_model.",) if qwen3.tied else ("language_model.", "lm_head.")
+    expected = {path: spec.shape for path, spec in parameter_specs(preset).items() if path.startswith(parts)}
+    assert {path: leaf.shape for path, leaf in qwen3.leaves.items()} == expected
+
+
+BAD_QWEN3: dict[str, tuple[Callable[[Path], object], list[str]]] = {
+    "another activation": (lambda d: edit_config(d, hidden_act="gelu"), ["hidden_act is 'gelu'", "'silu' only"]),
+    "scaled positions": (
+        lambda d: edit_config(d, rope_scaling={"rope_type": "yarn", "factor": 4.0}),
+        ["rope_scaling is", "'yarn'"],
+    ),
+    "without a size": (lambda d: edit_config(d, hidden_size=None), ["lacks hidden_size"]),
+    "another width": (
+        lambda d: edit_config(d, hidden_size=2048),
+        ["model.norm.weight in model.safetensors has shape (2560,), config.json makes it (2048,)"],
+    ),
+    "untied without a head": (lambda d: edit_config(d, tie_word_embeddings=False), ["lm_head.weight is missing"]),
+    "more layers": (lambda d: edit_config(d, num_hidden_layers=37), ["model.layers.36.mlp.up_proj.weight is missing"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD_QWEN3)
+def test_bad_qwen3_directories_are_refused_with_the_reason(name, tmp_path):
+    change, expected = BAD_QWEN3[name]
+    write_empty_qwen3(tmp_path, QWEN3 | QWEN3_SIZES["4b"])
+    change(tmp_path)
+    with pytest.raises(MossAudioError) as caught:
+        Qwen3Checkpoint(tmp_path)
+    for text in (str(tmp_path), *expected):
+        assert text in str(caught.value)

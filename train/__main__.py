@@ -1,4 +1,4 @@
-"""`python -m train`, or `moss-audio-train`: training data made ready, and training."""
+"""`python -m train`, or `moss-audio-train`: training data made ready, training, and evaluation."""
 
 import argparse
 import logging
@@ -14,6 +14,7 @@ from moss_audio_jax.errors import MossAudioError
 
 if TYPE_CHECKING:
     from train.config import RunConfig
+    from train.evaluate import EvaluationConfig
 
 PREEMPTED = 75  # exit code, EX_TEMPFAIL: run it again
 
@@ -120,9 +121,65 @@ def _train(config: "RunConfig", out: Path) -> None:
     print(f"{out}: trained to step {outcome.step}")
 
 
+def evaluate_command() -> Callable[..., None]:
+    """The command `evaluate`."""
+    from train.evaluate import EvaluationConfig
+
+    defaults = EvaluationConfig()
+
+    def evaluate(
+        checkpoint: tyro.conf.Positional[Path],
+        /,
+        *,
+        out: Path | None = None,
+        predictions: Path | None = None,
+        plot: Path | None = None,
+        config: Annotated[EvaluationConfig, tyro.conf.arg(name="")] = defaults,
+    ) -> None:
+        """Asks a checkpoint questions whose answers are known, and prints how right it is.
+
+        Args:
+            checkpoint: A released directory, one that `python -m convert to-orbax` wrote, or a training run's.
+            out: A JSON file for all measures, their counts and this configuration.
+            predictions: A JSON-lines file for every question, its reference and the model's answer.
+            plot: A PNG file for the first clips whose events were asked for: spectrogram, true and predicted events.
+            config: What is asked, and how.
+        """
+        _evaluate(checkpoint, config, out, predictions, plot)
+
+    return evaluate
+
+
+def _evaluate(
+    checkpoint: Path, config: "EvaluationConfig", out: Path | None, predictions: Path | None, plot: Path | None
+) -> None:
+    from train.evaluate import evaluate, has_events, read_items, require_writable, table
+    from train.plots import require_matplotlib
+
+    items = read_items(config)
+    if plot:
+        require_matplotlib()
+        if not any(map(has_events, items)):
+            raise MossAudioError("--plot draws timelines of events, but no question asks for one: leave it out")
+    require_writable(out, predictions, plot)
+    evaluation = evaluate(checkpoint, items, config, progress=True)
+    print(table(evaluation.results["measures"]))
+    if unfinished := evaluation.results["unfinished"]:
+        limit = config.answers.max_new_tokens
+        print(f"{unfinished} of {len(items)} answers were cut off after {limit} tokens", file=sys.stderr)
+    for path, save in (
+        (out, evaluation.save_results),
+        (predictions, evaluation.save_predictions),
+        (plot, evaluation.save_plot),
+    ):
+        if path:
+            save(path)
+
+
 def main() -> None:
     if sys.argv[1:2] not in (["prepare"], ["check"]):  # these start faster without JAX, which recipes need
         app.command(name="run")(run_command(sys.argv[2:]))
+        app.command(name="evaluate")(evaluate_command())
     run_door(lambda: app.cli(prog="moss-audio-train", description=__doc__))
 
 

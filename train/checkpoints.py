@@ -2,7 +2,7 @@
 
     checkpoints/<step>/params   the parameters as a tree, laid out as `load_model` reads them
     checkpoints/<step>/state    step, moments, dropout key, counts of skipped steps
-    checkpoints/<step>/data     JSON of the data's iterator
+    checkpoints/<step>/data     JSON of the data's iterator, of all processes
 
 A checkpoint appears under its name only when all three are whole, so a killed run leaves none that is half written.
 """
@@ -74,7 +74,8 @@ class Checkpoints:
         """The newest state and the data's; None if there is no checkpoint.
 
         target: shapes, dtypes and shardings (`step.abstract_state`), on any mesh. A checkpoint that can't be read is
-        named and put aside into `damaged_checkpoints`, and the one before is taken; an error if none can be read.
+        named and put aside into `damaged_checkpoints`, and the one before is taken; an error if none can be read, and
+        of several processes, each of which reads but its own part and knows nothing of the others.
         """
         steps = self.steps
         if not steps:
@@ -84,6 +85,11 @@ class Checkpoints:
             try:
                 restored = self._restore(step, target)
             except (OSError, ValueError, KeyError) as error:
+                if jax.process_count() > 1:
+                    raise MossAudioError(
+                        f"{self._directory}: checkpoint {step} can't be read ({_first_line(error)}); move it out of "
+                        "that directory and run the same command again, which goes on from the one before"
+                    ) from error
                 damaged[step] = _first_line(error)
                 continue
             for newer, reason in damaged.items():

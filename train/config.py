@@ -11,38 +11,17 @@ from typing import Any, Literal
 
 import tyro
 
-from moss_audio_jax.config import PRESETS, read_json
+from moss_audio_jax.config import read_json
 from moss_audio_jax.errors import MossAudioError
 from train.data.mixture import Group, Source
 from train.data.pipeline import DataConfig
+from train.data.scenes import SceneConfig, SceneExamples
+from train.initial import ModelSource
 from train.optimizer import OptimizerConfig
 from train.step import StepConfig
 
 CONFIG_FILE = "config.json"
 FREE_TO_CHANGE = ("loop.", "mesh.", "data.max_skip_rate")
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelSource:
-    """Where the first parameters come from."""
-
-    checkpoint: str | None = None
-    """A MOSS-Audio directory, released or Orbax: its configuration, parameters and tokenizer."""
-    preset: str = "4b"
-    """Without a checkpoint: random parameters of this size (4b, 8b or tiny)."""
-    tokenizer: str | None = None
-    """A directory of tokenizer files, if they are not those of the checkpoint."""
-
-    def __post_init__(self):
-        if self.preset not in PRESETS:
-            raise MossAudioError(f"model.preset must be one of {', '.join(PRESETS)}, not {self.preset!r}")
-
-    @property
-    def tokenizer_directory(self) -> str:
-        directory = self.tokenizer or self.checkpoint
-        if directory is None:
-            raise MossAudioError("without model.checkpoint, model.tokenizer must name a directory of tokenizer files")
-        return directory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,27 +34,57 @@ class GroupConfig:
     """What is asked, each alike often where an example has the labels for it."""
     paths: tuple[str, ...] = ()
     """Manifests, and directories of shards; each is drawn in proportion to the square root of its size."""
+    begin: int = 0
+    """The group takes part from this example of the run on."""
+    end: int | None = None
+    """And until this one."""
+
+    def group(self, name: str, seed: int) -> Group | None:
+        """The group, opened; None if it is given nothing."""
+        if not self.paths:
+            return None
+        return Group(name, self.share, tuple(_open(path, self.objectives) for path in self.paths), self.begin, self.end)
+
+
+@dataclasses.dataclass(frozen=True)
+class SceneGroupConfig:
+    """Sound scenes, made while training."""
+
+    share: float = 0.0
+    """Of all examples, relative to the other groups; 0 makes none."""
+    scenes: SceneConfig = dataclasses.field(default_factory=SceneConfig)
+    begin: int = 0
+    """The group takes part from this example of the run on."""
+    end: int | None = None
+    """And until this one: so a curriculum begins with easier scenes."""
+
+    def group(self, name: str, seed: int) -> Group | None:
+        if not self.share:
+            return None
+        source = Source(name, SceneExamples(self.scenes, seed), {"conversation": 1.0})
+        return Group(name, self.share, (source,), self.begin, self.end)
 
 
 @dataclasses.dataclass(frozen=True)
 class MixtureConfig:
-    """MOSS-Audio's published mixture."""
+    """MOSS-Audio's published mixture, and sound scenes."""
 
     speech: GroupConfig = GroupConfig(0.3, ("transcribe", "transcribe_words", "transcribe_sentences"))
     captions: GroupConfig = GroupConfig(0.4, ("caption", "events", "time_qa", "conversation"))
     text: GroupConfig = GroupConfig(0.3, ("plain_text",))
+    scenes: SceneGroupConfig = SceneGroupConfig()
+    easy_scenes: SceneGroupConfig = SceneGroupConfig()
+    """Apart from the others, for a curriculum."""
 
-    def groups(self) -> list[Group]:
-        """The groups that have paths, opened."""
+    def groups(self, seed: int) -> list[Group]:
+        """The groups that are given something, opened. seed: of the scenes."""
         named = [(field.name, getattr(self, field.name)) for field in dataclasses.fields(self)]
-        used = [(name, group) for name, group in named if group.paths]
+        opened = [group.group(name, seed) for name, group in named]
+        used = [group for group in opened if group is not None]
         if not used:
-            options = ", ".join(f"mixture.{name}.paths" for name, _ in named)
-            raise MossAudioError(f"there is nothing to train on: give one of {options}")
-        return [
-            Group(name, group.share, tuple(_open(path, group.objectives) for path in group.paths))
-            for name, group in used
-        ]
+            options = ", ".join(f"mixture.{name}.paths" for name, group in named if isinstance(group, GroupConfig))
+            raise MossAudioError(f"there is nothing to train on: give one of {options}, or mixture.scenes.share")
+        return used
 
 
 def _open(path: str, objectives: tuple[str, ...]) -> Source:
@@ -114,11 +123,35 @@ class LoopConfig:
     """Give up after so many steps without a usable gradient."""
     log_every: int = 10
     """Steps between lines of progress; metrics.jsonl has a line for every step."""
+    wandb: str | None = None
+    """A project in Weights & Biases to report to as well; needs `pip install 'moss-audio-jax[wandb]'`."""
+    profile_first: int = 10
+    """The first step of a profile."""
+    profile_steps: int = 0
+    """Record a trace of so many steps in profile/; 0 records none."""
+    evaluate_every: int | None = None
+    """Steps between evaluations on held-out data; none by default."""
+    evaluate_data: tuple[str, ...] = ()
+    """Manifests and directories of shards to evaluate on; by default sound scenes that are not in the training."""
+    evaluate_count: int = 64
+    """Examples of each to evaluate on."""
+    evaluate_tokens: int = 256
+    """The longest answer."""
+    show_samples: int = 2
+    """Answers of an evaluation to show and log, with a picture of their timelines."""
     workers: int = 0
     """Processes that decode and pack; 0 does so in the run's own process."""
 
     def __post_init__(self):
-        for name in ("steps", "checkpoint_every", "keep_last", "keep_every", "max_skipped_in_a_row", "log_every"):
+        for name in (
+            "steps",
+            "checkpoint_every",
+            "keep_last",
+            "keep_every",
+            "max_skipped_in_a_row",
+            "log_every",
+            "evaluate_every",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise MossAudioError(f"{name} must be 1 or more, not {value}")
@@ -131,7 +164,7 @@ class RunConfig:
     data: DataConfig
     optimizer: OptimizerConfig
     loop: tyro.conf.OmitArgPrefixes[LoopConfig] = LoopConfig()
-    model: ModelSource = ModelSource()
+    model: ModelSource = dataclasses.field(default_factory=ModelSource)
     mixture: MixtureConfig = MixtureConfig()
     step: StepConfig = dataclasses.field(default_factory=StepConfig)
     mesh: MeshConfig = MeshConfig()
@@ -164,8 +197,22 @@ RECIPES: dict[str, RunConfig] = {
     "pretrain_stage2": RunConfig(
         data=_DATA, optimizer=OptimizerConfig(learning_rate=1e-4, total_steps=100_000, warmup_steps=1000)
     ),
+    # A small model from nothing: what is heard in a scene, and when. Minutes on two CPU cores.
+    "time_events": RunConfig(
+        model=ModelSource(preset="small", tokenizer="learned"),
+        data=DataConfig(batch_size=16, tokens=208, chunks=2, lanes=2, open_bins=4),
+        mixture=MixtureConfig(
+            scenes=SceneGroupConfig(1.0, SceneConfig(seconds=(4.0, 4.0), events=(1, 2), tasks=("timeline",)))
+        ),
+        optimizer=OptimizerConfig(
+            learning_rate=3e-3, total_steps=600, warmup_steps=50, b2=0.98, weight_decay=0.01, final_fraction=0.05
+        ),
+        step=StepConfig(compute_dtype="float32", remat="full", loss_chunk=208, heard_weight=0.5, spike_sigma=0.0),
+        loop=LoopConfig(checkpoint_every=200),
+        microbatches=2,
+    ),
 }
-RecipeName = Literal["pretrain_stage1", "pretrain_stage2"]
+RecipeName = Literal["pretrain_stage1", "pretrain_stage2", "time_events"]
 
 
 def settle(config: RunConfig, out: Path, *, begun: bool) -> None:

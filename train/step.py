@@ -40,6 +40,9 @@ class StepConfig:
 
     remat: what the backward pass recomputes, a key of `layers.REMAT_POLICIES`; "none" where memory allows.
     z_loss: the weight of log(Z)^2, see `loss.chunked_cross_entropy`; loss_chunk: its chunk.
+    heard_weight: of a second loss, by which the audio's embeddings learn to resemble, through the language model's last
+        norm and head, the word for what is heard at each of them or when that is (`TrainingBatch.heard`). It teaches a
+        model from nothing to listen long before its answers could; 0 leaves it out.
     encoder_dropout: at the rates of the model's configuration.
     spike_sigma: a loss or gradient norm this many standard deviations above its mean is a spike; 0 lets all through.
     spike_window: how many steps that mean looks back; nothing counts as a spike before half of them.
@@ -49,6 +52,7 @@ class StepConfig:
     remat: Literal["none", "dots", "full"] = "full"
     z_loss: float = 0.0
     loss_chunk: int = CHUNK
+    heard_weight: float = 0.0
     encoder_dropout: bool = True
     spike_sigma: float = 6.0
     spike_window: int = 128
@@ -62,8 +66,9 @@ class StepConfig:
             raise MossAudioError(
                 f"loss_chunk must be at least 1 and spike_window 2, not {self.loss_chunk} and {self.spike_window}"
             )
-        if self.z_loss < 0 or self.spike_sigma < 0:
-            raise MossAudioError(f"z_loss and spike_sigma must be 0 or more, not {self.z_loss} and {self.spike_sigma}")
+        for name in ("z_loss", "heard_weight", "spike_sigma"):
+            if getattr(self, name) < 0:
+                raise MossAudioError(f"{name} must be 0 or more, not {getattr(self, name)}")
 
 
 @jax.tree_util.register_dataclass
@@ -215,7 +220,7 @@ def train_step(
     parameters and moments as they were, bit for bit, and counts as skipped.
     """
     dropout_key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
-    sums, gradients = loss_and_gradients(graphdef, config, state.trainable, state.frozen, batch, dropout_key)
+    (sums, heard), gradients = loss_and_gradients(graphdef, config, state.trainable, state.frozen, batch, dropout_key)
     loss, norm = sums.loss / sums.weight, optax.tree.norm(gradients)
     accepted = jnp.isfinite(loss) & jnp.isfinite(norm)
     accepted &= (loss <= state.recent_loss.limit(config)) & (norm <= state.recent_norm.limit(config))
@@ -247,6 +252,8 @@ def train_step(
         "skipped_total": state.skipped,
         "skipped_in_a_row": state.skipped_in_a_row,
     }
+    if config.heard_weight:
+        metrics |= {"heard_loss": heard.loss / heard.weight, "heard_accuracy": heard.correct / heard.weight}
     return _placed(graphdef, state.trainable | state.frozen, state), metrics
 
 
@@ -257,25 +264,29 @@ def loss_and_gradients(
     frozen: Parameters,
     batch: TrainingBatch,
     dropout_key: jax.Array,
-) -> tuple[LossSums, Parameters]:
-    """Sums over all microbatches, and the gradients of the mean over their supervised tokens by `trainable`."""
-    supervised = batch.weights.sum()
+) -> tuple[tuple[LossSums, LossSums], Parameters]:
+    """Sums over all microbatches, of answers and of what is heard, and the gradients by `trainable`.
 
-    def objective(trainable: Parameters, microbatch: TrainingBatch, key: jax.Array) -> tuple[jax.Array, LossSums]:
+    The gradients are of the mean over supervised tokens and, at its weight, of that over audio tokens with labels.
+    """
+    supervised = batch.weights.sum()
+    labelled = jnp.maximum((batch.heard >= 0).sum(), 1) if config.heard_weight else None
+
+    def objective(trainable: Parameters, microbatch: TrainingBatch, key: jax.Array):
         copies = {path: leaf.astype(config.compute_dtype) for path, leaf in (trainable | frozen).items()}
-        model = _model(graphdef, copies)
-        hidden = model.hidden_states(
-            microbatch.inputs, dropout_key=key if config.encoder_dropout else None, remat=config.remat
-        )
-        total, sums = chunked_cross_entropy(
-            hidden,
-            model.head,
-            microbatch.targets,
-            microbatch.weights,
-            z_loss=config.z_loss,
-            chunk=config.loss_chunk,
-        )
-        return total / supervised, sums
+        model, inputs = _model(graphdef, copies), microbatch.inputs
+        x, deepstack = model.embed(inputs, dropout_key=key if config.encoder_dropout else None, remat=config.remat)
+        hidden = model.language_model(x, inputs.positions, inputs.segment_ids, deepstack, remat=config.remat)
+        loss = functools.partial(chunked_cross_entropy, head=model.head, chunk=config.loss_chunk)
+        total, sums = loss(hidden, targets=microbatch.targets, weights=microbatch.weights, z_loss=config.z_loss)
+        total, heard_sums = total / supervised, LossSums.zero()
+        if labelled is not None:
+            heard = microbatch.heard
+            weights = (heard >= 0).astype(jnp.float32)
+            for at_audio in (model.language_model.norm(x), hidden):
+                heard_total, heard_sums = loss(at_audio, targets=heard, weights=weights)
+                total += config.heard_weight * heard_total / labelled
+        return total, (sums, heard_sums)
 
     def add_microbatch(carry, item):
         index, microbatch = item
@@ -284,7 +295,7 @@ def loss_and_gradients(
         gradients = _placed(graphdef, trainable | frozen, gradients)
         return jax.tree.map(jnp.add, carry, (sums, gradients)), None
 
-    start = (LossSums.zero(), jax.tree.map(jnp.zeros_like, trainable))
+    start = ((LossSums.zero(), LossSums.zero()), jax.tree.map(jnp.zeros_like, trainable))
     return jax.lax.scan(add_microbatch, start, (jnp.arange(batch.weights.shape[0]), batch))[0]
 
 

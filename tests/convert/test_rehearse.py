@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from convert.rehearse import SPECIAL_TOKENS, write_byte_tokenizer, write_random_checkpoint
+from convert.rehearse import write_random_checkpoint
 from moss_audio_jax import MossAudioConfig, MossAudioError, generate, load_model, load_processor
 from moss_audio_jax.released import SINGLE_FILE, ReleasedCheckpoint
+from moss_audio_jax.small_tokenizer import SPECIAL_TOKENS, write_small_tokenizer
 from moss_audio_jax.tokens import Tokenizer
 
 TINY = MossAudioConfig.preset("tiny")
@@ -45,7 +46,7 @@ def test_tiny_answers_a_question_about_a_sound(released):
 
 
 def test_byte_tokenizer(tmp_path):
-    write_byte_tokenizer(tmp_path)
+    write_small_tokenizer(tmp_path)
     tokenizer = Tokenizer.from_dir(tmp_path)
     text = "2 café\t你好 🎵\n\x00"
     ids = tokenizer.encode(text)

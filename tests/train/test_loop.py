@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 import soundfile
 
-from convert.rehearse import write_byte_tokenizer
 from moss_audio_jax import MossAudioConfig, MossAudioError, load_model
 from moss_audio_jax.checkpoint import build_model, save_model
 from moss_audio_jax.sharding import make_mesh
+from moss_audio_jax.small_tokenizer import write_small_tokenizer
 from train.checkpoints import Checkpoints
 from train.config import RECIPES, LoopConfig, MixtureConfig, ModelSource, RunConfig, settle
 from train.data import DataConfig
@@ -28,6 +28,7 @@ from train.optimizer import OptimizerConfig
 from train.step import StepConfig, TrainState, abstract_state, initial_parameters, parameters_of
 
 STEPS = 6
+MEASURED = ("step_seconds", "data_wait", "mfu")  # by the clock
 TINY = MossAudioConfig.preset("tiny")
 MODEL = dataclasses.replace(
     TINY,
@@ -52,7 +53,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (directory / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
     mesh = one_device()
     save_model(build_model(MODEL, initial_parameters(MODEL, mesh=mesh)), directory / "model")
-    write_byte_tokenizer(directory / "model")
+    write_small_tokenizer(directory / "model")
     return directory
 
 
@@ -115,7 +116,7 @@ def assert_same_end(found: Path, expected: Path, config: RunConfig) -> None:
     for (path, leaf), (expected_path, other) in zip(leaves, expected_leaves, strict=True):
         assert path == expected_path and leaf.dtype == other.dtype
         np.testing.assert_array_equal(leaf, other, err_msg=jax.tree_util.keystr(path))
-    timeless = [{k: v for k, v in line.items() if k not in ("step_seconds", "data_wait")} for line in lines(found)]
+    timeless = [{k: v for k, v in line.items() if k not in MEASURED} for line in lines(found)]
     for line, other in zip(timeless, lines(expected), strict=True):
         assert line == {name: other[name] for name in line}
 
@@ -314,7 +315,7 @@ def test_mistakes_on_the_command_line_are_refused(tmp_path: Path, options: tuple
 def test_values_are_checked(config: RunConfig):
     with pytest.raises(MossAudioError, match="steps must be 1 or more, not 0"):
         LoopConfig(steps=0)
-    with pytest.raises(MossAudioError, match="4b, 8b, tiny, not '5b'"):
+    with pytest.raises(MossAudioError, match="4b, 8b, small, tiny, not '5b'"):
         ModelSource(preset="5b")
     with pytest.raises(MossAudioError, match="microbatches must divide the batch of 2 sequences, not 3"):
         dataclasses.replace(config, microbatches=3)

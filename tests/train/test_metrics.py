@@ -13,6 +13,8 @@ from train.data.objectives import timeline
 from train.metrics import (
     ErrorRate,
     EventCounts,
+    MatchScore,
+    SecondsScore,
     TimestampScore,
     align,
     character_error_rate,
@@ -20,11 +22,15 @@ from train.metrics import (
     normalize_text,
     parse_timeline,
     read_choice,
+    read_seconds,
     score_choices,
     score_events,
+    score_matches,
+    score_seconds,
     score_timestamps,
     split_characters,
     split_words,
+    without_times,
     word_error_rate,
 )
 
@@ -204,6 +210,10 @@ def test_aas_is_over_all_slots_of_the_corpus():
     assert score.aas_ms == pytest.approx(100)
 
 
+def test_text_without_its_times():
+    assert split_words(without_times("[0.00]hello[ 2.01 ][3]there[ok]4[5")) == ["hello", "there", "ok", "4", "5"]
+
+
 # Events
 
 
@@ -248,6 +258,48 @@ def test_as_many_events_as_possible_are_matched(predicted, expected):
     score = score_events([items(*((t, "a", t) for t in predicted))], [items(*((t, "a", t) for t in expected))])
     allowed = np.abs(np.subtract.outer(np.array(predicted), np.array(expected))) <= 0.2 + 1e-6
     assert score.total.matched == allowed[linear_sum_assignment(~allowed)].sum()
+
+
+# Seconds and labels
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("2.7", 2.7),
+        ("At [2.70] s.", 2.7),
+        ("It lasts 2s", 2.0),
+        ("3.", 3.0),
+        ("2.7, that is 2.70 s", 2.7),
+        ("<think>1.2? or 3?</think>4", 4.0),
+        ("<answer>5</answer>, not 6", 5.0),
+        ("2-3 s", None),
+        ("1:05", None),
+        ("1,000", None),
+        ("1.2.3", None),
+        ("track7", None),
+        ("123456789", None),
+        ("soon", None),
+        ("<think>2.7", None),
+    ],
+)
+def test_reading_seconds(text, seconds):
+    assert read_seconds(text) == seconds
+
+
+def test_errors_of_seconds():
+    score = score_seconds(["2.7", "1 s", "never", "4.5"], [2.5, 1.0, 3.0, 4.0])
+    assert score == SecondsScore(mean_error=pytest.approx(0.7 / 3), within=2, unreadable=1, total=4)
+    assert score.share_within == 0.5
+    assert score_seconds(["2.8"], [2.5], tolerance=0.3).within == 1
+    assert score_seconds(["?"], [1.0]) == SecondsScore(mean_error=None, within=0, unreadable=1, total=1)
+    assert score_seconds([], []).share_within is None
+
+
+def test_matches_are_normalised():
+    assert score_matches(["Tone, hum!", "tone", "first"], ["tone, hum", "hum", "First."]) == MatchScore(2, 3)
+    assert score_matches(["a tone"], ["tone"]).accuracy == 0.0
+    assert score_matches([], []).accuracy is None
 
 
 # Multiple choice

@@ -4,8 +4,11 @@ MOSS-Audio's pretraining mixes 30% speech recognition, 40% captions and 30% text
 sets in proportion to the square root of their sizes. The order is one sequence without end that depends on the
 sources and the seed alone; any place of it can be read at once (`ExampleOrder[n]`), so that it can be dealt out to
 any number of readers.
+
+A curriculum is a mixture that changes: a group may take part from some example of the order on, or until one.
 """
 
+import bisect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -45,13 +48,20 @@ class Group:
     """Sources that together make a share of all examples, relative to the shares of the other groups.
 
     Shares count examples; `TrainingData.metrics` gives the tokens that each group comes to.
+    begin, end: the group takes part from this example of the order on, and until that one (None: to the end).
     """
 
     name: str
     share: float
     sources: tuple[Source, ...]
+    begin: int = 0
+    end: int | None = None
 
     def __post_init__(self):
+        if self.begin < 0 or (self.end is not None and self.end <= self.begin):
+            raise MossAudioError(
+                f"group {self.name}: expected 0 <= begin < end, found {self.begin} and {self.end}; correct them."
+            )
         if not 0 < self.share < math.inf or not self.sources:
             raise MossAudioError(
                 f"group {self.name}: expected a share above 0 and at least one source, "
@@ -92,12 +102,7 @@ class Drawn:
 
 
 class ExampleOrder:
-    """The endless order of examples: `order[n]` for any n >= 0.
-
-    Every source is shuffled anew in each of its epochs, and the sources are interleaved at their weights (to 1%) in a
-    short pattern that repeats. This pattern is shuffled too, in windows, for readers of every k-th example would
-    otherwise see some sources only.
-    """
+    """The endless order of examples: `order[n]` for any n >= 0."""
 
     def __init__(self, groups: Sequence[Group], seed: int):
         if not 0 <= seed < 2**32:
@@ -105,37 +110,66 @@ class ExampleOrder:
         names = [source.name for group in groups for source in group.sources]
         if not names or len(set(names)) < len(names):
             raise MossAudioError(f"expected sources of different names, found {names}; rename or add some.")
-        weights = source_weights(groups)
-        self._sources = [(group.name, source) for group, source, _ in weights]
+        borders = {group.begin for group in groups} | {group.end for group in groups if group.end is not None}
+        self._starts = sorted({0} | borders)
+        seeds = np.random.SeedSequence(seed).spawn(len(self._starts))
+        self._phases = [
+            _Phase([group for group in groups if _takes_part(group, start)], start, phase_seed)
+            for start, phase_seed in zip(self._starts, seeds, strict=True)
+        ]
         self._seed = seed
-        self._facts = {
-            source.name: {
+
+    def __getitem__(self, number: int) -> Drawn:
+        phase = bisect.bisect_right(self._starts, number) - 1
+        group, source, index = self._phases[phase][number - self._starts[phase]]
+        return Drawn(number, group, source, index, self._seed)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """JSON of what decides about the examples to come, which a resumed run compares: the seed and the sources."""
+        facts = {
+            f"source {source.name}" + (f" from example {start}" if start else ""): {
                 "examples": len(source.examples),
                 "weight": weight,
                 "objectives": None if source.objectives is None else dict(source.objectives),
             }
-            for _, source, weight in weights
+            for start, phase in zip(self._starts, self._phases, strict=True)
+            for _, source, weight in phase.weights
         }
+        return {"seed": self._seed} | facts
+
+
+def _takes_part(group: Group, number: int) -> bool:
+    return group.begin <= number and (group.end is None or number < group.end)
+
+
+class _Phase:
+    """The order between two changes of the mixture, counted from the first: (group, source, index) for any number.
+
+    Every source is shuffled anew in each of its epochs, and the sources are interleaved at their weights (to 1%) in a
+    short pattern that repeats. This pattern is shuffled too, in windows, for readers of every k-th example would
+    otherwise see some sources only.
+    """
+
+    def __init__(self, groups: Sequence[Group], start: int, seed: np.random.SeedSequence):
+        if not groups:
+            raise MossAudioError(f"from example {start} on no group takes part; let one begin there, or end later.")
+        self.weights = source_weights(groups)
         # Epoch e of a shuffle uses its seed + e: seeds of sources must lie far apart.
-        seeds = np.random.SeedSequence(seed).generate_state(len(weights) + 1)
+        seeds = seed.generate_state(len(self.weights) + 1)
         shuffled = [
             grain.MapDataset.range(len(source.examples)).shuffle(int(source_seed)).repeat().map(_WithSource(number))
-            for number, (source_seed, (_, source, _)) in enumerate(zip(seeds[1:], weights, strict=True))
+            for number, (source_seed, (_, source, _)) in enumerate(zip(seeds[1:], self.weights, strict=True))
         ]
-        mixed = grain.MapDataset.mix(shuffled, [weight for _, _, weight in weights])
+        mixed = grain.MapDataset.mix(shuffled, [weight for _, _, weight in self.weights])
         # Window w uses its seed + w, which must stay below 2**32.
         self._order: Any = grain.experimental.WindowShuffleMapDataset(
             mixed, window_size=SHUFFLE_WINDOW, seed=int(seeds[0]) // 2
         )
 
-    def __getitem__(self, number: int) -> Drawn:
+    def __getitem__(self, number: int) -> tuple[str, Source, int]:
         source_number, index = self._order[number]
-        group, source = self._sources[source_number]
-        return Drawn(number, group, source, index, self._seed)
-
-    def fingerprint(self) -> dict[str, Any]:
-        """JSON of what decides about the examples to come, which a resumed run compares: the seed and the sources."""
-        return {"seed": self._seed} | {f"source {name}": facts for name, facts in self._facts.items()}
+        group, source, _ = self.weights[source_number]
+        return group.name, source, index
 
 
 @dataclass(frozen=True)

@@ -28,11 +28,13 @@ class TrainingBatch:
     inputs: packed sequences; audio_chunks in bfloat16, to which every mel is rounded.
     targets: int32 [b, s], the id to predict at each position: the next one of the same segment.
     weights: float32 [b, s], 1 where the target is to be learned; 0 elsewhere, and there the target means nothing.
+    heard: int32 [b, s], at audio tokens of clips with timed labels what is heard there (`SampleMaker`); -1 elsewhere.
     """
 
     inputs: ModelInputs
     targets: Any
     weights: Any
+    heard: Any = None
 
 
 @dataclass(frozen=True)
@@ -135,11 +137,11 @@ def balanced_chunks(samples: Sequence[Sized], tokens: int) -> int:
     return math.ceil(tokens * sum(sample.num_chunks for sample in samples) / total_tokens)
 
 
-Row = dict[str, np.ndarray]  # a batch of ModelInputs, targets and weights without the batch axis
+Row = dict[str, np.ndarray]  # the arrays of a TrainingBatch without the batch axis
 
 
 def pack_row(samples: Sequence[Sample], budget: Budget) -> Row:
-    """One packed sequence: arrays of `budget` sizes by their names in ModelInputs, `targets` and `weights`."""
+    """One packed sequence: arrays of `budget` sizes by their names in ModelInputs and TrainingBatch."""
     first = samples[0].inputs
     frames, mel_bins = first.audio_chunks.shape[2:]
     row: Row = {
@@ -152,6 +154,7 @@ def pack_row(samples: Sequence[Sample], budget: Budget) -> Row:
         "stem_frames": np.zeros(budget.chunks, np.int32),
         "targets": np.zeros(budget.tokens, np.int32),
         "weights": np.zeros(budget.tokens, np.float32),
+        "heard": np.full(budget.tokens, -1, np.int32),
     }
     token, chunk = 0, 0
     for segment, sample in enumerate(samples, start=1):
@@ -167,6 +170,7 @@ def pack_row(samples: Sequence[Sample], budget: Budget) -> Row:
         # The last token of a segment has no next one.
         row["targets"][token : token + length - 1] = ids[1:]
         row["weights"][token : token + length - 1] = sample.learned[1:]
+        row["heard"][here] = sample.heard
         token, chunk = token + length, chunk + count
     return row
 
@@ -174,5 +178,5 @@ def pack_row(samples: Sequence[Sample], budget: Budget) -> Row:
 def stack_rows(rows: Sequence[Row]) -> TrainingBatch:
     """A batch of packed sequences."""
     arrays = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-    targets, weights = arrays.pop("targets"), arrays.pop("weights")
-    return TrainingBatch(ModelInputs(**arrays), targets, weights)
+    others = {name: arrays.pop(name) for name in ("targets", "weights", "heard")}
+    return TrainingBatch(ModelInputs(**arrays), **others)

@@ -173,6 +173,7 @@ class _LaneIterator(grain.DatasetIterator):
             "tokens": self._config.tokens - closed.free_tokens,
             "chunks": self._config.chunks - closed.free_chunks,
             "examples": len(closed.items),
+            "attention_pairs": sum(item.num_tokens**2 for item in closed.items),
             "audio_seconds": sum(item.sample.audio_seconds for item in closed.items),
             "group_tokens": group_tokens,
         }
@@ -270,11 +271,12 @@ class TrainingData(grain.DatasetIterator[TrainingBatch]):
 
     def _metrics(self, reports: Sequence[dict]) -> dict[str, float]:
         """Fill rates, sums over the batch, tokens by group, and the run's counts of this host's lanes so far."""
-        summed = ("tokens", "chunks", "examples", "audio_seconds")
+        summed = ("tokens", "chunks", "examples", "attention_pairs", "audio_seconds")
         sums = {key: sum(report[key] for report in reports) for key in summed}
         metrics = {
             "token_fill": sums["tokens"] / (len(reports) * self._config.tokens),
             "chunk_fill": sums["chunks"] / max(len(reports) * self._config.chunks, 1),
+            "segment_length": sums["attention_pairs"] / sums["tokens"],  # the mean over tokens
             "examples": sums["examples"],
             "audio_seconds": sums["audio_seconds"],
         }

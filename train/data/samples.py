@@ -1,21 +1,22 @@
 """One example as the model reads it: decoded, log-mel, tokenised, with the tokens to learn marked."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import ml_dtypes
 import numpy as np
 
 from moss_audio_jax.audio import log_mel, num_audio_tokens, round_bfloat16
-from moss_audio_jax.config import MossAudioConfig
+from moss_audio_jax.config import DOWNSAMPLE_RATE, MossAudioConfig
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.inputs import ModelInputs, make_inputs
 from moss_audio_jax.tokens import Tokenizer, Turn, build_conversation
-from train.data.manifest import Clip, Example, Message
+from train.data.manifest import Clip, Example, Message, TimedText
 from train.data.objectives import Rendered, render
 
 END_OF_TEXT = "<|endoftext|>"  # what Qwen puts after a text that is not a conversation
 FRAMES_PER_SECOND = 100
+TOKENS_PER_SECOND = FRAMES_PER_SECOND / DOWNSAMPLE_RATE
 
 
 @dataclass(frozen=True)
@@ -24,11 +25,14 @@ class Sample:
 
     inputs: a batch of one sequence, its tokens padded, its chunks in bfloat16.
     learned: bool [num_tokens], True at the ids to learn.
+    heard: int32 [num_tokens], at audio tokens an id that says what is heard there or when it is, see `_heard`; -1 where
+        nothing is to be learned.
     """
 
     name: str
     inputs: ModelInputs
     learned: np.ndarray
+    heard: np.ndarray
     num_chunks: int
 
     @property
@@ -43,7 +47,7 @@ class Sample:
         """The first `num_tokens` tokens; None if that cuts audio off or leaves nothing to learn."""
         if (self.inputs.audio_slots[0, num_tokens:] >= 0).any() or not self.learned[1:num_tokens].any():
             return None
-        return replace(self, learned=self.learned[:num_tokens])
+        return replace(self, learned=self.learned[:num_tokens], heard=self.heard[:num_tokens])
 
 
 class SampleMaker:
@@ -64,10 +68,19 @@ class SampleMaker:
         self, example: Example, rng: np.random.Generator, objectives: Mapping[str, float] | None = None
     ) -> Sample:
         """Raises MossAudioError that names the example if a clip can't be read or nothing can be asked about it."""
-        return self.sample(example.name, render(example, rng, objectives))
+        return self.sample(example.name, render(example, rng, objectives), example.events or example.words, rng)
 
-    def sample(self, name: str, rendered: Rendered) -> Sample:
-        """A sample of the turns of a conversation, or of a plain text and the mark of its end, all of it learned."""
+    def sample(
+        self,
+        name: str,
+        rendered: Rendered,
+        labels: Sequence[TimedText] = (),
+        rng: np.random.Generator | None = None,
+    ) -> Sample:
+        """A sample of the turns of a conversation, or of a plain text and the mark of its end, all of it learned.
+
+        labels: what is heard in its only clip, and when. rng: decides what is said of each of its audio tokens.
+        """
         try:
             ids, learned, mels = self._plain_text(rendered) if isinstance(rendered, str) else self._turns(rendered)
             inputs = make_inputs([ids], [mels], config=self._config)
@@ -77,7 +90,31 @@ class SampleMaker:
         num_chunks = int((inputs.chunk_frames > 0).sum())
         # Rounded to bfloat16 already, and half as large to keep, to hand to another process and to send to a device.
         chunks = inputs.audio_chunks[:, :num_chunks].astype(ml_dtypes.bfloat16)
-        return Sample(name, replace(inputs, audio_chunks=chunks), np.asarray(learned, bool), num_chunks)
+        heard = self._heard(inputs.audio_slots[0, : len(ids)], labels, rng or np.random.default_rng(0))
+        return Sample(name, replace(inputs, audio_chunks=chunks), np.asarray(learned, bool), heard, num_chunks)
+
+    def _heard(self, slots: np.ndarray, labels: Sequence[TimedText], rng: np.random.Generator) -> np.ndarray:
+        """Ids [tokens] at the audio tokens of a labelled clip, each of them one of two things by chance.
+
+        What is heard: the first id of the label's text, "[" and "]" where it begins and ends, "." where nothing is.
+        When it is: the digit of the tenths of a second in the middle of the token.
+        """
+        heard = np.full(len(slots), -1, np.int32)
+        if not labels:
+            return heard
+        audio = np.flatnonzero(slots >= 0)
+        times = (slots[audio] + 0.5) / TOKENS_PER_SECOND
+        quiet, begins, ends = (self._tokenizer.encode(mark)[0] for mark in ".[]")
+        said = np.full(len(audio), quiet, np.int32)
+        for label in labels:
+            first, last = (int(time * TOKENS_PER_SECOND) for time in (label.start, label.end))
+            said[first : last + 1] = self._tokenizer.encode(label.text)[0]
+            said[first : first + 1], said[last : last + 1] = begins, ends
+        digits = np.array([self._tokenizer.encode(str(digit))[0] for digit in range(10)], np.int32)
+        tenths = digits[(times * 10).astype(int) % 10]
+        seconds = digits[times.astype(int) % 10]
+        heard[audio] = np.choose(rng.choice(3, len(audio), p=(0.5, 0.25, 0.25)), (said, tenths, seconds))
+        return heard
 
     def _plain_text(self, text: str) -> tuple[list[int], list[bool], list[np.ndarray]]:
         ids = self._tokenizer.encode(text + END_OF_TEXT)

@@ -9,8 +9,9 @@ Scene number `index` depends on the seed, its index and the configuration alone,
 any order. Some hundreds of 8-second scenes a second on one core.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import scipy.fft
@@ -48,7 +49,9 @@ class SceneConfig:
     backgrounds: tuple[str, ...] = BACKGROUNDS
     """Colours of noise to draw from."""
     tasks: tuple[str, ...] = ("timeline",)
-    """What `make_task` asks, all alike often; a name may be repeated to be asked more often."""
+    """What is asked, all alike often; a name may be repeated to be asked more often."""
+    questions: int = 1
+    """How many questions an example of training asks about its scene, one turn each; fewer if the scene has none."""
 
     def __post_init__(self):
         for name in ("seconds", "events", "event_seconds", "level_db", "background_db"):
@@ -59,8 +62,9 @@ class SceneConfig:
             found = getattr(self, name)
             if not found or set(found) - set(known):
                 raise MossAudioError(f"scenes: {name} must be some of {', '.join(known)}, found {', '.join(found)}.")
-        if self.events[0] < 1:
-            raise MossAudioError(f"scenes: events must be 1 or more, found {self.events[0]}.")
+        for name, least in (("events", self.events[0]), ("questions", self.questions)):
+            if least < 1:
+                raise MossAudioError(f"scenes: {name} must be 1 or more, found {least}.")
         if self.event_seconds[0] < _SHORTEST:
             raise MossAudioError(f"scenes: event_seconds must be {_SHORTEST} or more, found {self.event_seconds[0]}.")
         if self.gap < 0 or self.seconds[0] < self.event_seconds[1] + 2 * self.gap:
@@ -107,23 +111,38 @@ class Scene(Layout):
 
 @dataclass(frozen=True, eq=False)
 class SceneTask:
-    """A scene with a question and its answer; `name` is one of `TASKS`."""
+    """A scene with a question and its answer; `name` is one of `TASKS`. more: questions and answers that follow."""
 
     name: str
     scene: Scene
     question: str
     answer: str
+    more: tuple[tuple[str, str], ...] = ()
 
     def example(self, name: str = "a scene") -> Example:
         """As a line of a manifest: a conversation about the clip, and the labels beside it."""
         clip = Clip(self.scene.wave, name=name)
+        turns = [Message("user", (clip, self.question)), Message("assistant", (self.answer,))]
+        for question, answer in self.more:
+            turns += [Message("user", (question,)), Message("assistant", (answer,))]
         return Example(
-            name=name,
-            conversation=(Message("user", (clip, self.question)), Message("assistant", (self.answer,))),
-            clip=clip,
-            caption=caption(self.scene),
-            events=self.scene.events,
+            name=name, conversation=tuple(turns), clip=clip, caption=caption(self.scene), events=self.scene.events
         )
+
+
+@dataclass(frozen=True)
+class SceneExamples(Sequence[Example]):
+    """Scenes with their questions as a data set, made when they are read. An epoch is `count` of them."""
+
+    config: SceneConfig
+    seed: int
+    count: int = 2**30  # none is met twice
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Example:
+        return make_task(self.seed, index, self.config).example(f"scene {index} of seed {self.seed}")
 
 
 def make_scene(seed: int, index: int, config: SceneConfig) -> Scene:
@@ -140,7 +159,7 @@ _ATTEMPTS = 1000
 
 
 def make_task(seed: int, index: int, config: SceneConfig) -> SceneTask:
-    """Draws one of the tasks, then scenes until one fits it (the first is that of `make_scene`).
+    """Draws one of the tasks, then scenes until one fits it (the first is that of `make_scene`), then more questions.
 
     Raises MossAudioError if no scene of this configuration does.
     """
@@ -151,7 +170,9 @@ def make_task(seed: int, index: int, config: SceneConfig) -> SceneTask:
         layout = _draw_layout(config, scene_rng)
         asked = TASKS[name](layout, rng)
         if asked is not None:
-            return SceneTask(name, _synthesize(layout, scene_rng), *asked)
+            more = [TASKS[str(rng.choice(config.tasks))](layout, rng) for _ in range(config.questions - 1)]
+            others = tuple(dict.fromkeys(pair for pair in more if pair is not None and pair != asked))
+            return SceneTask(name, _synthesize(layout, scene_rng), *asked, more=others)
     raise MossAudioError(
         f"scenes: no scene in {_ATTEMPTS} of this configuration can be asked the task {name!r}; "
         "allow the events it needs or leave it out."
@@ -240,13 +261,18 @@ _LOWEST_NOISE_HZ = 20.0
 
 def _colored_noise(samples: int, slope: float, rng: np.random.Generator) -> np.ndarray:
     """Noise of amplitude proportional to frequency ** slope and a root mean square of 1: float32 [samples]."""
-    white = rng.standard_normal(samples, np.float32)
     if slope:
-        hertz = np.fft.rfftfreq(samples, 1 / SAMPLE_RATE)
-        shape = np.maximum(hertz, _LOWEST_NOISE_HZ) ** slope * (hertz >= _LOWEST_NOISE_HZ)
-        spectrum = np.asarray(scipy.fft.rfft(white)) * shape.astype(np.float32)
-        white = np.asarray(scipy.fft.irfft(spectrum, samples))
-    return white / np.sqrt(np.mean(np.square(white)))
+        spectrum = rng.standard_normal((samples // 2 + 1, 2), np.float32).view(np.complex64)[:, 0]
+        noise = np.asarray(scipy.fft.irfft(spectrum * _spectral_shape(samples, slope), samples))
+    else:
+        noise = rng.standard_normal(samples, np.float32)
+    return noise / np.sqrt(np.mean(np.square(noise)))
+
+
+@lru_cache(maxsize=64)
+def _spectral_shape(samples: int, slope: float) -> np.ndarray:
+    hertz = np.fft.rfftfreq(samples, 1 / SAMPLE_RATE)
+    return (np.maximum(hertz, _LOWEST_NOISE_HZ) ** slope * (hertz >= _LOWEST_NOISE_HZ)).astype(np.float32)
 
 
 _RAMP = 0.005  # seconds in which a sound rises and falls: no clicks, and an onset exact to a few ms

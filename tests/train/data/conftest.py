@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from convert.rehearse import write_byte_tokenizer
 from moss_audio_jax.config import MossAudioConfig
+from moss_audio_jax.small_tokenizer import write_small_tokenizer
 from moss_audio_jax.tokens import Tokenizer
 from train.data.manifest import Manifest
 from train.data.mixture import ExampleOrder, Group, Source
@@ -43,7 +43,7 @@ def write_lines(path: Path, lines: list) -> Path:
 @pytest.fixture(scope="session")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     directory = tmp_path_factory.mktemp("tokenizer")
-    write_byte_tokenizer(directory)
+    write_small_tokenizer(directory)
     return Tokenizer.from_dir(directory)
 
 

@@ -80,3 +80,18 @@ def test_errors():
         ExampleOrder([Group("g", 1, (source("one", 1), source("one", 2)))], 0)
     with pytest.raises(MossAudioError, match="seed"):
         ExampleOrder(GROUPS, -1)
+
+
+def test_a_curriculum_changes_the_mixture_where_it_says():
+    groups = [
+        Group("easy", 1.0, (source("easy", 40),), end=100),
+        Group("both", 1.0, (source("both", 40),)),
+        Group("hard", 3.0, (source("hard", 40),), begin=100),
+    ]
+    names = [ExampleOrder(groups, seed=3)[number].group for number in range(500)]
+    assert set(names[:100]) == {"easy", "both"} and abs(names[:100].count("easy") - 50) < 10
+    assert set(names[100:]) == {"both", "hard"} and abs(names[100:].count("hard") - 300) < 10
+    with pytest.raises(MossAudioError, match="from example 100 on no group takes part"):
+        ExampleOrder(groups[:1], seed=3)
+    with pytest.raises(MossAudioError, match="expected 0 <= begin < end, found 5 and 5"):
+        Group("empty", 1.0, (source("easy", 40),), begin=5, end=5)

@@ -113,7 +113,8 @@ def sample(seed: int, clips: list[int], learned: int) -> Sample:
     mels = [rng.normal(size=(128, frames)).astype(np.float32) for frames in clips]
     inputs = make_inputs([ids], [mels], config=MossAudioConfig.preset("tiny"))
     mask = np.arange(len(ids)) >= len(ids) - learned
-    return Sample(f"sample {seed}", inputs, mask, int((inputs.chunk_frames > 0).sum()))
+    heard = np.where(inputs.audio_slots[0, : len(ids)] >= 0, rng.integers(0, 500, len(ids)), -1)
+    return Sample(f"sample {seed}", inputs, mask, heard, int((inputs.chunk_frames > 0).sum()))
 
 
 def test_packed_sequence_holds_every_sample():
@@ -137,6 +138,7 @@ def test_packed_sequence_holds_every_sample():
         # Position t of a segment predicts t + 1 of the same one.
         np.testing.assert_array_equal(row["targets"][here][:-1], one.tokens[0, 1:length])
         np.testing.assert_array_equal(row["weights"][here], [*each.learned[1:].astype(np.float32), 0])
+        np.testing.assert_array_equal(row["heard"][here], each.heard)
     used = sum(each.num_tokens for each in samples)
     assert not row["segment_ids"][used:].any() and not row["weights"][used:].any()
     assert (row["audio_slots"][used:] == -1).all() and not row["chunk_frames"][1 + 3 + 3 :].any()

@@ -1,5 +1,6 @@
 """One example as ids, chunks and a mask: the same as the processor's prompt and the answer after it."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from moss_audio_jax.config import EncoderConfig, MossAudioConfig
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.processor import Processor
 from moss_audio_jax.tokens import Tokenizer
-from train.data.manifest import Clip, Example, Message
+from train.data.manifest import Clip, Example, Message, TimedText
 from train.data.samples import SampleMaker
 
 
@@ -70,3 +71,32 @@ def test_errors_name_the_example(corpus: Path, maker: SampleMaker):
 def test_chunks_of_a_fixed_length_are_needed(tokenizer: Tokenizer):
     with pytest.raises(MossAudioError, match="chunk_frames=None"):
         SampleMaker(tokenizer, MossAudioConfig(audio_config=EncoderConfig(chunk_frames=None)))
+
+
+def test_what_is_heard_at_audio_tokens_and_when(tokenizer: Tokenizer, maker: SampleMaker):
+    wave = np.random.default_rng(0).normal(0, 0.1, 16000 * 6).astype(np.float32)
+    clip = Clip(wave, name="a clip")
+    # Events from 0.8 to 2.0 s and from 4.4 s to the end: tokens 10 to 25 and 55 to 74, of 0.08 s each.
+    events = (TimedText("tone", 0.8, 2.0), TimedText("hum", 4.4, 6.0))
+    example = Example("an example", clip=clip, events=events)
+    said, told = [set() for _ in range(75)], [set() for _ in range(75)]
+    for seed in range(60):
+        sample = maker(example, np.random.default_rng(seed), {"events": 1.0})
+        slots = sample.inputs.audio_slots[0, : sample.num_tokens]
+        assert (sample.heard[slots < 0] == -1).all()
+        for slot, text in zip(slots[slots >= 0], map(decoded(tokenizer), sample.heard[slots >= 0]), strict=True):
+            (told if text.isdecimal() else said)[slot].add(text)
+    expected = ["."] * 10 + ["["] + ["t"] * 14 + ["]"] + ["."] * 29 + ["["] + ["h"] * 19  # a byte a token
+    assert [found == {text} for found, text in zip(said, expected, strict=True)] == [True] * 75
+    middles = [(slot + 0.5) * 0.08 for slot in range(75)]
+    assert told == [{str(int(middle) % 10), str(int(middle * 10) % 10)} for middle in middles]
+
+
+def decoded(tokenizer: Tokenizer) -> Callable[[int], str]:
+    return lambda token_id: tokenizer.decode([int(token_id)])
+
+
+def test_nothing_is_said_of_audio_without_labels(maker: SampleMaker):
+    clip = Clip(np.ones(16000, np.float32), name="a clip")
+    sample = maker(Example("an example", clip=clip, text="hi"), np.random.default_rng(0), {"transcribe": 1.0})
+    assert (sample.heard == -1).all()

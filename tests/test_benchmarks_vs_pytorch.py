@@ -1,0 +1,101 @@
+"""The benchmarks against PyTorch at toy size: every row is measured, and none if the two sides differ."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+INSTALL = "needs PyTorch, on Python 3.11: pip install -e '.[test]'"
+torch = pytest.importorskip("torch", reason=INSTALL)
+pytest.importorskip("transformers", reason=INSTALL)
+
+from benchmarks import input_pipeline, vs_pytorch  # noqa: E402
+from benchmarks.side_by_side import Row  # noqa: E402
+from convert.pytorch_reference import load_reference  # noqa: E402
+from convert.rehearse import write_random_checkpoint  # noqa: E402
+from moss_audio_jax import MossAudioConfig, MossAudioError, load_model  # noqa: E402
+from tests.conftest import random_mel  # noqa: E402
+from train.data import DataConfig  # noqa: E402
+
+TINY = MossAudioConfig.preset("tiny")
+CONFIG = replace(
+    TINY,
+    audio_config=replace(TINY.audio_config, encoder_layers=2, deepstack_encoder_layer_indexes=(0,)),
+    language_config=replace(TINY.language_config, num_hidden_layers=2),
+)
+DATA = DataConfig(batch_size=2, tokens=200, chunks=3, lanes=1, open_bins=2)
+CORPUS = {"clips": 4, "longest": 3.0, "batches": 1, "runs": 1}
+
+
+@pytest.fixture(autouse=True)
+def toy_size():
+    """At this size XLA takes longer to optimise than to run, and PyTorch's threads only wait for each other."""
+    threads, unoptimised = torch.get_num_threads(), jax.config.read("jax_disable_most_optimizations")
+    torch.set_num_threads(1)
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", unoptimised)
+    torch.set_num_threads(threads)
+
+
+def assert_measured(row: Row) -> None:
+    assert all(0 < value < math.inf for value in (row.ours_seconds, row.pytorch_seconds, row.ratio)), row
+    assert row.ratio == pytest.approx(row.pytorch_seconds / row.ours_seconds)
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    write_random_checkpoint(CONFIG, tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_every_row_of_the_model(checkpoint: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(vs_pytorch, "NEW_TOKENS", 3)
+    rows = list(vs_pytorch.rows(checkpoint, repeats=2, short=1, long=2))
+    for row in rows:
+        assert_measured(row)
+    names = [row.name.split(",")[0].split(" of ")[0].split(" on ")[0] for row in rows]
+    assert names == ["mel", "encoder", "encoder", "prefill", "decode", "forward and backward", "training step"]
+
+
+def test_a_training_step_that_is_another_is_not_measured(checkpoint: Path, monkeypatch: pytest.MonkeyPatch):
+    """Their first losses are equal; the second ones tell that PyTorch learned faster."""
+    adamw = vs_pytorch._torch_adamw
+
+    def faster(reference):
+        optimizer = adamw(reference)
+        for group in optimizer.param_groups:
+            group["lr"] *= 100
+        return optimizer
+
+    monkeypatch.setattr(vs_pytorch, "_torch_adamw", faster)
+    model, reference = load_model(checkpoint, dtype=jnp.float32), load_reference(checkpoint)
+    mel = random_mel(80)
+    ids, inputs = vs_pytorch.question(mel, CONFIG)
+    with pytest.raises(MossAudioError, match="training step: expected PyTorch's loss"):
+        vs_pytorch._training_row(model, inputs, torch.tensor([ids]), torch.from_numpy(mel), reference, repeats=1)
+
+
+def test_every_row_of_the_input_pipeline(tmp_path: Path):
+    measured = list(input_pipeline.rows(tmp_path, input_pipeline.FORMATS, DATA, **CORPUS))
+    assert [one.row.name.split()[0] for one in measured] == ["wav", "wav", "flac", "mp3"]
+    for one in measured:
+        assert_measured(one.row)
+        assert 1.0 <= one.clip_seconds <= 3.1
+        assert "cores feed 8 TPU v5e chips" in input_pipeline.cores_to_feed(one, DATA)
+
+
+@pytest.mark.parametrize("differing", ["ids", "mel"])
+def test_an_input_that_differs_is_not_measured(differing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    reader = input_pipeline.PyTorchReader
+    if differing == "ids":
+        ids = reader._ids
+        monkeypatch.setattr(reader, "_ids", lambda self, text: [*ids(self, text), 0])
+    else:
+        mel = reader.mel
+        monkeypatch.setattr(reader, "mel", lambda self, wave: mel(self, wave) + 0.1)
+    with pytest.raises(MossAudioError, match=f"line .: expected the same on both sides, found other {differing}"):
+        list(input_pipeline.rows(tmp_path, input_pipeline.FORMATS[:1], DATA, **CORPUS))

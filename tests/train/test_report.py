@@ -1,0 +1,289 @@
+"""What a run writes and prints, read back: files, event files, Weights & Biases, progress, profiles."""
+
+import json
+import struct
+import sys
+import zlib
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import pytest
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+from moss_audio_jax import MossAudioError
+from train.report import Profile, Report, ShownSample
+
+OPTIONS = {"last_step": 6, "log_every": 2, "max_skipped_in_a_row": 3, "batch_tokens": 1000}
+PEAK = 1e12
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Time that passes when a test says so."""
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr("train.report.time.perf_counter", lambda: clock.now)
+    return clock
+
+
+def step_metrics(loss: float = 2.5, **changes) -> dict[str, jax.Array]:
+    values = {"loss": loss, "grad_norm": 0.5, "tokens": 300.0}
+    counts = {"skipped": 0, "skipped_total": 0, "skipped_in_a_row": 0} | changes
+    return {name: jnp.float32(value) for name, value in values.items()} | {
+        name: jnp.int32(value) for name, value in counts.items()
+    }
+
+
+def host_metrics(**changes) -> dict[str, float]:
+    return {"data_wait": 0.5, "token_fill": 0.5, "model_flops": 1e12} | changes
+
+
+def run(out: Path, clock: SimpleNamespace, steps: range, **options) -> None:
+    """Steps of two seconds, of which the first compiles for a minute."""
+    out.mkdir(exist_ok=True)
+    with Report(out, start=steps[0] - 1, **OPTIONS | options) as report:
+        clock.now += 60
+        for step in steps:
+            report.add(step, step_metrics(float(step)), host_metrics())
+            clock.now += 2
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def events(out: Path) -> list[Event]:
+    """The records of all event files, in TensorBoard's order: the file with the first step first."""
+    found = []
+    for path in sorted((out / "tensorboard").iterdir(), key=lambda path: int(path.suffix[1:])):
+        content = path.read_bytes()
+        while content:
+            (length,) = struct.unpack("<Q", content[:8])
+            found.append(Event.FromString(content[12 : 12 + length]))
+            content = content[12 + length + 4 :]
+    return found
+
+
+def scalars(out: Path, tag: str) -> dict[int, float]:
+    """What TensorBoard shows: a restart takes away what was from its step on; then no step may be there twice."""
+    shown: dict[int, float] = {}
+    for event in events(out):
+        if event.session_log.status == SessionLog.START:
+            shown = {step: value for step, value in shown.items() if step < event.step}
+        for value in event.summary.value:
+            if value.tag == tag:
+                assert event.step not in shown
+                shown[event.step] = value.simple_value
+    return shown
+
+
+def png() -> bytes:
+    """A grey image, 3 wide and 2 high."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 3, 2, 8, 0, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0\1\2\3" * 2)) + chunk(b"IEND", b"")
+
+
+def test_a_line_a_step(tmp_path: Path, clock):
+    run(tmp_path, clock, range(1, 4), peak_flops=PEAK)
+    assert (tmp_path / "metrics.jsonl").read_text().splitlines()[0] == (
+        '{"step": 1, "step_seconds": 62.0, "grad_norm": 0.5, "loss": 1.0, "skipped": 0, "skipped_in_a_row": 0, '
+        '"skipped_total": 0, "tokens": 300.0, "data_wait": 0.5, "token_fill": 0.5, "model_flops": 1000000000000.0, '
+        f'"mfu": {1 / 62}}}'
+    )
+    assert [(line["step"], line["step_seconds"]) for line in lines(tmp_path / "metrics.jsonl")[1:]] == [(2, 2), (3, 2)]
+    assert lines(tmp_path / "metrics.jsonl")[1]["mfu"] == 0.5
+
+
+def test_progress(tmp_path: Path, clock, capsys: pytest.CaptureFixture):
+    """Rates and the time left leave out the first step, which compiles."""
+    run(tmp_path, clock, range(1, 5), peak_flops=PEAK)
+    mfu = (
+        "MFU: model FLOPs, forward and backward, with causal attention halved and no recomputation, "
+        "over the bf16 peak of 1 TFLOP/s"
+    )
+    assert capsys.readouterr().err.splitlines() == [
+        mfu,
+        "step 2/6  loss 2.0000  skipped 0  250 tokens/s  MFU 50.0%  data wait 25%  0:00:08 left",
+        "step 4/6  loss 4.0000  skipped 0  250 tokens/s  MFU 50.0%  data wait 25%  0:00:04 left",
+    ]
+    run(tmp_path / "unknown", clock, range(1, 3), log_every=1)
+    assert capsys.readouterr().err.splitlines() == [
+        "FLOP/s: model FLOPs, forward and backward, with causal attention halved and no recomputation; "
+        "no peak is known for these devices",
+        "step 1/6  loss 1.0000  skipped 0  62.0 s with compilation",
+        "step 2/6  loss 2.0000  skipped 0  250 tokens/s  500.0 GFLOP/s  data wait 25%  0:00:08 left",
+    ]
+
+
+def test_a_resumed_run_shows_every_step_once(tmp_path: Path, clock):
+    """It was killed after step 5, in the middle of a line; its last checkpoint is that of step 3."""
+    run(tmp_path, clock, range(1, 6))
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 6, "lo')
+    (tmp_path / "scores.jsonl").write_text('{"step": 2, "eval/loss": 1.0}\n{"step": 4, "eval/loss": 0.9}\n')
+    run(tmp_path, clock, range(4, 7))
+    assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+    assert [line["step_seconds"] for line in lines(tmp_path / "metrics.jsonl")] == [62, 2, 2, 62, 2, 2]
+    assert [line["step"] for line in lines(tmp_path / "scores.jsonl")] == [2]
+    assert scalars(tmp_path, "train/loss") == {step: float(step) for step in range(1, 7)}
+    assert scalars(tmp_path, "train/step_seconds")[4] == 62
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 2
+
+
+def test_what_is_no_number_is_null(tmp_path: Path, clock):
+    with Report(tmp_path, start=0, **OPTIONS) as report:
+        report.add(1, step_metrics(float("nan")), host_metrics(token_fill=float("inf")))
+        report.add_scores(1, {"eval/loss": float("nan")})
+    (line,) = lines(tmp_path / "metrics.jsonl")
+    assert line["loss"] is None and line["token_fill"] is None and line["grad_norm"] == 0.5
+    assert lines(tmp_path / "scores.jsonl") == [{"step": 1, "eval/loss": None}]
+
+
+def test_a_damaged_file_is_named(tmp_path: Path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nrubbish\n')
+    with pytest.raises(MossAudioError, match=r"metrics\.jsonl, line 2: expected a JSON object .* found 'rubbish'"):
+        Report(tmp_path, start=5, **OPTIONS)
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path: Path):
+    (tmp_path / "tensorboard").write_text("in the way")
+    with pytest.raises(MossAudioError, match=r"the run's records can't be written into .*tensorboard"):
+        Report(tmp_path, start=0, **OPTIONS)
+
+
+def test_gives_up_after_the_skipped_steps_are_written(tmp_path: Path, clock):
+    with Report(tmp_path, start=0, **OPTIONS) as report:
+        report.add(1, step_metrics(1.0, skipped_in_a_row=2), host_metrics())
+        clock.now += 2
+        report.add(2, step_metrics(float("nan"), skipped=1, skipped_total=3, skipped_in_a_row=3), host_metrics())
+        clock.now += 2
+        with pytest.raises(MossAudioError, match=r"step 2: 3 steps in a row .* \(loss nan, gradient norm 0.5\)"):
+            report.add(3, step_metrics(), host_metrics())
+        assert lines(tmp_path / "metrics.jsonl")[-1]["skipped_in_a_row"] == 3
+        assert scalars(tmp_path, "train/skipped_total") == {1: 0, 2: 3}
+
+
+def test_an_evaluation_between_steps(tmp_path: Path, clock, capsys: pytest.CaptureFixture):
+    figure = tmp_path / "figures" / "clip.png"
+    figure.parent.mkdir()
+    figure.write_bytes(png())
+    samples = [
+        ShownSample("clip", "What is said?\nAnd when?", "hello <b>", "jello \x1b[31m" + "x" * 200, figure),
+        ShownSample("other", "", "你好", ""),
+    ]
+    with Report(tmp_path, start=0, **OPTIONS) as report:
+        report.add(1, step_metrics(), host_metrics())
+        clock.now += 2
+        with report.paused():
+            clock.now += 1000
+            report.add_scores(1, {"eval/loss": 1.25})
+            report.add_samples(1, samples)
+        report.add(2, step_metrics(), host_metrics())
+        clock.now += 3
+    assert [line["step_seconds"] for line in lines(tmp_path / "metrics.jsonl")] == [2, 3]
+    assert lines(tmp_path / "scores.jsonl") == [{"step": 1, "eval/loss": 1.25}]
+    assert scalars(tmp_path, "eval/loss") == {1: 1.25}
+    shown = lines(tmp_path / "samples.jsonl")
+    assert shown[0] == {"step": 1} | samples[0]._asdict() | {"figure": "figures/clip.png"}
+    assert shown[1] == {"step": 1} | samples[1]._asdict()
+
+    values = {value.tag: value for event in events(tmp_path) for value in event.summary.value}
+    image = values["samples/clip"].image
+    assert (image.width, image.height, image.colorspace, image.encoded_image_string) == (3, 2, 1, png())
+    text = values["samples/clip/text_summary"].tensor.string_val[0].decode()
+    assert text.startswith("**Question**\n\n    What is said?\n    And when?\n\n**Expected**\n\n    hello <b>\n\n")
+    assert "你好" in values["samples/other/text_summary"].tensor.string_val[0].decode()
+
+    printed = capsys.readouterr().err.splitlines()
+    assert "step 1  eval/loss 1.25" in printed and "step 1, clip: What is said? And when?" in printed
+    assert "  expected  hello <b>" in printed and "  answer    jello  [31m" + "x" * 86 + "..." in printed
+
+
+@pytest.mark.parametrize(("content", "message"), [(b"JPEG", "expected a PNG image"), (None, "can't be read")])
+def test_a_figure_that_is_none_is_named(tmp_path: Path, content: bytes | None, message: str):
+    figure = tmp_path / "figure.png"
+    if content is not None:
+        figure.write_bytes(content)
+    with Report(tmp_path, start=0, **OPTIONS) as report, pytest.raises(MossAudioError, match=f"figure.png.*{message}"):
+        report.add_samples(1, [ShownSample("clip", "", "", "", figure)])
+
+
+def test_other_processes_are_silent(tmp_path: Path, clock, monkeypatch: pytest.MonkeyPatch, capsys):
+    """But they give up at the same step as the first one, lest it wait for them."""
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    with Report(tmp_path / "out", start=0, wandb="project", **OPTIONS) as report:
+        report.add_samples(0, [ShownSample("clip", "", "", "")])
+        report.add(1, step_metrics(skipped_in_a_row=3), host_metrics())
+        with pytest.raises(MossAudioError, match="3 steps in a row"):
+            report.flush()
+    with Profile(tmp_path / "out", 1, 1) as profile:
+        profile.before(1)
+        profile.after(1, jnp.ones(()))
+    assert not (tmp_path / "out").exists() and capsys.readouterr().err == ""
+
+
+class FakeWandb:
+    """Weights & Biases, as far as it is used: it gives a run an id unless it is told one."""
+
+    def __init__(self):
+        self.calls: list[tuple] = []
+
+    def init(self, **options):
+        self.calls.append(("init", options))
+        return SimpleNamespace(
+            id=options["id"] or "made-up",
+            log=lambda values, step: self.calls.append(("log", step, values)),
+            finish=lambda: self.calls.append(("finish",)),
+        )
+
+
+def test_weights_and_biases(tmp_path: Path, clock, monkeypatch: pytest.MonkeyPatch):
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    (tmp_path / "config.json").write_text('{"seed": 3}')
+    run(tmp_path, clock, range(1, 3), wandb="project")
+    run(tmp_path, clock, range(2, 4), wandb="project")
+    begun = {"project": "project", "resume": "allow", "dir": str(tmp_path), "config": {"seed": 3}}
+    inits = [call[1] for call in fake.calls if call[0] == "init"]
+    assert inits == [begun | {"id": None}, begun | {"id": "made-up"}]
+    logged = [(call[1], call[2]["loss"]) for call in fake.calls if call[0] == "log"]
+    assert logged == [(1, 1.0), (2, 2.0), (2, 2.0), (3, 3.0)]
+    assert [call[0] for call in fake.calls].count("finish") == 2
+
+
+def test_weights_and_biases_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(MossAudioError, match=r"not installed: pip install 'moss-audio-jax\[wandb\]'"):
+        Report(tmp_path, start=0, wandb="project", **OPTIONS)
+
+
+def traced(out: Path) -> list[Path]:
+    return list(out.rglob("*.xplane.pb"))
+
+
+def test_a_profile(tmp_path: Path):
+    """Of steps 2 and 3 of 4; or of as many as there are."""
+    step = jax.jit(lambda x: x + 1)
+    x = jnp.zeros(())
+    with Profile(tmp_path / "whole", 2, 2) as profile:
+        for number in range(1, 5):
+            profile.before(number)
+            x = step(x)
+            profile.after(number, x)
+            assert len(traced(tmp_path / "whole" / "profile")) == (number >= 3)
+    with Profile(tmp_path / "cut", 2, 2) as profile:
+        profile.before(2)
+        profile.after(2, step(x))
+    assert len(traced(tmp_path / "cut" / "profile")) == 1
+    for first, count in ((2, 2), (4, 0)):  # past, and none
+        with Profile(tmp_path / "none", first, count) as profile:
+            profile.before(4)
+            profile.after(4, step(x))
+    assert not (tmp_path / "none").exists()
+    with pytest.raises(MossAudioError, match="starts at step 1 or later and has 0 steps or more, not 0 and 2"):
+        Profile(tmp_path, 0, 2)

@@ -1,0 +1,166 @@
+"""One run by several processes, mostly one a host: how they find each other, agree, and end if one of them is gone.
+
+    first host:   python -m train run ... --coordinator first-host:1234 --num-processes 2 --process-id 0
+    second host:  python -m train run ... --coordinator first-host:1234 --num-processes 2 --process-id 1
+    TPU pods:     python -m train run ... --distributed      on every host; the pod says the rest
+
+The directory of the run and the data are on a file system that all of them see.
+"""
+
+import dataclasses
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from moss_audio_jax.errors import MossAudioError
+from moss_audio_jax.sharding import RULES
+from train.data.pipeline import merge_states
+
+LOST = 75  # exit code, EX_TEMPFAIL: run it again
+# What JAX's errors say of a process that can't be reached any more.
+UNREACHABLE = re.compile(r"gloo|connection|heartbeat|unavailable|coordination service|deadline_exceeded", re.IGNORECASE)
+
+
+@dataclasses.dataclass(frozen=True)
+class DistributedConfig:
+    """How this process finds the others of its run; by default there are none."""
+
+    distributed: bool = False
+    """The run is of several processes. TPU pods, Slurm and Open MPI say which; elsewhere give the next three options."""
+    coordinator: str | None = None
+    """HOST:PORT of process 0, where the processes meet."""
+    num_processes: int | None = None
+    """How many there are."""
+    process_id: int | None = None
+    """Which of them this is, from 0 on."""
+    lost_after: int = 100
+    """Seconds without a sign of life after which a process is given up, which ends all the others."""
+    join_within: int = 300
+    """Seconds to wait for all processes at the start."""
+
+    def __post_init__(self):
+        if self.lost_after < 1 or self.join_within < 1:
+            raise MossAudioError(
+                f"lost_after and join_within must be 1 second or more, not {self.lost_after} and {self.join_within}"
+            )
+        place = (self.coordinator, self.num_processes, self.process_id)
+        if place == (None, None, None):
+            return
+        if self.coordinator is None or self.num_processes is None or self.process_id is None:
+            raise MossAudioError(
+                "several processes need all of --coordinator HOST:PORT, --num-processes and --process-id; "
+                "on TPU pods --distributed is enough"
+            )
+        if not re.fullmatch(r".+:\d+", self.coordinator):
+            raise MossAudioError(f"--coordinator must be HOST:PORT, such as 10.0.0.1:1234, not {self.coordinator!r}")
+        if not 0 <= self.process_id < self.num_processes:
+            raise MossAudioError(
+                f"--process-id counts from 0 and must be below the {self.num_processes} of --num-processes, "
+                f"not {self.process_id}"
+            )
+
+
+def join(config: DistributedConfig) -> None:
+    """Meets the other processes, if the run has any. Before anything else of JAX: no device may be in use yet.
+
+    Raises MossAudioError if they don't all come in time.
+    """
+    if not config.distributed and config.coordinator is None:
+        return
+    try:
+        jax.distributed.initialize(
+            config.coordinator,
+            config.num_processes,
+            config.process_id,
+            initialization_timeout=config.join_within,
+            heartbeat_timeout_seconds=config.lost_after,
+            shutdown_timeout_seconds=config.lost_after,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise MossAudioError(
+            f"the processes of the run did not meet ({str(error).splitlines()[0]}): start all of them with the same "
+            "--coordinator and --num-processes, each with its own --process-id"
+        ) from error
+
+
+def share_of_batch(mesh: Mesh) -> tuple[int, int]:
+    """Which share of a batch's rows this process reads, and how many shares there are, all of one size.
+
+    Processes whose devices hold the same rows, since a layer is cut over both, read the same share. Where a pod's mesh
+    doesn't follow the order of its processes the shares lie in other rows than with one process, and add up the same.
+    """
+    batch = [mesh.axis_names.index(axis) for axis in RULES["batch"] or () if axis in mesh.axis_names]
+    by_place = np.moveaxis(mesh.devices, batch, range(len(batch)))
+    by_place = by_place.reshape(int(np.prod(by_place.shape[: len(batch)])), -1)
+    places: dict[int, set[int]] = {}
+    for place, devices in enumerate(by_place):
+        for device in devices:
+            places.setdefault(device.process_index, set()).add(place)
+    shares = sorted({tuple(sorted(found)) for found in places.values()})
+    if len({len(share) for share in shares}) != 1 or sum(map(len, shares)) != len(by_place):
+        raise MossAudioError(
+            f"a mesh of {dict(mesh.shape)} deals the rows of a batch unevenly to {len(places)} processes: choose a "
+            "mesh.tensor that divides a process's devices, or that they divide"
+        )
+    return shares.index(tuple(sorted(places[jax.process_index()]))), len(shares)
+
+
+def first_process_does(work: Callable[[], None]) -> None:
+    """Process 0 does it, mostly writing files, while the others wait; if it fails, all do."""
+    error = None
+    if jax.process_index() == 0:
+        try:
+            work()
+        except MossAudioError as refused:
+            error = refused
+    if jax.process_count() == 1:
+        failed = error is not None
+    else:
+        failed = bool(multihost_utils.broadcast_one_to_all(np.int32(error is not None)))
+    if error is not None:
+        raise error
+    if failed:
+        raise MossAudioError("process 0 of the run has refused: its message says why")
+
+
+def state_of_all(state: dict[str, Any]) -> dict[str, Any]:
+    """The data's states of all processes, merged; every process has to call it, with one of the same step."""
+    if jax.process_count() == 1:
+        return state
+    mine = np.frombuffer(json.dumps(state).encode(), np.uint8)
+    lengths = np.asarray(multihost_utils.process_allgather(np.int32(mine.size))).reshape(-1)
+    padded = np.zeros(lengths.max(), np.uint8)
+    padded[: mine.size] = mine
+    rows = np.asarray(multihost_utils.process_allgather(padded))
+    return merge_states([json.loads(row[:size].tobytes()) for row, size in zip(rows, lengths, strict=True)])
+
+
+@contextmanager
+def ended_with_the_others() -> Iterator[None]:
+    """Ends this process at once when work on all devices fails since another one is gone.
+
+    There is nothing it could still save: an orderly end would wait for the lost one. Where a device only waits and
+    nothing fails, as on TPU, JAX ends the process after `DistributedConfig.lost_after`, with a message of its own.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1 or not UNREACHABLE.search(str(error)):
+            raise
+        print(
+            f"error: another process of the run has died or can't be reached, found by process {jax.process_index()} "
+            f"of {jax.process_count()} ({str(error).splitlines()[0][:300]}): see what the others say, and run the "
+            "same command on all of them, which goes on from the newest checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(LOST)

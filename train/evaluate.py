@@ -1,0 +1,474 @@
+"""Evaluation: what a model answers to questions whose answers are known, and how right that is.
+
+    items = manifest_items("test.jsonl") + scene_items(100, SceneConfig(), seed=1)
+    answers = ask(model, processor, items)      # one text an item
+    measure(items, answers)                     # {"test.jsonl": {"transcribe": {"items": 50, "wer": 0.08, ...}}, ...}
+
+docs/evaluation.md defines every number.
+"""
+
+import io
+import itertools
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+import soundfile
+import tyro
+from flax import nnx
+from tqdm import tqdm
+
+from moss_audio_jax.audio import SAMPLE_RATE, num_audio_tokens
+from moss_audio_jax.checkpoint import load_model
+from moss_audio_jax.errors import MossAudioError
+from moss_audio_jax.generate import Sampling, generate
+from moss_audio_jax.inputs import ModelInputs, make_inputs
+from moss_audio_jax.model import MossAudio
+from moss_audio_jax.processor import Processor, load_processor
+from moss_audio_jax.sharding import make_mesh
+from moss_audio_jax.tokens import Turn, build_conversation
+from train.benchmarks import LAYOUTS
+from train.data.manifest import Clip
+from train.data.scenes import SceneConfig
+from train.metrics import (
+    EventCounts,
+    character_error_rate,
+    final_answer,
+    parse_timeline,
+    score_choices,
+    score_events,
+    score_matches,
+    score_seconds,
+    score_timestamps,
+    without_times,
+    word_error_rate,
+)
+from train.questions import ASKABLE, Item, benchmark_items, manifest_items, scene_items
+
+ONSET_TOLERANCE = 0.2  # seconds, of event F1
+SECONDS_TOLERANCE = 0.2  # seconds, of a time that was asked for
+
+
+# Answers
+
+
+@dataclass(frozen=True)
+class AnswerConfig:
+    """How a model is asked."""
+
+    batch_size: int = 8
+    """Questions answered at once; the devices that a batch is cut over should divide it."""
+    max_new_tokens: int = 512
+    """Cut an answer off after so many tokens; how many were is reported."""
+    time_markers: bool | None = None
+    """Seconds written between the audio tokens; by default as the checkpoint says."""
+    sampling: Annotated[Sampling, tyro.conf.arg(name="")] = field(default_factory=Sampling)
+    """Greedy by default, as measures should be taken."""
+
+    def __post_init__(self):
+        for name in ("batch_size", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise MossAudioError(f"{name} must be 1 or more, not {getattr(self, name)}")
+
+
+class Answer(NamedTuple):
+    """`finished` is False if it was cut off."""
+
+    text: str
+    finished: bool
+
+
+def ask(
+    model: MossAudio, processor: Processor, items: Sequence[Item], *, batch_size: int = 8, max_new_tokens: int = 512
+) -> list[str]:
+    """The model's greedy answers, one an item."""
+    answers = answer_items(model, processor, items, AnswerConfig(batch_size, max_new_tokens))
+    return [answer.text for answer in answers]
+
+
+def answer_items(
+    model: MossAudio,
+    processor: Processor,
+    items: Sequence[Item],
+    config: AnswerConfig,
+    *,
+    seed: int = 0,
+    progress: bool = False,
+) -> list[Answer]:
+    """The model's answers, one an item, in their order.
+
+    Items of like length share a batch, longest first, so that little is padded, one program serves each bucket of
+    lengths and a lack of memory shows at once. The next batch is decoded while the device answers this one.
+    A greedy answer does not depend on what it is batched with; a sampled one does, through its random keys.
+    Raises MossAudioError that names the clip if one can't be read, mostly before the first batch.
+    """
+    answers: dict[int, Answer] = {}
+    eos = model.config.eos_ids
+    with tqdm(total=len(items), unit="item", disable=not progress) as bar:
+        for number, (indices, inputs) in enumerate(_batches(processor, items, config)):
+            rows = generate(
+                model,
+                inputs,
+                max_new_tokens=config.max_new_tokens,
+                seed=seed + number,
+                **asdict(config.sampling),
+            )
+            for index, row in zip(indices, rows, strict=False):  # rows that fill up the batch come last
+                answers[index] = Answer(processor.decode(row), bool(np.isin(row, eos).any()))
+            bar.update(len(indices))
+    return [answers[index] for index in range(len(items))]
+
+
+def _batches(
+    processor: Processor, items: Sequence[Item], config: AnswerConfig
+) -> Iterator[tuple[Sequence[int], ModelInputs]]:
+    """Indices of items, and their prompts; every batch is of one size, the last one filled up with its first prompt."""
+    size = min(config.batch_size, len(items))
+
+    def make(indices: Sequence[int]) -> ModelInputs:
+        prompts = [_encode(processor, items[index], config.time_markers) for index in indices]
+        prompts += prompts[:1] * (size - len(prompts))
+        ids, mels = zip(*prompts, strict=True)
+        return make_inputs(ids, mels, config=processor.config)
+
+    with ThreadPoolExecutor() as pool:
+        lengths = list(pool.map(_length, items))
+        order = sorted(range(len(items)), key=lengths.__getitem__, reverse=True)
+        batches = [order[start : start + size] for start in range(0, len(order), size or 1)]
+        coming = [pool.submit(make, batch) for batch in batches[:1]]
+        for number, indices in enumerate(batches):
+            inputs = coming.pop().result()
+            coming += [pool.submit(make, batch) for batch in batches[number + 1 : number + 2]]
+            yield indices, inputs
+
+
+def _encode(processor: Processor, item: Item, time_markers: bool | None) -> tuple[list[int], list[np.ndarray]]:
+    """Ids of a prompt, and the mels of its clips."""
+    mels, turns = [], []
+    for message in item.turns:
+        pieces: list[str | int] = []
+        for piece in message.content:
+            if isinstance(piece, Clip):
+                mels.append(_named(piece.name, processor.mel, piece.wave()))
+                pieces.append(num_audio_tokens(mels[-1].shape[1]))
+            else:
+                pieces.append(piece)
+        turns.append(Turn(message.role, pieces))
+    encode = partial(build_conversation, time_markers=time_markers, processor=processor.config.processor)
+    return _named(item.name, encode, processor.tokenizer, turns).ids, mels
+
+
+def _named(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Calls it; an error then says what it is about."""
+    try:
+        return function(*arguments)
+    except MossAudioError as error:
+        raise MossAudioError(f"{name}: {error}") from error
+
+
+_TOKENS_PER_SECOND = 12.5
+_CHARACTERS_PER_TOKEN = 4
+
+
+def _length(item: Item) -> float:
+    """Roughly how many tokens a prompt has; no audio is decoded for it."""
+    characters = sum(len(piece) for turn in item.turns for piece in turn.content if isinstance(piece, str))
+    return characters / _CHARACTERS_PER_TOKEN + _TOKENS_PER_SECOND * sum(map(_seconds, item.clips))
+
+
+def _seconds(clip: Clip) -> float:
+    if isinstance(clip.audio, np.ndarray):
+        whole = len(clip.audio) / SAMPLE_RATE
+    else:
+        try:
+            whole = soundfile.info(io.BytesIO(clip.audio) if isinstance(clip.audio, bytes) else clip.audio).duration
+        except (OSError, TypeError, soundfile.LibsndfileError):
+            return len(clip.wave()) / SAMPLE_RATE  # says what is wrong with it, or that nothing is
+    return min(whole, clip.end or whole) - (clip.start or 0.0)
+
+
+# Measures
+
+Measured = dict[str, Any]
+
+
+def measure(items: Sequence[Item], answers: Sequence[str]) -> dict[str, dict[str, Measured]]:
+    """Source -> task -> measures and the counts behind them, for JSON. docs/evaluation.md explains the fields."""
+    grouped: defaultdict[tuple[str, str], list[tuple[Item, str]]] = defaultdict(list)
+    for item, answer in zip(items, answers, strict=True):
+        grouped[item.source, item.task].append((item, answer))
+    measures: dict[str, dict[str, Measured]] = {}
+    for (source, task), pairs in grouped.items():
+        judge = MEASURES[pairs[0][0].measure]
+        measured = judge([item for item, _ in pairs], [answer for _, answer in pairs])
+        measures.setdefault(source, {})[task] = {"items": len(pairs), **measured}
+    return measures
+
+
+def _measure_text(items: Sequence[Item], answers: Sequence[str]) -> Measured:
+    return _error_rates(map(final_answer, answers), [item.reference for item in items])
+
+
+def _error_rates(texts: Iterable[str], references: Sequence[str]) -> Measured:
+    predictions = list(texts)
+    words, characters = (rate(predictions, references) for rate in (word_error_rate, character_error_rate))
+    return {
+        "wer": words.rate,
+        "word_edits": words.edits,
+        "words": words.length,
+        "cer": characters.rate,
+        "character_edits": characters.edits,
+        "characters": characters.length,
+    }
+
+
+def _measure_timed_text(items: Sequence[Item], answers: Sequence[str]) -> Measured:
+    texts = (without_times(final_answer(answer)) for answer in answers)
+    references = [" ".join(label.text for label in item.labels) for item in items]
+    return _timestamps(items, answers) | _error_rates(texts, references)
+
+
+def _timestamps(items: Sequence[Item], answers: Sequence[str]) -> Measured:
+    timelines = [parse_timeline(answer) for answer in answers]
+    score = score_timestamps([timeline.items for timeline in timelines], [item.labels for item in items])
+    return asdict(score) | {"malformed": sum(timeline.malformed for timeline in timelines)}
+
+
+def _measure_events(items: Sequence[Item], answers: Sequence[str]) -> Measured:
+    predictions = [parse_timeline(answer).items for answer in answers]
+    score = score_events(predictions, [item.labels for item in items], ONSET_TOLERANCE)
+    return {
+        **_event_counts(score.total),
+        "onset_ms": score.onset_ms,
+        "offset_ms": score.offset_ms,
+        **_timestamps(items, answers),
+        "by_class": {label: _event_counts(counts) for label, counts in score.by_class.items()},
+    }
+
+
+def _event_counts(counts: EventCounts) -> Measured:
+    rates = {name: getattr(counts, name) for name in ("f1", "precision", "recall")}
+    return rates | {f"{name}_events": count for name, count in asdict(counts).items()}
+
+
+def _measure_seconds(items: Sequence[Item], answers: Sequence[str]) -> Measured:
+    score = score_seconds(answers, [float(item.reference) for item in items], SECONDS_TOLERANCE)
+    return {
+        "mean_error_s": score.mean_error,
+        "share_within": score.share_within,
+        "within": score.within,
+        "unreadable": score.unreadable,
+    }
+
+
+def _measure_label(items: Sequence[Item], answers: Sequence[str]) -> Measured:
+    score = score_matches(map(final_answer, answers), [item.reference for item in items])
+    return {"accuracy": score.accuracy, "correct": score.correct}
+
+
+def _measure_reply(items: Sequence[Item], answers: Sequence[str]) -> Measured:
+    return _measure_label(items, answers) | _measure_text(items, answers)
+
+
+def _measure_choice(items: Sequence[Item], answers: Sequence[str]) -> Measured:
+    by_group: defaultdict[str, defaultdict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for index, item in enumerate(items):
+        for kind, group in item.groups.items():
+            by_group[kind][group].append(index)
+
+    def accuracy(indices: Sequence[int]) -> Measured:
+        score = score_choices(
+            [answers[index] for index in indices],
+            [items[index].choices for index in indices],
+            [items[index].reference for index in indices],
+        )
+        counts = asdict(score)
+        return {"items": counts.pop("total"), "accuracy": score.accuracy, **counts}
+
+    groups = {
+        kind: {group: accuracy(indices) for group, indices in sorted(members.items())}
+        for kind, members in by_group.items()
+    }
+    return accuracy(range(len(items))) | {"by_group": groups}
+
+
+MEASURES: dict[str, Callable[[Sequence[Item], Sequence[str]], Measured]] = {
+    "text": _measure_text,
+    "timed_text": _measure_timed_text,
+    "events": _measure_events,
+    "seconds": _measure_seconds,
+    "label": _measure_label,
+    "reply": _measure_reply,
+    "choice": _measure_choice,
+    "unjudged": lambda items, answers: {},
+}
+
+_SHOWN = {  # field -> how the table writes it
+    "accuracy": "accuracy {:.1%}",
+    "f1": "F1 {:.1%}",
+    "onset_ms": "onset {:.0f} ms",
+    "offset_ms": "offset {:.0f} ms",
+    "mean_error_s": "error {:.2f} s",
+    "share_within": f"within {SECONDS_TOLERANCE} s {{:.1%}}",
+    "aas_ms": "AAS {:.0f} ms",
+    "matched_slots": "slots {} matched",
+    "missing_slots": "{} missing",
+    "surplus_slots": "{} surplus",
+    "wer": "WER {:.1%}",
+    "cer": "CER {:.1%}",
+    "malformed": "malformed {}",
+    "unreadable": "unreadable {}",
+    "unanswered": "unanswered {}",
+    "ambiguous": "ambiguous {}",
+}
+
+
+def table(measures: Mapping[str, Mapping[str, Measured]]) -> str:
+    """A line a task, with what is mostly looked at; a rate of nothing is left out."""
+    rows = [("source", "task", "items", "")]
+    for source, tasks in measures.items():
+        for task, measured in tasks.items():
+            cells = [shown.format(measured[name]) for name, shown in _SHOWN.items() if measured.get(name) is not None]
+            rows.append((source, task, str(measured["items"]), ", ".join(cells) or "not judged: read the predictions"))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        f"{source:<{widths[0]}}  {task:<{widths[1]}}  {count:>{widths[2]}}  {cells}".rstrip()
+        for source, task, count, cells in rows
+    )
+
+
+# The command
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """What a checkpoint is asked, and how."""
+
+    data: tuple[Path, ...] = ()
+    """Manifests, and directories of shards."""
+    objectives: tuple[str, ...] = ()
+    """What is asked about their examples; by default all that they have labels for."""
+    scenes: int = 0
+    """So many sound scenes, made on the fly."""
+    scene: Annotated[SceneConfig, tyro.conf.arg(name="scenes")] = field(default_factory=SceneConfig)
+    benchmark: tuple[str, ...] = ()
+    """NAME=FILE: the question file of mmau, mmau_pro, mmar or mmsu."""
+    audio_dir: Path | None = None
+    """What the benchmarks' audio paths are relative to; by default the directory of the question file."""
+    limit: int | None = None
+    """The first so many examples of each manifest and questions of each benchmark."""
+    seed: int = 0
+    """Of the scenes (take another than in training), of questions about times, and of sampling."""
+    answers: Annotated[AnswerConfig, tyro.conf.arg(name="")] = AnswerConfig()
+    dtype: Literal["bfloat16", "float32"] | None = None
+    """By default bfloat16, and float32 on the CPU."""
+    fsdp: int = -1
+    """Devices that the weights and the batch are cut over; -1 takes all that are left."""
+    tensor: int = 1
+    """Devices that each layer is cut over."""
+
+    def __post_init__(self):
+        unknown = sorted(set(self.objectives) - set(ASKABLE))
+        if unknown:
+            raise MossAudioError(f"objectives must be some of {', '.join(ASKABLE)}, found {unknown[0]!r}")
+        if self.scenes < 0 or self.seed < 0 or (self.limit is not None and self.limit < 1):
+            raise MossAudioError(
+                "scenes and seed must be 0 or more and limit 1 or more, "
+                f"found {self.scenes}, {self.seed} and {self.limit}"
+            )
+
+
+def read_items(config: EvaluationConfig) -> list[Item]:
+    """All that a configuration asks. Clips are held as they are stored, and decoded when they are needed."""
+    items: list[Item] = []
+    for path in config.data:
+        items += manifest_items(path, config.objectives, seed=config.seed, limit=config.limit)
+    items += scene_items(config.scenes, config.scene, seed=config.seed)
+    for benchmark in config.benchmark:
+        name, equals, path = benchmark.partition("=")
+        if not equals:
+            raise MossAudioError(f"benchmark must be NAME=FILE, NAME one of {', '.join(LAYOUTS)}, not {benchmark!r}")
+        items += benchmark_items(name, path, config.audio_dir, limit=config.limit)
+    if not items:
+        asked = ", ".join(config.objectives or ASKABLE)
+        raise MossAudioError(
+            f"there is nothing to ask: give --data with labels for {asked}, --scenes N or --benchmark NAME=FILE"
+        )
+    return items
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """results: for JSON; its field `measures` is what `measure` gives."""
+
+    items: Sequence[Item]
+    answers: Sequence[Answer]
+    results: dict[str, Any]
+
+    def save_results(self, path: Path) -> None:
+        path.write_text(json.dumps(self.results, indent=2, ensure_ascii=False, default=str) + "\n", "utf-8")
+
+    def save_predictions(self, path: Path) -> None:
+        """A line of JSON an item."""
+        with open(path, "w", encoding="utf-8") as file:
+            for item, answer in zip(self.items, self.answers, strict=True):
+                line = {name: getattr(item, name) for name in ("name", "source", "task", "question", "reference")}
+                line |= {"prediction": answer.text, "finished": answer.finished}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+    def save_plot(self, path: Path, most: int = 4) -> None:
+        """The first clips whose events were asked for: what is in them, and what the model says is."""
+        from train.plots import TimelinePlot, plot_timelines
+
+        pairs = ((item, answer) for item, answer in zip(self.items, self.answers, strict=True) if has_events(item))
+        plot_timelines(
+            path,
+            [
+                TimelinePlot(item.clips[0].wave(), item.labels, parse_timeline(answer.text).items, item.name)
+                for item, answer in itertools.islice(pairs, most)
+            ],
+        )
+
+
+def has_events(item: Item) -> bool:
+    """Whether the question asks for a timeline of events."""
+    return item.measure == "events"
+
+
+def evaluate(
+    checkpoint: str | Path, items: Sequence[Item], config: EvaluationConfig, *, progress: bool = False
+) -> Evaluation:
+    """Loads a checkpoint, asks it all items and measures its answers."""
+    processor = load_processor(checkpoint)
+    model = load_model(checkpoint, dtype=config.dtype, mesh=make_mesh(fsdp=config.fsdp, tensor=config.tensor))
+    answers = answer_items(model, processor, items, config.answers, seed=config.seed, progress=progress)
+    results = {
+        "checkpoint": str(checkpoint),
+        "config": asdict(config),
+        "dtype": str(jax.tree.leaves(nnx.state(model))[0].dtype),
+        "backend": jax.default_backend(),
+        "devices": jax.device_count(),
+        "items": len(items),
+        "unfinished": sum(not answer.finished for answer in answers),
+        "measures": measure(items, [answer.text for answer in answers]),
+    }
+    return Evaluation(items, answers, results)
+
+
+def require_writable(*paths: Path | None) -> None:
+    """Makes the directories of files that are to be written, and finds out now rather than at the end if it can't."""
+    for path in filter(None, paths):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            open(path, "ab").close()
+        except OSError as error:
+            raise MossAudioError(
+                f"{path}: expected a file that can be written, found '{error.strerror}'; choose another."
+            ) from error

@@ -1,0 +1,214 @@
+"""The parameters that a run starts from: a part of the model from each checkpoint that is named, the rest random.
+
+    checkpoint       all that no other option gives
+    encoder          the audio encoder alone; neither the adapter nor the DeepStack mergers
+    language_model   the language model and its head, of MOSS-Audio or of stock Qwen3
+
+Every parameter is made or read where it will lie, in the dtype it will have, and nothing is made that is read.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from moss_audio_jax.checkpoint import abstract_parameters, assemble, files_directory, layout_of, restore
+from moss_audio_jax.config import MODEL_TYPES, PRESETS, EncoderConfig, LanguageConfig, MossAudioConfig, read_json
+from moss_audio_jax.errors import MossAudioError
+from moss_audio_jax.model import MossAudio
+from moss_audio_jax.released import EMBEDDING, Qwen3Checkpoint, ReleasedCheckpoint
+from train.optimizer import Parameters
+from train.step import parameters_of
+
+HEAD = "lm_head.kernel"
+# Path -> shape, dtype and place of a parameter that is to be read or made.
+Wanted = dict[str, jax.ShapeDtypeStruct]
+
+# A part may differ in these from the model it becomes part of: its parameters mean the same. (Dropout is the run's
+# choice, the taps are the mergers' affair, Qwen3's longest position limits nothing here.)
+UNCOMPARED = (
+    "dropout",
+    "attention_dropout",
+    "activation_dropout",
+    "deepstack_encoder_layer_indexes",
+    "max_position_embeddings",
+    "initializer_range",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSource:
+    """Where the first parameters come from. What no checkpoint gives is random."""
+
+    checkpoint: str | None = None
+    """A MOSS-Audio directory, released or Orbax, or a training run: its configuration, parameters and tokenizer."""
+    preset: str = "4b"
+    """Without a checkpoint: the configuration of this size (4b, 8b, small or tiny)."""
+    encoder: str | None = None
+    """A MOSS-Audio checkpoint that gives the audio encoder, without adapter and mergers."""
+    language_model: str | None = None
+    """A MOSS-Audio checkpoint or stock Qwen3 weights that give the language model and its head."""
+    tokenizer: str | None = None
+    """A directory of tokenizer files, if they are not those of the checkpoint or else of the language model; `learned`
+    makes some for a small model, bytes and merges that the first texts of the mixture are made of."""
+
+    def __post_init__(self):
+        if self.preset not in PRESETS:
+            raise MossAudioError(f"model.preset must be one of {', '.join(PRESETS)}, not {self.preset!r}")
+
+    @property
+    def tokenizer_source(self) -> str | None:
+        """What `tokenizer` says, or the directory that has one; None if nothing names any."""
+        return self.tokenizer or self.checkpoint or self.language_model
+
+
+def model_config(source: ModelSource) -> MossAudioConfig:
+    """The checkpoint's configuration, or the preset's; `first_parameters` compares that of other parts with it."""
+    if source.checkpoint is None:
+        return MossAudioConfig.preset(source.preset)
+    layout_of(source.checkpoint)  # says what a directory lacks that is none
+    return MossAudioConfig.from_hf(files_directory(source.checkpoint))
+
+
+def first_parameters(
+    source: ModelSource,
+    config: MossAudioConfig,
+    *,
+    dtypes: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    mesh: Mesh | None = None,
+) -> Parameters:
+    """All parameters by path, each on its devices.
+
+    config: `model_config(source)`. dtypes: by path; float32 where nothing is said.
+    Of a safetensors directory the host holds one stacked parameter at a time; from Orbax each device's shard is read
+    straight onto it. A random parameter depends on the seed and the configuration alone: neither on the mesh nor on
+    what else is read.
+    Raises MossAudioError, before any parameter is read, for a part of other sizes than `config` with all differences,
+    and for a directory whose files don't fit its own configuration.
+    """
+    abstract = abstract_parameters(config, jnp.float32, mesh)
+    abstract |= {path: abstract[path].update(dtype=jnp.dtype(dtype)) for path, dtype in (dtypes or {}).items()}
+    parts = _open_parts(source)
+    _check_parts(parts, config)
+    parameters: Parameters = {}
+    for part in parts:
+        missing = {path: leaf for path, leaf in abstract.items() if path not in parameters}
+        parameters |= _read(part, {path: leaf for path, leaf in missing.items() if path.startswith(part.prefixes)})
+    missing = {path: leaf for path, leaf in abstract.items() if path not in parameters}
+    if missing:
+        parameters |= random_parameters(config, missing, seed)
+    return {path: parameters[path] for path in abstract}
+
+
+def random_parameters(config: MossAudioConfig, wanted: Wanted, seed: int) -> Parameters:
+    """These parameters of the random model of a seed; XLA drops the others from the program."""
+
+    def make() -> Parameters:
+        parameters = parameters_of(MossAudio(config, rngs=nnx.Rngs(seed)))
+        return {path: parameters[path].astype(leaf.dtype) for path, leaf in wanted.items()}
+
+    return jax.jit(make, out_shardings={path: leaf.sharding for path, leaf in wanted.items()})()
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Parameters that one checkpoint gives.
+
+    option: of ModelSource. prefixes: of the parameters' paths. tied: the head is the embedding.
+    audio_config, language_config: what they must agree with the model in. read: parameters of the checkpoint.
+    """
+
+    option: str
+    directory: str
+    prefixes: tuple[str, ...]
+    audio_config: EncoderConfig | None
+    language_config: LanguageConfig | None
+    tied: bool
+    read: Callable[[Wanted], Parameters]
+
+
+def _open_parts(source: ModelSource) -> list[Part]:
+    """Those that a run names, a parameter belonging to the first that has it; headers are read and no tensors."""
+    parts = []
+    if source.encoder is not None:
+        part = _open_moss_audio("encoder", source.encoder, ("audio_encoder.",))
+        parts.append(dataclasses.replace(part, language_config=None))
+    if source.language_model is not None:
+        parts.append(_open_language_model(source.language_model))
+    if source.checkpoint is not None:
+        parts.append(_open_moss_audio("checkpoint", source.checkpoint, ("",)))
+    return parts
+
+
+def _open_language_model(directory: str) -> Part:
+    prefixes = ("language_model.", "lm_head.")
+    layout_of(directory)
+    config = files_directory(directory) / "config.json"
+    kind = read_json(config).get("model_type") if config.exists() else None
+    if kind not in (None, "qwen3", *MODEL_TYPES):
+        raise MossAudioError(
+            f"model.language_model {directory} holds a model of type {kind!r}: give a MOSS-Audio checkpoint, or one "
+            "of Qwen3 (model_type 'qwen3')"
+        )
+    if kind != "qwen3":
+        part = _open_moss_audio("language_model", directory, prefixes)
+        return dataclasses.replace(part, audio_config=None)
+    qwen3 = Qwen3Checkpoint(directory)
+    read = functools.partial(assemble, qwen3)
+    return Part("language_model", directory, prefixes, None, qwen3.config, qwen3.tied, read)
+
+
+def _open_moss_audio(option: str, directory: str, prefixes: tuple[str, ...]) -> Part:
+    if layout_of(directory) == "orbax":
+        config = MossAudioConfig.from_hf(files_directory(directory))
+        read = functools.partial(restore, directory, config)
+    else:
+        released = ReleasedCheckpoint(directory)
+        config, read = released.config, functools.partial(assemble, released)
+    return Part(
+        option, directory, prefixes, config.audio_config, config.language_config, config.tie_word_embeddings, read
+    )
+
+
+def _check_parts(parts: list[Part], config: MossAudioConfig) -> None:
+    """Compares what every part says of itself with the model; raises with all differences."""
+    problems = []
+    for part in parts:
+        found = _differences(part.audio_config, config.audio_config)
+        found += _differences(part.language_config, config.language_config)
+        if part.language_config is not None and config.tie_word_embeddings and not part.tied:
+            found.append("tie_word_embeddings is False where the model has True")
+        problems += [f"model.{part.option} {part.directory}: {difference}" for difference in found]
+    if problems:
+        raise MossAudioError(
+            f"the parts don't make one model: {'; '.join(problems)}; choose model.preset or model.checkpoint of the "
+            "parts' sizes, or other parts"
+        )
+
+
+def _differences(part: Any, model: Any) -> list[str]:
+    if part is None:
+        return []
+    names = [field.name for field in dataclasses.fields(part) if field.name not in UNCOMPARED]
+    return [
+        f"{name} is {getattr(part, name)} where the model has {getattr(model, name)}"
+        for name in names
+        if getattr(part, name) != getattr(model, name)
+    ]
+
+
+def _read(part: Part, wanted: Wanted) -> Parameters:
+    """A part's parameters; a head that the checkpoint does not have starts as the embedding that it is tied to."""
+    head = wanted.get(HEAD)
+    if head is None or not part.tied:
+        return part.read(wanted)
+    parameters = part.read({path: leaf for path, leaf in wanted.items() if path != HEAD})
+    # Read once more, since one may be frozen, in bfloat16, and the other not.
+    embedding = part.read({EMBEDDING: wanted[EMBEDDING].update(dtype=head.dtype)})[EMBEDDING]
+    return parameters | {HEAD: jax.jit(jnp.transpose, out_shardings=head.sharding)(embedding)}

@@ -1,0 +1,411 @@
+"""What a person sees of a run, on stderr and in its directory:
+
+    out/metrics.jsonl    a line for every step; JSON has no NaN, so what is not finite is null
+    out/scores.jsonl     a line for every evaluation
+    out/samples.jsonl    a line for every sample that an evaluation shows
+    out/tensorboard/     all of it, for TensorBoard
+    out/wandb_run.txt    on request: the id of the run in Weights & Biases, which a resumed run goes on with
+    out/profile/         on request: a trace of a few steps, for TensorBoard or XProf
+
+Only the first process prints and writes. A run that was killed made steps after its last checkpoint, which are run
+again: their lines are cut off, and TensorBoard is told to forget them.
+"""
+
+import datetime
+import json
+import math
+import os
+import struct
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
+from tensorboardX.summary import text as text_summary
+
+from moss_audio_jax.config import read_json
+from moss_audio_jax.errors import MossAudioError
+from train.config import CONFIG_FILE
+from train.flops import CONVENTION
+
+METRICS_FILE = "metrics.jsonl"
+SCORES_FILE = "scores.jsonl"
+SAMPLES_FILE = "samples.jsonl"
+TENSORBOARD = "tensorboard"
+WANDB_FILE = "wandb_run.txt"
+PROFILE = "profile"
+
+Values = Mapping[str, float]
+
+
+class ShownSample(NamedTuple):
+    """An answer of the model beside what was asked and expected. figure: a PNG file that goes with it."""
+
+    name: str
+    question: str
+    reference: str
+    prediction: str
+    figure: Path | None = None
+
+
+class Report:
+    """Takes the metrics of every step. They are fetched while the next step runs, so no step waits for them.
+
+    start: the step the run goes on from. batch_tokens: places for tokens in a global batch, padding included.
+    peak_flops: bfloat16 FLOP/s of all devices (`chips.peak_flops`); None shows FLOP/s rather than MFU.
+    wandb: a project in Weights & Biases.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        *,
+        start: int,
+        last_step: int,
+        log_every: int,
+        max_skipped_in_a_row: int,
+        batch_tokens: int,
+        peak_flops: float | None = None,
+        wandb: str | None = None,
+    ):
+        self._out, self._max_skipped, self._peak_flops = out, max_skipped_in_a_row, peak_flops
+        self._sinks: list[_Sink] = []
+        if jax.process_index() == 0:
+            with _writing_into(out):
+                self._sinks += [_WeightsAndBiases(out, wandb)] if wandb else []
+                self._sinks += [_Lines(out, start), _TensorBoard(out, start)]
+            self._sinks.append(_Progress(start, last_step, log_every, batch_tokens, peak_flops))
+        self._pending: tuple[int, Mapping[str, jax.Array], Values] | None = None
+        self._last = time.perf_counter()
+
+    def __enter__(self) -> "Report":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        try:
+            self.flush()
+        finally:
+            with _writing_into(self._out):
+                for sink in self._sinks:
+                    sink.close()
+
+    def add(self, step: int, metrics: Mapping[str, jax.Array], host: Values) -> None:
+        """Takes a step that was started, and writes the one before.
+
+        metrics: of `train_step`. host: what the host knows, with `data_wait` (seconds), `token_fill` and, where it is
+        known, `model_flops` (`flops.step_flops`).
+        """
+        self.flush()
+        self._pending = step, metrics, host
+
+    def flush(self) -> None:
+        """Waits for the last step that was added; raises MossAudioError if too many in a row were skipped."""
+        if self._pending is None:
+            return
+        step, metrics, host = self._pending
+        self._pending = None
+        values = {name: value.item() for name, value in jax.device_get(metrics).items()}
+        now = time.perf_counter()
+        seconds, self._last = now - self._last, now
+        line = {"step_seconds": seconds, **values, **host}
+        if self._peak_flops is not None and "model_flops" in host:
+            line["mfu"] = host["model_flops"] / (seconds * self._peak_flops)
+        with _writing_into(self._out):
+            for sink in self._sinks:
+                sink.write(step, line)
+        if values["skipped_in_a_row"] >= self._max_skipped:
+            raise MossAudioError(
+                f"step {step}: {values['skipped_in_a_row']} steps in a row were skipped (loss {values['loss']}, "
+                f"gradient norm {values['grad_norm']}); look at {self._out / METRICS_FILE}, and lower the learning "
+                "rate or mend the data in a new run"
+            )
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """For what is done between steps, such as an evaluation: its time is no step's."""
+        self.flush()
+        began = time.perf_counter()
+        yield
+        self._last += time.perf_counter() - began
+
+    def add_scores(self, step: int, scores: Values) -> None:
+        """Shows what an evaluation after this step found, by names such as `eval/loss`."""
+        with _writing_into(self._out):
+            for sink in self._sinks:
+                sink.write_scores(step, scores)
+
+    def add_samples(self, step: int, samples: Sequence[ShownSample]) -> None:
+        """Shows answers of the model after this step."""
+        with _writing_into(self._out):
+            for sink in self._sinks:
+                sink.write_samples(step, samples)
+
+
+@contextmanager
+def _writing_into(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise MossAudioError(
+            f"the run's records can't be written into {out} ({error}): make room or give access, and run the same "
+            "command to go on"
+        ) from error
+
+
+class _Sink:
+    """Where a run's figures go, at once. What a sink has no use for, it ignores."""
+
+    def write(self, step: int, line: Values) -> None: ...
+
+    def write_scores(self, step: int, scores: Values) -> None: ...
+
+    def write_samples(self, step: int, samples: Sequence[ShownSample]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class _Lines(_Sink):
+    """The files of lines."""
+
+    def __init__(self, out: Path, start: int):
+        self._out = out
+        self._files = {name: _open_after(out / name, start) for name in (METRICS_FILE, SCORES_FILE, SAMPLES_FILE)}
+
+    def _write(self, name: str, lines: Iterable[Mapping[str, Any]]) -> None:
+        self._files[name].writelines(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines)
+        self._files[name].flush()
+
+    def write(self, step: int, line: Values) -> None:
+        self._write(METRICS_FILE, [{"step": step} | _finite(line)])
+
+    def write_scores(self, step: int, scores: Values) -> None:
+        self._write(SCORES_FILE, [{"step": step} | _finite(scores)])
+
+    def write_samples(self, step: int, samples: Sequence[ShownSample]) -> None:
+        lines = []
+        for sample in samples:
+            figure = sample.figure and os.path.relpath(sample.figure, self._out)
+            lines.append({"step": step} | sample._asdict() | {"figure": figure})
+        self._write(SAMPLES_FILE, lines)
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+
+
+def _finite(values: Values) -> dict[str, float | None]:
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
+
+
+def _open_after(path: Path, step: int) -> Any:
+    """Opens a file of lines to append to, without those of later steps and one that was cut off."""
+    if path.exists():
+        partial = path.with_suffix(".partial")
+        with open(path, encoding="utf-8") as file, open(partial, "w", encoding="utf-8") as kept:
+            kept.writelines(_lines_until(file, step, path))
+        partial.replace(path)
+    return open(path, "a", encoding="utf-8")
+
+
+def _lines_until(file: Iterable[str], step: int, path: Path) -> Iterator[str]:
+    for number, line in enumerate(file, start=1):
+        if not line.endswith("\n"):  # the last one, as a kill leaves it
+            return
+        try:
+            later = json.loads(line)["step"] > step
+        except (ValueError, KeyError, TypeError) as error:
+            raise MossAudioError(
+                f"{path}, line {number}: expected a JSON object with a step, found {line[:80].rstrip()!r}; "
+                "move the file away or remove the line"
+            ) from error
+        if later:
+            return
+        yield line
+
+
+class _TensorBoard(_Sink):
+    """An event file, written at once: the writer in a thread of its own would block for good if the disk were full."""
+
+    def __init__(self, out: Path, start: int):
+        directory = out / TENSORBOARD
+        directory.mkdir(parents=True, exist_ok=True)
+        self._writer = EventsWriter(str(directory / "events"), f".{os.getpid()}.{start}")
+        # TensorBoard drops what other event files of the directory hold from this step on.
+        self._write(Event(step=start + 1, session_log=SessionLog(status=SessionLog.START)))
+
+    def _write(self, event: Event) -> None:
+        event.wall_time = time.time()
+        self._writer.write_event(event)
+
+    def write(self, step: int, line: Values) -> None:
+        self.write_scores(step, {_tag(name): value for name, value in line.items()})
+
+    def write_scores(self, step: int, scores: Values) -> None:
+        scalars = [Summary.Value(tag=name, simple_value=value) for name, value in scores.items()]
+        self._write(Event(step=step, summary=Summary(value=scalars)))
+        self._writer.flush()
+
+    def write_samples(self, step: int, samples: Sequence[ShownSample]) -> None:
+        for sample in samples:
+            tag = f"samples/{sample.name}"
+            fields = (("Question", sample.question), ("Expected", sample.reference), ("Answer", sample.prediction))
+            text = "\n\n".join(f"**{title}**\n\n{_as_code(field)}" for title, field in fields)
+            self._write(Event(step=step, summary=text_summary(tag, text)))
+            if sample.figure is not None:
+                value = Summary.Value(tag=tag, image=_png(sample.figure))
+                self._write(Event(step=step, summary=Summary(value=[value])))
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def _tag(name: str) -> str:
+    """TensorBoard groups by what is before the first slash."""
+    return name if "/" in name else f"train/{name}"
+
+
+def _as_code(text: str) -> str:
+    """Markdown that shows a text as it is."""
+    return "\n".join(f"    {line}" for line in text.splitlines()) or "    "
+
+
+def _png(path: Path) -> Summary.Image:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise MossAudioError(f"{path} can't be read ({error}): give the PNG file of a figure") from error
+    if content[:8] != b"\x89PNG\r\n\x1a\n" or len(content) < 26:
+        raise MossAudioError(f"{path}: expected a PNG image, found something else; give the file of one")
+    width, height, _, kind = struct.unpack(">IIBB", content[16:26])
+    channels = {0: 1, 4: 2, 6: 4}.get(kind, 3)
+    return Summary.Image(height=height, width=width, colorspace=channels, encoded_image_string=content)
+
+
+class _WeightsAndBiases(_Sink):
+    """A run in Weights & Biases. It ignores steps it has already; those that are run again have the same numbers."""
+
+    def __init__(self, out: Path, project: str):
+        try:
+            import wandb  # pyright: ignore[reportMissingImports]
+        except ImportError as error:
+            raise MossAudioError(
+                f"the project {project!r} asks for Weights & Biases, which is not installed: "
+                "pip install 'moss-audio-jax[wandb]', or leave loop.wandb out"
+            ) from error
+        id_file = out / WANDB_FILE
+        known = id_file.read_text("utf-8").strip() if id_file.exists() else None
+        config = read_json(out / CONFIG_FILE)
+        self._run = wandb.init(project=project, id=known, resume="allow", dir=str(out), config=config)
+        id_file.write_text(self._run.id + "\n", "utf-8")
+
+    def write(self, step: int, line: Values) -> None:
+        self._run.log(dict(line), step=step)
+
+    def write_scores(self, step: int, scores: Values) -> None:
+        self._run.log(dict(scores), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class _Progress(_Sink):
+    """Lines on stderr. Rates are over the steps since the line before; the first step, which compiles, is left out."""
+
+    def __init__(self, start: int, last_step: int, log_every: int, batch_tokens: int, peak_flops: float | None):
+        self._first, self._last_step, self._log_every = start + 1, last_step, log_every
+        self._batch_tokens, self._peak_flops = batch_tokens, peak_flops
+        self._unprinted: list[Values] = []
+        if peak_flops is None:
+            self._print(f"FLOP/s: {CONVENTION}; no peak is known for these devices")
+        else:
+            self._print(f"MFU: {CONVENTION}, over the bf16 peak of {peak_flops / 1e12:,.0f} TFLOP/s")
+
+    def _print(self, line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    def write(self, step: int, line: Values) -> None:
+        if step != self._first:
+            self._unprinted.append(line)
+        if step % self._log_every == 0 or step == self._last_step:
+            figures = self._rates(step) if self._unprinted else [f"{line['step_seconds']:.1f} s with compilation"]
+            loss, skipped = f"loss {line['loss']:.4f}", f"skipped {line['skipped_total']}"
+            self._print("  ".join([f"step {step}/{self._last_step}", loss, skipped, *figures]))
+            self._unprinted = []
+
+    def _rates(self, step: int) -> list[str]:
+        seconds, wait, fill, flops = (
+            sum(line.get(name, 0.0) for line in self._unprinted)
+            for name in ("step_seconds", "data_wait", "token_fill", "model_flops")
+        )
+        rates = [f"{fill * self._batch_tokens / seconds:,.0f} tokens/s"]
+        if flops and self._peak_flops is None:
+            rates.append(f"{flops / seconds / 1e9:,.1f} GFLOP/s")
+        elif flops and self._peak_flops is not None:
+            rates.append(f"MFU {flops / seconds / self._peak_flops:.1%}")
+        left = datetime.timedelta(seconds=round((self._last_step - step) * seconds / len(self._unprinted)))
+        return [*rates, f"data wait {wait / seconds:.0%}", f"{left} left"]
+
+    def write_scores(self, step: int, scores: Values) -> None:
+        self._print("  ".join([f"step {step}", *(f"{name} {value:.4g}" for name, value in scores.items())]))
+
+    def write_samples(self, step: int, samples: Sequence[ShownSample]) -> None:
+        for sample in samples:
+            self._print(f"step {step}, {sample.name}: {_short(sample.question)}")
+            self._print(f"  expected  {_short(sample.reference)}")
+            self._print(f"  answer    {_short(sample.prediction)}")
+
+
+def _short(text: str, width: int = 100) -> str:
+    """One line of a text that may have several, without what a terminal would obey."""
+    line = "".join(letter if letter.isprintable() else " " for letter in " ".join(text.split()))
+    return line if len(line) <= width else line[: width - 3] + "..."
+
+
+class Profile:
+    """Records a trace of the steps first..first+count-1 into out/profile, for TensorBoard's profiler or XProf.
+
+        with Profile(out, first, count) as profile:
+            profile.before(step)
+            ... start the step ...
+            profile.after(step, metrics)
+
+    It waits for the last of them, and for no other step. A run that ends earlier has a trace of what there was; no
+    trace is made of 0 steps.
+    """
+
+    def __init__(self, out: Path, first: int, count: int):
+        if first < 1 or count < 0:
+            raise MossAudioError(
+                f"a profile starts at step 1 or later and has 0 steps or more, not {first} and {count}"
+            )
+        self._directory, self._steps = out / PROFILE, range(first, first + count)
+        self._recording = False
+
+    def __enter__(self) -> "Profile":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._stop()
+
+    def before(self, step: int) -> None:
+        if step in self._steps and not self._recording and jax.process_index() == 0:
+            jax.profiler.start_trace(str(self._directory))
+            self._recording = True
+
+    def after(self, step: int, result: Any) -> None:
+        """result: arrays that the step computes."""
+        if self._recording and step >= self._steps[-1]:
+            jax.block_until_ready(result)
+            self._stop()
+
+    def _stop(self) -> None:
+        if self._recording:
+            self._recording = False
+            jax.profiler.stop_trace()
