@@ -29,7 +29,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv .venv
 
 .venv/core: $(BIN)/python pyproject.toml
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[plot]'
 	touch $@
 
 .venv/test: $(BIN)/python pyproject.toml

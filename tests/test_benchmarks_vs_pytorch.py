@@ -52,6 +52,7 @@ def checkpoint(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
+@pytest.mark.slow
 def test_every_row_of_the_model(checkpoint: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(vs_pytorch, "NEW_TOKENS", 3)
     rows = list(vs_pytorch.rows(checkpoint, repeats=2, short=1, long=2))

@@ -205,7 +205,7 @@ RECIPES: dict[str, RunConfig] = {
             scenes=SceneGroupConfig(1.0, SceneConfig(seconds=(4.0, 4.0), events=(1, 2), tasks=("timeline",)))
         ),
         optimizer=OptimizerConfig(
-            learning_rate=3e-3, total_steps=600, warmup_steps=50, b2=0.98, weight_decay=0.01, final_fraction=0.05
+            learning_rate=3e-3, total_steps=480, warmup_steps=50, b2=0.98, weight_decay=0.01, final_fraction=0.05
         ),
         step=StepConfig(compute_dtype="float32", remat="full", loss_chunk=208, heard_weight=0.5, spike_sigma=0.0),
         loop=LoopConfig(checkpoint_every=200),

@@ -35,7 +35,7 @@ class DistributedConfig:
     """How this process finds the others of its run; by default there are none."""
 
     distributed: bool = False
-    """The run is of several processes. TPU pods, Slurm and Open MPI say which; elsewhere give the next three options."""
+    """The run is of several processes. TPU pods, Slurm and Open MPI say which; elsewhere give all of the next three."""
     coordinator: str | None = None
     """HOST:PORT of process 0, where the processes meet."""
     num_processes: int | None = None

@@ -117,6 +117,35 @@ def test_accumulation_equals_the_big_batch(parameters, graphdef, one_step):
     same_step(train_step(graphdef, EXACT, EVERYTHING, start(parameters), quarters), one_step, 1e-5)
 
 
+def test_what_is_heard_is_learned_beside_the_answers(parameters, graphdef, one_step):
+    """At weight 0 nothing changes; else the gradient is the sum of both losses', and only labelled tokens count."""
+    batch = make_batch()
+    heard = np.where(batch.inputs.audio_slots >= 0, 7, -1)
+    heard[..., ::2] = -1
+    labelled = dataclasses.replace(batch, heard=heard)
+    same_step(train_step(graphdef, EXACT, EVERYTHING, start(parameters), labelled), one_step, 1e-6)
+
+    listening = dataclasses.replace(EXACT, heard_weight=0.5)
+    state, metrics = host(train_step(graphdef, listening, EVERYTHING, start(parameters), labelled))
+    np.testing.assert_allclose(metrics["loss"], one_step[1]["loss"], rtol=1e-6)
+
+    def heard_loss(parameters):
+        model = build_model(CONFIG, parameters)
+        inputs = jax.tree.map(lambda x: x[0], batch.inputs)
+        x, deepstack = model.embed(inputs)
+        read = model.language_model(x, inputs.positions, inputs.segment_ids, deepstack)
+        losses = [-jax.nn.log_softmax(model.logits(at))[..., 7] for at in (model.language_model.norm(x), read)]
+        return sum(jnp.mean(loss, where=heard[0] >= 0) for loss in losses), losses[1]
+
+    with jax.default_matmul_precision("highest"):
+        (_, last), gradients = jax.jit(jax.value_and_grad(heard_loss, has_aux=True))(dict(parameters))
+    np.testing.assert_allclose(metrics["heard_loss"], np.mean(last, where=heard[0] >= 0), rtol=1e-5)
+    answers, both = gradients_of(one_step[0]), gradients_of(state)
+    for path, gradient in gradients.items():
+        expected = answers[path] + 0.5 * np.asarray(gradient)
+        np.testing.assert_allclose(both[path], expected, atol=1e-5 * np.abs(expected).max(), err_msg=path)
+
+
 def test_a_batch_that_does_not_divide_is_refused():
     with pytest.raises(MossAudioError, match="8 sequences can't be cut into 3"):
         split_microbatches(jax.tree.map(lambda x: x[0], make_batch()), 3)
