@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 export JAX_PLATFORMS ?= cpu
+# Tests start processes that need the same programs: each is compiled once.
+test: export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.venv/compiled
 
 .PHONY: demo test check format clean
 
@@ -9,7 +11,7 @@ demo: .venv/core
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash runs/demo.sh demo-out
 
 test: check
-	$(BIN)/python -m pytest -m "not slow and not alone"
+	$(BIN)/python -m pytest -m "not slow and not alone" --numprocesses 2 --dist loadfile
 	$(BIN)/python -m pytest -m alone tests/train
 
 check: .venv/test

@@ -10,6 +10,7 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_p
 # as few threads as cores they can block for good, until XLA aborts the process.
 os.environ.setdefault("NPROC", "32")
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -24,6 +25,13 @@ TESTS = Path(__file__).parent
 TINY_AUDIO_ID = 511  # tests/data/tiny has no processor_config.json to say so
 
 jax.config.update("jax_default_matmul_precision", "highest")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def without_the_programs_of_other_modules() -> Iterator[None]:
+    """Every compiled program holds memory maps, of which a process may have 65,530: past them XLA crashes."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

@@ -85,6 +85,7 @@ def check(manifest: tyro.conf.Positional[Path], /) -> None:
 def run_command(arguments: list[str]) -> Callable[..., None]:
     """The command `run`; the recipe that the arguments name gives its options their defaults."""
     from train.config import RECIPES, RecipeName, RunConfig
+    from train.distributed import DistributedConfig, join
 
     scan = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     scan.add_argument("--recipe", default=next(iter(RECIPES)))
@@ -95,6 +96,7 @@ def run_command(arguments: list[str]) -> Callable[..., None]:
         recipe: RecipeName,
         out: Path,
         config: Annotated[RunConfig, tyro.conf.arg(name="")] = recipe_config,
+        processes: Annotated[DistributedConfig, tyro.conf.arg(name="")] = DistributedConfig(),
     ) -> None:
         """Trains, and goes on from the newest checkpoint in the directory if there is one.
 
@@ -104,21 +106,28 @@ def run_command(arguments: list[str]) -> Callable[..., None]:
             recipe: Where the other options get their defaults.
             out: The directory of the run: config.json, metrics.jsonl, checkpoints/.
             config: What the recipe says, and may be said otherwise.
+            processes: How the processes of a run find each other, if there are several.
         """
+        join(processes)  # before anything else of JAX
         _train(config, out)
 
     return run
 
 
 def _train(config: "RunConfig", out: Path) -> None:
+    import jax
+
     from train.loop import train
 
     logging.basicConfig(format="%(message)s", force=True)  # names the examples that are skipped
     outcome = train(config, out)
+    first = jax.process_index() == 0
     if outcome.preempted:
-        print(f"stopped after step {outcome.step}, which is saved: run the same command to go on", file=sys.stderr)
+        if first:
+            print(f"stopped after step {outcome.step}, which is saved: run the same command to go on", file=sys.stderr)
         sys.exit(PREEMPTED)
-    print(f"{out}: trained to step {outcome.step}")
+    if first:
+        print(f"{out}: trained to step {outcome.step}")
 
 
 def evaluate_command() -> Callable[..., None]:
