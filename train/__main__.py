@@ -89,6 +89,7 @@ def run_command(arguments: list[str]) -> Callable[..., None]:
 
     scan = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     scan.add_argument("--recipe", default=next(iter(RECIPES)))
+    one_process = DistributedConfig()
     recipe_config = RECIPES.get(scan.parse_known_args(arguments)[0].recipe, next(iter(RECIPES.values())))
 
     def run(
@@ -96,7 +97,7 @@ def run_command(arguments: list[str]) -> Callable[..., None]:
         recipe: RecipeName,
         out: Path,
         config: Annotated[RunConfig, tyro.conf.arg(name="")] = recipe_config,
-        processes: Annotated[DistributedConfig, tyro.conf.arg(name="")] = DistributedConfig(),
+        processes: Annotated[DistributedConfig, tyro.conf.arg(name="")] = one_process,
     ) -> None:
         """Trains, and goes on from the newest checkpoint in the directory if there is one.
 
