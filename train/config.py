@@ -151,6 +151,8 @@ class LoopConfig:
             "max_skipped_in_a_row",
             "log_every",
             "evaluate_every",
+            "evaluate_count",
+            "evaluate_tokens",
         ):
             value = getattr(self, name)
             if value is not None and value < 1:

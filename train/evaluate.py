@@ -25,7 +25,7 @@ import tyro
 from flax import nnx
 from tqdm import tqdm
 
-from moss_audio_jax.audio import SAMPLE_RATE, num_audio_tokens
+from moss_audio_jax.audio import SAMPLE_RATE
 from moss_audio_jax.checkpoint import load_model
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.generate import Sampling, generate
@@ -33,9 +33,10 @@ from moss_audio_jax.inputs import ModelInputs, make_inputs
 from moss_audio_jax.model import MossAudio
 from moss_audio_jax.processor import Processor, load_processor
 from moss_audio_jax.sharding import make_mesh
-from moss_audio_jax.tokens import Turn, build_conversation
+from moss_audio_jax.tokens import build_conversation
 from train.benchmarks import LAYOUTS
 from train.data.manifest import Clip
+from train.data.samples import TOKENS_PER_SECOND, turns_and_mels
 from train.data.scenes import SceneConfig
 from train.metrics import (
     EventCounts,
@@ -151,16 +152,7 @@ def _batches(
 
 def _encode(processor: Processor, item: Item, time_markers: bool | None) -> tuple[list[int], list[np.ndarray]]:
     """Ids of a prompt, and the mels of its clips."""
-    mels, turns = [], []
-    for message in item.turns:
-        pieces: list[str | int] = []
-        for piece in message.content:
-            if isinstance(piece, Clip):
-                mels.append(_named(piece.name, processor.mel, piece.wave()))
-                pieces.append(num_audio_tokens(mels[-1].shape[1]))
-            else:
-                pieces.append(piece)
-        turns.append(Turn(message.role, pieces))
+    turns, mels = turns_and_mels(item.turns, lambda clip: _named(clip.name, processor.mel, clip.wave()))
     encode = partial(build_conversation, time_markers=time_markers, processor=processor.config.processor)
     return _named(item.name, encode, processor.tokenizer, turns).ids, mels
 
@@ -173,14 +165,13 @@ def _named(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
         raise MossAudioError(f"{name}: {error}") from error
 
 
-_TOKENS_PER_SECOND = 12.5
 _CHARACTERS_PER_TOKEN = 4
 
 
 def _length(item: Item) -> float:
     """Roughly how many tokens a prompt has; no audio is decoded for it."""
     characters = sum(len(piece) for turn in item.turns for piece in turn.content if isinstance(piece, str))
-    return characters / _CHARACTERS_PER_TOKEN + _TOKENS_PER_SECOND * sum(map(_seconds, item.clips))
+    return characters / _CHARACTERS_PER_TOKEN + TOKENS_PER_SECOND * sum(map(_seconds, item.clips))
 
 
 def _seconds(clip: Clip) -> float:

@@ -40,9 +40,10 @@ class StepConfig:
 
     remat: what the backward pass recomputes, a key of `layers.REMAT_POLICIES`; "none" where memory allows.
     z_loss: the weight of log(Z)^2, see `loss.chunked_cross_entropy`; loss_chunk: its chunk.
-    heard_weight: of a second loss, by which the audio's embeddings learn to resemble, through the language model's last
-        norm and head, the word for what is heard at each of them or when that is (`TrainingBatch.heard`). It teaches a
-        model from nothing to listen long before its answers could; 0 leaves it out.
+    heard_weight: of a second loss, by which the audio's embeddings and the last hidden states at its tokens learn to
+        name, through the language model's last norm and head, what is heard at each of them or when that is
+        (`TrainingBatch.heard`). It teaches a model from nothing to listen long before its answers could; 0 leaves it
+        out. The metrics heard_loss and heard_accuracy are those of the last hidden states.
     encoder_dropout: at the rates of the model's configuration.
     spike_sigma: a loss or gradient norm this many standard deviations above its mean is a spike; 0 lets all through.
     spike_window: how many steps that mean looks back; nothing counts as a spike before half of them.

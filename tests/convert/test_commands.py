@@ -215,13 +215,17 @@ def test_conversions_stream(large):
 def test_killed_conversion_leaves_no_target(large, sent):
     target = large / "killed"
     command = [sys.executable, "-m", "convert", "to-orbax", str(large / "released"), str(target)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not list(large.glob("killed.partial-*/params*/*")) and process.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(sent)
-    _, err = process.communicate(timeout=120)
+    for _attempt in range(5):
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        deadline = time.monotonic() + 120
+        while not list(large.glob("killed.partial-*/params*/*")) and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        process.send_signal(sent)
+        _, err = process.communicate(timeout=120)
+        if process.returncode != 0:
+            break
+        shutil.rmtree(target)  # on a busy machine the conversion may be done before the signal is sent
     assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}[sent]
     assert "Traceback" not in err
     assert not target.exists()

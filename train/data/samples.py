@@ -1,6 +1,6 @@
 """One example as the model reads it: decoded, log-mel, tokenised, with the tokens to learn marked."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import ml_dtypes
@@ -63,6 +63,8 @@ class SampleMaker:
         self._tokenizer = tokenizer
         self._config = config
         self.time_markers = config.processor.enable_time_marker if time_markers is None else time_markers
+        self._quiet, self._begins, self._ends = (tokenizer.encode(mark)[0] for mark in ".[]")
+        self._digits = np.array([tokenizer.encode(str(digit))[0] for digit in range(10)], np.int32)
 
     def __call__(
         self, example: Example, rng: np.random.Generator, objectives: Mapping[str, float] | None = None
@@ -94,25 +96,24 @@ class SampleMaker:
         return Sample(name, replace(inputs, audio_chunks=chunks), np.asarray(learned, bool), heard, num_chunks)
 
     def _heard(self, slots: np.ndarray, labels: Sequence[TimedText], rng: np.random.Generator) -> np.ndarray:
-        """Ids [tokens] at the audio tokens of a labelled clip, each of them one of two things by chance.
+        """Ids [tokens] at the audio tokens of a labelled clip, each of them one of three things by chance.
 
-        What is heard: the first id of the label's text, "[" and "]" where it begins and ends, "." where nothing is.
-        When it is: the digit of the tenths of a second in the middle of the token.
+        Half of them say what is heard: the first id of the label's text, "[" and "]" where it begins and ends, "."
+        where nothing is. The others say when that is, at the middle of the token: the digit of the tenths of a second,
+        or that of the whole seconds.
         """
         heard = np.full(len(slots), -1, np.int32)
         if not labels:
             return heard
         audio = np.flatnonzero(slots >= 0)
         times = (slots[audio] + 0.5) / TOKENS_PER_SECOND
-        quiet, begins, ends = (self._tokenizer.encode(mark)[0] for mark in ".[]")
-        said = np.full(len(audio), quiet, np.int32)
+        said = np.full(len(audio), self._quiet, np.int32)
         for label in labels:
             first, last = (int(time * TOKENS_PER_SECOND) for time in (label.start, label.end))
             said[first : last + 1] = self._tokenizer.encode(label.text)[0]
-            said[first : first + 1], said[last : last + 1] = begins, ends
-        digits = np.array([self._tokenizer.encode(str(digit))[0] for digit in range(10)], np.int32)
-        tenths = digits[(times * 10).astype(int) % 10]
-        seconds = digits[times.astype(int) % 10]
+            said[first : first + 1], said[last : last + 1] = self._begins, self._ends
+        tenths = self._digits[(times * 10).astype(int) % 10]
+        seconds = self._digits[times.astype(int) % 10]
         heard[audio] = np.choose(rng.choice(3, len(audio), p=(0.5, 0.25, 0.25)), (said, tenths, seconds))
         return heard
 
@@ -121,21 +122,29 @@ class SampleMaker:
         return ids, [True] * len(ids), []
 
     def _turns(self, messages: tuple[Message, ...]) -> tuple[list[int], list[bool], list[np.ndarray]]:
-        mels: list[np.ndarray] = []
-        turns = []
-        for message in messages:
-            pieces: list[str | int] = []
-            for piece in message.content:
-                if isinstance(piece, Clip):
-                    mels.append(_mel(piece))
-                    pieces.append(num_audio_tokens(mels[-1].shape[1]))
-                else:
-                    pieces.append(piece)
-            turns.append(Turn(message.role, pieces))
+        turns, mels = turns_and_mels(messages, _mel)
         ids, learned = build_conversation(
             self._tokenizer, turns, time_markers=self.time_markers, processor=self._config.processor
         )
         return ids, learned, mels
+
+
+def turns_and_mels(
+    messages: Sequence[Message], mel: Callable[[Clip], np.ndarray]
+) -> tuple[list[Turn], list[np.ndarray]]:
+    """Messages with the number of its tokens in each clip's place, and the mels [mel bins, frames] of the clips."""
+    mels: list[np.ndarray] = []
+    turns = []
+    for message in messages:
+        pieces: list[str | int] = []
+        for piece in message.content:
+            if isinstance(piece, Clip):
+                mels.append(mel(piece))
+                pieces.append(num_audio_tokens(mels[-1].shape[1]))
+            else:
+                pieces.append(piece)
+        turns.append(Turn(message.role, pieces))
+    return turns, mels
 
 
 def _mel(clip: Clip) -> np.ndarray:
