@@ -48,7 +48,7 @@ MALLOC_TRIM_THRESHOLD_=4000000000 MALLOC_MMAP_THRESHOLD_=4000000000 \
 
 step "8. What it says of 200 scenes that it never heard"
 python -m train evaluate "$out/time_events" --scenes 200 --seed 1000 \
-    --scenes.seconds 4 4 --scenes.events 1 2 --max-new-tokens 48 --batch-size 25 \
+    --scenes.seconds 8 8 --scenes.events 1 4 --max-new-tokens 64 --batch-size 25 \
     --out "$out/measures.json" --predictions "$out/predictions.jsonl" --plot "$out/timelines.png"
 echo "some of its answers, each below the truth:"
 head -n 4 "$out/predictions.jsonl" | python -c '

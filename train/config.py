@@ -186,6 +186,7 @@ class RunConfig:
 
 # Batch, lengths and rates were not published; these are ours.
 _DATA = DataConfig(batch_size=64, tokens=4096, chunks=64)
+_EASY_SCENES = 12_800  # 400 steps
 
 RECIPES: dict[str, RunConfig] = {
     # Stage 1: adapter and DeepStack mergers only. Give it no text-only data, which teaches them nothing.
@@ -199,18 +200,27 @@ RECIPES: dict[str, RunConfig] = {
     "pretrain_stage2": RunConfig(
         data=_DATA, optimizer=OptimizerConfig(learning_rate=1e-4, total_steps=100_000, warmup_steps=1000)
     ),
-    # A small model from nothing: what is heard in a scene, and when. Minutes on two CPU cores.
+    # A small model from nothing: what is heard in a scene, and when. Minutes on two CPU cores. Short scenes come first,
+    # of one length; then those of all lengths, which alone teach it far more slowly.
     "time_events": RunConfig(
         model=ModelSource(preset="small", tokenizer="learned"),
         data=DataConfig(batch_size=16, tokens=208, chunks=2, lanes=2, open_bins=4),
         mixture=MixtureConfig(
-            scenes=SceneGroupConfig(1.0, SceneConfig(seconds=(4.0, 4.0), events=(1, 2), tasks=("timeline",)))
+            easy_scenes=SceneGroupConfig(1.0, SceneConfig(seconds=(4.0, 4.0), events=(1, 2)), end=_EASY_SCENES),
+            scenes=SceneGroupConfig(1.0, SceneConfig(seconds=(3.0, 8.0), events=(1, 4)), begin=_EASY_SCENES),
         ),
         optimizer=OptimizerConfig(
-            learning_rate=3e-3, total_steps=480, warmup_steps=50, b2=0.98, weight_decay=0.01, final_fraction=0.05
+            learning_rate=3e-3,
+            schedule="wsd",
+            total_steps=950,
+            warmup_steps=50,
+            decay_steps=400,
+            b2=0.98,
+            weight_decay=0.01,
+            final_fraction=0.05,
         ),
         step=StepConfig(compute_dtype="float32", remat="full", loss_chunk=208, heard_weight=0.5, spike_sigma=0.0),
-        loop=LoopConfig(checkpoint_every=200),
+        loop=LoopConfig(checkpoint_every=400),
         microbatches=2,
     ),
 }
