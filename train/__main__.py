@@ -13,6 +13,7 @@ from moss_audio_jax.cli import run_door
 from moss_audio_jax.errors import MossAudioError
 
 if TYPE_CHECKING:
+    from train.ablate import AblationConfig
     from train.config import RunConfig
     from train.evaluate import EvaluationConfig
 
@@ -186,10 +187,45 @@ def _evaluate(
             save(path)
 
 
+def ablate_command() -> Callable[..., None]:
+    """The command `ablate`."""
+    from train.ablate import AblationConfig
+
+    defaults = AblationConfig()
+
+    def ablate(
+        out: tyro.conf.Positional[Path],
+        /,
+        *,
+        config: Annotated[AblationConfig, tyro.conf.arg(name="")] = defaults,
+    ) -> None:
+        """Trains a small model with and without time markers, with and without DeepStack, and compares them.
+
+        What was stopped goes on when the same command is run again.
+
+        Args:
+            out: The directory of all runs, the table ablation.md, the picture ablation.png and all scores in JSON.
+            config: How each model is trained, and what it is asked.
+        """
+        _ablate(out, config)
+
+    return ablate
+
+
+def _ablate(out: Path, config: "AblationConfig") -> None:
+    from train.ablate import ablate
+
+    if not ablate(config, out):
+        print("stopped: run the same command to go on", file=sys.stderr)
+        sys.exit(PREEMPTED)
+    print((out / "ablation.md").read_text("utf-8"), end="")
+
+
 def main() -> None:
     if sys.argv[1:2] not in (["prepare"], ["check"]):  # these start faster without JAX, which recipes need
         app.command(name="run")(run_command(sys.argv[2:]))
         app.command(name="evaluate")(evaluate_command())
+        app.command(name="ablate")(ablate_command())
     run_door(lambda: app.cli(prog="moss-audio-train", description=__doc__))
 
 

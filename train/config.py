@@ -227,8 +227,8 @@ RECIPES: dict[str, RunConfig] = {
 RecipeName = Literal["pretrain_stage1", "pretrain_stage2", "time_events"]
 
 
-def settle(config: RunConfig, out: Path, *, begun: bool) -> None:
-    """Writes the configuration into a run's directory, compared first with that of a run that has begun.
+def settle(config: Any, out: Path, *, begun: bool) -> None:
+    """Writes a configuration, a dataclass, into a run's directory, compared first with that of a run that has begun.
 
     Raises MossAudioError, naming what differs, if that is another one.
     """

@@ -56,10 +56,25 @@ class ModelSource:
     tokenizer: str | None = None
     """A directory of tokenizer files, if they are not those of the checkpoint or else of the language model; `learned`
     makes some for a small model, bytes and merges that the first texts of the mixture are made of."""
+    time_markers: bool | None = None
+    """Seconds written between the audio tokens; by default as the checkpoint or the preset says."""
+    deepstack: int | None = None
+    """How many encoder taps reach the language model, of those of the preset: 0 trains a model without DeepStack."""
 
     def __post_init__(self):
         if self.preset not in PRESETS:
             raise MossAudioError(f"model.preset must be one of {', '.join(PRESETS)}, not {self.preset!r}")
+        if self.deepstack is None:
+            return
+        if self.checkpoint is not None:
+            raise MossAudioError(
+                f"model.deepstack is for a model of a preset; {self.checkpoint} says itself how many taps it has"
+            )
+        taps = MossAudioConfig.preset(self.preset).num_deepstack
+        if not 0 <= self.deepstack <= taps:
+            raise MossAudioError(
+                f"model.deepstack must be 0 to {taps}, the taps of {self.preset}, not {self.deepstack}"
+            )
 
     @property
     def tokenizer_source(self) -> str | None:
@@ -68,11 +83,21 @@ class ModelSource:
 
 
 def model_config(source: ModelSource) -> MossAudioConfig:
-    """The checkpoint's configuration, or the preset's; `first_parameters` compares that of other parts with it."""
+    """The checkpoint's configuration, or the preset's, with what the source says otherwise.
+
+    `first_parameters` compares that of other parts with it.
+    """
     if source.checkpoint is None:
-        return MossAudioConfig.preset(source.preset)
-    layout_of(source.checkpoint)  # says what a directory lacks that is none
-    return MossAudioConfig.from_hf(files_directory(source.checkpoint))
+        config = MossAudioConfig.preset(source.preset)
+    else:
+        layout_of(source.checkpoint)  # says what a directory lacks that is none
+        config = MossAudioConfig.from_hf(files_directory(source.checkpoint))
+    if source.deepstack is not None:
+        config = dataclasses.replace(config, deepstack_num_inject_layers=source.deepstack)
+    if source.time_markers is not None:
+        processor = dataclasses.replace(config.processor, enable_time_marker=source.time_markers)
+        config = dataclasses.replace(config, processor=processor)
+    return config
 
 
 def first_parameters(

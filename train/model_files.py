@@ -31,13 +31,12 @@ def write_model_files(source: ModelSource, config: MossAudioConfig, order: Examp
         raise MossAudioError(
             f"without model.checkpoint, model.tokenizer must name a directory of tokenizer files, or be {LEARNED}"
         )
-    if source.checkpoint is None:
-        config.save_hf(partial)
     if tokenizer == LEARNED:
         write_small_tokenizer(partial, _texts(order), config.processor.audio_start_id)
     files = companion_files(source.checkpoint) if source.checkpoint else []
     for file in files + (tokenizer_files(tokenizer) if tokenizer != LEARNED else []):
         shutil.copyfile(file, partial / file.name)
+    config.save_hf(partial)
     _set_dtype(partial / "config.json")
     partial.replace(directory)
 

@@ -1,6 +1,6 @@
-"""Pictures of events in time: the log-mel spectrogram, and below it what is there and what a model says is there."""
+"""Pictures: of events in time, what is there and what a model says is there below the spectrogram; of compared runs."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -67,8 +67,12 @@ def plot_timelines(path: str | Path, clips: Sequence[TimelinePlot]) -> None:
     require_matplotlib()
     if not clips:
         raise MossAudioError(f"{path}: expected clips to plot, found none; give at least one.")
+    _save(_draw(clips), path)
+
+
+def _save(figure: "Figure", path: str | Path) -> None:
     try:
-        _draw(clips).savefig(path, dpi=150, format="png")
+        figure.savefig(path, dpi=150, format="png")
     except OSError as error:
         raise MossAudioError(
             f"{path}: expected a picture that can be written, found '{error.strerror}'; choose another."
@@ -154,3 +158,60 @@ def _draw_event(axes: "Axes", event: TimedText, middle: float, seconds: float, c
         red, green, blue = (int(color[i : i + 2], 16) for i in (1, 3, 5))
         ink = "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 140 else "white"
         axes.text(event.start + length / 2, middle, event.text, ha="center", va="center", fontsize=9, color=ink)
+
+
+# Compared runs
+
+
+@dataclass(frozen=True, eq=False)
+class DotPanel:
+    """Axes of a picture of dots. row: panels of one row stand side by side. groups: name -> a value each dot."""
+
+    row: str
+    title: str
+    groups: Mapping[str, Sequence[float]]
+
+
+def plot_dots(path: str | Path, panels: Sequence[DotPanel], *, unit: str) -> None:
+    """Writes a PNG of panels with the same groups: every value a dot, a bar at the mean of each group.
+
+    Raises MossAudioError without matplotlib and for a file that can't be written.
+    """
+    require_matplotlib()
+    _save(_draw_dots(panels, unit), path)
+
+
+_PANEL_WIDTH, _PANEL_HEIGHT = 1.7, 2.6  # inches
+
+
+def _draw_dots(panels: Sequence[DotPanel], unit: str) -> "Figure":
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    rows = list(dict.fromkeys(panel.row for panel in panels))
+    by_row = {row: [panel for panel in panels if panel.row == row] for row in rows}
+    columns = max(map(len, by_row.values()))
+    figure = Figure((_PANEL_WIDTH * columns, _PANEL_HEIGHT * len(rows) + _AROUND), layout="constrained")
+    axes = figure.subplots(len(rows), columns, squeeze=False, sharey=True)
+    for row, line in zip(rows, axes, strict=True):
+        line[0].set_ylabel(f"{row}\n{unit}")
+        for index, panel_axes in enumerate(line):
+            if index < len(by_row[row]):
+                _draw_panel(panel_axes, by_row[row][index])
+            else:
+                panel_axes.set_axis_off()
+    names = list(panels[0].groups)
+    handles = [Line2D([], [], marker="o", linestyle="", color=color) for color, _ in zip(_COLORS, names, strict=False)]
+    figure.legend(handles, names, loc="outside upper center", ncols=len(names), frameon=False)
+    return figure
+
+
+def _draw_panel(axes: "Axes", panel: DotPanel) -> None:
+    for place, (values, color) in enumerate(zip(panel.groups.values(), _COLORS, strict=False)):
+        axes.plot([place] * len(values), values, "o", color=color, alpha=0.75)
+        axes.hlines(float(np.mean(values)), place - 0.35, place + 0.35, color=color, linewidth=2)
+    axes.set_title(panel.title, fontsize=10)
+    axes.set_xlim(-0.6, len(panel.groups) - 0.4)
+    axes.set_xticks([])
+    axes.grid(axis="y", color="0.9", linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
