@@ -5,19 +5,22 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import tokenizers
-from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers import Regex
+from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 from tokenizers.trainers import BpeTrainer
 
 from moss_audio_jax.tokens import Tokenizer
 
 BYTES = 256  # the ids of single bytes; those of the special tokens follow, then those of the merges
+_SINGLE_MARKS = Split(Regex(r"[^\s\p{L}\p{N}]"), behavior="isolated")
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 
 def write_small_tokenizer(directory: str | Path, texts: Iterable[str] = (), size: int = 0) -> None:
     """Writes the released tokenizer files into a directory.
 
-    texts: what merges are learned from, within Qwen's words: so digits stay single, as time markers need them.
+    texts: what merges are learned from, within Qwen's words: so digits stay single, as time markers need them. Marks
+        stay single too: "]tone" is one of Qwen's words, but "tone" is the same token wherever it stands.
     size: ids in all; without texts it is of no effect, and there are BYTES and SPECIAL_TOKENS only.
     The bytes are in GPT-2's order, like the first 256 tokens of Qwen's vocabulary, so that the digits of time markers
     have the same ids, 15 to 24.
@@ -31,7 +34,8 @@ def write_small_tokenizer(directory: str | Path, texts: Iterable[str] = (), size
 
 def _learn_merges(directory: Path, texts: list[str], count: int) -> list[tuple[str, str]]:
     core = tokenizers.Tokenizer(tokenizers.models.BPE())
-    core.pre_tokenizer = Tokenizer.from_dir(directory).pre_tokenizer
+    words = Tokenizer.from_dir(directory).pre_tokenizer
+    core.pre_tokenizer = Sequence([_SINGLE_MARKS, words])
     alphabet = ByteLevel.alphabet()
     core.train_from_iterator(
         texts, BpeTrainer(vocab_size=BYTES + count, initial_alphabet=alphabet, show_progress=False)

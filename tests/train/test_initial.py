@@ -302,3 +302,11 @@ def test_the_tokenizer_is_the_one_named_or_the_checkpoints_or_the_language_model
     del named["checkpoint"]
     assert options(checkpoints, named).tokenizer_source == str(checkpoints / "qwen3")
     assert ModelSource(encoder="anywhere").tokenizer_source is None
+
+
+def test_deepstack_is_the_presets_or_the_checkpoints():
+    with pytest.raises(MossAudioError, match=r"model\.deepstack must be 0 to 2, the taps of small, not 3"):
+        ModelSource(preset="small", deepstack=3)
+    with pytest.raises(MossAudioError, match=r"model\.deepstack is for a model of a preset; anywhere says itself"):
+        ModelSource(checkpoint="anywhere", deepstack=0)
+    assert model_config(ModelSource(preset="small", deepstack=1)).num_deepstack == 1

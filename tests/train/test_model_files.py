@@ -13,7 +13,7 @@ from moss_audio_jax.small_tokenizer import write_small_tokenizer
 from train.data import ExampleOrder
 from train.data.mixture import Group, Source
 from train.data.scenes import SceneConfig, SceneExamples
-from train.initial import ModelSource
+from train.initial import ModelSource, model_config
 from train.model_files import write_model_files
 
 
@@ -28,7 +28,7 @@ def test_a_learned_tokenizer_speaks_of_the_data(order: ExampleOrder, tmp_path: P
     write_model_files(ModelSource(preset="small", tokenizer="learned"), config, order, tmp_path / "model")
     processor = load_processor(tmp_path / "model")
     assert processor.config == config
-    assert len(processor.tokenizer.encode("[1.2]tone[1.8]")) == 10  # "]tone" is one
+    assert len(processor.tokenizer.encode("[1.2]tone[1.8]")) == 11  # "tone" is one
     assert json.loads((tmp_path / "model" / "config.json").read_text())["dtype"] == "float32"
 
     before = (tmp_path / "model" / "merges.txt").stat().st_mtime_ns
@@ -43,6 +43,24 @@ def test_the_files_of_a_checkpoint_are_copied(order: ExampleOrder, tmp_path: Pat
     write_model_files(source, tiny.config, order, tmp_path / "model")
     assert load_processor(tmp_path / "model").config == tiny.config
     assert (tmp_path / "model" / "vocab.json").read_bytes() == (tmp_path / "first" / "vocab.json").read_bytes()
+
+
+def test_a_run_without_time_markers_says_so(order: ExampleOrder, tmp_path: Path, tiny):
+    save_model(tiny, tmp_path / "first")
+    write_small_tokenizer(tmp_path / "first")
+    source = ModelSource(checkpoint=str(tmp_path / "first"), time_markers=False)
+    write_model_files(source, model_config(source), order, tmp_path / "model")
+    config = load_processor(tmp_path / "model").config
+    assert tiny.config.processor.enable_time_marker and not config.processor.enable_time_marker
+    assert config.audio_config == tiny.config.audio_config and config.language_config == tiny.config.language_config
+
+
+def test_a_model_without_deepstack_can_be_read_back(order: ExampleOrder, tmp_path: Path):
+    source = ModelSource(preset="small", tokenizer="learned", deepstack=0)
+    config = model_config(source)
+    write_model_files(source, config, order, tmp_path / "model")
+    found = load_processor(tmp_path / "model").config
+    assert found == config and found.num_deepstack == 0
 
 
 def test_a_tokenizer_is_needed(order: ExampleOrder, tmp_path: Path):
