@@ -105,6 +105,20 @@ class LanguageModel(nnx.Module):
         remat: str = "none",
     ) -> Float[Array, "b s hidden"]:
         """The pass for training and scoring. deepstack[k] is added to the output of layer k; it is 0 at text."""
+        layers = range(self.config.num_hidden_layers)
+        return self.norm(self.run_layers(layers, x, positions, segment_ids, deepstack, remat=remat))
+
+    def run_layers(
+        self,
+        layers: range,
+        x: Float[Array, "b s hidden"],
+        positions: Int[Array, "b s"],
+        segment_ids: Int[Array, "b s"],
+        deepstack: Float[Array, "injected b s hidden"],
+        *,
+        remat: str = "none",
+    ) -> Float[Array, "b s hidden"]:
+        """Some of the layers, one after the other, without the norm at the end; otherwise as `__call__`."""
         phases = rotary_phases(positions, self.config.head_dim, self.config.rope_theta)
         slots = jnp.arange(x.shape[1])
 
@@ -114,13 +128,15 @@ class LanguageModel(nnx.Module):
             x = x if injected is None else x + injected
             return constrain(x, "batch", "sequence", "features")
 
-        injected, total = deepstack.shape[0], self.config.num_hidden_layers
+        first, stop = layers.start, layers.stop
+        injected = min(max(first, deepstack.shape[0]), stop)  # the first layer without DeepStack
         x = constrain(x, "batch", "sequence", "features")
-        if injected:
-            x = scan_layers(body, take_layers(self.layers, 0, injected), x, deepstack, remat=remat)
-        if injected < total:
-            x = scan_layers(body, take_layers(self.layers, injected, total), x, remat=remat)
-        return self.norm(x)
+        if first < injected:
+            stack = take_layers(self.layers, first, injected)
+            x = scan_layers(body, stack, x, deepstack[first:injected], remat=remat)
+        if injected < stop:
+            x = scan_layers(body, take_layers(self.layers, injected, stop), x, remat=remat)
+        return x
 
     def extend(
         self,

@@ -40,10 +40,11 @@ class StepConfig:
 
     remat: what the backward pass recomputes, a key of `layers.REMAT_POLICIES`; "none" where memory allows.
     z_loss: the weight of log(Z)^2, see `loss.chunked_cross_entropy`; loss_chunk: its chunk.
-    heard_weight: of a second loss, by which the audio's embeddings and the last hidden states at its tokens learn to
-        name, through the language model's last norm and head, what is heard at each of them or when that is
-        (`TrainingBatch.heard`). It teaches a model from nothing to listen long before its answers could; 0 leaves it
-        out. The metrics heard_loss and heard_accuracy are those of the last hidden states.
+    heard_weight: of a second loss, by which the audio's embeddings and what the first half of the language model's
+        layers makes of them learn to name, through its last norm and head, what is heard at each audio token or when
+        that is (`TrainingBatch.heard`). It teaches a model from nothing to listen long before its answers could, and
+        early enough for the other half to read; 0 leaves it out. The metrics heard_loss and heard_accuracy are those
+        of the layers.
     encoder_dropout: at the rates of the model's configuration.
     spike_sigma: a loss or gradient norm this many standard deviations above its mean is a spike; 0 lets all through.
     spike_window: how many steps that mean looks back; nothing counts as a spike before half of them.
@@ -277,14 +278,18 @@ def loss_and_gradients(
         copies = {path: leaf.astype(config.compute_dtype) for path, leaf in (trainable | frozen).items()}
         model, inputs = _model(graphdef, copies), microbatch.inputs
         x, deepstack = model.embed(inputs, dropout_key=key if config.encoder_dropout else None, remat=config.remat)
-        hidden = model.language_model(x, inputs.positions, inputs.segment_ids, deepstack, remat=config.remat)
+        rest = (inputs.positions, inputs.segment_ids, deepstack)
+        language, total_layers = model.language_model, model.config.language_config.num_hidden_layers
+        half = (total_layers + 1) // 2 if config.heard_weight else total_layers
+        early = language.run_layers(range(half), x, *rest, remat=config.remat)
+        hidden = language.norm(language.run_layers(range(half, total_layers), early, *rest, remat=config.remat))
         loss = functools.partial(chunked_cross_entropy, head=model.head, chunk=config.loss_chunk)
         total, sums = loss(hidden, targets=microbatch.targets, weights=microbatch.weights, z_loss=config.z_loss)
         total, heard_sums = total / supervised, LossSums.zero()
         if labelled is not None:
             heard = microbatch.heard
             weights = (heard >= 0).astype(jnp.float32)
-            for at_audio in (model.language_model.norm(x), hidden):
+            for at_audio in (language.norm(x), language.norm(early)):
                 heard_total, heard_sums = loss(at_audio, targets=heard, weights=weights)
                 total += config.heard_weight * heard_total / labelled
         return total, (sums, heard_sums)
