@@ -221,13 +221,20 @@ def start(environment: dict[str, str]) -> Iterator[Callable[[list[str]], subproc
 
 
 def test_killed_and_preempted_ends_with_the_same_bits(config: RunConfig, tmp_path: Path, start):
-    """SIGKILL, perhaps with a checkpoint half written, and SIGTERM: two processes do the work of one."""
+    """SIGKILL at moments drawn, each perhaps with a checkpoint half written, and SIGTERM: four do the work of one.
+
+    That one has its data made by other processes, which is another way to the same batches.
+    """
     out, other = tmp_path / "run", tmp_path / "other"
     endless = command(config, out, steps=100_000, checkpoint_every=1)
-    killed = start(endless)
-    wait_for_step(killed, 3)
-    killed.send_signal(signal.SIGKILL)
-    assert killed.wait(60) == -signal.SIGKILL
+    rng, step = np.random.default_rng(0), 0
+    for _ in range(3):
+        killed = start(endless)
+        step += int(rng.integers(1, 4))
+        wait_for_step(killed, step)
+        threading.Event().wait(rng.uniform(0, 0.1))
+        killed.send_signal(signal.SIGKILL)
+        assert killed.wait(60) == -signal.SIGKILL
 
     preempted = start(endless)
     wait_for_step(preempted)
@@ -236,7 +243,7 @@ def test_killed_and_preempted_ends_with_the_same_bits(config: RunConfig, tmp_pat
     reached = lines(out)[-1]["step"]
     assert [line["step"] for line in lines(out)] == list(range(1, reached + 1))
 
-    unstopped = start(command(config, other, steps=reached))
+    unstopped = start([*command(config, other, steps=reached), "--workers", "2"])
     assert unstopped.wait(240) == 0
     assert_same_end(out, other, config)
 
@@ -268,6 +275,23 @@ def test_restores_on_more_devices(straight: Path, config: RunConfig):
     kernel = state.trainable["language_model.layers.mlp.up_proj.kernel"]
     assert kernel.sharding.mesh == mesh and kernel.addressable_shards[0].data.size == kernel.size // 4
     jax.tree.map(np.testing.assert_array_equal, state, expected)
+
+
+@pytest.mark.alone
+def test_runs_on_a_mesh_and_goes_on_with_one_device(config: RunConfig, tmp_path: Path):
+    """Parameters cut over two axes, rows over one. Sums in another order move the curve in its last digits only."""
+    wide = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, batch_size=4, lanes=2),
+        step=dataclasses.replace(config.step, compute_dtype="float32"),
+    )
+    mesh = make_mesh(fsdp=2, tensor=2, devices=jax.devices()[:4])
+    assert train(until(wide, 4), tmp_path / "mesh", mesh=mesh).step == 4
+    assert train(wide, tmp_path / "mesh", mesh=one_device()).step == STEPS
+    assert train(wide, tmp_path / "one", mesh=one_device()).step == STEPS
+    for name, tolerance in (("loss", 2e-5), ("grad_norm", 2e-3), ("tokens", 0)):
+        curves = [[line[name] for line in lines(tmp_path / run)] for run in ("mesh", "one")]
+        np.testing.assert_allclose(*curves, rtol=tolerance, err_msg=name)
 
 
 def test_another_configuration_is_refused(config: RunConfig, tmp_path: Path):
