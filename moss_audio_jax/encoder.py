@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 from moss_audio_jax.attention import attend, dropout
 from moss_audio_jax.config import EncoderConfig
 from moss_audio_jax.layers import LayerNorm, Linear, parameter, scan_layers, take_layers
+from moss_audio_jax.sharding import constrain
 
 # The stem's activations are its memory, about 100 MB a chunk in float32 at 480 channels: it runs on so many at a time.
 STEM_CHUNKS = 8
@@ -140,7 +141,7 @@ class AudioEncoder(nnx.Module):
         """
         batch = chunks.shape[0]
         x = self._stem_in_groups(chunks.astype(self.stem_proj.kernel.dtype), stem_frames, remat)
-        x = x + sinusoids(x.shape[1], x.shape[2]).astype(x.dtype)
+        x = _with_its_sequence(x + sinusoids(x.shape[1], x.shape[2]).astype(x.dtype))
         num_tokens = downsampled_length(chunk_frames, 3).reshape(-1)
 
         x, taps = self._layers_with_taps(x, num_tokens, dropout_key, remat)
@@ -170,11 +171,11 @@ class AudioEncoder(nnx.Module):
 
     def _stem(self, mel: Float[Array, "n frames mel"], frames: Int[Array, " n"]) -> Float[Array, "n t d"]:
         """Three convolutions, each with the exact (erf) GELU and zeroed past the clip's end; then `stem_proj`."""
-        x = mel[..., None]
+        x = _with_its_sequence(mel[..., None])
         for halvings, conv in enumerate((self.conv1, self.conv2, self.conv3), start=1):
             x = jax.nn.gelu(conv(x), approximate=False)
             inside = jnp.arange(x.shape[1]) < downsampled_length(frames, halvings)[:, None]
-            x = jnp.where(inside[:, :, None, None], x, 0)
+            x = _with_its_sequence(jnp.where(inside[:, :, None, None], x, 0))
         return self.stem_proj(x.reshape(*x.shape[:2], -1))
 
     def _layers_with_taps(self, x, num_tokens, dropout_key, remat):
@@ -182,7 +183,7 @@ class AudioEncoder(nnx.Module):
         config = self.config
 
         def body(layer, x, key):
-            return layer(x, num_tokens, key)
+            return _with_its_sequence(layer(x, num_tokens, key))
 
         total = config.encoder_layers
         keys = None if dropout_key is None else jax.random.split(dropout_key, total)
@@ -192,6 +193,11 @@ class AudioEncoder(nnx.Module):
             x = scan_layers(body, segment, x, None if keys is None else keys[start:stop], remat=remat)
             outputs[stop - 1], start = x, stop
         return x, [outputs[tap] for tap in config.deepstack_encoder_layer_indexes]
+
+
+def _with_its_sequence(x: Float[Array, "n ..."]) -> Float[Array, "n ..."]:
+    """Keeps chunks on the devices of their sequences: left to itself, XLA may give every device all of them."""
+    return constrain(x, "batch", *[None] * (x.ndim - 1))
 
 
 def downsampled_length(frames: jax.Array, halvings: int) -> jax.Array:

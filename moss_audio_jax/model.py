@@ -20,6 +20,7 @@ from moss_audio_jax.encoder import AudioEncoder
 from moss_audio_jax.inputs import ModelInputs
 from moss_audio_jax.language_model import KVCache, LanguageModel
 from moss_audio_jax.layers import GatedMLP, Linear, map_layers
+from moss_audio_jax.sharding import constrain
 
 
 class MossAudio(nnx.Module):
@@ -63,7 +64,7 @@ class MossAudio(nnx.Module):
         self, inputs: ModelInputs, *, dropout_key: jax.Array | None = None, remat: str = "none"
     ) -> tuple[Float[Array, "b s hidden"], Float[Array, "injected b s hidden"]]:
         """The LLM's input with audio in place, and what DeepStack adds after its first layers (0 at text)."""
-        x = self.language_model.embed_tokens(inputs.tokens)
+        x = constrain(self.language_model.embed_tokens(inputs.tokens), "batch", "sequence", "features")
         if inputs.audio_chunks.shape[1] == 0:
             return x, jnp.zeros((0, *x.shape), x.dtype)
         adapted, merged = self.encode_audio(inputs, dropout_key=dropout_key, remat=remat)
@@ -72,7 +73,7 @@ class MossAudio(nnx.Module):
         place = jax.vmap(lambda feature, slot: feature[slot], in_axes=(0, 0))
         x = jnp.where(at_audio, place(adapted, inputs.audio_slots), x)
         placed = jax.vmap(place, in_axes=(0, None))(merged, inputs.audio_slots)
-        return x, jnp.where(at_audio, placed, 0)
+        return x, constrain(jnp.where(at_audio, placed, 0), None, "batch", "sequence", "features")
 
     def encode_audio(
         self, inputs: ModelInputs, *, dropout_key: jax.Array | None = None, remat: str = "none"
@@ -81,10 +82,12 @@ class MossAudio(nnx.Module):
         features, taps = self.audio_encoder(
             inputs.audio_chunks, inputs.chunk_frames, inputs.stem_frames, dropout_key=dropout_key, remat=remat
         )
-        adapted = self.audio_adapter(features)
+        features, taps = constrain(features, "batch"), constrain(taps, None, "batch")
+        adapted = constrain(self.audio_adapter(features), "batch")
         if not self.config.num_deepstack:
             return adapted, jnp.zeros((0, *adapted.shape), adapted.dtype)
-        return adapted, map_layers(self.deepstack_audio_merger_list, taps[: self.config.num_deepstack])
+        merged = map_layers(self.deepstack_audio_merger_list, taps[: self.config.num_deepstack])
+        return adapted, constrain(merged, None, "batch")
 
     def prefill(self, inputs: ModelInputs, slots: int) -> tuple[Float[Array, "b hidden"], KVCache]:
         """Reads the prompts into a new cache of `slots` slots; gives the hidden state of each one's last token."""

@@ -219,7 +219,7 @@ RECIPES: dict[str, RunConfig] = {
             weight_decay=0.01,
             final_fraction=0.05,
         ),
-        step=StepConfig(compute_dtype="float32", remat="full", loss_chunk=208, heard_weight=0.5, spike_sigma=0.0),
+        step=StepConfig(compute_dtype="float32", remat="none", loss_chunk=208, heard_weight=0.5, spike_sigma=0.0),
         loop=LoopConfig(checkpoint_every=400),
         microbatches=2,
     ),

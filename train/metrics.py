@@ -11,7 +11,7 @@ a fraction of a second.
 import re
 import unicodedata
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -103,28 +103,38 @@ def edit_distance(left: Tokens, right: Tokens) -> int:
     return int(last_row[-1])
 
 
-def align(left: Tokens, right: Tokens) -> list[tuple[int, int]]:
+def align(left: Tokens, right: Tokens, gaps: Callable[[int], np.ndarray] | None = None) -> list[tuple[int, int]]:
     """Pairs of indices that a shortest edit leaves alone or substitutes, in order.
 
-    Among equally short edits the one that pairs tokens as late as possible.
+    gaps: of an index on the left, how far (0 or more) each token on the right is from it; among equally short edits
+        the one whose pairs are nearest is taken. Among those, and without gaps, the one that pairs tokens as late as
+        possible.
     """
-    table = np.stack(list(_edit_rows(left, right)))
+    if gaps is not None:
+        most = max((gaps(i).max(initial=0.0) for i in range(len(left))), default=0.0)
+        scale = 0.5 / (1.0 + most * min(len(left), len(right)))  # all gaps of an edit together weigh less than one
+        distances = [scale * gaps(i) for i in range(len(left))]
+    else:
+        distances = [np.zeros(len(right), np.int32)] * len(left)
+    table = np.stack(list(_edit_rows(left, right, distances)))
     i, j = len(left), len(right)
     pairs = []
     while i and j:
-        if table[i, j] == table[i - 1, j - 1] + (left[i - 1] != right[j - 1]):
+        paired = table[i - 1, j - 1] + (left[i - 1] != right[j - 1]) + distances[i - 1][j - 1]
+        if paired <= min(table[i - 1, j], table[i, j - 1]) + 1:
             i, j = i - 1, j - 1
             pairs.append((i, j))
-        elif table[i, j] == table[i - 1, j] + 1:
+        elif table[i - 1, j] <= table[i, j - 1]:
             i -= 1
         else:
             j -= 1
     return pairs[::-1]
 
 
-def _edit_rows(left: Tokens, right: Tokens) -> Iterator[np.ndarray]:
+def _edit_rows(left: Tokens, right: Tokens, distances: Sequence[np.ndarray] | None = None) -> Iterator[np.ndarray]:
     """Rows i = 0..len(left) of the table of distances D[i, j] between left[:i] and right[:j].
 
+    distances: what pairing a token on the left costs beside the edit, by tokens on the right.
     An insertion chain D[i, j] = min over k <= j of (best[k] + j - k) is a running minimum of best[k] - k.
     """
     ids: dict[str, int] = {}
@@ -133,9 +143,10 @@ def _edit_rows(left: Tokens, right: Tokens) -> Iterator[np.ndarray]:
     row = columns
     yield row
     for i, token in enumerate(left_ids, start=1):
-        best = np.empty_like(row)
-        best[0] = i
-        np.minimum(row[1:] + 1, row[:-1] + (right_ids != token), out=best[1:])
+        paired = row[:-1] + (right_ids != token)
+        if distances is not None:
+            paired = paired + distances[i - 1]
+        best = np.concatenate([np.full(1, i, paired.dtype), np.minimum(row[1:] + 1, paired)])
         row = np.minimum.accumulate(best - columns) + columns
         yield row
 
@@ -199,7 +210,7 @@ def score_timestamps(
 ) -> TimestampScore:
     """AAS of a test set: the mean |predicted - reference| over timestamp slots, as MOSS-Audio reports it.
 
-    The words of all items are aligned by `align`. A slot belongs to its item's first or last word, so it is matched
+    The words of all items are aligned by `align`, those of equal edits whose times are nearest. A slot belongs to its item's first or last word, so it is matched
     where both sides begin (or end) an item at an aligned word, substituted words included. Items that were merged or
     split thus cost missing or surplus slots, and no error is taken between unrelated times.
     """
@@ -209,7 +220,7 @@ def score_timestamps(
         predicted_slots += 2 * len(prediction)
         reference_slots += 2 * len(reference)
         predicted, expected = _word_times(prediction), _word_times(reference)
-        for i, j in align(predicted.words, expected.words):
+        for i, j in align(predicted.words, expected.words, _gaps(predicted, expected)):
             for times, true_times in ((predicted.starts, expected.starts), (predicted.ends, expected.ends)):
                 if i in times and j in true_times:
                     matched += 1
@@ -235,6 +246,19 @@ def _word_times(items: Sequence[TimedText]) -> _WordTimes:
         result.words.extend(split_words(item.text) or [""])  # punctuation alone still has its slots
         result.ends[len(result.words) - 1] = item.end
     return result
+
+
+def _gaps(predicted: _WordTimes, expected: _WordTimes) -> Callable[[int], np.ndarray]:
+    """Seconds between the slots that a predicted word shares with each of the reference."""
+    sides = [
+        (times, np.array([true_times.get(j, np.nan) for j in range(len(expected.words))]))
+        for times, true_times in ((predicted.starts, expected.starts), (predicted.ends, expected.ends))
+    ]
+
+    def gaps(i: int) -> np.ndarray:
+        return sum(np.nan_to_num(np.abs(times.get(i, np.nan) - true_times)) for times, true_times in sides)
+
+    return gaps
 
 
 # Events

@@ -185,11 +185,20 @@ def test_aas_of_words():
 def test_aas_reports_what_is_missing_and_surplus():
     prediction = [(0.0, "a", 1.0), (1.0, "x", 1.5), (5.1, "d", 6.0)]
     reference = [(0.0, "a", 1.0), (1.2, "b", 2.0), (3.0, "c", 4.0), (5.0, "d", 6.0)]
-    score = aas(prediction, reference)  # of b and c, the one aligned with the wrong x is c, the later one
-    assert score.aas_ms == pytest.approx((0 + 0 + 2000 + 2500 + 100 + 0) / 6)
+    score = aas(prediction, reference)  # of b and c, the wrong x is aligned with the nearer one
+    assert score.aas_ms == pytest.approx((0 + 0 + 200 + 500 + 100 + 0) / 6)
     assert (score.matched_slots, score.missing_slots, score.surplus_slots) == (6, 2, 0)
     assert aas(prediction, []) == TimestampScore(None, 0, 0, 6)
     assert aas([], reference) == TimestampScore(None, 0, 8, 0)
+
+
+def test_aas_aligns_equal_labels_by_their_times():
+    """Of three tones the second is left out: whichever is dropped makes the edit no longer, but the times differ."""
+    reference = [(1.0, "tone", 1.5), (3.0, "tone", 3.5), (6.0, "tone", 6.5)]
+    score = aas([reference[0], reference[2]], reference)
+    assert score == TimestampScore(0.0, matched_slots=4, missing_slots=2, surplus_slots=0)
+    # A shorter edit is still preferred to nearer times.
+    assert aas([(9.0, "hum", 9.5)], [(1.0, "hum", 1.5), (9.0, "tone", 9.5)]).aas_ms == pytest.approx(8000)
 
 
 def test_aas_of_merged_and_split_sentences():
