@@ -24,7 +24,7 @@ from moss_audio_jax.checkpoint import load_model
 from moss_audio_jax.cli import run_door
 from moss_audio_jax.config import EncoderConfig, LanguageConfig, MossAudioConfig, ProcessorConfig
 from moss_audio_jax.errors import MossAudioError
-from moss_audio_jax.generate import Sampling, _decode_until, _prefill
+from moss_audio_jax.generate import Sampling, decode_until, prefill_prompts
 from moss_audio_jax.inputs import ModelInputs, make_inputs
 from moss_audio_jax.language_model import KVCache
 from moss_audio_jax.model import MossAudio
@@ -151,7 +151,7 @@ def _decode_row(model: MossAudio, inputs: ModelInputs, prefill_pytorch: Timed, r
     graphdef, state = nnx.split(model)
     prefilled, caches = [], []
     for _ in range(repeats + 1):
-        prefilled.append(_prefill(graphdef, state, inputs, NEW_TOKENS + 1, Sampling(), (), 0))
+        prefilled.append(prefill_prompts(graphdef, state, inputs, NEW_TOKENS + 1, Sampling(), (), 0))
         caches.append(prefill_pytorch())
     jax.block_until_ready(prefilled)
 
@@ -165,7 +165,7 @@ def _decode_row(model: MossAudio, inputs: ModelInputs, prefill_pytorch: Timed, r
         return logits
 
     def decode():
-        return _decode_until(graphdef, state, prefilled.pop(), NEW_TOKENS + 1, Sampling(), ())
+        return decode_until(graphdef, state, prefilled.pop(), NEW_TOKENS + 1, Sampling(), ())
 
     return compare(f"decode of {NEW_TOKENS} tokens", decode, decode_pytorch, repeats)
 

@@ -150,11 +150,11 @@ def _steps(
     eos = tuple(model.config.eos_ids if eos_ids is None else eos_ids)
     graphdef, state = nnx.split(model)
     with _mesh_of(state):
-        loop = _prefill(graphdef, state, inputs, bucket(max_new_tokens, MIN_NEW_TOKENS), sampling, eos, seed)
+        loop = prefill_prompts(graphdef, state, inputs, bucket(max_new_tokens, MIN_NEW_TOKENS), sampling, eos, seed)
         done = 0
         while True:
             until = min(max_new_tokens, done + every)
-            loop = _decode_until(graphdef, state, loop, until, sampling, eos)
+            loop = decode_until(graphdef, state, loop, until, sampling, eos)
             count = int(loop.count)
             yield np.asarray(loop.tokens[:, done:count])
             done = count
@@ -163,7 +163,7 @@ def _steps(
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "new_slots", "sampling", "eos_ids"))
-def _prefill(
+def prefill_prompts(
     graphdef: nnx.GraphDef,
     state: nnx.State,
     inputs: ModelInputs,
@@ -193,7 +193,7 @@ def _prefill(
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "sampling", "eos_ids"), donate_argnames="loop")
-def _decode_until(
+def decode_until(
     graphdef: nnx.GraphDef,
     state: nnx.State,
     loop: _State,

@@ -8,7 +8,7 @@ from flax import nnx
 
 from moss_audio_jax import MossAudioError, generate, make_inputs, stream
 from moss_audio_jax import generate as generate_function
-from moss_audio_jax.generate import Sampling, _decode_until, _prefill
+from moss_audio_jax.generate import Sampling, decode_until, prefill_prompts
 from tests.conftest import TINY_AUDIO_ID, question, question_parts
 from tests.test_model import CASES, inputs_of
 
@@ -71,10 +71,10 @@ def test_streaming_gives_the_same_answer_in_pieces(tiny):
 
 def test_new_lengths_in_a_bucket_compile_nothing(tiny):
     generate(tiny, question(tiny, [237]), max_new_tokens=9, eos_ids=())
-    before = _prefill._cache_size(), _decode_until._cache_size()
+    before = prefill_prompts._cache_size(), decode_until._cache_size()
     for clip, text, new in ((100, 9, 16), (399, 2, 3), (8, 20, 11)):
         generate(tiny, question(tiny, [clip], text=text), max_new_tokens=new, eos_ids=())
-    assert (_prefill._cache_size(), _decode_until._cache_size()) == before
+    assert (prefill_prompts._cache_size(), decode_until._cache_size()) == before
 
 
 def test_sampling_repeats_with_its_seed_and_differs_with_another(tiny):

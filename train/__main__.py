@@ -5,7 +5,7 @@ import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -85,13 +85,11 @@ def check(manifest: tyro.conf.Positional[Path], /) -> None:
 
 def run_command(arguments: list[str]) -> Callable[..., None]:
     """The command `run`; the recipe that the arguments name gives its options their defaults."""
-    from train.config import RECIPES, RecipeName, RunConfig
+    from train.config import RecipeName, RunConfig
     from train.distributed import DistributedConfig, join
 
-    scan = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    scan.add_argument("--recipe", default=next(iter(RECIPES)))
     one_process = DistributedConfig()
-    recipe_config = RECIPES.get(scan.parse_known_args(arguments)[0].recipe, next(iter(RECIPES.values())))
+    recipe_config = _named_recipe(arguments)
 
     def run(
         *,
@@ -114,6 +112,93 @@ def run_command(arguments: list[str]) -> Callable[..., None]:
         _train(config, out)
 
     return run
+
+
+def _named_recipe(arguments: list[str]) -> "RunConfig":
+    """The recipe that `--recipe` names; the first of all if none or an unknown one is named."""
+    from train.config import RECIPES
+
+    scan = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    scan.add_argument("--recipe")
+    return RECIPES.get(scan.parse_known_args(arguments)[0].recipe, next(iter(RECIPES.values())))
+
+
+def plan_command(arguments: list[str]) -> Callable[..., None]:
+    """The command `plan`; its options are those of `run` for the recipe that the arguments name, and some more."""
+    from train.config import RecipeName, RunConfig
+
+    recipe_config = _named_recipe(arguments)
+
+    def plan(
+        *,
+        topology: str,
+        recipe: RecipeName = "pretrain_stage2",
+        mode: Literal["train", "generate"] = "train",
+        model: str | None = None,
+        slices: int = 1,
+        batch: int | None = None,
+        seq: int | None = None,
+        chunks: int | None = None,
+        json: bool = False,
+        config: Annotated[RunConfig, tyro.conf.arg(name="")] = recipe_config,
+    ) -> None:
+        """Compiles a recipe's step for a TPU that need not be there: whether it fits, and how fast it might be.
+
+        Exits with 1 if it does not fit, having tried what would.
+
+        Args:
+            topology: Kind and shape of the TPU, such as v5e:2x4, v5p:4x4x4 or v6e:8x8.
+            recipe: Where the other options get their defaults.
+            mode: A step of training, or answering: prompts read and a token decoded, in bfloat16.
+            model: Size, short for --model.preset.
+            slices: How many such TPUs, joined by the data centre's network; each holds a replica.
+            batch: Sequences of a step (or prompts) in all, short for --data.batch-size.
+            seq: Tokens of a sequence (of a prompt and its answer), short for --data.tokens.
+            chunks: Audio chunks of a sequence, short for --data.chunks; by default in the recipe's proportion.
+            json: Print one JSON object instead of a table.
+            config: What the recipe says, and may be said otherwise.
+        """
+        _plan(config, topology, mode, model, slices, batch, seq, chunks, json)
+
+    return plan
+
+
+def _plan(
+    config: "RunConfig",
+    topology: str,
+    mode: str,
+    model: str | None,
+    slices: int,
+    batch: int | None,
+    seq: int | None,
+    chunks: int | None,
+    as_json: bool,
+) -> None:
+    import json
+
+    from train import plan
+    from train.initial import model_config
+
+    config = plan.with_sizes(config, model, slices, batch, seq, chunks)
+    devices = plan.topology_devices(topology, slices)
+    named = {"topology": topology, "slices": slices, "chips": len(devices)}
+    if mode == "generate":
+        data = config.data
+        report = named | plan.plan_generation(
+            model_config(config.model),
+            devices,
+            tensor=config.mesh.tensor,
+            prompts=data.batch_size,
+            slots=data.tokens,
+            chunks=data.chunks,
+        )
+    else:
+        report = named | plan.plan_step(config, devices)
+        if not report["fits"]:
+            report["would_fit"] = plan.what_would_fit(config, devices)
+    print(json.dumps(report, indent=2) if as_json else plan.table(report))
+    if not report["fits"]:
+        sys.exit(1)
 
 
 def _train(config: "RunConfig", out: Path) -> None:
@@ -224,6 +309,7 @@ def _ablate(out: Path, config: "AblationConfig") -> None:
 def main() -> None:
     if sys.argv[1:2] not in (["prepare"], ["check"]):  # these start faster without JAX, which recipes need
         app.command(name="run")(run_command(sys.argv[2:]))
+        app.command(name="plan")(plan_command(sys.argv[2:]))
         app.command(name="evaluate")(evaluate_command())
         app.command(name="ablate")(ablate_command())
     run_door(lambda: app.cli(prog="moss-audio-train", description=__doc__))

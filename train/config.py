@@ -206,15 +206,15 @@ RECIPES: dict[str, RunConfig] = {
         model=ModelSource(preset="small", tokenizer="learned"),
         data=DataConfig(batch_size=16, tokens=208, chunks=2, lanes=2, open_bins=4),
         mixture=MixtureConfig(
-            easy_scenes=SceneGroupConfig(0.4, SceneConfig(seconds=(4.0, 4.0), events=(1, 2))),
+            easy_scenes=SceneGroupConfig(0.2, SceneConfig(seconds=(4.0, 4.0), events=(1, 2))),
             scenes=SceneGroupConfig(1.0, SceneConfig(seconds=(6.0, 8.0), events=(1, 4)), begin=_EASY_SCENES),
         ),
         optimizer=OptimizerConfig(
             learning_rate=3e-3,
             schedule="wsd",
-            total_steps=1000,
+            total_steps=1060,
             warmup_steps=50,
-            decay_steps=400,
+            decay_steps=450,
             b2=0.98,
             weight_decay=0.01,
             final_fraction=0.05,

@@ -210,9 +210,10 @@ def score_timestamps(
 ) -> TimestampScore:
     """AAS of a test set: the mean |predicted - reference| over timestamp slots, as MOSS-Audio reports it.
 
-    The words of all items are aligned by `align`, those of equal edits whose times are nearest. A slot belongs to its item's first or last word, so it is matched
-    where both sides begin (or end) an item at an aligned word, substituted words included. Items that were merged or
-    split thus cost missing or surplus slots, and no error is taken between unrelated times.
+    The words of all items are aligned by `align`, among equal edits by the one whose times are nearest. A slot belongs
+    to its item's first or last word, so it is matched where both sides begin (or end) an item at an aligned word,
+    substituted words included. Items that were merged or split thus cost missing or surplus slots, and no error is
+    taken between unrelated times.
     """
     shift = 0.0
     matched = predicted_slots = reference_slots = 0
@@ -256,7 +257,8 @@ def _gaps(predicted: _WordTimes, expected: _WordTimes) -> Callable[[int], np.nda
     ]
 
     def gaps(i: int) -> np.ndarray:
-        return sum(np.nan_to_num(np.abs(times.get(i, np.nan) - true_times)) for times, true_times in sides)
+        apart = [np.abs(times.get(i, np.nan) - true_times) for times, true_times in sides]
+        return np.nan_to_num(apart).sum(0)
 
     return gaps
 

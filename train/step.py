@@ -24,6 +24,7 @@ from jaxtyping import Array, Float, Int, UInt32
 from moss_audio_jax.checkpoint import abstract_parameters, unflatten
 from moss_audio_jax.config import MossAudioConfig
 from moss_audio_jax.errors import MossAudioError
+from moss_audio_jax.inputs import ModelInputs
 from moss_audio_jax.layers import REMAT_POLICIES
 from moss_audio_jax.model import MossAudio
 from moss_audio_jax.sharding import constrain, partition_spec
@@ -205,6 +206,23 @@ def split_microbatches(batch: TrainingBatch, count: int) -> TrainingBatch:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Where every array of a batch in microbatches lies: its sequences over the data-parallel axes."""
     return NamedSharding(mesh, partition_spec((None, "batch"), mesh))
+
+
+def abstract_batch(
+    model: MossAudioConfig, sequences: int, tokens: int, chunks: int, *, microbatches: int = 1, mesh: Mesh
+) -> TrainingBatch:
+    """Shape, dtype and place of every array of a batch in microbatches: to compile for, without any data."""
+    sharding = batch_sharding(mesh)
+
+    def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((microbatches, sequences // microbatches, *shape), dtype, sharding=sharding)
+
+    ids, counts = array(jnp.int32, tokens), array(jnp.int32, chunks)
+    frames = model.audio_config.chunk_frames
+    assert frames is not None  # as `SampleMaker` demands
+    audio = array(jnp.bfloat16, chunks, frames, model.audio_config.num_mel_bins)
+    inputs = ModelInputs(ids, ids, ids, ids, audio, counts, counts)
+    return TrainingBatch(inputs, targets=ids, weights=array(jnp.float32, tokens), heard=ids)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=3)

@@ -16,7 +16,7 @@ from flax import nnx
 
 from moss_audio_jax import MossAudioConfig, MossAudioError, load_model, load_processor
 from moss_audio_jax.checkpoint import build_model, save_model
-from moss_audio_jax.generate import Sampling, _decode_until, _prefill, generate
+from moss_audio_jax.generate import Sampling, decode_until, generate, prefill_prompts
 from moss_audio_jax.sharding import make_mesh
 from moss_audio_jax.small_tokenizer import write_small_tokenizer
 from train.data.manifest import Clip, Message, TimedText
@@ -124,9 +124,9 @@ def test_a_bucket_of_lengths_is_compiled_once(model, processor):
         return [item("text", "", noise(s), "Which?") for s in seconds]
 
     ask(model, processor, items(6, 6.5, 2), batch_size=3, max_new_tokens=12)
-    before = _prefill._cache_size(), _decode_until._cache_size()
+    before = prefill_prompts._cache_size(), decode_until._cache_size()
     ask(model, processor, items(6.1, 6.5, 6.2, 6.4, 6.3), batch_size=3, max_new_tokens=9)
-    assert (_prefill._cache_size(), _decode_until._cache_size()) == before
+    assert (prefill_prompts._cache_size(), decode_until._cache_size()) == before
 
 
 def test_answers_that_were_cut_off_are_told_from_finished_ones(model, processor, mixed):

@@ -1,0 +1,110 @@
+"""What a compiled program communicates, read from the text of its optimised HLO.
+
+Each collective is counted as often as it runs: loops multiply what is in their bodies, which XLA's own cost analysis
+counts once. On TPU an all-gather may have been made an all-reduce over zeros; it is reported as what it is.
+"""
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+_BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2}
+_BYTES |= {"s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "f8e4m3fn": 1, "f8e5m2": 1}
+_COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) \(.*\{$")
+_OPERATION = re.compile(r"^\s+(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<shape>.+?) (?P<opcode>[a-z][a-z\-]*)\((?P<rest>.*)$")
+_ARRAY = re.compile(r"\b([a-z]+[0-9]*[a-z0-9]*)\[([0-9,]*)\]")
+_CALLED = re.compile(r"(?:calls|to_apply|body|condition|branch_computations)=(?:\{([^}]*)\}|%?([\w.\-]+))")
+_CONSTANT = re.compile(r"s32\[\]\S* constant\((\d+)\)")
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One instruction. times: how often a run of the program executes it.
+
+    payload: bytes on one device: what an all-gather gives, a reduce-scatter takes, the others give as they take.
+    devices: how many take part. shapes: of the arrays it gives.
+    """
+
+    kind: str
+    name: str
+    shapes: tuple[str, ...]
+    payload: float
+    devices: int
+    times: int
+
+    @property
+    def sent(self) -> float:
+        """Bytes that a device sends in a run, if the devices form a ring: an all-reduce goes round twice."""
+        rounds = {"all-reduce": 2.0, "collective-permute": 1.0}.get(self.kind, 1.0)
+        share = 1.0 if self.kind == "collective-permute" else (self.devices - 1) / self.devices
+        return self.times * rounds * share * self.payload
+
+
+def collectives(hlo: str, devices: int) -> list[Collective]:
+    """All collectives of a program. devices: of the whole mesh, for instructions that don't say how many take part."""
+    computations = dict(_computations(hlo))
+    entry = next(name for name, (is_entry, _) in computations.items() if is_entry)
+    found: list[Collective] = []
+
+    def visit(name: str, times: int) -> None:
+        for operation in computations[name][1]:
+            kind = operation["opcode"].removesuffix("-start")
+            if kind in KINDS:
+                found.append(_collective(operation, kind, devices, times))
+                continue  # what it applies is an addition
+            called = re.findall(r"[\w.\-]+", " ".join(map(" ".join, _CALLED.findall(operation["rest"]))))
+            loops = times
+            if operation["opcode"] == "while":
+                loops *= _trips(computations, operation["rest"])
+            for callee in called:
+                if callee in computations:
+                    visit(callee, loops)
+
+    visit(entry, 1)
+    return found
+
+
+def _computations(hlo: str) -> Iterator[tuple[str, tuple[bool, list[re.Match]]]]:
+    name, is_entry, operations = "", False, []
+    for line in hlo.splitlines():
+        if head := _COMPUTATION.match(line):
+            name, is_entry, operations = head["name"], head["entry"] is not None, []
+        elif line == "}":
+            yield name, (is_entry, operations)
+        elif operation := _OPERATION.match(line):
+            operations.append(operation)
+
+
+def _trips(computations: dict[str, tuple[bool, list[re.Match]]], rest: str) -> int:
+    """How often a loop runs: JAX's scans count from 0 to the one integer that their condition compares with."""
+    condition = re.search(r"condition=%?([\w.\-]+)", rest)
+    assert condition is not None
+    lines = [operation.string for operation in computations[condition[1]][1]]
+    bounds = [int(bound) for line in lines for bound in _CONSTANT.findall(line)]
+    return max(bounds, default=1)
+
+
+def _collective(operation: re.Match, kind: str, devices: int, times: int) -> Collective:
+    arrays = [(dtype, dims) for dtype, dims in _ARRAY.findall(operation["shape"]) if dtype in _BYTES]
+    if operation["opcode"].endswith("-start") and kind != "all-reduce":
+        arrays = [array for array in arrays if array[1]]  # without the semaphores
+        arrays = arrays[len(arrays) // 2 :]  # the first half are the operands
+    group = _group_size(operation["rest"], devices)
+    given = sum(_BYTES[dtype] * math.prod(map(int, filter(None, dims.split(",")))) for dtype, dims in arrays)
+    payload = given * group if kind == "reduce-scatter" else given
+    shapes = tuple(f"{dtype}[{dims}]" for dtype, dims in arrays)
+    return Collective(kind, operation["name"], shapes, payload, group, times)
+
+
+def _group_size(rest: str, devices: int) -> int:
+    """From `replica_groups={{0,1},{2,3}}`, `[2,4]<=[8]` or `mesh['a'=2,'b'=4] {'b'}`."""
+    if listed := re.search(r"replica_groups=\{\{([0-9,]+)\}", rest):
+        return listed[1].count(",") + 1
+    if iota := re.search(r"replica_groups=\[(?:\d+,)*(\d+)\]<=", rest):
+        return int(iota[1])
+    if named := re.search(r"replica_groups=\S*mesh\[([^\]]*)\]\s*\{([^}]*)\}", rest):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", named[2]) if axis in sizes)
+    return devices

@@ -1,0 +1,366 @@
+"""Will it fit, and how fast might it be? The real program of a recipe, compiled for a TPU that need not be there.
+
+topology   "v5p:4x4x4": libtpu's compiler lays the step out for those chips, on any machine
+memory     what that compiler allots: exact for this program
+traffic    the collectives of the compiled program, each as often as its loop runs it
+FLOPs      counted from the model (`flops`), since XLA counts the body of a loop once
+time, MFU  an estimate: a roofline over the three, with the assumptions of `ASSUMPTIONS`
+"""
+
+import dataclasses
+import math
+import os
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from moss_audio_jax.checkpoint import abstract_parameters, build_model
+from moss_audio_jax.config import MossAudioConfig
+from moss_audio_jax.errors import MossAudioError
+from moss_audio_jax.generate import MIN_NEW_TOKENS, Sampling, decode_until, prefill_prompts
+from moss_audio_jax.sharding import make_mesh
+from train.chips import GIB, Chip, chip_of
+from train.config import RunConfig
+from train.flops import Content, forward_flops, step_flops
+from train.hlo import Collective, collectives
+from train.initial import model_config
+from train.optimizer import is_frozen
+from train.step import abstract_batch, abstract_state, train_step
+
+ASSUMPTIONS = {
+    "matmul_efficiency": 0.85,  # share of the peak that large bfloat16 matmuls reach
+    "attention_efficiency": 0.5,  # and that of attention kernels
+    "exposed_communication": 0.2,  # share of the interconnect's time that no computation hides
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What the compiler made of a step. `problem`: why it made nothing; then the figures are what it had got to.
+
+    bytes of HBM on one chip by kind. code: the program itself. largest: (bytes, shapes) of the largest buffers.
+    """
+
+    problem: str | None
+    arguments: int
+    temporaries: int
+    code: int
+    largest: tuple[tuple[int, str], ...]
+    collectives: tuple[Collective, ...]
+    seconds: float
+
+    @property
+    def total(self) -> int:
+        return self.arguments + self.temporaries + self.code
+
+
+def topology_devices(topology: str, slices: int = 1) -> list[Any]:
+    """The devices of a TPU that need not be there, such as `v5e:4x4`; of several slices, one after the other."""
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # asks a machine on Google Cloud what it is
+    try:
+        import libtpu  # noqa: F401  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise MossAudioError(
+            "compiling for a TPU needs libtpu, which is not installed here: pip install libtpu"
+        ) from error
+    from jax.experimental import topologies
+
+    options = {} if slices == 1 else {"num_slices": slices}
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices)
+    except (RuntimeError, ValueError, jax.errors.JaxRuntimeError) as error:
+        raise MossAudioError(
+            f"--topology must name a TPU and its shape, such as v5e:2x4, v5p:4x4x4 or v6e:8x8, not {topology!r} "
+            f"({str(error).splitlines()[0]})"
+        ) from error
+
+
+def with_sizes(
+    config: RunConfig, model: str | None, slices: int, batch: int | None, tokens: int | None, chunks: int | None
+) -> RunConfig:
+    """The recipe at these sizes. Where only `tokens` is said, a sequence's chunks keep their proportion to them."""
+    data = config.data
+    if tokens is not None:
+        chunks = math.ceil(data.chunks * tokens / data.tokens) if chunks is None else chunks
+        data = dataclasses.replace(data, tokens=tokens)
+    if batch is not None:
+        data = dataclasses.replace(data, batch_size=batch, lanes=None)
+    if chunks is not None:
+        data = dataclasses.replace(data, chunks=chunks)
+    if model is not None:
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, preset=model))
+    if slices > 1:
+        config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, replica=slices))
+    return dataclasses.replace(config, data=data)
+
+
+def plan_step(config: RunConfig, devices: Sequence[Any]) -> dict[str, Any]:
+    """The report of a training step of this recipe on those devices, ready for JSON."""
+    mesh = make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
+    model = model_config(config.model)
+    frozen = [path for path in abstract_parameters(model, jnp.float32) if is_frozen(path, config.optimizer.freeze)]
+    dtypes = dict.fromkeys(frozen, config.step.compute_dtype)
+    state = abstract_state(model, config.optimizer, frozen_dtypes=dtypes, mesh=mesh)
+    data = config.data
+    batch = abstract_batch(
+        model, data.batch_size, data.tokens, data.chunks, microbatches=config.microbatches, mesh=mesh
+    )
+    graphdef = nnx.split(build_model(model, dict(abstract_parameters(model, jnp.float32))))[0]
+    with jax.set_mesh(mesh):
+        traced = train_step.trace(graphdef, config.step, config.optimizer, state, batch)
+        compiled = compile_for_memory(traced, mesh)
+    content = Content(
+        tokens=data.batch_size * data.tokens,
+        chunks=data.batch_size * data.chunks,
+        attention_pairs=data.batch_size * data.tokens**2,
+    )
+    model_flops = step_flops(model, content, state.trainable)
+    recomputed = _recomputed(model, content, config.step.remat)
+    chip = _chip(devices)
+    by_kind = {
+        "parameters": _bytes_on_chip(state.trainable | state.frozen),
+        "optimizer": _bytes_on_chip(state.moments),
+        "gradients": _bytes_on_chip(state.trainable),
+    }
+    by_kind["temporaries"] = max(compiled.temporaries - by_kind["gradients"], 0)
+    by_kind["code"] = compiled.code
+    return {
+        "mode": "train",
+        "parameters": sum(leaf.size for leaf in (state.trainable | state.frozen).values()),
+        "mesh": dict(mesh.shape),
+        "sequences": data.batch_size,
+        "sequences_per_chip": data.batch_size / len(devices),
+        "tokens_per_sequence": data.tokens,
+        "chunks_per_sequence": data.chunks,
+        **_memory(compiled, chip, by_kind),
+        **_speed(compiled, chip, len(devices), model_flops, recomputed),
+    }
+
+
+def plan_generation(
+    model: MossAudioConfig, devices: Sequence[Any], *, tensor: int, prompts: int, slots: int, chunks: int
+) -> dict[str, Any]:
+    """The report of answering in bfloat16: reading the prompts, then one step of decoding with a full cache.
+
+    slots: tokens of a prompt and its answer together, each of which has a place in the cache of keys and values.
+    """
+    mesh = make_mesh(fsdp=-1, tensor=tensor, devices=devices)
+    parameters = abstract_parameters(model, jnp.bfloat16, mesh)
+    graphdef, state = nnx.split(build_model(model, dict(parameters)))
+    prompt = slots - MIN_NEW_TOKENS
+    batch = abstract_batch(model, prompts, prompt, chunks, mesh=mesh).inputs
+    inputs = jax.tree.map(lambda x: x.update(shape=x.shape[1:], sharding=_without_first_axis(x.sharding)), batch)
+    greedy = Sampling()
+    with jax.set_mesh(mesh):
+        reading = prefill_prompts.trace(graphdef, state, inputs, MIN_NEW_TOKENS, greedy, model.eos_ids, 0)
+        prefill = compile_for_memory(reading, mesh)
+        loop = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), reading.out_info)
+        decoding = decode_until.trace(graphdef, state, loop, slots, greedy, model.eos_ids)
+        decode = compile_for_memory(decoding, mesh)
+    chip = _chip(devices)
+    weights = _bytes_on_chip(parameters)
+    language = model.language_config
+    cache = 2 * 2 * language.num_hidden_layers * prompts * slots * language.num_key_value_heads * language.head_dim
+    worst = max((prefill, decode), key=lambda compiled: (compiled.problem is not None, compiled.total))
+    by_kind = {"parameters": weights, "cache": cache // len(devices)}
+    by_kind["temporaries"] = max(worst.total - sum(by_kind.values()) - worst.code, 0)
+    by_kind["code"] = worst.code
+    content = Content(prompts * prompt, prompts * chunks, prompts * prompt**2)
+    # Every step reads all weights and the cache once.
+    step = (weights + by_kind["cache"]) / chip.hbm_bandwidth
+    return {
+        "mode": "generate",
+        "parameters": sum(leaf.size for leaf in parameters.values()),
+        "mesh": dict(mesh.shape),
+        "sequences": prompts,
+        "sequences_per_chip": prompts / len(devices),
+        "tokens_per_sequence": slots,
+        "chunks_per_sequence": chunks,
+        **_memory(worst, chip, by_kind),
+        **_speed(prefill, chip, len(devices), forward_flops(model, content), {}),
+        "decode_collectives": _by_kind(decode.collectives),
+        "estimated_decode_seconds_per_token": step,
+    }
+
+
+def _without_first_axis(sharding: NamedSharding) -> NamedSharding:
+    return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+
+
+def compile_for_memory(traced: Any, mesh: Mesh) -> Compiled:
+    """Compiles a traced function for its mesh. The dump is read rather than the executable: XLA writes it even of what
+    does not fit, and can't always print what does."""
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as dump:
+        options = {"xla_dump_to": dump, "xla_dump_hlo_as_text": True}
+        problem, memory = None, None
+        try:
+            memory = traced.lower().compile(compiler_options=options).memory_analysis()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            problem = str(error).splitlines()[0]
+        seconds = time.monotonic() - began
+        found = collectives(_dumped(dump, "after_optimizations.txt"), mesh.size)
+        largest = _largest(_dumped(dump, "memory-usage-report.txt"))
+    if memory is None:
+        assert problem is not None
+        needed = re.search(r"\(([\d.]+)G\) exceeds", problem)
+        temporaries = int(float(needed[1]) * GIB) if needed else 0
+        return Compiled(problem, 0, temporaries, 0, largest, tuple(found), seconds)
+    arguments = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    temporaries, code = memory.temp_size_in_bytes, memory.generated_code_size_in_bytes
+    return Compiled(None, arguments, temporaries, code, largest, tuple(found), seconds)
+
+
+def _dumped(directory: str, ending: str) -> str:
+    files = sorted(Path(directory).glob(f"*{ending}"), key=lambda file: file.stat().st_size)
+    return files[-1].read_text() if files else ""
+
+
+def _largest(report: str, count: int = 8) -> tuple[tuple[int, str], ...]:
+    """The largest buffers of XLA's memory report, whose lines are `sum(%); size; offset; n; shapes`."""
+    units = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+    rows = re.findall(r"^\s*\S+\(\s*\d+%\);\s*([\d.]+)([KMG]?i?B);[^;]*;[^;]*; (.*)$", report, re.MULTILINE)
+    return tuple((int(float(size) * units[unit]), shapes) for size, unit, shapes in rows[:count])
+
+
+def _bytes_on_chip(tree: Any) -> int:
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+
+
+def _chip(devices: Sequence[Any]) -> Chip:
+    chip = chip_of(devices[0].device_kind)
+    if chip is None:
+        raise MossAudioError(f"no peak and bandwidth are known of {devices[0].device_kind!r}: add it to train/chips.py")
+    return chip
+
+
+def _recomputed(model: MossAudioConfig, content: Content, remat: str) -> dict[str, float]:
+    """FLOPs of what the backward pass computes again, by part; the loss keeps its gradients and never does."""
+    forward = forward_flops(model, content)
+    again = {"none": (), "dots": ("llm_attention",)}.get(remat, tuple(part for part in forward if part != "head"))
+    return {part: flops for part, flops in forward.items() if part in again}
+
+
+def _memory(compiled: Compiled, chip: Chip, by_kind: dict[str, int]) -> dict[str, Any]:
+    return {
+        "fits": compiled.problem is None,
+        "problem": compiled.problem,
+        "hbm_bytes_per_chip": compiled.total if compiled.problem is None else compiled.temporaries,
+        "hbm_usable_bytes_per_chip": chip.usable_hbm_bytes,
+        "hbm_bytes_by_kind": by_kind,
+        "largest_buffers": [{"bytes": size, "shapes": shapes} for size, shapes in compiled.largest],
+        "compile_seconds": round(compiled.seconds, 1),
+    }
+
+
+def _speed(
+    compiled: Compiled, chip: Chip, chips: int, model_flops: dict[str, float], recomputed: dict[str, float]
+) -> dict[str, Any]:
+    """Estimates. Computing: FLOPs at the assumed share of the peak. Communication: bytes over all links of a chip."""
+    executed = {part: flops + recomputed.get(part, 0.0) for part, flops in model_flops.items()}
+    peak = chip.peak_flops * chips
+
+    def seconds(part: str) -> float:
+        kind = "attention_efficiency" if part == "llm_attention" else "matmul_efficiency"
+        return executed[part] / (peak * ASSUMPTIONS[kind])
+
+    computing = sum(map(seconds, executed))
+    sent = sum(collective.sent for collective in compiled.collectives)
+    communicating = sent / (chip.ici_links * chip.ici_link_bandwidth)
+    step = max(computing + ASSUMPTIONS["exposed_communication"] * communicating, communicating)
+    total = sum(model_flops.values())
+    return {
+        "model_flops": total,
+        "model_flops_by_part": model_flops,
+        "recomputed_flops": sum(recomputed.values()),
+        "collectives": _by_kind(compiled.collectives),
+        "estimated_compute_seconds": computing,
+        "estimated_communication_seconds": communicating,
+        "estimated_step_seconds": step,
+        "estimated_mfu": total / (peak * step),
+        "assumptions": ASSUMPTIONS,
+    }
+
+
+def _by_kind(found: Sequence[Collective]) -> dict[str, dict[str, float]]:
+    """Of each kind how many run, the bytes they hold and those that a chip sends."""
+    kinds: dict[str, dict[str, float]] = {}
+    for collective in found:
+        sums = kinds.setdefault(collective.kind, {"count": 0, "bytes": 0, "sent_bytes_per_chip": 0})
+        sums["count"] += collective.times
+        sums["bytes"] += collective.times * collective.payload
+        sums["sent_bytes_per_chip"] += collective.sent
+    return kinds
+
+
+def alternatives(config: RunConfig, chips: int) -> Iterator[tuple[str, RunConfig]]:
+    """Changes that need less memory, the gentlest first, each with the option that makes it."""
+    step, data = config.step, config.data
+    if step.remat != "full":
+        config = dataclasses.replace(config, step=dataclasses.replace(step, remat="full"))
+        yield "--step.remat full", config
+    sequences = data.batch_size // config.microbatches
+    while sequences % 2 == 0 and sequences // 2 >= chips:
+        sequences //= 2
+        more = data.batch_size // sequences
+        yield f"--microbatches {more}", dataclasses.replace(config, microbatches=more)
+    for tensor in (2, 4):
+        if chips % tensor == 0:
+            mesh = dataclasses.replace(config.mesh, tensor=tensor)
+            yield f"--mesh.tensor {tensor} with the microbatches above", dataclasses.replace(config, mesh=mesh)
+
+
+def what_would_fit(config: RunConfig, devices: Sequence[Any]) -> str | None:
+    """The first of `alternatives` that fits, compiled one after the other; None if none does."""
+    for option, changed in alternatives(config, len(devices)):
+        print(f"does not fit; trying {option}", file=sys.stderr)
+        if plan_step(changed, devices)["fits"]:
+            return option
+    return None
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report for people."""
+    gib = {kind: size / GIB for kind, size in report["hbm_bytes_by_kind"].items()}
+    used, usable = report["hbm_bytes_per_chip"] / GIB, report["hbm_usable_bytes_per_chip"] / GIB
+    mesh = ", ".join(f"{axis} {size}" for axis, size in report["mesh"].items())
+    lines = [
+        f"{report['topology']} ({report['chips']} chips; {mesh}), compiled in {report['compile_seconds']} s",
+        f"{report['sequences']} sequences of {report['tokens_per_sequence']} tokens and "
+        f"{report['chunks_per_sequence']} chunks of audio: {report['sequences_per_chip']:g} a chip",
+        f"{'FITS' if report['fits'] else 'DOES NOT FIT'}: {used:.2f} of {usable:.2f} GiB of HBM a chip",
+        *(f"  {kind:<14}{size:8.2f} GiB" for kind, size in gib.items()),
+    ]
+    if not report["fits"]:
+        lines += ["largest buffers:"]
+        lines += [f"  {row['bytes'] / GIB:8.2f} GiB  {row['shapes'][:90]}" for row in report["largest_buffers"]]
+    if "would_fit" in report:
+        lines += [f"would fit: {report['would_fit'] or 'nothing that was tried; take more chips'}"]
+    total = report["model_flops"]
+    lines += [f"model FLOPs {total:.3e}; {report['recomputed_flops'] / total:.0%} of that again for want of memory"]
+    lines += [f"  {part:<14}{flops / total:8.1%}" for part, flops in report["model_flops_by_part"].items()]
+    lines += ["collectives, a step:"]
+    lines += [
+        f"  {kind:<20}{sums['count']:6.0f}  {sums['bytes'] / GIB:9.2f} GiB, a chip sends "
+        f"{sums['sent_bytes_per_chip'] / GIB:.2f}"
+        for kind, sums in report["collectives"].items()
+    ]
+    assumed = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in report["assumptions"].items())
+    lines += [
+        f"ESTIMATE: {report['estimated_step_seconds']:.2f} s a step (computing "
+        f"{report['estimated_compute_seconds']:.2f}, communicating {report['estimated_communication_seconds']:.2f}), "
+        f"MFU {report['estimated_mfu']:.1%}; assumed: {assumed}"
+    ]
+    return "\n".join(lines)
