@@ -1,0 +1,82 @@
+"""Collectives are counted as often as they run, with the bytes they move."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from moss_audio_jax.sharding import make_mesh
+from train.hlo import Collective, collectives
+
+PROGRAM = """HloModule jit_step, is_scheduled=true
+
+%add (x: f32[], y: f32[]) -> f32[] {
+  %x = f32[]{:T(128)} parameter(0)
+  %y = f32[]{:T(128)} parameter(1)
+  ROOT %sum = f32[]{:T(128)} add(%x, %y)
+}
+
+%condition (state: (s32[], bf16[8,128])) -> pred[] {
+  %bound = s32[]{:T(128)} constant(33)
+  %state = (s32[]{:T(128)}, bf16[8,128]{1,0:T(8,128)(2,1)}) parameter(0)
+  %count = s32[]{:T(128)} get-tuple-element(%state), index=0
+  ROOT %more = pred[]{:T(512)} compare(%count, %bound), direction=LT
+}
+
+%fused (p: bf16[8,128]) -> bf16[8,128] {
+  %p = bf16[8,128]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %scattered = bf16[8,16]{1,0} reduce-scatter(%p), replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+}
+
+%body (state: (s32[], bf16[8,128])) -> (s32[], bf16[8,128]) {
+  %state.1 = (s32[]{:T(128)}, bf16[8,128]{1,0:T(8,128)(2,1)}) parameter(0)
+  %x = bf16[8,128]{1,0} get-tuple-element(%state.1), index=1
+  %gather = (bf16[8,128]{1,0}, /*index=1*/bf16[64,128]{1,0}) all-gather-start(%x), replica_groups=[1,8]<=[8]
+  %fusion.7 = bf16[8,128]{1,0:T(8,128)(2,1)} fusion(%x), kind=kCustom, calls=%fused
+  ROOT %next = (s32[], bf16[8,128]{1,0}) tuple(%x, %fusion.7)
+}
+
+ENTRY %main (x: bf16[8,128]) -> f32[] {
+  %x.1 = bf16[8,128]{1,0} parameter(0)
+  %while.1 = (s32[]{:T(128)}, bf16[8,128]{1,0:T(8,128)(2,1)}) while(%x.1), condition=%condition, body=%body
+  %both = (f32[4]{0}, bf16[2,3]{1,0}) all-reduce(%a, %b), replica_groups=mesh['x'=2,'y'=4] {'y'}, to_apply=%add
+  ROOT %moved = f32[10]{0} collective-permute(%c), source_target_pairs={{0,1},{1,0}}
+}
+"""
+
+
+def test_a_program_s_collectives():
+    assert collectives(PROGRAM, devices=8) == [
+        Collective("all-gather", "gather", ("bf16[64,128]",), payload=64 * 128 * 2, devices=8, times=33),
+        Collective("reduce-scatter", "scattered", ("bf16[8,16]",), payload=4 * 8 * 16 * 2, devices=4, times=33),
+        Collective("all-reduce", "both", ("f32[4]", "bf16[2,3]"), payload=4 * 4 + 6 * 2, devices=4, times=1),
+        Collective("collective-permute", "moved", ("f32[10]",), payload=40, devices=8, times=1),
+    ]
+
+
+def test_bytes_sent_in_a_ring():
+    def sent(kind: str) -> float:
+        return Collective(kind, "", (), payload=800, devices=8, times=3).sent
+
+    assert sent("all-gather") == sent("reduce-scatter") == sent("all-to-all") == 3 * 700
+    assert sent("all-reduce") == 3 * 1400
+    assert sent("collective-permute") == 3 * 800
+
+
+@pytest.mark.parametrize("layers", [3, 5])
+def test_a_compiled_scan_gathers_its_weights_in_every_round(layers: int):
+    """On CPU devices, where XLA leaves collectives as they are."""
+    mesh = make_mesh(fsdp=8)
+
+    def run(weights, x):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, weights)[0]
+
+    weights = jax.ShapeDtypeStruct((layers, 64, 64), jnp.float32, sharding=NamedSharding(mesh, P(None, None, "fsdp")))
+    x = jax.ShapeDtypeStruct((16, 64), jnp.float32, sharding=NamedSharding(mesh, P("fsdp", None)))
+    out = NamedSharding(mesh, P("fsdp", None))
+    program = jax.jit(run, out_shardings=out).trace(weights, x).lower().compile().as_text()
+    found = collectives(program, mesh.size)
+    assert found and sum(collective.times for collective in found) % layers == 0
+    gathered = [c for c in found if c.kind == "all-gather" and c.payload == 64 * 64 * 4]
+    assert all(collective.times == layers for collective in gathered)

@@ -1,0 +1,82 @@
+"""A plan is of the real program: its memory, its FLOPs and its traffic."""
+
+import dataclasses
+import json
+
+import pytest
+
+from moss_audio_jax import MossAudioError
+from train import plan
+from train.__main__ import main
+from train.config import RECIPES
+
+pytest.importorskip("libtpu", reason="compiles for TPUs")
+SIZES = ["--model", "tiny", "--batch", "8", "--seq", "256"]
+
+
+@pytest.fixture(autouse=True)
+def not_on_google_cloud(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+
+
+def run(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
+    monkeypatch.setattr("sys.argv", ["moss-audio-train", "plan", *arguments])
+    main()
+    return capsys.readouterr().out
+
+
+def test_a_training_step(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    out = run(["--topology", "v5e:2x2", *SIZES, "--json"], monkeypatch, capsys)
+    report = json.loads(out)
+    assert report["fits"] and report["chips"] == 4 and report["sequences_per_chip"] == 2
+    parts = report["hbm_bytes_by_kind"]
+    # Masters and two moments in float32, all of them cut over the chips but for slivers, and the count of Adam's steps.
+    assert parts["optimizer"] == 2 * parts["parameters"] + 4
+    assert parts["parameters"] == pytest.approx(4 * report["parameters"] / 4, rel=0.1)
+    assert 0 < report["hbm_bytes_per_chip"] < report["hbm_usable_bytes_per_chip"]
+    assert report["model_flops"] == sum(report["model_flops_by_part"].values())
+    assert report["collectives"] and 0 < report["estimated_mfu"] < 1
+
+
+def test_answering(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    report = json.loads(run(["--topology", "v5e:2x2", "--mode", "generate", *SIZES, "--json"], monkeypatch, capsys))
+    assert report["fits"] and report["mode"] == "generate" and report["estimated_decode_seconds_per_token"] > 0
+
+
+def test_a_table_for_people(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    out = run(["--topology", "v5e:2x2", *SIZES], monkeypatch, capsys)
+    assert "FITS" in out and "ESTIMATE" in out and "8 sequences of 256 tokens" in out
+
+
+def test_unknown_topologies_are_refused():
+    with pytest.raises(MossAudioError, match="--topology must name a TPU and its shape, such as v5e:2x4"):
+        plan.topology_devices("v9:2x2")
+
+
+def test_sizes_keep_the_recipe_s_chunks_to_its_tokens():
+    recipe = RECIPES["pretrain_stage2"]
+    longer = plan.with_sizes(recipe, "8b", slices=2, batch=24, tokens=2 * recipe.data.tokens, chunks=None)
+    assert longer.data == dataclasses.replace(
+        recipe.data, batch_size=24, tokens=2 * recipe.data.tokens, chunks=2 * recipe.data.chunks, lanes=None
+    )
+    assert longer.model.preset == "8b" and longer.mesh.replica == 2
+
+
+def test_what_needs_less_memory_is_tried_gentlest_first():
+    recipe = RECIPES["pretrain_stage2"]
+    kept = dataclasses.replace(recipe, step=dataclasses.replace(recipe.step, remat="dots"))
+    options = [option for option, _ in plan.alternatives(kept, chips=16)]
+    assert options[:3] == ["--step.remat full", "--microbatches 2", "--microbatches 4"]
+    assert options[-1].startswith("--mesh.tensor 4")
+
+
+def test_the_largest_buffers_of_xla_s_report():
+    report = """Memory Space: default (color=0)
+  cumulative_size;       size;       offset; used_by_n_values; shapes_list
+    2.34GiB(  5%);    2.34GiB;   4581834752;                2; 2×bf16[3,64,800,8192]
+    2.84GiB( 10%);  512.00MiB;   7098417152;                1; f32[8,8192,512,4]
+"""
+    assert plan._largest(report) == (
+        (int(2.34 * 2**30), "2×bf16[3,64,800,8192]"),
+        (512 * 2**20, "f32[8,8192,512,4]"),
+    )
