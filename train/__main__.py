@@ -89,7 +89,7 @@ def run_command(arguments: list[str]) -> Callable[..., None]:
     from train.distributed import DistributedConfig, join
 
     one_process = DistributedConfig()
-    recipe_config = _named_recipe(arguments)
+    recipe_config = _named_recipe(arguments, "pretrain_stage1")
 
     def run(
         *,
@@ -114,20 +114,20 @@ def run_command(arguments: list[str]) -> Callable[..., None]:
     return run
 
 
-def _named_recipe(arguments: list[str]) -> "RunConfig":
-    """The recipe that `--recipe` names; the first of all if none or an unknown one is named."""
+def _named_recipe(arguments: list[str], default: str) -> "RunConfig":
+    """The recipe that `--recipe` names; the default if none or an unknown one is named."""
     from train.config import RECIPES
 
     scan = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     scan.add_argument("--recipe")
-    return RECIPES.get(scan.parse_known_args(arguments)[0].recipe, next(iter(RECIPES.values())))
+    return RECIPES.get(scan.parse_known_args(arguments)[0].recipe, RECIPES[default])
 
 
 def plan_command(arguments: list[str]) -> Callable[..., None]:
     """The command `plan`; its options are those of `run` for the recipe that the arguments name, and some more."""
     from train.config import RecipeName, RunConfig
 
-    recipe_config = _named_recipe(arguments)
+    recipe_config = _named_recipe(arguments, "pretrain_stage2")
 
     def plan(
         *,
