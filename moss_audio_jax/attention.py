@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from moss_audio_jax.splash import splash_attend, tiles_for
+
 # Longer queries are cut into blocks of this many, so that scores never take [heads, tokens, tokens] of memory.
 QUERY_BLOCK = 512
 
@@ -28,6 +30,23 @@ def attend(
     scores = jnp.where(mask[:, None, None], scores * head_dim**-0.5, jnp.finfo(jnp.float32).min)
     weights = dropout(jax.nn.softmax(scores, axis=-1), dropout_rate, dropout_key).astype(value.dtype)
     return jnp.einsum("bkgts,bskd->btkgd", weights, value).reshape(query.shape)
+
+
+def self_attend(
+    query: Float[Array, "b t heads d"],
+    key: Float[Array, "b t kv d"],
+    value: Float[Array, "b t kv d"],
+    segment_ids: Int[Array, "b t"],
+) -> Float[Array, "b t heads d"]:
+    """Causal attention of whole sequences, within their segments: in training and scoring, and to read a prompt.
+
+    A TPU runs splash attention where that serves (`splash.tiles_for`), all else is `causal_attend`. Segment 0 is
+    padding: what its queries get is finite, and nobody reads it.
+    """
+    tiles = tiles_for(query)
+    if tiles is not None:
+        return splash_attend(query, key, value, segment_ids, tiles)
+    return causal_attend(query, key, value, jnp.arange(query.shape[1]), segment_ids, segment_ids)
 
 
 def causal_attend(

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from moss_audio_jax.attention import causal_attend, rotary_phases, rotate
+from moss_audio_jax.attention import causal_attend, rotary_phases, rotate, self_attend
 from moss_audio_jax.config import LanguageConfig
 from moss_audio_jax.layers import GatedMLP, Linear, RMSNorm, layer_at, parameter, scan_layers, take_layers
 from moss_audio_jax.sharding import constrain
@@ -120,11 +120,10 @@ class LanguageModel(nnx.Module):
     ) -> Float[Array, "b s hidden"]:
         """Some of the layers, one after the other, without the norm at the end; otherwise as `__call__`."""
         phases = rotary_phases(positions, self.config.head_dim, self.config.rope_theta)
-        slots = jnp.arange(x.shape[1])
 
         def body(layer, x, injected):
             query, key, value = layer.project(x, phases)
-            x = layer.finish(x, causal_attend(query, key, value, slots, segment_ids, segment_ids))
+            x = layer.finish(x, self_attend(query, key, value, segment_ids))
             x = x if injected is None else x + injected
             return constrain(x, "batch", "sequence", "features")
 
@@ -146,9 +145,8 @@ class LanguageModel(nnx.Module):
         cache: KVCache,
         deepstack: Float[Array, "injected b t hidden"] | None = None,
     ) -> tuple[Float[Array, "b t hidden"], KVCache]:
-        """Reads `t` more tokens into the cache: a whole prompt, or one generated token."""
+        """Reads `t` tokens: a whole prompt into an empty cache, or one more token into any."""
         phases = rotary_phases(positions, self.config.head_dim, self.config.rope_theta)
-        slots = cache.filled + jnp.arange(x.shape[1])
         filled_segments = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, (0, cache.filled))
 
         def body(carry, index, injected):
@@ -159,9 +157,13 @@ class LanguageModel(nnx.Module):
             start = (index, 0, cache.filled, 0, 0)
             keys = jax.lax.dynamic_update_slice(keys, key[None], start)
             values = jax.lax.dynamic_update_slice(values, value[None], start)
-            all_keys = jax.lax.dynamic_index_in_dim(keys, index, keepdims=False)
-            all_values = jax.lax.dynamic_index_in_dim(values, index, keepdims=False)
-            attended = causal_attend(query, all_keys, all_values, slots, segment_ids, filled_segments)
+            if x.shape[1] > 1:
+                attended = self_attend(query, key, value, segment_ids)
+            else:
+                all_keys = jax.lax.dynamic_index_in_dim(keys, index, keepdims=False)
+                all_values = jax.lax.dynamic_index_in_dim(values, index, keepdims=False)
+                slot = cache.filled[None]
+                attended = causal_attend(query, all_keys, all_values, slot, segment_ids, filled_segments)
             x = layer.finish(x, attended)
             return (x if injected is None else x + injected, keys, values), None
 

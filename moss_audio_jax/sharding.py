@@ -3,6 +3,7 @@
 A parameter declares logical axes ("embed", "mlp"); where those live is decided here and nowhere else.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -62,13 +63,19 @@ def partition_spec(logical_axes: Sequence[str | None], mesh: Mesh | Any) -> Part
     return PartitionSpec(*(present(RULES[axis]) for axis in logical_axes))
 
 
-def named_sharding(name: str, shape: Sequence[int], logical_axes: Sequence[str | None], mesh: Mesh) -> NamedSharding:
+def num_parts(logical_axis: str | None, mesh: Mesh | Any) -> int:
+    """Into how many parts the mesh cuts a dimension of that logical axis."""
+    (entry,) = partition_spec((logical_axis,), mesh)
+    return math.prod(mesh.shape[axis] for axis in ((entry,) if isinstance(entry, str) else entry or ()))
+
+
+def named_sharding(
+    name: str, shape: Sequence[int], logical_axes: Sequence[str | None], mesh: Mesh | Any
+) -> NamedSharding:
     """The sharding of tensor `name` on `mesh`; a dimension that the mesh does not divide is an error naming both."""
     spec = partition_spec(logical_axes, mesh)
     for size, axis, entry in zip(shape, logical_axes, spec, strict=True):
-        parts = 1
-        for mesh_axis in (entry,) if isinstance(entry, str) else entry or ():
-            parts *= mesh.shape[mesh_axis]
+        parts = num_parts(axis, mesh)
         if size % parts:
             raise MossAudioError(
                 f"{name}: its {axis!r} dimension of {size} can't be cut into {parts} parts (mesh axis {entry!r}): "

@@ -1,0 +1,144 @@
+"""Splash attention, JAX's Pallas kernel for TPUs: causal attention of packed sequences that stores no scores.
+
+The kernel walks over tiles of [queries, keys] and keeps a running softmax, so memory is linear in the length. Tiles
+above the diagonal are skipped; key-value heads are read by the query heads that share them, not repeated; one fused
+kernel computes all three gradients.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+    BlockSizes,
+    CausalMask,
+    MultiHeadMask,
+    SegmentIds,
+    make_splash_mha,
+)
+from jaxtyping import Array, Float, Int
+
+from moss_audio_jax.sharding import named_sharding, num_parts
+
+LANES = 128  # a tile's sides are multiples of this
+RESIDUALS = "attention"  # the checkpoint name of the kernel's output and log-sum-exp, for a policy that saves them
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """The largest tiles a chip takes, in tokens.
+
+    The fused backward kernel writes a gradient of the queries for every tile of keys, summed after it: the wider those
+    tiles, the less memory. The narrower the tiles of the forward pass, the less of the square above the diagonal is
+    computed.
+    """
+
+    queries: int
+    keys: int
+    keys_multiplied: int  # at a time, of the `keys` that were fetched
+    queries_backward: int
+    keys_backward: int
+    keys_multiplied_backward: int
+
+    def for_length(self, length: int) -> BlockSizes:
+        """The largest that divide `length`, itself a multiple of LANES."""
+        keys, keys_backward = _divisor(length, self.keys), _divisor(length, self.keys_backward)
+        return BlockSizes(
+            block_q=_divisor(length, self.queries),
+            block_kv=keys,
+            block_kv_compute=_divisor(keys, self.keys_multiplied),
+            block_q_dkv=_divisor(length, self.queries_backward),
+            block_kv_dkv=keys_backward,
+            block_kv_dkv_compute=_divisor(keys_backward, self.keys_multiplied_backward),
+            use_fused_bwd_kernel=True,
+        )
+
+
+# What compiles in the 16 MiB of VMEM that XLA gives a kernel on every chip since v4 (docs/tpu_attention.md).
+DEFAULT_TILES = Tiles(1024, 1024, 512, 1024, 2048, 512)
+TILES = {
+    # MaxText's for Llama 3.1 8B at 8192 tokens on v6e, benchmarks/maxtext_trillium_model_configs.py.
+    "TPU v6 lite": Tiles(2048, 2048, 2048, 2048, 2048, 2048),
+}
+
+
+def tiles_for(query: Float[Array, "b t heads d"]) -> Tiles | None:
+    """The tiles of the chip that is being traced for, or None where the kernel does not serve.
+
+    That is off TPUs, for fewer tokens than the smallest tile, and in float32 or with `jax_default_matmul_precision`
+    raised: whoever sets these wants exact sums, which the kernel does not make.
+    """
+    kind = device_kind()
+    precision = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
+    exact = query.dtype != jnp.bfloat16 or precision not in (None, "default", "bfloat16")
+    if not kind.startswith("TPU") or exact or query.shape[1] < LANES:
+        return None
+    return TILES.get(kind, DEFAULT_TILES)
+
+
+def device_kind() -> str:
+    """Of the devices that a program is being traced for: the current mesh's, or else the default one's.
+
+    The mesh may be of a topology that this machine hasn't got, to compile for ahead of time.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.abstract_device is not None:
+        return mesh.abstract_device.device_kind
+    device = jax.config.jax_default_device or jax.devices()[0]  # pyright: ignore[reportAttributeAccessIssue]
+    return (jax.devices(device)[0] if isinstance(device, str) else device).device_kind
+
+
+def splash_attend(
+    query: Float[Array, "b t heads d"],
+    key: Float[Array, "b t kv d"],
+    value: Float[Array, "b t kv d"],
+    segment_ids: Int[Array, "b t"],
+    tiles: Tiles,
+    *,
+    interpret: bool = False,
+) -> Float[Array, "b t heads d"]:
+    """What `attention.causal_attend` computes for whole sequences. Segment 0 is padding.
+
+    On a mesh each device attends with its sequences and its heads; nothing is communicated. A batch that the mesh does
+    not divide is attended to whole on every device; key-value heads that it does not divide are an error.
+
+    interpret: runs the kernel's program step by step with JAX operations, on any device.
+    """
+    attend = functools.partial(_attend, tiles=tiles, interpret=interpret)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return attend(query, key, value, segment_ids)
+    batch = "batch" if query.shape[0] % num_parts("batch", mesh) == 0 else None
+    heads = named_sharding("keys of attention", key.shape, (batch, None, "heads", None), mesh).spec
+    segments = named_sharding("segment ids", segment_ids.shape, (batch, None), mesh).spec
+    # A Pallas call does not say how its outputs vary over the mesh, which check_vma would ask.
+    specs = (heads, heads, heads, segments)
+    return jax.shard_map(attend, in_specs=specs, out_specs=heads, check_vma=False)(query, key, value, segment_ids)
+
+
+def _attend(query, key, value, segment_ids, *, tiles: Tiles, interpret: bool):
+    """On one device. Short lengths are padded to whole lanes, longer ones to a multiple that has large tiles."""
+    tokens, heads = query.shape[1:3]
+    padding = -tokens % (LANES if tokens <= 1024 else 4 * LANES)
+    # The kernel does not scale: the scaled query is rounded to its dtype once more.
+    query = query * query.shape[-1] ** -0.5
+    query, key, value = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))).swapaxes(1, 2) for x in (query, key, value))
+    segment_ids = jnp.pad(segment_ids, ((0, 0), (0, padding)))
+    length = tokens + padding
+    kernel = make_splash_mha(
+        MultiHeadMask([CausalMask((length, length))] * heads),
+        block_sizes=tiles.for_length(length),
+        head_shards=1,
+        q_seq_shards=1,
+        residual_checkpoint_name=RESIDUALS,
+        interpret=interpret,
+    )
+    out: Any = jax.vmap(kernel)(query, key, value, SegmentIds(segment_ids, segment_ids))
+    return out.swapaxes(1, 2)[:, :tokens]
+
+
+def _divisor(length: int, largest: int) -> int:
+    """The largest multiple of LANES that divides `length` and is at most `largest`."""
+    return next(size for size in range(largest, 0, -LANES) if length % size == 0)
