@@ -4,21 +4,22 @@ Conversions stream: a model of any size goes through less than a gigabyte of mem
 """
 
 import json
+import pathlib
 import signal
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
 from convert.memory import peak_memory
-from moss_audio_jax.cli import run_door
+from moss_audio_jax.cli import PathArgument, run_door
+from moss_audio_jax.paths import AnyPath
 
-Source = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
-Target = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="TARGET")]
+Source = Annotated[PathArgument, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
+Target = Annotated[PathArgument, tyro.conf.Positional, tyro.conf.arg(metavar="TARGET")]
 Dtype = Literal["bfloat16", "float32"]
 JsonFlag = Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff]
 
@@ -100,7 +101,7 @@ def verify(
     /,
     *,
     torch: bool = True,
-    audio: Path | None = None,
+    audio: PathArgument | None = None,
     dtype: Dtype = "float32",
     max_error: float | None = None,
     max_kl: float | None = None,
@@ -157,12 +158,12 @@ def rehearse(target: Target, /, *, preset: Literal["4b", "8b", "tiny"], seed: in
 
 
 @contextmanager
-def _reported(target: Path) -> Iterator[None]:
+def _reported(target: AnyPath) -> Iterator[None]:
     """For the commands that write: says at the end what it took."""
     _keep_to_cpu()
     start = time.perf_counter()
     yield
-    size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
+    size = sum(file.stat().st_size for file in pathlib.Path(target).rglob("*") if file.is_file())
     seconds, peak = time.perf_counter() - start, peak_memory()
     memory = "" if peak is None else f", peak memory {peak / 1e9:.2f} GB"
     print(f"wrote {target}: {size / 1e9:.3g} GB in {seconds:.1f} s{memory}")

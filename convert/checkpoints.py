@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +9,7 @@ import numpy as np
 from convert.orbax_files import OrbaxCheckpoint
 from moss_audio_jax.checkpoint import companion_files, layout_of
 from moss_audio_jax.config import read_json
+from moss_audio_jax.paths import AnyPath
 from moss_audio_jax.released import ReleasedCheckpoint, ReleasedLeaf
 
 Checkpoint = ReleasedCheckpoint | OrbaxCheckpoint
@@ -17,7 +17,7 @@ Checkpoint = ReleasedCheckpoint | OrbaxCheckpoint
 DTYPE_KEYS = ("dtype", "torch_dtype")
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
+def open_checkpoint(path: AnyPath) -> Checkpoint:
     """A checkpoint of either layout, checked against its configuration; its tensors are not read yet."""
     return OrbaxCheckpoint(path) if layout_of(path) == "orbax" else ReleasedCheckpoint(path)
 
@@ -35,7 +35,7 @@ def by_released_name(leaves: dict[str, ReleasedLeaf]) -> dict[str, ReleasedLeaf]
 def copy_companions(source: Checkpoint, target: Path, dtype: np.dtype | None) -> None:
     """Copies configuration and tokenizer files byte for byte, except that config.json tells of a changed type."""
     for file in companion_files(source.directory):
-        shutil.copyfile(file, target / file.name)
+        file.copy(target / file.name, overwrite=True)
     if dtype is not None and any(source.dtype(name) != dtype for name in by_released_name(source.leaves)):
         config = read_json(target / "config.json")
         keys = [key for key in DTYPE_KEYS if key in config] or DTYPE_KEYS[:1]

@@ -17,6 +17,7 @@ from moss_audio_jax.config import MossAudioConfig
 from moss_audio_jax.inputs import ModelInputs, make_inputs
 from moss_audio_jax.language_model import KVCache
 from moss_audio_jax.model import MossAudio
+from moss_audio_jax.paths import AnyPath
 from moss_audio_jax.tokens import Tokenizer, audio_span, build_prompt
 
 SYNTHETIC_SECONDS = 9.3  # three chunks, the last of them partly empty, and four time markers
@@ -31,7 +32,7 @@ class Sound:
     wave: np.ndarray  # float32 [samples] at 16 kHz
 
     @classmethod
-    def load(cls, path: Path | None) -> Self:
+    def load(cls, path: AnyPath | None) -> Self:
         """A sound file; None takes a synthetic clip."""
         if path is None:
             return cls(f"a synthetic clip of {SYNTHETIC_SECONDS} s", synthetic_clip())
@@ -65,7 +66,7 @@ class ModelComparison:
     top_k_overlap: float
 
 
-def compare_models(released: Path, checkpoint: Path, sound: Sound, dtype: str) -> ModelComparison:
+def compare_models(released: Path, checkpoint: AnyPath, sound: Sound, dtype: str) -> ModelComparison:
     """PyTorch on `released` against JAX on `checkpoint`, one after the other so that one model is in memory.
 
     dtype: of both models' weights and computations.
@@ -109,7 +110,7 @@ def prompt_ids(directory: Path, config: MossAudioConfig, clip_tokens: int) -> li
 
 
 def jax_stages(
-    checkpoint: Path, config: MossAudioConfig, ids: list[int], mel: np.ndarray, dtype: str
+    checkpoint: AnyPath, config: MossAudioConfig, ids: list[int], mel: np.ndarray, dtype: str
 ) -> dict[str, np.ndarray]:
     """Stage -> its values at audio tokens or, for the logits, at all positions: float32 [tokens, width]."""
     inputs = make_inputs([ids], [[mel]], config=config)

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ from convert.checkpoints import DTYPE_KEYS, Checkpoint, by_released_name
 from convert.pieces import row_blocks
 from moss_audio_jax.checkpoint import companion_files
 from moss_audio_jax.config import read_json
+from moss_audio_jax.paths import AnyPath, Path
 
 STATISTICS_BLOCK = 1 << 20  # elements: differences are computed in float64
 
@@ -33,7 +33,7 @@ class TensorComparison:
     max_relative_error: float
 
 
-def companion_differences(source: Path, target: Path) -> list[str]:
+def companion_differences(source: AnyPath, target: AnyPath) -> list[str]:
     """How configuration and tokenizer files differ; the type of the weights in config.json may."""
     files = [{file.name: file for file in companion_files(directory)} for directory in (source, target)]
     problems = []

@@ -1,15 +1,15 @@
 """What a checkpoint directory holds, read from its headers alone."""
 
 import math
-from pathlib import Path
 from typing import Any
 
 from convert.checkpoints import open_checkpoint
 from moss_audio_jax.checkpoint import layout_of
 from moss_audio_jax.info import align
+from moss_audio_jax.paths import AnyPath
 
 
-def contents(path: str | Path) -> dict[str, Any]:
+def contents(path: AnyPath) -> dict[str, Any]:
     """Layout, parameters as this port stacks them, and totals; fit for JSON."""
     checkpoint = open_checkpoint(path)
     parameters = []

@@ -9,7 +9,6 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,6 +21,7 @@ from convert.pieces import chunk_shape
 from moss_audio_jax.checkpoint import check_stored, flatten, orbax_paths, unflatten
 from moss_audio_jax.config import MossAudioConfig
 from moss_audio_jax.errors import MossAudioError
+from moss_audio_jax.paths import AnyPath, absolute, to_path
 from moss_audio_jax.released import released_leaves
 
 Piece = tuple[Any, np.ndarray]  # where in the array, as an index, and what
@@ -87,7 +87,7 @@ def _checkpointer(handler: StreamedArrayHandler) -> ocp.Checkpointer:
     return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=registry))
 
 
-def save_streamed(params: Path, leaves: dict[str, StreamedArray]) -> None:
+def save_streamed(params: AnyPath, leaves: dict[str, StreamedArray]) -> None:
     """Writes a checkpoint of `leaves` by path, in the stacked tree that `load_model` restores.
 
     An interrupt takes effect after the piece that is being written, so that nothing is written after it: signals only
@@ -101,7 +101,7 @@ def save_streamed(params: Path, leaves: dict[str, StreamedArray]) -> None:
             tqdm(total=total, unit="B", unit_scale=True, disable=None) as progress,
             _checkpointer(StreamedArrayHandler(stop, progress)) as checkpointer,
         ):
-            checkpointer.save(params.absolute(), args=ocp.args.PyTreeSave(unflatten(leaves)))
+            checkpointer.save(absolute(params), args=ocp.args.PyTreeSave(unflatten(leaves)))
 
     with ThreadPoolExecutor(1) as worker:
         try:
@@ -120,11 +120,11 @@ class OrbaxCheckpoint:
     Raises MossAudioError if what is stored does not fit the directory's configuration.
     """
 
-    def __init__(self, directory: str | Path):
+    def __init__(self, directory: AnyPath):
         paths = orbax_paths(directory)
         if paths is None:
             raise MossAudioError(f"{directory} is no Orbax checkpoint: give one that to-orbax or training wrote")
-        self.directory, self.params = Path(directory), paths.params.absolute()
+        self.directory, self.params = to_path(directory), absolute(paths.params)
         self.config = MossAudioConfig.from_hf(paths.files)
         check_stored(self.params, self.config)
         self.leaves = released_leaves(self.config)

@@ -15,6 +15,7 @@ from convert.safetensors_files import SHARD_BYTES, TensorBlocks, write_safetenso
 from convert.staging import check_target, staged
 from moss_audio_jax.checkpoint import require_empty
 from moss_audio_jax.config import MossAudioConfig
+from moss_audio_jax.paths import AnyPath
 from moss_audio_jax.released import ReleasedLeaf, released_leaves
 from moss_audio_jax.small_tokenizer import write_small_tokenizer
 
@@ -22,7 +23,7 @@ BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 EMBEDDING_STD = 0.02
 
 
-def rehearse(preset: str, target: str | Path, seed: int = 0) -> None:
+def rehearse(preset: str, target: AnyPath, seed: int = 0) -> None:
     """Writes `target`, a new directory: random weights of a preset and, for `tiny`, a tokenizer to go with them."""
     config = MossAudioConfig.preset(preset)
     target = check_target(target)
@@ -34,7 +35,7 @@ def rehearse(preset: str, target: str | Path, seed: int = 0) -> None:
 
 
 def write_random_checkpoint(
-    config: MossAudioConfig, directory: str | Path, seed: int = 0, shard_bytes: int = SHARD_BYTES
+    config: MossAudioConfig, directory: AnyPath, seed: int = 0, shard_bytes: int = SHARD_BYTES
 ) -> None:
     """Writes configuration and bfloat16 weights, scaled like an initialisation, into a new or empty directory.
 

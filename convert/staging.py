@@ -9,14 +9,15 @@ from pathlib import Path
 
 from moss_audio_jax.checkpoint import require_empty
 from moss_audio_jax.errors import MossAudioError
+from moss_audio_jax.paths import AnyPath, require_local
 
 # Conversions hold a few pieces of `pieces.PIECE_BYTES`, whatever the model's size. Measured at 4B: 0.43 to 0.80.
 PEAK_MEMORY_GB = 0.8
 
 
-def check_target(target: str | Path) -> Path:
+def check_target(target: AnyPath) -> Path:
     """The absolute path of a directory that may be written: it must be new or empty."""
-    target = Path(target).resolve()
+    target = require_local(target, "converted weights are written to").resolve()
     require_empty(target)
     if os.path.ismount(target):
         raise MossAudioError(f"{target} is a mount point and can't be replaced: name a new directory inside it")

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 
@@ -13,10 +12,11 @@ from convert.safetensors_files import SHARD_BYTES, TensorBlocks, write_safetenso
 from convert.staging import check_target, staged
 from moss_audio_jax.checkpoint import layout_of
 from moss_audio_jax.errors import MossAudioError
+from moss_audio_jax.paths import AnyPath
 
 
 def convert_to_hf(
-    source: str | Path, target: str | Path, dtype: np.dtype | None = None, shard_bytes: int = SHARD_BYTES
+    source: AnyPath, target: AnyPath, dtype: np.dtype | None = None, shard_bytes: int = SHARD_BYTES
 ) -> None:
     """Writes `target`, a new directory, from the Orbax directory `source`.
 

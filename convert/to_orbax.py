@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 
@@ -13,10 +12,11 @@ from convert.pieces import PIECE_BYTES, cast, row_blocks
 from convert.staging import check_target, staged
 from moss_audio_jax.checkpoint import PARAMS, layout_of
 from moss_audio_jax.errors import MossAudioError
+from moss_audio_jax.paths import AnyPath
 from moss_audio_jax.released import ReleasedCheckpoint, ReleasedLeaf
 
 
-def convert_to_orbax(source: str | Path, target: str | Path, dtype: np.dtype | None = None) -> None:
+def convert_to_orbax(source: AnyPath, target: AnyPath, dtype: np.dtype | None = None) -> None:
     """Writes `target`, a new directory, from the released directory `source`.
 
     dtype: of all parameters; None keeps each as it is stored.

@@ -20,6 +20,7 @@ from convert.memory import available_memory
 from moss_audio_jax.checkpoint import layout_of
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.info import align
+from moss_audio_jax.paths import AnyPath
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -62,11 +63,11 @@ class Report:
 
 
 def verify(
-    source: str | Path,
-    target: str | Path,
+    source: AnyPath,
+    target: AnyPath,
     *,
     pytorch: bool = True,
-    audio: Path | None = None,
+    audio: AnyPath | None = None,
     dtype: Dtype = "float32",
     limits: dict[str, float | None] | None = None,
 ) -> Report:
@@ -99,11 +100,11 @@ def verify(
     return Report(str(source), str(target), differences, tensors, models, thresholds, exceeded, "")
 
 
-def pytorch_pair(source: str | Path, target: str | Path) -> tuple[Path, Path] | None:
+def pytorch_pair(source: AnyPath, target: AnyPath) -> tuple[Path, AnyPath] | None:
     """Which of the two PyTorch reads, and which JAX: PyTorch needs a released directory."""
     if layout_of(source) == "released":
-        return Path(source), Path(target)
-    return (Path(target), Path(source)) if layout_of(target) == "released" else None
+        return Path(source), target
+    return (Path(target), source) if layout_of(target) == "released" else None
 
 
 def unavailable_pytorch(has_released: bool) -> str:

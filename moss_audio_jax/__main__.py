@@ -2,12 +2,11 @@
 
 import sys
 import time
-from pathlib import Path
 from typing import Literal
 
 import tyro
 
-from moss_audio_jax.cli import run_door
+from moss_audio_jax.cli import PathArgument, run_door
 from moss_audio_jax.tokens import DEFAULT_SYSTEM_PROMPT
 
 app = tyro.extras.SubcommandApp()
@@ -15,8 +14,8 @@ app = tyro.extras.SubcommandApp()
 
 @app.command
 def generate(
-    checkpoint: tyro.conf.Positional[Path],
-    clips: tyro.conf.Positional[tuple[Path, ...]],
+    checkpoint: tyro.conf.Positional[PathArgument],
+    clips: tyro.conf.Positional[tuple[PathArgument, ...]],
     /,
     *,
     prompt: str = "Transcribe the audio.",
@@ -83,7 +82,7 @@ def generate(
 
 
 @app.command
-def info(checkpoint: tyro.conf.Positional[Path], /) -> None:
+def info(checkpoint: tyro.conf.Positional[PathArgument], /) -> None:
     """Prints a checkpoint's parts: shapes, dtypes, parameters, bytes.
 
     Args:

@@ -20,6 +20,7 @@ import soundfile
 from numpy.lib.stride_tricks import sliding_window_view
 
 from moss_audio_jax.errors import MossAudioError
+from moss_audio_jax.paths import AnyPath, open_binary, reason
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ _UNKNOWN_LENGTH = 2**63 - 1  # libsndfile's SF_COUNT_MAX
 
 
 def load_audio(
-    source: str | os.PathLike[str] | bytes,
+    source: AnyPath | bytes,
     *,
     sample_rate: int = SAMPLE_RATE,
     start: float | None = None,
@@ -55,7 +56,7 @@ def load_audio(
     A file that was cut short is read as far as it goes.
 
     Args:
-      source: a path, or the bytes of an encoded file.
+      source: a path (of gs:// the whole object is fetched), or the bytes of an encoded file.
       sample_rate: of the result, in Hz.
       start, end: cut, in seconds, to the nearest sample of the file; where the format can seek, nothing
         before the cut is decoded. An `end` beyond the file means its end. The cut is resampled as if it were
@@ -75,7 +76,7 @@ def load_audio(
             file_rate = sound.samplerate
     except OSError as error:
         raise MossAudioError(
-            f"{name}: expected a readable audio file, found '{error.strerror}'; check the path."
+            f"{name}: expected a readable audio file, found '{reason(error)}'; check the path."
         ) from error
     except soundfile.LibsndfileError as error:
         raise MossAudioError(
@@ -87,10 +88,10 @@ def load_audio(
 
 
 @contextmanager
-def _open_sound(source: str | os.PathLike[str] | bytes, name: str) -> Iterator[soundfile.SoundFile]:
+def _open_sound(source: AnyPath | bytes, name: str) -> Iterator[soundfile.SoundFile]:
     # A descriptor, not a path: soundfile refuses some extensions (.raw) without looking inside.
     # Unbuffered, so that the descriptor stands where seek(0) says.
-    with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb", buffering=0) as file:
+    with io.BytesIO(source) if isinstance(source, bytes) else open_binary(source) as file:
         if not file.read(1):
             raise MossAudioError(f"{name}: expected audio, found 0 bytes; restore it or leave it out.")
         file.seek(0)

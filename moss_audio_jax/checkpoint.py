@@ -5,9 +5,8 @@ tokenizer files. `load_model` reads that, the newest checkpoint of a training ru
 """
 
 import dataclasses
-import shutil
+import fnmatch
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -21,6 +20,7 @@ from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 from moss_audio_jax.config import CONFIG_FILES, MossAudioConfig
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.model import MossAudio, parameter_specs
+from moss_audio_jax.paths import AnyPath, Path, absolute, children, is_inside, to_path, url
 from moss_audio_jax.released import (
     INDEX_FILE,
     SAFETENSORS_DTYPES,
@@ -45,18 +45,18 @@ TOKENIZER_FILES = (
 )
 
 
-def load_model(path: str | Path, *, dtype: Any = None, mesh: Mesh | None = None) -> MossAudio:
+def load_model(path: AnyPath, *, dtype: Any = None, mesh: Mesh | None = None) -> MossAudio:
     """The model of a checkpoint, its parameters on their devices.
 
     path: an Orbax directory of `python -m convert to-orbax`; the directory of a training run, whose newest checkpoint
-        is taken, or one of its checkpoints; or a released PyTorch directory.
+        is taken, or one of its checkpoints; or a released PyTorch directory, which has to be on a disk of this
+        machine, while the others may be on gs://.
     dtype: of the parameters and so of the computation; None takes bfloat16 on accelerators and float32 on the CPU,
         where bfloat16 is slow.
     mesh: each parameter is cut by its logical axes (`sharding.RULES`); None puts all on the first device.
     From Orbax each device's shard is read straight onto it. A released directory is read one stacked parameter at a
     time, so the host holds at most the largest one.
     """
-    path = Path(path)
     if dtype is None:
         dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     if layout_of(path) == "orbax":
@@ -66,15 +66,15 @@ def load_model(path: str | Path, *, dtype: Any = None, mesh: Mesh | None = None)
     return build_model(released.config, assemble(released, abstract_parameters(released.config, dtype, mesh)))
 
 
-def layout_of(path: str | Path) -> Literal["orbax", "released"]:
+def layout_of(path: AnyPath) -> Literal["orbax", "released"]:
     """How a checkpoint directory is laid out; anything else is an error."""
     if orbax_paths(path) is not None:
         return "orbax"
     if is_released(path):
         return "released"
-    if (Path(path) / RUN_CHECKPOINTS).is_dir():
+    if (to_path(path) / RUN_CHECKPOINTS).is_dir():
         raise MossAudioError(f"{path} is a training run without a checkpoint so far: wait until it has saved one")
-    exists = Path(path).exists()
+    exists = to_path(path).exists()
     found = f"holds neither {PARAMS}/ nor {SINGLE_FILE} nor {INDEX_FILE}" if exists else "does not exist"
     raise MossAudioError(
         f"{path} {found}: give a released MOSS-Audio directory, one that convert to-orbax wrote, or a training run"
@@ -89,27 +89,30 @@ class OrbaxPaths:
     files: Path
 
 
-def orbax_paths(path: str | Path) -> OrbaxPaths | None:
+def orbax_paths(path: AnyPath) -> OrbaxPaths | None:
     """Of a directory that `convert to-orbax` wrote, a training run or one of its checkpoints; else None."""
-    path = Path(path)
+    path = to_path(path)
     if (path / PARAMS).is_dir():
-        of_run = path.absolute().parent.parent / RUN_MODEL
-        in_run = path.absolute().parent.name == RUN_CHECKPOINTS and of_run.is_dir()
+        of_run = absolute(path).parent.parent / RUN_MODEL
+        in_run = absolute(path).parent.name == RUN_CHECKPOINTS and of_run.is_dir()
         return OrbaxPaths(path / PARAMS, of_run if in_run else path)
-    steps = [int(entry.name) for entry in (path / RUN_CHECKPOINTS).glob("*/") if entry.name.isdecimal()]
-    if not steps:
-        return None
-    return OrbaxPaths(path / RUN_CHECKPOINTS / str(max(steps)) / PARAMS, path / RUN_MODEL)
+    steps = sorted(int(entry.name) for entry in children(path / RUN_CHECKPOINTS) if entry.name.isdecimal())
+    for step in reversed(steps):
+        checkpoint = path / RUN_CHECKPOINTS / str(step)
+        # One that is being written has its name already where nothing can be renamed.
+        if checkpoint.is_dir() and ocp.utils.is_checkpoint_finalized(absolute(checkpoint)):
+            return OrbaxPaths(checkpoint / PARAMS, path / RUN_MODEL)
+    return None
 
 
-def files_directory(path: str | Path) -> Path:
+def files_directory(path: AnyPath) -> Path:
     """The directory of a checkpoint's configuration and tokenizer files: its own, except in a training run."""
     paths = orbax_paths(path)
-    return Path(path) if paths is None else paths.files
+    return to_path(path) if paths is None else paths.files
 
 
-def is_released(path: str | Path) -> bool:
-    return any((Path(path) / name).exists() for name in (INDEX_FILE, SINGLE_FILE))
+def is_released(path: AnyPath) -> bool:
+    return any((to_path(path) / name).exists() for name in (INDEX_FILE, SINGLE_FILE))
 
 
 def abstract_parameters(
@@ -134,9 +137,9 @@ def build_model(config: MossAudioConfig, parameters: dict[str, Any]) -> MossAudi
     return nnx.merge(graphdef, nnx.from_flat_state(flat))
 
 
-def save_model(model: MossAudio, path: str | Path) -> None:
+def save_model(model: MossAudio, path: AnyPath) -> None:
     """Writes parameters and configuration; `copy_tokenizer` adds the rest. `path` must be new or empty."""
-    path = Path(path).absolute()
+    path = absolute(path)
     require_empty(path)
     path.mkdir(parents=True, exist_ok=True)
     model.config.save_hf(path)
@@ -146,34 +149,34 @@ def save_model(model: MossAudio, path: str | Path) -> None:
         checkpointer.save(path / PARAMS, tree)
 
 
-def require_empty(path: str | Path) -> None:
+def require_empty(path: AnyPath) -> None:
     """Refuses a target that holds something: nothing is ever overwritten."""
-    path = Path(path)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    path = to_path(path)
+    if path.exists() and (not path.is_dir() or children(path)):
         raise MossAudioError(f"{path} already exists and is not an empty directory: name a new one, or remove it first")
 
 
-def companion_files(checkpoint: str | Path) -> list[Path]:
+def companion_files(checkpoint: AnyPath) -> list[Path]:
     """The configuration files and then the tokenizer files of a checkpoint."""
     directory = files_directory(checkpoint)
     return _plain_files(directory, CONFIG_FILES) + tokenizer_files(directory)
 
 
-def tokenizer_files(checkpoint: str | Path) -> list[Path]:
+def tokenizer_files(checkpoint: AnyPath) -> list[Path]:
     return _plain_files(files_directory(checkpoint), TOKENIZER_FILES)
 
 
-def copy_tokenizer(source: str | Path, target: str | Path) -> None:
+def copy_tokenizer(source: AnyPath, target: AnyPath) -> None:
     """Copies a checkpoint's tokenizer files, byte for byte."""
     for file in tokenizer_files(source):
-        shutil.copyfile(file, Path(target) / file.name)
+        file.copy(to_path(target) / file.name, overwrite=True)
 
 
-def _plain_files(directory: str | Path, patterns: Iterable[str]) -> list[Path]:
-    directory = Path(directory)
-    files = [file for pattern in patterns for file in sorted(directory.glob(pattern))]
+def _plain_files(directory: AnyPath, patterns: Iterable[str]) -> list[Path]:
+    there = children(directory)
+    files = [file for pattern in patterns for file in there if fnmatch.fnmatchcase(file.name, pattern)]
     for file in files:
-        if not file.is_file() or not file.resolve().is_relative_to(directory.resolve()):
+        if not file.is_file() or not is_inside(directory, file):
             raise MossAudioError(f"{file} is not a file inside its directory: copy the file itself there (`cp -L`)")
     return files
 
@@ -182,9 +185,9 @@ def stored_shapes(params: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     """Path -> shape and dtype of what an Orbax directory holds; no tensor is read."""
     try:
         # Asked first, because Orbax reports damage here by a traceback of its event loop.
-        ts.KvStore.open({"driver": "ocdbt", "base": f"file://{params.absolute()}/"}).result().list().result()
+        ts.KvStore.open({"driver": "ocdbt", "base": f"{url(params)}/"}).result().list().result()
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            metadata = checkpointer.metadata(params.absolute()).item_metadata
+            metadata = checkpointer.metadata(absolute(params)).item_metadata
     except (ValueError, OSError) as error:
         raise MossAudioError(f"{params} can't be read, its files are damaged ({error}): convert it again") from error
     if metadata is None:
@@ -212,13 +215,11 @@ def check_stored(params: Path, config: MossAudioConfig) -> None:
         raise MossAudioError(f"{params} does not fit its config.json: {'; '.join(sorted(problems)[:20])}")
 
 
-def restore(
-    path: str | Path, config: MossAudioConfig, abstract: dict[str, jax.ShapeDtypeStruct]
-) -> dict[str, jax.Array]:
+def restore(path: AnyPath, config: MossAudioConfig, abstract: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
     """The parameters that `abstract` names, of an Orbax checkpoint whose configuration is `config`."""
     paths = orbax_paths(path)
     assert paths is not None
-    params = paths.params.absolute()
+    params = absolute(paths.params)
     check_stored(params, config)
     target = unflatten(abstract)
     # Unlimited, a restore holds the whole checkpoint a second time; less than the largest leaf is refused by Orbax.

@@ -3,8 +3,24 @@
 import os
 import sys
 from collections.abc import Callable
+from typing import Annotated
+
+import tyro
 
 from moss_audio_jax.errors import MossAudioError
+from moss_audio_jax.paths import Path, to_path
+
+# A path of this machine or of gs://, which pathlib.Path would make gs:/ of.
+PathArgument = Annotated[
+    Path,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=lambda arguments: to_path(arguments[0]),
+        is_instance=lambda instance: isinstance(instance, Path),
+        str_from_instance=lambda instance: [str(instance)],
+    ),
+]
 
 
 def run_door(door: Callable[[], object]) -> None:

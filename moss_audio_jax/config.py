@@ -9,10 +9,10 @@ import copy
 import dataclasses
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Self
 
 from moss_audio_jax.errors import MossAudioError
+from moss_audio_jax.paths import AnyPath, Path, to_path, write_whole
 
 MODEL_TYPES = ("moss_audio", "moss_music")
 DOWNSAMPLE_RATE = 8  # three stride-2 convolutions: eight mel frames a token
@@ -131,7 +131,7 @@ class MossAudioConfig:
     processor: ProcessorConfig = ProcessorConfig()
     eos_ids: tuple[int, ...] = (151645,)
     raw: Mapping[str, dict] = dataclasses.field(
-        default_factory=lambda: _read_files(Path(__file__).parent / "released_4b"), compare=False, repr=False
+        default_factory=lambda: _read_files(to_path(__file__).parent / "released_4b"), compare=False, repr=False
     )
 
     def __post_init__(self):
@@ -164,9 +164,9 @@ class MossAudioConfig:
         return cls(**PRESETS[name])
 
     @classmethod
-    def from_hf(cls, directory: str | Path) -> Self:
+    def from_hf(cls, directory: AnyPath) -> Self:
         """Reads the released files of `directory`; processor_config.json and generation_config.json may be absent."""
-        directory = Path(directory)
+        directory = to_path(directory)
         raw = _read_files(directory)
         if "config.json" not in raw:
             raise MossAudioError(f"{directory} holds no config.json: give the directory of a MOSS-Audio checkpoint")
@@ -235,9 +235,10 @@ class MossAudioConfig:
                 content["eos_token_id"] = eos
         return files
 
-    def save_hf(self, directory: str | Path) -> None:
-        for name, content in self.to_hf().items():
-            (Path(directory) / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    def save_hf(self, directory: AnyPath) -> None:
+        """Writes the released files, config.json last."""
+        for name, content in sorted(self.to_hf().items(), key=lambda file: file[0] == "config.json"):
+            write_whole(to_path(directory) / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 IMPLEMENTED_MEL = {
@@ -260,10 +261,10 @@ _LANGUAGE_KEYS = (
 CONFIG_FILES = ("config.json", "processor_config.json", "generation_config.json")
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: AnyPath) -> dict[str, Any]:
     """A JSON object from a file; anything else is an error that names the file."""
     try:
-        content = json.loads(path.read_text("utf-8"))
+        content = json.loads(to_path(path).read_text("utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise MossAudioError(f"{path} can't be read as JSON ({error}): fetch the file again") from error
     if not isinstance(content, dict):

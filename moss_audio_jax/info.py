@@ -1,19 +1,18 @@
 """What a checkpoint is made of, without reading its tensors."""
 
 import math
-from pathlib import Path
 
 from moss_audio_jax.checkpoint import orbax_paths, stored_shapes
 from moss_audio_jax.config import MossAudioConfig
+from moss_audio_jax.paths import AnyPath
 from moss_audio_jax.released import ReleasedCheckpoint
 
 # The parts of the model, by the beginning of their parameters' paths.
 PARTS = ("audio_encoder", "audio_adapter", "deepstack_audio_merger_list", "language_model", "lm_head")
 
 
-def describe(path: str | Path) -> str:
+def describe(path: AnyPath) -> str:
     """A table of the model's parameters, stacked as this port stores them, with a sum for each part."""
-    path = Path(path)
     orbax = orbax_paths(path)
     if orbax is not None:
         layout, config, stored = "Orbax", MossAudioConfig.from_hf(orbax.files), stored_shapes(orbax.params)

@@ -1,8 +1,6 @@
 """From questions and sounds to `ModelInputs`, and from generated ids back to text."""
 
 from collections.abc import Sequence
-from os import PathLike
-from pathlib import Path
 from typing import Self
 
 import numpy as np
@@ -12,9 +10,10 @@ from moss_audio_jax.checkpoint import files_directory
 from moss_audio_jax.config import MossAudioConfig
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.inputs import ModelInputs, make_inputs
+from moss_audio_jax.paths import AnyPath
 from moss_audio_jax.tokens import DEFAULT_SYSTEM_PROMPT, Tokenizer, build_prompt
 
-Clip = np.ndarray | str | PathLike[str] | bytes
+Clip = np.ndarray | AnyPath | bytes
 
 
 class Processor:
@@ -25,7 +24,7 @@ class Processor:
         self.config = config
 
     @classmethod
-    def from_dir(cls, directory: str | Path) -> Self:
+    def from_dir(cls, directory: AnyPath) -> Self:
         return cls(Tokenizer.from_dir(directory), MossAudioConfig.from_hf(directory))
 
     def __call__(
@@ -79,6 +78,6 @@ class Processor:
         return self.tokenizer.decode(np.asarray(ids).tolist(), skip_special_tokens)
 
 
-def load_processor(path: str | Path) -> Processor:
+def load_processor(path: AnyPath) -> Processor:
     """The processor of whatever `load_model` reads."""
     return Processor.from_dir(files_directory(path))

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from moss_audio_jax.config import MossAudioConfig, read_json, read_language
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.model import parameter_specs
+from moss_audio_jax.paths import AnyPath, is_inside, require_local, to_path
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -160,8 +161,8 @@ class SafetensorsCheckpoint:
     truncated, unreadable or outside the directory.
     """
 
-    def __init__(self, directory: str | Path, leaves: dict[str, ReleasedLeaf], *, tied: bool):
-        self.directory = Path(directory)
+    def __init__(self, directory: AnyPath, leaves: dict[str, ReleasedLeaf], *, tied: bool):
+        self.directory = require_local(directory, "released weights are read piece by piece, from")
         self.leaves = leaves
         weight_map = _read_weight_map(self.directory)
         self.tensors, problems = _read_headers(self.directory, weight_map)
@@ -229,7 +230,7 @@ class SafetensorsCheckpoint:
 class ReleasedCheckpoint(SafetensorsCheckpoint):
     """A released MOSS-Audio directory."""
 
-    def __init__(self, directory: str | Path):
+    def __init__(self, directory: AnyPath):
         self.config = MossAudioConfig.from_hf(directory)
         super().__init__(directory, released_leaves(self.config), tied=self.config.tie_word_embeddings)
 
@@ -240,8 +241,8 @@ class Qwen3Checkpoint(SafetensorsCheckpoint):
     `leaves` has our paths, and so `assemble` takes them.
     """
 
-    def __init__(self, directory: str | Path):
-        path = Path(directory) / "config.json"
+    def __init__(self, directory: AnyPath):
+        path = to_path(directory) / "config.json"
         content = read_json(path)
         try:
             self.config = read_language(content, "config.json")
@@ -311,7 +312,7 @@ def _check_file(directory: Path, file: str) -> None:
         raise MossAudioError(f"{INDEX_FILE} names {file[:80]!r}: only plain file names inside the directory are read")
     if not path.exists():
         raise MossAudioError(f"{file} is missing")
-    if not path.resolve().is_relative_to(directory.resolve()):
+    if not is_inside(directory, path):
         raise MossAudioError(
             f"{file} is a link to outside the directory: copy the file itself here (`cp -L`, or `hf download "
             "--local-dir`)"

@@ -2,13 +2,13 @@
 
 import json
 from collections.abc import Iterable
-from pathlib import Path
 
 import tokenizers
 from tokenizers import Regex
 from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 from tokenizers.trainers import BpeTrainer
 
+from moss_audio_jax.paths import AnyPath, Path, to_path
 from moss_audio_jax.tokens import Tokenizer
 
 BYTES = 256  # the ids of single bytes; those of the special tokens follow, then those of the merges
@@ -16,7 +16,7 @@ _SINGLE_MARKS = Split(Regex(r"[^\s\p{L}\p{N}]"), behavior="isolated")
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 
-def write_small_tokenizer(directory: str | Path, texts: Iterable[str] = (), size: int = 0) -> None:
+def write_small_tokenizer(directory: AnyPath, texts: Iterable[str] = (), size: int = 0) -> None:
     """Writes the released tokenizer files into a directory.
 
     texts: what merges are learned from, within Qwen's words: so digits stay single, as time markers need them. Marks
@@ -25,7 +25,7 @@ def write_small_tokenizer(directory: str | Path, texts: Iterable[str] = (), size
     The bytes are in GPT-2's order, like the first 256 tokens of Qwen's vocabulary, so that the digits of time markers
     have the same ids, 15 to 24.
     """
-    directory = Path(directory)
+    directory = to_path(directory)
     _write_files(directory, [])
     texts = list(texts)
     if texts:

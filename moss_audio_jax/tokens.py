@@ -19,7 +19,6 @@ import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple, Self
 
 import tokenizers
@@ -27,6 +26,7 @@ from tokenizers import AddedToken, Regex, models, pre_tokenizers
 
 from moss_audio_jax.config import ProcessorConfig, read_json
 from moss_audio_jax.errors import MossAudioError
+from moss_audio_jax.paths import AnyPath, Path, to_path
 
 # Qwen's ids. The ids of the audio span may differ between checkpoints and are in ProcessorConfig.
 ENDOFTEXT, IM_START, IM_END = 151643, 151644, 151645
@@ -66,7 +66,7 @@ class Tokenizer:
     letters is up to the Unicode version that the `tokenizers` library (here) or `regex` (there) was built with.
     """
 
-    def __init__(self, core: tokenizers.Tokenizer, source: str | Path):
+    def __init__(self, core: tokenizers.Tokenizer, source: AnyPath):
         """`source` names the files in error messages."""
         core.no_truncation()
         core.no_padding()
@@ -92,9 +92,9 @@ class Tokenizer:
             ) from error
 
     @classmethod
-    def from_dir(cls, directory: str | Path) -> Self:
+    def from_dir(cls, directory: AnyPath) -> Self:
         """Reads vocab.json, merges.txt and the added tokens, as released; without those, tokenizer.json."""
-        directory = Path(directory)
+        directory = to_path(directory)
         missing = [name for name in ("vocab.json", "merges.txt") if not (directory / name).exists()]
         if not missing:
             return cls(_read_released(directory), directory)

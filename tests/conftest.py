@@ -1,5 +1,6 @@
 """The machine the tests run on, the recorded checkpoint, and where their data is."""
 
+import hashlib
 import os
 
 # Before JAX starts: eight devices on the CPU, for meshes.
@@ -16,6 +17,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from fake_gcs import FakeGcs
 from flax import nnx
 
 from moss_audio_jax import ModelInputs, MossAudio, MossAudioConfig, load_model, make_inputs
@@ -32,6 +34,21 @@ def without_the_programs_of_other_modules() -> Iterator[None]:
     """Every compiled program holds memory maps, of which a process may have 65,530: past them XLA crashes."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(scope="session")
+def storage() -> Iterator[FakeGcs]:
+    """gs:// in memory, for this process and those it starts."""
+    with FakeGcs() as storage, pytest.MonkeyPatch.context() as patch:
+        for name, value in storage.environment.items():
+            patch.setenv(name, value)
+        yield storage
+
+
+@pytest.fixture
+def bucket(storage: FakeGcs, request: pytest.FixtureRequest) -> str:
+    """A bucket of the test's own."""
+    return f"gs://{hashlib.sha256(request.node.nodeid.encode()).hexdigest()[:20]}"
 
 
 @pytest.fixture(scope="session")

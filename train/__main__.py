@@ -4,13 +4,13 @@ import argparse
 import logging
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from moss_audio_jax.cli import run_door
+from moss_audio_jax.cli import PathArgument, run_door
 from moss_audio_jax.errors import MossAudioError
+from moss_audio_jax.paths import Path, require_writable
 
 if TYPE_CHECKING:
     from train.ablate import AblationConfig
@@ -24,8 +24,8 @@ app = tyro.extras.SubcommandApp()
 
 @app.command
 def prepare(
-    manifest: tyro.conf.Positional[Path],
-    out: tyro.conf.Positional[Path],
+    manifest: tyro.conf.Positional[PathArgument],
+    out: tyro.conf.Positional[PathArgument],
     /,
     *,
     shards: int | None = None,
@@ -72,7 +72,7 @@ def _which_shard(shards: int | None, shard: str | None) -> tuple[int | None, int
 
 
 @app.command
-def check(manifest: tyro.conf.Positional[Path], /) -> None:
+def check(manifest: tyro.conf.Positional[PathArgument], /) -> None:
     """Reads every line of a manifest and says how many examples it holds, or what is wrong with a line.
 
     Args:
@@ -94,7 +94,7 @@ def run_command(arguments: list[str]) -> Callable[..., None]:
     def run(
         *,
         recipe: RecipeName,
-        out: Path,
+        out: PathArgument,
         config: Annotated[RunConfig, tyro.conf.arg(name="")] = recipe_config,
         processes: Annotated[DistributedConfig, tyro.conf.arg(name="")] = one_process,
     ) -> None:
@@ -224,12 +224,12 @@ def evaluate_command() -> Callable[..., None]:
     defaults = EvaluationConfig()
 
     def evaluate(
-        checkpoint: tyro.conf.Positional[Path],
+        checkpoint: tyro.conf.Positional[PathArgument],
         /,
         *,
-        out: Path | None = None,
-        predictions: Path | None = None,
-        plot: Path | None = None,
+        out: PathArgument | None = None,
+        predictions: PathArgument | None = None,
+        plot: PathArgument | None = None,
         config: Annotated[EvaluationConfig, tyro.conf.arg(name="")] = defaults,
     ) -> None:
         """Asks a checkpoint questions whose answers are known, and prints how right it is.
@@ -249,7 +249,7 @@ def evaluate_command() -> Callable[..., None]:
 def _evaluate(
     checkpoint: Path, config: "EvaluationConfig", out: Path | None, predictions: Path | None, plot: Path | None
 ) -> None:
-    from train.evaluate import evaluate, has_events, read_items, require_writable, table
+    from train.evaluate import evaluate, has_events, read_items, table
     from train.plots import require_matplotlib
 
     items = read_items(config)
@@ -257,7 +257,8 @@ def _evaluate(
         require_matplotlib()
         if not any(map(has_events, items)):
             raise MossAudioError("--plot draws timelines of events, but no question asks for one: leave it out")
-    require_writable(out, predictions, plot)
+    for path in filter(None, (out, predictions, plot)):
+        require_writable(path)
     evaluation = evaluate(checkpoint, items, config, progress=True)
     print(table(evaluation.results["measures"]))
     if unfinished := evaluation.results["unfinished"]:
@@ -279,7 +280,7 @@ def ablate_command() -> Callable[..., None]:
     defaults = AblationConfig()
 
     def ablate(
-        out: tyro.conf.Positional[Path],
+        out: tyro.conf.Positional[PathArgument],
         /,
         *,
         config: Annotated[AblationConfig, tyro.conf.arg(name="")] = defaults,

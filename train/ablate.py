@@ -17,10 +17,10 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from moss_audio_jax.errors import MossAudioError
+from moss_audio_jax.paths import Path
 from train.config import CONFIG_FILE, RECIPES, MixtureConfig, RunConfig, SceneGroupConfig, settle
 from train.data.scenes import SceneConfig
 from train.evaluate import AnswerConfig, EvaluationConfig, Measured, evaluate

@@ -11,10 +11,11 @@ A file is a JSON list or has one JSON object a line. All give the right answer a
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
 from moss_audio_jax.errors import MossAudioError
+from moss_audio_jax.paths import AnyPath, Path, to_path
 from train.metrics import LETTERS
 
 
@@ -73,7 +74,7 @@ LAYOUTS = {
 }
 
 
-def read_benchmark(name: str, path: str | Path, audio_dir: str | Path | None = None) -> list[Question]:
+def read_benchmark(name: str, path: AnyPath, audio_dir: AnyPath | None = None) -> list[Question]:
     """Reads all questions of a benchmark's file, open ones included.
 
     Args:
@@ -87,8 +88,8 @@ def read_benchmark(name: str, path: str | Path, audio_dir: str | Path | None = N
     """
     if name not in LAYOUTS:
         raise MossAudioError(f"benchmark {name!r} is unknown: choose one of {', '.join(LAYOUTS)}.")
-    path = Path(path)
-    audio_dir = path.parent if audio_dir is None else Path(audio_dir)
+    path = to_path(path)
+    audio_dir = path.parent if audio_dir is None else to_path(audio_dir)
     return [
         _Entry(f"{path}: entry {number}", fields).question(LAYOUTS[name], audio_dir)
         for number, fields in enumerate(_read_entries(path), start=1)

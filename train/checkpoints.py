@@ -4,12 +4,12 @@
     checkpoints/<step>/state    step, moments, dropout key, counts of skipped steps
     checkpoints/<step>/data     JSON of the data's iterator, of all processes
 
-A checkpoint appears under its name only when all three are whole, so a killed run leaves none that is half written.
+A checkpoint appears under its name only when all three are whole, so a killed run leaves none that is half written. On
+gs://, where nothing can be renamed at once, it counts only when `commit_success.txt` is in it, which is written last.
 """
 
 import dataclasses
 import sys
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,6 +18,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from moss_audio_jax.checkpoint import PARAMS, flatten, unflatten
 from moss_audio_jax.errors import MossAudioError
+from moss_audio_jax.paths import AnyPath, absolute, children, write_whole
 from train.step import TrainState
 
 STATE, DATA = "state", "data"
@@ -27,8 +28,8 @@ DAMAGED = "damaged_checkpoints"
 class Checkpoints:
     """The checkpoints in a run's directory. Saving goes on in the background; `close` waits for it."""
 
-    def __init__(self, run: Path, *, keep_last: int = 3, keep_every: int | None = None):
-        self._run = run.absolute()
+    def __init__(self, run: AnyPath, *, keep_last: int = 3, keep_every: int | None = None):
+        self._run = absolute(run)
         self._directory = self._run / "checkpoints"
         policies: list[Any] = [preservation_policy.LatestN(keep_last)]
         if keep_every is not None:
@@ -94,7 +95,7 @@ class Checkpoints:
                 continue
             for newer, reason in damaged.items():
                 print(f"checkpoint {newer} can't be read, {step} is taken; {reason}", file=sys.stderr)
-                self._put_aside(newer)
+                self._put_aside(newer, reason)
             return restored
         raise MossAudioError(
             f"{self._directory}: none of the checkpoints {', '.join(map(str, steps))} can be read "
@@ -116,11 +117,13 @@ class Checkpoints:
         frozen = {path: flat[path] for path in target.frozen}
         return dataclasses.replace(state, trainable=trainable, frozen=frozen), restored[DATA]
 
-    def _put_aside(self, step: int) -> None:
+    def _put_aside(self, step: int, reason: str) -> None:
         aside = self._run / DAMAGED
+        taken = sum(path.name.startswith(str(step)) and path.is_dir() for path in children(aside))
+        name = f"{step}-{taken}" if taken else str(step)
         aside.mkdir(exist_ok=True)
-        taken = len(list(aside.glob(f"{step}*")))
-        (self._directory / str(step)).rename(aside / (f"{step}-{taken}" if taken else str(step)))
+        write_whole(aside / f"{name}.txt", reason + "\n")
+        (self._directory / str(step)).rename(aside / name)
         self._manager.reload()
 
     def close(self) -> None:

@@ -6,13 +6,13 @@ Every field is an option of `python -m train run`. What changes the parameters t
 
 import dataclasses
 import json
-from pathlib import Path
 from typing import Any, Literal
 
 import tyro
 
 from moss_audio_jax.config import read_json
 from moss_audio_jax.errors import MossAudioError
+from moss_audio_jax.paths import AnyPath, to_path, write_whole
 from train.data.mixture import Group, Source
 from train.data.pipeline import DataConfig
 from train.data.scenes import SceneConfig, SceneExamples
@@ -91,7 +91,7 @@ def _open(path: str, objectives: tuple[str, ...]) -> Source:
     from train.data.manifest import Manifest
     from train.data.shards import Shards
 
-    examples = Shards(path) if Path(path).is_dir() else Manifest(path)
+    examples = Shards(path) if to_path(path).is_dir() else Manifest(path)
     return Source(path, examples, dict.fromkeys(objectives, 1.0))
 
 
@@ -227,12 +227,12 @@ RECIPES: dict[str, RunConfig] = {
 RecipeName = Literal["pretrain_stage1", "pretrain_stage2", "time_events"]
 
 
-def settle(config: Any, out: Path, *, begun: bool) -> None:
+def settle(config: Any, out: AnyPath, *, begun: bool) -> None:
     """Writes a configuration, a dataclass, into a run's directory, compared first with that of a run that has begun.
 
     Raises MossAudioError, naming what differs, if that is another one.
     """
-    path = out / CONFIG_FILE
+    path = to_path(out) / CONFIG_FILE
     now = json.loads(json.dumps(dataclasses.asdict(config)))
     if begun:
         then = read_json(path)
@@ -247,10 +247,8 @@ def settle(config: Any, out: Path, *, begun: bool) -> None:
                 f"{out} holds a run of another configuration: {'; '.join(problems)}; "
                 "give the options it was begun with, or another --out"
             )
-    out.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(now, indent=2) + "\n", "utf-8")
-    partial.replace(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps(now, indent=2) + "\n")
 
 
 def _by_path(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -18,12 +18,14 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax._src.clusters import ClusterEnv  # what `jax.distributed.initialize` asks, which does not tell
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.sharding import RULES
 from train.data.pipeline import merge_states
+from train.meeting import meet
 
 LOST = 75  # exit code, EX_TEMPFAIL: run it again
 # What JAX's errors say of a process that can't be reached any more.
@@ -72,19 +74,27 @@ class DistributedConfig:
 def join(config: DistributedConfig) -> None:
     """Meets the other processes, if the run has any. Before anything else of JAX: no device may be in use yet.
 
-    Raises MossAudioError if they don't all come in time.
+    Raises MossAudioError, with the numbers of those that are missing, if they don't all come in time.
     """
     if not config.distributed and config.coordinator is None:
         return
     try:
+        coordinator, count, number, devices = ClusterEnv.auto_detect_unset_distributed_params(
+            config.coordinator, config.num_processes, config.process_id, None, None, config.join_within
+        )
+        if coordinator is not None and count is not None and number is not None:  # else JAX says what is not known
+            meet(coordinator, count, number, config.join_within)
         jax.distributed.initialize(
-            config.coordinator,
-            config.num_processes,
-            config.process_id,
+            coordinator,
+            count,
+            number,
+            devices,
             initialization_timeout=config.join_within,
             heartbeat_timeout_seconds=config.lost_after,
             shutdown_timeout_seconds=config.lost_after,
         )
+    except MossAudioError:
+        raise
     except (RuntimeError, ValueError) as error:
         raise MossAudioError(
             f"the processes of the run did not meet ({str(error).splitlines()[0]}): start all of them with the same "

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
@@ -27,10 +26,12 @@ from tqdm import tqdm
 
 from moss_audio_jax.audio import SAMPLE_RATE
 from moss_audio_jax.checkpoint import load_model
+from moss_audio_jax.cli import PathArgument
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.generate import Sampling, generate
 from moss_audio_jax.inputs import ModelInputs, make_inputs
 from moss_audio_jax.model import MossAudio
+from moss_audio_jax.paths import AnyPath, open_binary, write_whole
 from moss_audio_jax.processor import Processor, load_processor
 from moss_audio_jax.sharding import make_mesh
 from moss_audio_jax.tokens import build_conversation
@@ -179,7 +180,8 @@ def _seconds(clip: Clip) -> float:
         whole = len(clip.audio) / SAMPLE_RATE
     else:
         try:
-            whole = soundfile.info(io.BytesIO(clip.audio) if isinstance(clip.audio, bytes) else clip.audio).duration
+            with io.BytesIO(clip.audio) if isinstance(clip.audio, bytes) else open_binary(clip.audio) as file:
+                whole = soundfile.info(file).duration
         except (OSError, TypeError, soundfile.LibsndfileError):
             return len(clip.wave()) / SAMPLE_RATE  # says what is wrong with it, or that nothing is
     return min(whole, clip.end or whole) - (clip.start or 0.0)
@@ -342,7 +344,7 @@ def table(measures: Mapping[str, Mapping[str, Measured]]) -> str:
 class EvaluationConfig:
     """What a checkpoint is asked, and how."""
 
-    data: tuple[Path, ...] = ()
+    data: tuple[PathArgument, ...] = ()
     """Manifests, and directories of shards."""
     objectives: tuple[str, ...] = ()
     """What is asked about their examples; by default all that they have labels for."""
@@ -351,7 +353,7 @@ class EvaluationConfig:
     scene: Annotated[SceneConfig, tyro.conf.arg(name="scenes")] = field(default_factory=SceneConfig)
     benchmark: tuple[str, ...] = ()
     """NAME=FILE: the question file of mmau, mmau_pro, mmar or mmsu."""
-    audio_dir: Path | None = None
+    audio_dir: PathArgument | None = None
     """What the benchmarks' audio paths are relative to; by default the directory of the question file."""
     limit: int | None = None
     """The first so many examples of each manifest and questions of each benchmark."""
@@ -403,18 +405,19 @@ class Evaluation:
     answers: Sequence[Answer]
     results: dict[str, Any]
 
-    def save_results(self, path: Path) -> None:
-        path.write_text(json.dumps(self.results, indent=2, ensure_ascii=False, default=str) + "\n", "utf-8")
+    def save_results(self, path: AnyPath) -> None:
+        write_whole(path, json.dumps(self.results, indent=2, ensure_ascii=False, default=str) + "\n")
 
-    def save_predictions(self, path: Path) -> None:
+    def save_predictions(self, path: AnyPath) -> None:
         """A line of JSON an item."""
-        with open(path, "w", encoding="utf-8") as file:
-            for item, answer in zip(self.items, self.answers, strict=True):
-                line = {name: getattr(item, name) for name in ("name", "source", "task", "question", "reference")}
-                line |= {"prediction": answer.text, "finished": answer.finished}
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        lines = []
+        for item, answer in zip(self.items, self.answers, strict=True):
+            line = {name: getattr(item, name) for name in ("name", "source", "task", "question", "reference")}
+            line |= {"prediction": answer.text, "finished": answer.finished}
+            lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+        write_whole(path, "".join(lines))
 
-    def save_plot(self, path: Path, most: int = 4) -> None:
+    def save_plot(self, path: AnyPath, most: int = 4) -> None:
         """The first clips whose events were asked for: what is in them, and what the model says is."""
         from train.plots import TimelinePlot, plot_timelines
 
@@ -434,7 +437,7 @@ def has_events(item: Item) -> bool:
 
 
 def evaluate(
-    checkpoint: str | Path, items: Sequence[Item], config: EvaluationConfig, *, progress: bool = False
+    checkpoint: AnyPath, items: Sequence[Item], config: EvaluationConfig, *, progress: bool = False
 ) -> Evaluation:
     """Loads a checkpoint, asks it all items and measures its answers."""
     processor = load_processor(checkpoint)
@@ -451,15 +454,3 @@ def evaluate(
         "measures": measure(items, [answer.text for answer in answers]),
     }
     return Evaluation(items, answers, results)
-
-
-def require_writable(*paths: Path | None) -> None:
-    """Makes the directories of files that are to be written, and finds out now rather than at the end if it can't."""
-    for path in filter(None, paths):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            open(path, "ab").close()
-        except OSError as error:
-            raise MossAudioError(
-                f"{path}: expected a file that can be written, found '{error.strerror}'; choose another."
-            ) from error

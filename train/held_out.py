@@ -2,12 +2,12 @@
 
 import importlib.util
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 
 from moss_audio_jax.checkpoint import build_model
+from moss_audio_jax.paths import Path
 from moss_audio_jax.processor import Processor
 from train.config import RunConfig
 from train.evaluate import ask, has_events, measure

@@ -15,7 +15,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -27,6 +26,7 @@ from jax.sharding import Mesh
 from moss_audio_jax.checkpoint import RUN_MODEL, abstract_parameters, build_model
 from moss_audio_jax.config import MossAudioConfig
 from moss_audio_jax.errors import MossAudioError
+from moss_audio_jax.paths import AnyPath, Path, to_path
 from moss_audio_jax.processor import Processor
 from moss_audio_jax.sharding import make_mesh
 from moss_audio_jax.tokens import Tokenizer
@@ -59,7 +59,7 @@ class Outcome:
     preempted: bool
 
 
-def train(config: RunConfig, out: Path, *, mesh: Mesh | None = None) -> Outcome:
+def train(config: RunConfig, out: AnyPath, *, mesh: Mesh | None = None) -> Outcome:
     """Trains until `config.last_step`, from the newest checkpoint in `out` if there is one. For the main thread.
 
     mesh: over the devices to use; None lays out all of them as the configuration says.
@@ -71,6 +71,7 @@ def train(config: RunConfig, out: Path, *, mesh: Mesh | None = None) -> Outcome:
             f"evaluation while training is for one process so far, found {jax.process_count()}: leave "
             "loop.evaluate_every out and ask the run's checkpoints with `python -m train evaluate`"
         )
+    out = to_path(out)
     mesh = make_mesh(**dataclasses.asdict(config.mesh)) if mesh is None else mesh
     model = model_config(config.model)
     with ExitStack() as stack:
@@ -120,13 +121,14 @@ def _run(
         profile.after(step, metrics)
         report.add(step, metrics, {"data_wait": data_wait, **data.metrics, "model_flops": sum(flops.values())})
         if step % config.loop.checkpoint_every == 0 and step < config.last_step:
+            report.commit()
             checkpoints.save(step, state, state_of_all(data.get_state()))
         if held_out.is_due(step):
             with report.paused():
                 scores, samples = held_out.ask(step, state.trainable | state.frozen)
                 report.add_scores(step, scores)
                 report.add_samples(step, samples)
-    report.flush()
+    report.commit()
     if step > start and step not in checkpoints.steps:
         checkpoints.save(step, state, state_of_all(data.get_state()))
     return Outcome(step, preempted=step < config.last_step)

@@ -1,12 +1,11 @@
 """What goes with all checkpoints of a run: the model's configuration and its tokenizer, in the released layout."""
 
-import json
-import shutil
-from pathlib import Path
+import dataclasses
 
 from moss_audio_jax.checkpoint import companion_files, tokenizer_files
-from moss_audio_jax.config import MossAudioConfig
+from moss_audio_jax.config import CONFIG_FILES, MossAudioConfig
 from moss_audio_jax.errors import MossAudioError
+from moss_audio_jax.paths import AnyPath, to_path
 from moss_audio_jax.small_tokenizer import write_small_tokenizer
 from train.data import ExampleOrder
 from train.data.objectives import render
@@ -16,29 +15,30 @@ LEARNED = "learned"  # in place of a directory
 LEARNED_FROM = 300  # examples
 
 
-def write_model_files(source: ModelSource, config: MossAudioConfig, order: ExampleOrder, directory: Path) -> None:
-    """Writes them once, into a directory that appears when it is whole; a resumed run keeps what is there.
+def write_model_files(source: ModelSource, config: MossAudioConfig, order: ExampleOrder, directory: AnyPath) -> None:
+    """Writes them once, config.json last, by which a resumed run knows that all are there and keeps them.
 
     order: where a learned tokenizer takes its texts from.
     """
-    if directory.is_dir():
+    directory = to_path(directory)
+    if (directory / "config.json").exists():
         return
-    partial = directory.with_suffix(".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     tokenizer = source.tokenizer_source
     if tokenizer is None:
         raise MossAudioError(
             f"without model.checkpoint, model.tokenizer must name a directory of tokenizer files, or be {LEARNED}"
         )
+    directory.rmtree(missing_ok=True)
+    directory.mkdir(parents=True)
     if tokenizer == LEARNED:
-        write_small_tokenizer(partial, _texts(order), config.processor.audio_start_id)
+        write_small_tokenizer(directory, _texts(order), config.processor.audio_start_id)
     files = companion_files(source.checkpoint) if source.checkpoint else []
     for file in files + (tokenizer_files(tokenizer) if tokenizer != LEARNED else []):
-        shutil.copyfile(file, partial / file.name)
-    config.save_hf(partial)
-    _set_dtype(partial / "config.json")
-    partial.replace(directory)
+        if file.name not in CONFIG_FILES:
+            file.copy(directory / file.name, overwrite=True)
+    # Masters are float32, whatever the checkpoint was that a run began with.
+    of_masters = {"config.json": config.raw["config.json"] | {"dtype": "float32"}}
+    dataclasses.replace(config, raw={**config.raw, **of_masters}).save_hf(directory)
 
 
 def _texts(order: ExampleOrder) -> list[str]:
@@ -52,10 +52,3 @@ def _texts(order: ExampleOrder) -> list[str]:
         else:
             texts += [piece for message in rendered for piece in message.content if isinstance(piece, str)]
     return texts
-
-
-def _set_dtype(path: Path) -> None:
-    """Masters are float32, whatever the checkpoint was that a run began with."""
-    config = json.loads(path.read_text("utf-8"))
-    config["dtype"] = "float32"
-    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")

@@ -2,13 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from moss_audio_jax.audio import SAMPLE_RATE, log_mel
 from moss_audio_jax.errors import MossAudioError
+from moss_audio_jax.paths import AnyPath, reason, written_whole
 from train.data.manifest import TimedText
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def require_matplotlib() -> None:
 
 
 def plot_timeline(
-    path: str | Path,
+    path: AnyPath,
     wave: np.ndarray,
     true_events: Sequence[TimedText],
     predicted_events: Sequence[TimedText],
@@ -58,7 +58,7 @@ def plot_timeline(
     plot_timelines(path, [TimelinePlot(wave, true_events, predicted_events, title)])
 
 
-def plot_timelines(path: str | Path, clips: Sequence[TimelinePlot]) -> None:
+def plot_timelines(path: AnyPath, clips: Sequence[TimelinePlot]) -> None:
     """Writes a PNG of clips one below the other; equal labels have equal colours.
 
     Events beyond the clip's end are counted at the edge of their lane. Raises MossAudioError without matplotlib, for
@@ -70,12 +70,13 @@ def plot_timelines(path: str | Path, clips: Sequence[TimelinePlot]) -> None:
     _save(_draw(clips), path)
 
 
-def _save(figure: "Figure", path: str | Path) -> None:
+def _save(figure: "Figure", path: AnyPath) -> None:
     try:
-        figure.savefig(path, dpi=150, format="png")
+        with written_whole(path) as file:
+            figure.savefig(file, dpi=150, format="png")
     except OSError as error:
         raise MossAudioError(
-            f"{path}: expected a picture that can be written, found '{error.strerror}'; choose another."
+            f"{path}: expected a picture that can be written, found '{reason(error)}'; choose another."
         ) from error
 
 
@@ -172,7 +173,7 @@ class DotPanel:
     groups: Mapping[str, Sequence[float]]
 
 
-def plot_dots(path: str | Path, panels: Sequence[DotPanel], *, unit: str) -> None:
+def plot_dots(path: AnyPath, panels: Sequence[DotPanel], *, unit: str) -> None:
     """Writes a PNG of panels with the same groups: every value a dot, a bar at the mean of each group.
 
     Raises MossAudioError without matplotlib and for a file that can't be written.

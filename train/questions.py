@@ -7,10 +7,10 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
+from moss_audio_jax.paths import AnyPath, to_path
 from train.benchmarks import read_benchmark
 from train.data.manifest import Clip, Example, Manifest, Message, TimedText
 from train.data.objectives import OBJECTIVES, PROMPTS, TIME_QUESTIONS
@@ -70,14 +70,14 @@ _TIMELINES: dict[str, Callable[[Example], tuple[TimedText, ...]]] = {
 
 
 def manifest_items(
-    path: str | Path, objectives: Sequence[str] = (), *, seed: int = 0, limit: int | None = None
+    path: AnyPath, objectives: Sequence[str] = (), *, seed: int = 0, limit: int | None = None
 ) -> list[Item]:
     """Every objective that applies to the examples of a manifest or a directory of shards.
 
     objectives: ask these only. seed: of the questions about a time; the others are asked in their first wording.
     limit: only so many examples, the first ones.
     """
-    examples = Shards(path) if Path(path).is_dir() else Manifest(path)
+    examples = Shards(path) if to_path(path).is_dir() else Manifest(path)
     indices = range(len(examples) if limit is None else min(limit, len(examples)))
     return [item for index in indices for item in example_items(examples[index], str(path), objectives, (seed, index))]
 
@@ -145,7 +145,7 @@ def _scene_item(index: int, config: SceneConfig, seed: int) -> Item:
 
 
 def benchmark_items(
-    name: str, path: str | Path, audio_dir: str | Path | None = None, *, limit: int | None = None
+    name: str, path: AnyPath, audio_dir: AnyPath | None = None, *, limit: int | None = None
 ) -> list[Item]:
     """The questions of a benchmark; open ones, and those whose answer is none of the options, are not judged."""
     items = []

@@ -20,17 +20,27 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
 from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
+from tensorboardX.record_writer import register_writer_factory
 from tensorboardX.summary import text as text_summary
 
 from moss_audio_jax.config import read_json
 from moss_audio_jax.errors import MossAudioError
+from moss_audio_jax.paths import (
+    AnyPath,
+    GrowingFile,
+    Path,
+    local_directory,
+    to_path,
+    upload,
+    write_whole,
+    written_whole,
+)
 from train.config import CONFIG_FILE
 from train.flops import CONVENTION
 
@@ -64,7 +74,7 @@ class Report:
 
     def __init__(
         self,
-        out: Path,
+        out: AnyPath,
         *,
         start: int,
         last_step: int,
@@ -74,6 +84,7 @@ class Report:
         peak_flops: float | None = None,
         wandb: str | None = None,
     ):
+        out = to_path(out)
         self._out, self._max_skipped, self._peak_flops = out, max_skipped_in_a_row, peak_flops
         self._sinks: list[_Sink] = []
         if jax.process_index() == 0:
@@ -126,6 +137,13 @@ class Report:
                 "rate or mend the data in a new run"
             )
 
+    def commit(self) -> None:
+        """`flush`, and puts all lines where a kill can't reach them, as before a checkpoint that goes on after them."""
+        self.flush()
+        with _writing_into(self._out):
+            for sink in self._sinks:
+                sink.commit()
+
     @contextmanager
     def paused(self) -> Iterator[None]:
         """For what is done between steps, such as an evaluation: its time is no step's."""
@@ -167,6 +185,8 @@ class _Sink:
 
     def write_samples(self, step: int, samples: Sequence[ShownSample]) -> None: ...
 
+    def commit(self) -> None: ...
+
     def close(self) -> None: ...
 
 
@@ -178,7 +198,8 @@ class _Lines(_Sink):
         self._files = {name: _open_after(out / name, start) for name in (METRICS_FILE, SCORES_FILE, SAMPLES_FILE)}
 
     def _write(self, name: str, lines: Iterable[Mapping[str, Any]]) -> None:
-        self._files[name].writelines(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines)
+        for line in lines:
+            self._files[name].write(json.dumps(line, ensure_ascii=False, allow_nan=False).encode() + b"\n")
         self._files[name].flush()
 
     def write(self, step: int, line: Values) -> None:
@@ -194,6 +215,10 @@ class _Lines(_Sink):
             lines.append({"step": step} | sample._asdict() | {"figure": figure})
         self._write(SAMPLES_FILE, lines)
 
+    def commit(self) -> None:
+        for file in self._files.values():
+            file.commit()
+
     def close(self) -> None:
         for file in self._files.values():
             file.close()
@@ -203,30 +228,38 @@ def _finite(values: Values) -> dict[str, float | None]:
     return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
-def _open_after(path: Path, step: int) -> Any:
+def _open_after(path: Path, step: int) -> GrowingFile:
     """Opens a file of lines to append to, without those of later steps and one that was cut off."""
     if path.exists():
-        partial = path.with_suffix(".partial")
-        with open(path, encoding="utf-8") as file, open(partial, "w", encoding="utf-8") as kept:
+        with path.open("rb") as file, written_whole(path) as partial, partial.open("wb") as kept:
             kept.writelines(_lines_until(file, step, path))
-        partial.replace(path)
-    return open(path, "a", encoding="utf-8")
+    return GrowingFile(path)
 
 
-def _lines_until(file: Iterable[str], step: int, path: Path) -> Iterator[str]:
+def _lines_until(file: Iterable[bytes], step: int, path: Path) -> Iterator[bytes]:
     for number, line in enumerate(file, start=1):
-        if not line.endswith("\n"):  # the last one, as a kill leaves it
+        if not line.endswith(b"\n"):  # the last one, as a kill leaves it
             return
         try:
             later = json.loads(line)["step"] > step
         except (ValueError, KeyError, TypeError) as error:
+            found = line[:80].decode(errors="replace").rstrip()
             raise MossAudioError(
-                f"{path}, line {number}: expected a JSON object with a step, found {line[:80].rstrip()!r}; "
+                f"{path}, line {number}: expected a JSON object with a step, found {found!r}; "
                 "move the file away or remove the line"
             ) from error
         if later:
             return
         yield line
+
+
+class _EventFiles:
+    """How the writer opens a file on gs://; its own way would upload all of it at every step."""
+
+    open = staticmethod(GrowingFile)
+
+
+register_writer_factory("gs", _EventFiles())
 
 
 class _TensorBoard(_Sink):
@@ -302,8 +335,8 @@ class _WeightsAndBiases(_Sink):
         id_file = out / WANDB_FILE
         known = id_file.read_text("utf-8").strip() if id_file.exists() else None
         config = read_json(out / CONFIG_FILE)
-        self._run = wandb.init(project=project, id=known, resume="allow", dir=str(out), config=config)
-        id_file.write_text(self._run.id + "\n", "utf-8")
+        self._run = wandb.init(project=project, id=known, resume="allow", dir=str(local_directory(out)), config=config)
+        write_whole(id_file, self._run.id + "\n")
 
     def write(self, step: int, line: Values) -> None:
         self._run.log(dict(line), step=step)
@@ -380,12 +413,13 @@ class Profile:
     trace is made of 0 steps.
     """
 
-    def __init__(self, out: Path, first: int, count: int):
+    def __init__(self, out: AnyPath, first: int, count: int):
         if first < 1 or count < 0:
             raise MossAudioError(
                 f"a profile starts at step 1 or later and has 0 steps or more, not {first} and {count}"
             )
-        self._directory, self._steps = out / PROFILE, range(first, first + count)
+        self._directory, self._steps = to_path(out) / PROFILE, range(first, first + count)
+        self._local = local_directory(self._directory)
         self._recording = False
 
     def __enter__(self) -> "Profile":
@@ -396,7 +430,7 @@ class Profile:
 
     def before(self, step: int) -> None:
         if step in self._steps and not self._recording and jax.process_index() == 0:
-            jax.profiler.start_trace(str(self._directory))
+            jax.profiler.start_trace(str(self._local))
             self._recording = True
 
     def after(self, step: int, result: Any) -> None:
@@ -409,3 +443,4 @@ class Profile:
         if self._recording:
             self._recording = False
             jax.profiler.stop_trace()
+            upload(self._local, self._directory)

@@ -1,12 +1,15 @@
 """A run by several processes: the curve of one, on any number of them, and an end together when one is stopped."""
 
 import json
+import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -15,22 +18,33 @@ from test_loop import ENVIRONMENT, corpus, lines  # noqa: F401 - a fixture
 
 from moss_audio_jax import MossAudioError
 from train.distributed import DistributedConfig
+from train.meeting import meet
 
 STEPS = 6
 BOUND = 20  # seconds until a lost process is given up
 pytestmark = pytest.mark.slow
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
 class Run:
     """Processes of one run, whose stderr goes to files."""
 
-    def __init__(self, arguments: list[str], out: Path, count: int, environment: dict[str, str]):
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            address = f"localhost:{free.getsockname()[1]}"
-        self._logs = [out.with_name(f"{out.name}-{count}-{number}.log") for number in range(count)]
+    def __init__(
+        self, arguments: list[str], out: Path, count: int, environment: dict[str, str], missing: Sequence[int] = ()
+    ):
+        address = f"localhost:{free_port()}"
+        self._logs = {
+            number: out.with_name(f"{out.name}-{count}-{number}.log")
+            for number in range(count)
+            if number not in missing
+        }
         self.processes = []
-        for number, log in enumerate(self._logs):
+        for number, log in self._logs.items():
             place = ["--coordinator", address, "--num-processes", str(count), "--process-id", str(number)]
             command = [sys.executable, "-m", "train", *arguments, *place, "--lost-after", str(BOUND), "--out", str(out)]
             with open(log, "w") as file:
@@ -78,10 +92,10 @@ def start(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Iterator[Ca
     }
     runs: list[Run] = []
 
-    def begin(out: Path, count: int, steps: int = STEPS, every: int = 2, **more) -> Run:
+    def begin(out: Path, count: int, steps: int = STEPS, every: int = 2, missing: Sequence[int] = (), **more) -> Run:
         chosen = options | {"steps": steps, "checkpoint-every": every} | more
         pairs = [part for name, value in chosen.items() for part in (f"--{name}", str(value))]
-        runs.append(Run(["run", *pairs], out, count, ENVIRONMENT | cache))
+        runs.append(Run(["run", *pairs], out, count, ENVIRONMENT | cache, missing))
         return runs[-1]
 
     yield begin
@@ -99,9 +113,10 @@ def alone(start: Callable[..., Run], tmp_path_factory: pytest.TempPathFactory) -
 
 
 def assert_same_curve(found: Path, expected: Path) -> None:
-    """Not bit for bit: the sum over sequences is in another order, and Adam magnifies what is left of it."""
+    """Of the steps of `alone`. Not bit for bit: the sum over sequences is in another order, and Adam magnifies what is
+    left of it."""
     for name, tolerance in (("loss", 2e-5), ("grad_norm", 2e-3), ("tokens", 0)):
-        curves = [[line[name] for line in lines(out)] for out in (found, expected)]
+        curves = [[line[name] for line in lines(out)[:STEPS]] for out in (found, expected)]
         np.testing.assert_allclose(*curves, rtol=tolerance, err_msg=name)
 
 
@@ -125,14 +140,21 @@ def checkpoints(out: Path) -> list[int]:
     return sorted(int(path.name) for path in (out / "checkpoints").iterdir() if path.name.isdecimal())
 
 
-@pytest.mark.parametrize("count", [1, 4])
-def test_two_processes_make_the_curve_of_one_and_others_go_on_with_it(
-    count: int, start: Callable[..., Run], alone: Path, tmp_path: Path
-):
-    out = tmp_path / "run"
+@pytest.fixture(scope="module")
+def of_two(start: Callable[..., Run], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first steps of a run, by two processes."""
+    out = tmp_path_factory.mktemp("of_two") / "run"
     first = start(out, 2, steps=4)
     assert first.wait() == [0, 0], first.log(0) + first.log(1)
     assert "step 4/" in first.log(0) and "step" not in first.log(1)
+    return out
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_two_processes_make_the_curve_of_one_and_others_go_on_with_it(
+    count: int, of_two: Path, start: Callable[..., Run], alone: Path, tmp_path: Path
+):
+    out = shutil.copytree(of_two, tmp_path / "run")
     rest = start(out, count)
     assert rest.wait() == [0] * count, rest.log(0)
     assert [line["step"] for line in lines(out)] == list(range(1, STEPS + 1))
@@ -153,15 +175,90 @@ def test_sigterm_to_one_stops_all_after_the_same_step(start: Callable[..., Run],
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_killed_process_ends_the_others_in_time(killed: int, start: Callable[..., Run], tmp_path: Path):
     out = tmp_path / "run"
-    run = start(out, 2, steps=100_000)
-    wait_for_step(out, 5, run)
+    run = start(out, 2, steps=100_000, every=5)
+    wait_for_step(out, 8, run)
     run.processes[killed].kill()
     assert run.processes[1 - killed].wait(2 * BOUND) not in (0, None)
     assert "another process of the run has died" in run.log(1 - killed) or "another task died" in run.log(1 - killed)
-    reached = max(checkpoints(out))
-    rest = start(out, 2, steps=reached + 1)
+    before, reached = complete_lines(out), max(checkpoints(out))
+    last = max(len(before), reached + 1)
+    rest = start(out, 2, steps=last, every=5)
     assert rest.wait() == [0, 0], rest.log(0) + rest.log(1)
-    assert [line["step"] for line in lines(out)] == list(range(1, reached + 2))
+    assert [line["step"] for line in lines(out)] == list(range(1, last + 1))
+    for name in ("loss", "grad_norm", "tokens"):  # of those after the checkpoint, which were run twice, too
+        assert [line[name] for line in lines(out)][: len(before)] == [line[name] for line in before]
+
+
+def test_a_process_that_does_not_come_is_named(start: Callable[..., Run], tmp_path: Path):
+    run = start(tmp_path / "run", 3, missing=[2], **{"join-within": 30})
+    assert run.wait() == [2, 2], run.log(0) + run.log(1)
+    host = socket.gethostname()
+    for number in (0, 1):
+        assert (
+            "the processes of the run did not meet (30 s to wait): process 2 of 3 did not come, processes 0, 1 did "
+            f"(0 on {host}, 1 on {host}); start all of them"
+        ) in run.log(number)
+
+
+def met(places: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch, seconds: float = 20) -> list[str]:
+    """What each of some processes, given as its number and how many it expects, is told; here they are threads."""
+    monkeypatch.setattr("train.meeting.os.getpid", threading.get_ident)
+    address = f"localhost:{free_port()}"
+
+    def join(place: tuple[int, int]) -> str:
+        try:
+            meet(address, place[1], place[0], seconds)
+        except MossAudioError as error:
+            return str(error)
+        return ""
+
+    with ThreadPoolExecutor(len(places)) as threads:
+        return list(threads.map(join, places))
+
+
+def test_all_processes_meet_in_any_order(monkeypatch: pytest.MonkeyPatch):
+    assert met([(3, 4), (1, 4), (0, 4), (2, 4)], monkeypatch) == [""] * 4
+
+
+@pytest.mark.parametrize(
+    ("places", "problem"),
+    [
+        ([(0, 3), (1, 3), (1, 3)], "two have the number 1, one on .* and one on "),
+        ([(0, 2), (1, 3)], "process 1 on .* expects 3 processes, the one on .* 2"),
+        ([(0, 4), (2, 4)], "processes 1, 3 of 4 did not come, processes 0, 2 did"),
+    ],
+)
+def test_processes_that_do_not_make_one_run(
+    places: list[tuple[int, int]], problem: str, monkeypatch: pytest.MonkeyPatch
+):
+    for told in met(places, monkeypatch, seconds=2):
+        assert re.search(problem, told)
+
+
+def test_process_0_does_not_come(monkeypatch: pytest.MonkeyPatch):
+    for number, told in zip((1, 2), met([(1, 3), (2, 3)], monkeypatch, seconds=1), strict=True):
+        assert re.search(f"process {number} on .* can't reach process 0 at localhost:.* .Connection refused", told)
+
+
+def test_others_on_the_port_are_not_counted(monkeypatch: pytest.MonkeyPatch):
+    address = ("localhost", free_port())
+    monkeypatch.setattr("train.meeting.os.getpid", threading.get_ident)
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(meet, f"localhost:{address[1]}", 2, 0, 20)
+        for said in (b"GET / HTTP/1.1\r\n\r\n", b'{"process": 1}\n', b""):
+            with connected(address) as stranger:
+                stranger.sendall(said)
+        threads.submit(meet, f"localhost:{address[1]}", 2, 1, 20).result()
+        first.result()
+
+
+def connected(address: tuple[str, int]) -> socket.socket:
+    for _ in range(100):
+        try:
+            return socket.create_connection(address)
+        except ConnectionRefusedError:
+            threading.Event().wait(0.1)
+    raise AssertionError("nobody listens")
 
 
 def test_unfit_options_are_refused():

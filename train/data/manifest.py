@@ -16,22 +16,22 @@ Or text without audio: {"text": "..."}. Labels may also stand beside a conversat
 seconds from the start of the file, also those of labels of a cut clip. Keys that are none of these are an error,
 since they are mostly misspelled; `id` and `meta` may hold anything and are ignored.
 
-Paths are relative to the manifest's directory. Absolute ones and those with `..` are followed: the released format
-has them, and a manifest is its user's own list of files. So look at the paths of a manifest from strangers before
-`prepare` copies what they name. Shards hold the audio itself and follow no path.
+Paths are relative to the manifest's directory, or gs://bucket/file. Absolute ones and those with `..` are followed:
+the released format has them, and a manifest is its user's own list of files. So look at the paths of a manifest from
+strangers before `prepare` copies what they name. Shards hold the audio itself and follow no path.
 """
 
 import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 
 from moss_audio_jax.audio import SAMPLE_RATE, load_audio
 from moss_audio_jax.errors import MossAudioError
+from moss_audio_jax.paths import AnyPath, join, local_copy, reason, to_path
 from moss_audio_jax.tokens import ROLES
 
 
@@ -98,24 +98,28 @@ class Example:
 class Manifest(Sequence[Example]):
     """The examples of a JSON-lines file, which stays on disk: only where its lines begin is held in memory.
 
+    Of a manifest on gs:// a copy is made on a disk of this machine; its audio stays where it is.
+
     Every line is checked when the file is opened (some 50,000 a second). Raises MossAudioError for the first bad one.
     """
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
+    def __init__(self, path: AnyPath):
+        self.path = to_path(path)
+        self._directory = str(self.path.parent)
         offsets, numbers = [], []
         try:
-            with open(self.path, "rb") as file:
+            self.local = local_copy(path)
+            with open(self.local, "rb") as file:
                 offset = 0
                 for number, line in enumerate(file, start=1):
                     if line.strip():
-                        parse_line(line, self._name(number), self.path.parent)
+                        parse_line(line, self._name(number), self._directory)
                         offsets.append(offset)
                         numbers.append(number)
                     offset += len(line)
         except OSError as error:
             raise MossAudioError(
-                f"{path}: expected a readable manifest, found '{error.strerror}'; check the path."
+                f"{path}: expected a readable manifest, found '{reason(error)}'; check the path."
             ) from error
         if not offsets:
             raise MossAudioError(f"{path}: expected a manifest of JSON lines, found no line; check the path.")
@@ -126,11 +130,11 @@ class Manifest(Sequence[Example]):
 
     def __getitem__(self, index: int) -> Example:
         line, name = self.line(index)
-        return parse_line(line, name, self.path.parent)
+        return parse_line(line, name, self._directory)
 
     def line(self, index: int) -> tuple[bytes, str]:
         """A line as it stands in the file, and its name in errors."""
-        with open(self.path, "rb") as file:
+        with open(self.local, "rb") as file:
             file.seek(self._offsets[index])
             return file.readline(), self._name(self._numbers[index])
 
@@ -138,7 +142,7 @@ class Manifest(Sequence[Example]):
         return f"{self.path} line {number}"
 
 
-def parse_line(line: bytes, name: str, directory: Path) -> Example:
+def parse_line(line: bytes, name: str, directory: str) -> Example:
     """An example out of a line of a manifest in `directory`. Raises MossAudioError that begins with `name`."""
     try:
         content = json.loads(line)
@@ -164,7 +168,7 @@ _TYPE_NAMES = {str: "a text that is not blank", list: "a list that is not empty"
 class _Line:
     """Reads the content of a line; every method raises MossAudioError if it is not as expected."""
 
-    def __init__(self, name: str, directory: Path):
+    def __init__(self, name: str, directory: str):
         self.name = name
         self.directory = directory
 
@@ -232,7 +236,7 @@ class _Line:
         path = content[key]
         if "\0" in path:
             self.fail("a path", repr(path))
-        return Clip(str(self.directory / path), start, end, name=f"{self.name}: {path}")
+        return Clip(join(self.directory, path), start, end, name=f"{self.name}: {path}")
 
     def timed_texts(self, content: dict, key: str, clip: Clip | None) -> Iterator[TimedText]:
         """The labels of a key, their times counted from the start of the clip, in order of time."""

@@ -14,10 +14,8 @@ import hashlib
 import io
 import json
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import grain
@@ -28,6 +26,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from moss_audio_jax.audio import load_audio
 from moss_audio_jax.config import read_json
 from moss_audio_jax.errors import MossAudioError
+from moss_audio_jax.paths import AnyPath, Path, open_binary, to_path, write_whole, written_whole
 from train.data.manifest import Clip, Example, Manifest, Message, TimedText
 
 log = logging.getLogger(__name__)
@@ -47,7 +46,7 @@ class ShardReport:
     already_there: bool
 
 
-def prepare(manifest: str | Path, out: str | Path, shards: int, only: int | None = None) -> list[ShardReport]:
+def prepare(manifest: AnyPath, out: AnyPath, shards: int, only: int | None = None) -> list[ShardReport]:
     """Writes a manifest and its audio to `out` as `shards` files, or just the one of number `only`.
 
     Machines can write one shard each to the same directory. Finished shards are left alone, so an interrupted call can
@@ -58,23 +57,23 @@ def prepare(manifest: str | Path, out: str | Path, shards: int, only: int | None
         raise MossAudioError(
             f"expected at least 1 shard and one of 0 to shards - 1, found shards={shards}, shard={only}; correct them."
         )
-    examples, out = Manifest(manifest), Path(out)
+    examples, out = Manifest(manifest), to_path(out)
     if len(examples) < shards:
         raise MossAudioError(
             f"{manifest}: expected an example for each of {shards} shards, found {len(examples)}; ask for less."
         )
     out.mkdir(parents=True, exist_ok=True)
-    with open(examples.path, "rb") as file:
+    with open(examples.local, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     _write_index(out, {"examples": len(examples), "shards": shards, "manifest_sha256": digest})
     return [_write_shard(examples, out, shard, shards) for shard in (range(shards) if only is None else [only])]
 
 
 class Shards(Sequence[Example]):
-    """The examples that `prepare` wrote to a directory, read at random from disk."""
+    """The examples that `prepare` wrote to a directory, read at random from where they are."""
 
-    def __init__(self, directory: str | Path):
-        self.directory = Path(directory)
+    def __init__(self, directory: AnyPath):
+        self.directory = to_path(directory)
         index = read_json(self.directory / INDEX_FILE)
         if not (_is_count(index.get("examples")) and _is_count(index.get("shards"))):
             raise MossAudioError(
@@ -147,43 +146,29 @@ def _write_index(out: Path, index: dict[str, Any]) -> None:
             f"{path}: expected shards of this manifest, found others ({', '.join(different)} differ); "
             "choose another directory or remove it."
         )
-    _replace(path, json.dumps(index, indent=2).encode())
-
-
-def _replace(path: Path, content: bytes) -> None:
-    partial = _partial(path)
-    partial.write_bytes(content)
-    partial.replace(path)
-
-
-def _partial(path: Path) -> Path:
-    """Where a file is written before it takes its name; of this process alone, for others may write the same file."""
-    return path.with_name(f"{path.name}.{os.getpid()}.partial")
+    write_whole(path, json.dumps(index, indent=2))
 
 
 def _write_shard(examples: Manifest, out: Path, shard: int, shards: int) -> ShardReport:
     path, count = _shard_path(out, shard, shards), _examples_in(shard, shards, len(examples))
     if _num_records(path) == count:
         return ShardReport(path, count, _count_unreadable(path), already_there=True)
-    partial, unreadable = _partial(path), 0
-    # Groups of one: every record is read on its own. The audio is compressed already.
-    writer = ArrayRecordWriter(str(partial), "group_size:1,uncompressed")
-    try:
-        for index in range(shard, len(examples), shards):
-            example = examples[index]
-            try:
-                record = _encode(example)
-            except MossAudioError as error:
-                log.warning("unreadable: %s", error)
-                unreadable += 1
-                record = _record({"name": example.name, "unreadable": str(error)}, [])
-            writer.write(record)
-        writer.close()
-        partial.replace(path)
-    finally:
-        if writer.is_open():
+    unreadable = 0
+    with written_whole(path) as file:
+        # Groups of one: every record is read on its own. The audio is compressed already.
+        writer = ArrayRecordWriter(str(file), "group_size:1,uncompressed")
+        try:
+            for index in range(shard, len(examples), shards):
+                example = examples[index]
+                try:
+                    record = _encode(example)
+                except MossAudioError as error:
+                    log.warning("unreadable: %s", error)
+                    unreadable += 1
+                    record = _record({"name": example.name, "unreadable": str(error)}, [])
+                writer.write(record)
+        finally:
             writer.close()
-        partial.unlink(missing_ok=True)
     return ShardReport(path, count, unreadable, already_there=False)
 
 
@@ -226,10 +211,12 @@ def _audio_bytes(clip: Clip) -> bytes:
     """An audio file that decodes to exactly the clip's wave. Raises MossAudioError if it can't be decoded."""
     assert isinstance(clip.audio, str)  # a manifest holds paths
     wave = clip.wave()  # decodes it, even if only to see that this can be done
+    with open_binary(clip.audio) as file:
+        content = file.read()
     if clip.start is None and clip.end is None:
-        return Path(clip.audio).read_bytes()
-    rate = soundfile.info(clip.audio).samplerate
-    wave = load_audio(clip.audio, sample_rate=rate, start=clip.start, end=clip.end, name=clip.name)
+        return content
+    rate = soundfile.info(io.BytesIO(content)).samplerate
+    wave = load_audio(content, sample_rate=rate, start=clip.start, end=clip.end, name=clip.name)
     file = io.BytesIO()
     scaled = wave * _INT16_SCALE
     integers = np.clip(scaled, -_INT16_SCALE, _INT16_SCALE - 1).astype(np.int16)

@@ -1,0 +1,199 @@
+"""The same files on a disk and on gs://, through the libraries that read the real one."""
+
+import io
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from fake_gcs import FakeGcs
+
+from moss_audio_jax import MossAudio, MossAudioError, load_model, load_processor, paths
+from moss_audio_jax.audio import load_audio
+from moss_audio_jax.checkpoint import copy_tokenizer, layout_of, save_model
+from moss_audio_jax.info import describe
+from moss_audio_jax.paths import GrowingFile, to_path
+from moss_audio_jax.small_tokenizer import write_small_tokenizer
+
+
+@pytest.fixture(params=["disk", "gs"])
+def root(request: pytest.FixtureRequest) -> paths.Path:
+    """A directory of either kind."""
+    found = request.getfixturevalue("tmp_path" if request.param == "disk" else "bucket")
+    return to_path(found) / "directory"
+
+
+def contents(directory: paths.Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in paths.children(directory)}
+
+
+def test_a_file_is_written_whole_or_stays_as_it_was(root: paths.Path):
+    root.mkdir(parents=True)
+    paths.write_whole(root / "a.json", "first, with ä\n")
+    with pytest.raises(RuntimeError), paths.written_whole(root / "a.json") as file:
+        file.write_text("half of the sec")
+        raise RuntimeError
+    assert contents(root) == {"a.json": "first, with ä\n".encode()}
+    paths.write_whole(root / "a.json", "second")
+    assert contents(root) == {"a.json": b"second"}
+
+
+def test_a_file_grows_over_several_openings(root: paths.Path):
+    root.mkdir(parents=True)
+    for line in (b"one\n", b"two\n"):
+        file = GrowingFile(root / "lines")
+        file.write(line)
+        file.commit()
+        assert (root / "lines").read_bytes().endswith(line)
+        file.write(line)
+        file.close()
+        file.close()
+    assert contents(root) == {"lines": b"one\none\ntwo\ntwo\n"}
+
+
+def test_an_object_that_grows_is_uploaded_now_and_then(bucket: str, monkeypatch: pytest.MonkeyPatch):
+    now = 100.0
+    monkeypatch.setattr("moss_audio_jax.paths.time.monotonic", lambda: now)
+    path = to_path(bucket) / "lines"
+    file = GrowingFile(path)
+    file.write(b"one\n")
+    file.flush()
+    assert not path.exists()
+    now += paths.UPLOAD_SECONDS
+    file.flush()
+    assert path.read_bytes() == b"one\n"
+    file.write(b"two\n")
+    file.flush()
+    assert path.read_bytes() == b"one\n"
+
+
+def test_directories(root: paths.Path):
+    assert paths.children(root) == []
+    for name in ("b[1].txt", "a/x/deep.txt"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(name)
+    assert paths.children(root) == [root / "a", root / "b[1].txt"]
+    local = paths.local_directory(root)
+    (local / "new" / "er").mkdir(parents=True)
+    (local / "new" / "er" / "file").write_bytes(b"1")
+    paths.upload(local, root)
+    assert (root / "new" / "er" / "file").read_bytes() == b"1"
+    assert paths.local_copy(root / "b[1].txt").read_text() == "b[1].txt"
+
+
+def test_what_other_processes_write_is_seen(bucket: str, storage: FakeGcs):
+    directory = to_path(bucket) / "d"
+    (directory / "a").write_text("a")
+    assert [path.name for path in paths.children(directory)] == ["a"]
+    storage.put(bucket.removeprefix("gs://"), "d/b", b"b")
+    assert [path.name for path in paths.children(directory)] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("directory", "name", "joined"),
+    [
+        ("/data", "a.wav", "/data/a.wav"),
+        ("/data", "../b/a.wav", "/data/../b/a.wav"),  # a link may stand before the dots
+        ("/data", "/b/a.wav", "/b/a.wav"),
+        ("/data", "gs://b/a.wav", "gs://b/a.wav"),
+        ("gs://b/data", "x/a.wav", "gs://b/data/x/a.wav"),
+        ("gs://b/data", "../a.wav", "gs://b/a.wav"),
+        ("gs://b/data", "/local/a.wav", "/local/a.wav"),
+    ],
+)
+def test_names_in_a_file_are_relative_to_its_directory(directory: str, name: str, joined: str):
+    assert paths.join(directory, name) == joined
+
+
+def test_what_is_inside_a_directory(tmp_path: Path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "link").symlink_to(tmp_path / "outside")
+    assert paths.is_inside(tmp_path / "in", tmp_path / "in" / "file")
+    assert not paths.is_inside(tmp_path / "in", tmp_path / "in" / "link")
+    assert not paths.is_inside(tmp_path / "in", tmp_path / "in" / ".." / "file")
+    assert paths.is_inside("gs://b/d", "gs://b/d/file")
+    for outside in ("gs://b/file", "gs://b/d/../file", "gs://c/d/file", "/b/d/file"):
+        assert not paths.is_inside("gs://b/d", outside)
+
+
+def test_other_paths_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(MossAudioError, match="s3://b/x: expected a path of this machine or of gs://, found one of s3"):
+        to_path("s3://b/x")
+    with pytest.raises(MossAudioError, match="gs:/b/x lost a slash: give gs:// paths as text"):
+        load_model(Path("gs://b/x"))
+    with pytest.raises(MossAudioError, match="gs://b/m: weights are on a disk of this machine, not of gs://: copy"):
+        paths.require_local("gs://b/m", "weights are on")
+    monkeypatch.setattr(paths, "find_spec", lambda name: None)
+    with pytest.raises(MossAudioError, match=r"gs://b/x needs gcsfs, .* pip install 'moss-audio-jax\[gcs\]'"):
+        to_path("gs://b/x")
+    assert str(paths.absolute("x")) == os.path.abspath("x")
+
+
+def test_errors_name_what_can_not_be_written_or_read(bucket: str, tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(MossAudioError, match="expected a file that can be written, found 'Not a directory'"):
+        paths.require_writable(tmp_path / "file" / "x" / "y")
+    paths.require_writable(to_path(bucket) / "new" / "file")
+    assert (to_path(bucket) / "new" / "file").read_bytes() == b""
+    with pytest.raises(MossAudioError, match=r"gs://.*/no\.wav: expected a readable audio file, found 'No such file"):
+        load_audio(f"{bucket}/no.wav")
+
+
+def test_audio(root: paths.Path):
+    root.mkdir(parents=True)
+    wave = np.random.default_rng(0).normal(0, 0.1, 8000).astype(np.float32)
+    file = io.BytesIO()
+    soundfile.write(file, wave, 16000, format="WAV", subtype="FLOAT")
+    (root / "a.wav").write_bytes(file.getvalue())
+    np.testing.assert_array_equal(load_audio(root / "a.wav"), wave)
+    np.testing.assert_array_equal(load_audio(root / "a.wav", start=0.1, end=0.2), wave[1600:3200])
+
+
+def test_a_checkpoint_is_saved_and_loaded(root: paths.Path, tiny: MossAudio, tmp_path: Path):
+    write_small_tokenizer(tmp_path)
+    save_model(tiny, root)
+    copy_tokenizer(tmp_path, root)
+    assert layout_of(root) == "orbax"
+    same_model(load_model(root), tiny)
+    assert load_processor(root).tokenizer.encode("12") == [16, 17]
+    assert f"{root}: moss_audio, Orbax" in describe(root)
+    with pytest.raises(MossAudioError, match="already exists and is not an empty directory"):
+        save_model(tiny, root)
+
+
+def test_a_converted_checkpoint_can_be_copied_to_gs(bucket: str, tiny: MossAudio, tmp_path: Path):
+    save_model(tiny, tmp_path / "model")
+    copied(tmp_path / "model", f"{bucket}/model")
+    same_model(load_model(f"{bucket}/model"), tiny)
+
+
+def test_released_weights_are_read_from_a_disk(bucket: str, data_dir: Path):
+    copied(data_dir / "tiny", f"{bucket}/tiny")
+    with pytest.raises(MossAudioError, match=r"gs://.*/tiny: released weights are read .* a disk of this machine"):
+        load_model(f"{bucket}/tiny")
+
+
+def test_damage_and_what_is_missing_are_named(bucket: str, tiny: MossAudio, storage: FakeGcs):
+    with pytest.raises(MossAudioError, match=r"gs://.*/no does not exist"):
+        load_model(f"{bucket}/no")
+    save_model(tiny, f"{bucket}/model")
+    storage.put(bucket.removeprefix("gs://"), "model/params/manifest.ocdbt", b"damaged")
+    with pytest.raises(MossAudioError, match=r"gs://.*/model/params can't be read, its files are damaged"):
+        load_model(f"{bucket}/model")
+
+
+def copied(directory: Path, target: str) -> None:
+    """As `gcloud storage cp -r` does it."""
+    local = paths.local_directory(target)
+    shutil.copytree(directory, local, dirs_exist_ok=True)
+    paths.upload(local, target)
+
+
+def same_model(found: MossAudio, expected: MossAudio) -> None:
+    from train.step import parameters_of
+
+    parameters = parameters_of(expected)
+    for path, leaf in parameters_of(found).items():
+        np.testing.assert_array_equal(leaf, parameters[path], err_msg=path)
