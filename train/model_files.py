@@ -4,9 +4,10 @@ import json
 import shutil
 from pathlib import Path
 
-from moss_audio_jax.checkpoint import companion_files, tokenizer_files
+from moss_audio_jax.checkpoint import companion_files, orbax_paths, tokenizer_files
 from moss_audio_jax.config import MossAudioConfig
 from moss_audio_jax.errors import MossAudioError
+from moss_audio_jax.peft_files import write_adapter_config
 from moss_audio_jax.small_tokenizer import write_small_tokenizer
 from train.data import ExampleOrder
 from train.data.objectives import render
@@ -19,6 +20,7 @@ LEARNED_FROM = 300  # examples
 def write_model_files(source: ModelSource, config: MossAudioConfig, order: ExampleOrder, directory: Path) -> None:
     """Writes them once, into a directory that appears when it is whole; a resumed run keeps what is there.
 
+    With LoRA also what the adapter is, and the checkpoint that it is for: of a run, the one that is its newest now.
     order: where a learned tokenizer takes its texts from.
     """
     if directory.is_dir():
@@ -37,8 +39,19 @@ def write_model_files(source: ModelSource, config: MossAudioConfig, order: Examp
     for file in files + (tokenizer_files(tokenizer) if tokenizer != LEARNED else []):
         shutil.copyfile(file, partial / file.name)
     config.save_hf(partial)
-    _set_dtype(partial / "config.json")
+    if config.lora is None:
+        _set_dtype(partial / "config.json")
+    else:
+        write_adapter_config(partial, config, str(_settled(source.checkpoint)))
     partial.replace(directory)
+
+
+def _settled(checkpoint: str | None) -> Path:
+    """The directory of a checkpoint that will not become another one when training goes on there."""
+    if checkpoint is None:
+        raise MossAudioError("lora adapts a checkpoint: name it with model.checkpoint")
+    paths = orbax_paths(checkpoint)
+    return Path(checkpoint).absolute() if paths is None else paths.params.absolute().parent
 
 
 def _texts(order: ExampleOrder) -> list[str]:
