@@ -17,6 +17,7 @@ from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.patterns import matches
 
 MODEL_TYPES = ("moss_audio", "moss_music")
+ADAPTER_LEAVES = (".lora_a", ".lora_b")  # how the paths of LoRA's parameters end
 DOWNSAMPLE_RATE = 8  # three stride-2 convolutions: eight mel frames a token
 
 
@@ -151,7 +152,7 @@ class LoraConfig:
 
     def trains(self, path: str) -> bool:
         """Whether a parameter belongs to the adapter: it is trained, and saved with it."""
-        return path.endswith((".lora_a", ".lora_b")) or matches(path, self.full)
+        return path.endswith(ADAPTER_LEAVES) or matches(path, self.full)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,7 +26,15 @@ from moss_audio_jax.checkpoint import (
     parameters_of,
     restore,
 )
-from moss_audio_jax.config import MODEL_TYPES, PRESETS, EncoderConfig, LanguageConfig, MossAudioConfig, read_json
+from moss_audio_jax.config import (
+    ADAPTER_LEAVES,
+    MODEL_TYPES,
+    PRESETS,
+    EncoderConfig,
+    LanguageConfig,
+    MossAudioConfig,
+    read_json,
+)
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.model import MossAudio
 from moss_audio_jax.released import EMBEDDING, Qwen3Checkpoint, ReleasedCheckpoint
@@ -131,7 +139,8 @@ def first_parameters(
     parameters: Parameters = {}
     for part in parts:
         missing = {path: leaf for path, leaf in abstract.items() if path not in parameters}
-        parameters |= _read(part, {path: leaf for path, leaf in missing.items() if path.startswith(part.prefixes)})
+        given = {path for path in missing if path.startswith(part.prefixes) and not path.endswith(ADAPTER_LEAVES)}
+        parameters |= _read(part, {path: leaf for path, leaf in missing.items() if path in given})
     missing = {path: leaf for path, leaf in abstract.items() if path not in parameters}
     if missing:
         parameters |= random_parameters(config, missing, seed)

@@ -1,7 +1,6 @@
-"""Adapters of LoRA go to PEFT and come from it: equal logits on the PyTorch model, equal bytes on disk, equal training."""
+"""Adapters of LoRA go to PEFT and come from it: equal logits on the PyTorch model, equal bytes, equal training."""
 
 import dataclasses
-import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -19,14 +18,14 @@ peft = pytest.importorskip("peft", reason=INSTALL)
 import torch.nn.functional as F  # noqa: E402
 
 from convert.adapters import convert_from_peft, convert_to_peft  # noqa: E402
-from convert.pytorch_reference import ReferenceModel, load_reference  # noqa: E402
+from convert.pytorch_reference import load_reference  # noqa: E402
 from convert.to_hf import convert_to_hf  # noqa: E402
-from moss_audio_jax import LoraConfig, MossAudio, MossAudioError, load_adapter, load_model, merge_adapter  # noqa: E402
+from moss_audio_jax import LoraConfig, MossAudio, MossAudioError, load_adapter, merge_adapter  # noqa: E402
 from moss_audio_jax.checkpoint import build_model, parameters_of  # noqa: E402
 from moss_audio_jax.model import parameter_specs  # noqa: E402
 from moss_audio_jax.released import adapter_leaves  # noqa: E402
 from train.checkpoints import Checkpoints  # noqa: E402
-from train.optimizer import OptimizerConfig, decays, learning_rate  # noqa: E402
+from train.optimizer import OptimizerConfig, learning_rate  # noqa: E402
 from train.step import StepConfig, new_state, split_microbatches, train_step  # noqa: E402
 
 from .pairs import CONFIG, Pair, Prompt, make_batch, make_pair, make_prompt  # noqa: E402
@@ -34,8 +33,8 @@ from .reference import IGNORED_LABEL  # noqa: E402
 from .test_training_step import released, supervised, training_batch  # noqa: E402
 
 PROMPTS = [make_prompt([237]), make_prompt([403, 8], time_markers=True), make_prompt([]), make_prompt([1, 400])]
-LOGITS_TOLERANCE = 1e-4
-LOSS_TOLERANCE = 1e-3  # of the losses of 20 steps, relative
+LOGITS_TOLERANCE = 1e-4  # measured: 4e-6
+LOSS_TOLERANCE = 1e-5  # of the losses of 20 steps, relative; measured: 2e-7 with LoRA, 6e-7 without
 STEPS = 20
 
 # The default's seven projections, the encoder's three, the stem, whose inputs are in another order here, and a stack
