@@ -62,21 +62,59 @@ def to_hf(
     *,
     dtype: Dtype | None = None,
     shard_gb: float = 5.0,
+    base: PathArgument | None = None,
 ) -> None:
     """Converts an Orbax checkpoint back to the released layout, for PyTorch and everything that reads it.
 
+    An adapter of LoRA is merged into its model: W + scale B A is summed in float32 and rounded once.
+
     Args:
-        source: A directory that to-orbax or training wrote.
+        source: A directory that to-orbax or training wrote, or an adapter's, PEFT's too.
         target: The directory to write, new or empty.
         dtype: Type of all tensors; by default each stays as it is stored. config.json then names the new type.
         shard_gb: Gigabytes (10^9 bytes) of tensors in a file, at most; what fits in one gets no index.
+        base: The model that an adapter is merged into, if not the one that it names.
     """
     with _reported(target):
         import numpy as np
 
         from convert.to_hf import convert_to_hf
 
-        convert_to_hf(source, target, None if dtype is None else np.dtype(dtype), round(shard_gb * 10**9))
+        convert_to_hf(source, target, None if dtype is None else np.dtype(dtype), round(shard_gb * 10**9), base)
+
+
+@app.command
+def to_peft(source: Source, target: Target, /, *, dtype: Dtype | None = None) -> None:
+    """Writes an adapter of LoRA as PEFT does, which then loads it onto the PyTorch model.
+
+    Args:
+        source: A training run of LoRA, or a directory of from-peft.
+        target: The directory to write, new or empty: adapter_config.json and adapter_model.safetensors.
+        dtype: Type of all tensors; by default each stays as it is stored, which is float32 in a training run.
+    """
+    with _reported(target):
+        import numpy as np
+
+        from convert.adapters import convert_to_peft
+
+        convert_to_peft(source, target, None if dtype is None else np.dtype(dtype))
+
+
+@app.command
+def from_peft(source: Source, target: Target, /, *, base: PathArgument | None = None) -> None:
+    """Converts an adapter that PEFT wrote to Orbax; to-peft gives the same bytes back.
+
+    To generate with it or to merge it, it needn't be converted.
+
+    Args:
+        source: A directory with adapter_config.json and adapter_model.safetensors.
+        target: The directory to write, new or empty.
+        base: The model that it is for, if not the one that it names.
+    """
+    with _reported(target):
+        from convert.adapters import convert_from_peft
+
+        convert_from_peft(source, target, base)
 
 
 @app.command

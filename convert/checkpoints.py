@@ -3,18 +3,32 @@
 import json
 import re
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
 from convert.orbax_files import OrbaxCheckpoint
 from moss_audio_jax.checkpoint import companion_files, layout_of
-from moss_audio_jax.config import read_json
+from moss_audio_jax.config import MossAudioConfig, read_json
 from moss_audio_jax.paths import AnyPath
 from moss_audio_jax.released import ReleasedCheckpoint, ReleasedLeaf
 
-Checkpoint = ReleasedCheckpoint | OrbaxCheckpoint
 # Where config.json says what type the weights have; the older name is still met.
 DTYPE_KEYS = ("dtype", "torch_dtype")
+
+
+class Checkpoint(Protocol):
+    """Released tensors, whatever they are read from."""
+
+    config: MossAudioConfig
+    leaves: dict[str, ReleasedLeaf]
+
+    @property
+    def directory(self) -> AnyPath: ...
+
+    def dtype(self, name: str) -> np.dtype: ...
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray: ...
 
 
 def open_checkpoint(path: AnyPath) -> Checkpoint:

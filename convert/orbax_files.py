@@ -18,11 +18,12 @@ import tensorstore as ts
 from tqdm import tqdm
 
 from convert.pieces import chunk_shape
-from moss_audio_jax.checkpoint import check_stored, flatten, orbax_paths, unflatten
+from moss_audio_jax.checkpoint import check_stored, flatten, is_adapter, orbax_paths, unflatten
 from moss_audio_jax.config import MossAudioConfig
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.paths import AnyPath, absolute, to_path
-from moss_audio_jax.released import released_leaves
+from moss_audio_jax.peft_files import adapted_config
+from moss_audio_jax.released import adapter_leaves, released_leaves
 
 Piece = tuple[Any, np.ndarray]  # where in the array, as an index, and what
 
@@ -117,6 +118,7 @@ def save_streamed(params: AnyPath, leaves: dict[str, StreamedArray]) -> None:
 class OrbaxCheckpoint:
     """An Orbax directory seen as released tensors, read in rows; the same face as `ReleasedCheckpoint`.
 
+    One of an adapter is seen as tensors of PEFT, like `PeftAdapter`.
     Raises MossAudioError if what is stored does not fit the directory's configuration.
     """
 
@@ -126,8 +128,10 @@ class OrbaxCheckpoint:
             raise MossAudioError(f"{directory} is no Orbax checkpoint: give one that to-orbax or training wrote")
         self.directory, self.params = to_path(directory), absolute(paths.params)
         self.config = MossAudioConfig.from_hf(paths.files)
+        if is_adapter(directory):
+            self.config = adapted_config(paths.files, self.config)
         check_stored(self.params, self.config)
-        self.leaves = released_leaves(self.config)
+        self.leaves = released_leaves(self.config) if self.config.lora is None else adapter_leaves(self.config)
         self._places = {name: (leaf, i) for leaf in self.leaves.values() for i, name in enumerate(leaf.names)}
         self._stores = self._open()
 

@@ -36,12 +36,12 @@ def write_safetensors(directory: Path, tensors: list[TensorBlocks], shard_bytes:
     total = sum(tensor.nbytes for tensor in tensors)
     with tqdm(total=total, unit="B", unit_scale=True, disable=None) as progress:
         if len(shards) == 1:
-            _write_file(directory / SINGLE_FILE, shards[0], progress)
+            write_file(directory / SINGLE_FILE, shards[0], progress)
             return
         weight_map = {}
         for number, shard in enumerate(shards, start=1):
             file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-            _write_file(directory / file, shard, progress)
+            write_file(directory / file, shard, progress)
             weight_map |= {tensor.name: file for tensor in shard}
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
@@ -60,7 +60,8 @@ def plan_shards(tensors: list[TensorBlocks], shard_bytes: int) -> list[list[Tens
     return shards
 
 
-def _write_file(path: Path, tensors: list[TensorBlocks], progress: tqdm) -> None:
+def write_file(path: Path, tensors: list[TensorBlocks], progress: tqdm) -> None:
+    """One file, the bytes that safetensors itself would write if the tensors come sorted by name."""
     # Wide types first, as safetensors itself does: every tensor is then aligned for its type.
     tensors = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}

@@ -1,44 +1,55 @@
-"""An Orbax checkpoint -> released safetensors files, streamed."""
+"""An Orbax checkpoint, or a model with an adapter merged into it -> released safetensors files, streamed."""
 
 from collections.abc import Iterator
 from functools import partial
 
 import numpy as np
 
+from convert.adapters import MergedCheckpoint
 from convert.checkpoints import by_released_name, copy_companions
 from convert.orbax_files import OrbaxCheckpoint
 from convert.pieces import cast, row_blocks
 from convert.safetensors_files import SHARD_BYTES, TensorBlocks, write_safetensors
 from convert.staging import check_target, staged
-from moss_audio_jax.checkpoint import layout_of
+from moss_audio_jax.checkpoint import is_adapter, layout_of
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.paths import AnyPath
 
 
 def convert_to_hf(
-    source: AnyPath, target: AnyPath, dtype: np.dtype | None = None, shard_bytes: int = SHARD_BYTES
+    source: AnyPath,
+    target: AnyPath,
+    dtype: np.dtype | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    base: AnyPath | None = None,
 ) -> None:
     """Writes `target`, a new directory, from the Orbax directory `source`.
 
     dtype: of all tensors; None keeps each as it is stored. shard_bytes: of tensors in a file, at most, unless a
-    single tensor is larger.
+    single tensor is larger. base: where `source` is an adapter, the model that it is merged into; None takes the one
+    that it names.
     """
     if shard_bytes < 1:
         raise MossAudioError(f"--shard-gb must be above 0, not {shard_bytes / 1e9}")
     target = check_target(target)
-    if layout_of(source) == "released":
+    if base is not None and not is_adapter(source):
+        raise MossAudioError(f"{source} is no adapter that could be merged into {base}: leave --base out")
+    if is_adapter(source):
+        checkpoint = MergedCheckpoint(source, base)
+    elif layout_of(source) == "released":
         raise MossAudioError(f"{source} is a released directory already: give one that to-orbax or training wrote")
-    orbax = OrbaxCheckpoint(source)
-    leaves = by_released_name(orbax.leaves)
+    else:
+        checkpoint = OrbaxCheckpoint(source)
+    leaves = by_released_name(checkpoint.leaves)
 
     def blocks(name: str, dtype: np.dtype) -> Iterator[np.ndarray]:
-        for start, stop in row_blocks(leaves[name], orbax.dtype(name).itemsize):
-            yield cast(orbax.read(name, start, stop), dtype, name)
+        for start, stop in row_blocks(leaves[name], checkpoint.dtype(name).itemsize):
+            yield cast(checkpoint.read(name, start, stop), dtype, name)
 
     tensors = []
     for name, leaf in leaves.items():
-        stored_as = dtype or orbax.dtype(name)
+        stored_as = dtype or checkpoint.dtype(name)
         tensors.append(TensorBlocks(name, leaf.tensor_shape, stored_as, partial(blocks, name, stored_as)))
     with staged(target, sum(tensor.nbytes for tensor in tensors)) as work:
-        copy_companions(orbax, work, dtype)
+        copy_companions(checkpoint, work, dtype)
         write_safetensors(work, tensors, shard_bytes)

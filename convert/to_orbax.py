@@ -13,7 +13,7 @@ from convert.staging import check_target, staged
 from moss_audio_jax.checkpoint import PARAMS, layout_of
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.paths import AnyPath
-from moss_audio_jax.released import ReleasedCheckpoint, ReleasedLeaf
+from moss_audio_jax.released import ReleasedCheckpoint, ReleasedLeaf, SafetensorsCheckpoint
 
 
 def convert_to_orbax(source: AnyPath, target: AnyPath, dtype: np.dtype | None = None) -> None:
@@ -36,7 +36,7 @@ def convert_to_orbax(source: AnyPath, target: AnyPath, dtype: np.dtype | None = 
         save_streamed(work / PARAMS, leaves)
 
 
-def leaf_dtypes(released: ReleasedCheckpoint, dtype: np.dtype | None) -> dict[str, np.dtype]:
+def leaf_dtypes(released: SafetensorsCheckpoint, dtype: np.dtype | None) -> dict[str, np.dtype]:
     """Path -> the type a parameter gets; layers that are to be stacked but differ in type are an error."""
     if dtype is not None:
         return dict.fromkeys(released.leaves, dtype)
@@ -54,7 +54,7 @@ def leaf_dtypes(released: ReleasedCheckpoint, dtype: np.dtype | None) -> dict[st
     return dtypes
 
 
-def pieces(released: ReleasedCheckpoint, leaf: ReleasedLeaf, dtype: np.dtype) -> Iterator[Piece]:
+def pieces(released: SafetensorsCheckpoint, leaf: ReleasedLeaf, dtype: np.dtype) -> Iterator[Piece]:
     """Our array in blocks of whole layers or, where a layer is larger than a piece, of its released rows."""
 
     def block(name: str, start: int = 0, stop: int | None = None) -> np.ndarray:

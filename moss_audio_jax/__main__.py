@@ -19,6 +19,7 @@ def generate(
     /,
     *,
     prompt: str = "Transcribe the audio.",
+    adapter: PathArgument | None = None,
     system: str = DEFAULT_SYSTEM_PROMPT,
     max_new_tokens: int = 1024,
     temperature: float = 0.0,
@@ -38,6 +39,7 @@ def generate(
         checkpoint: A released directory, one that `python -m convert to-orbax` wrote, or a training run's.
         clips: Audio files (wav, flac, ogg, mp3), in the order in which the model hears them; none for text alone.
         prompt: The question.
+        adapter: An adapter of LoRA for the checkpoint: PEFT's directory, one of `convert from-peft`, or a training run.
         system: The system prompt.
         max_new_tokens: Stop after so many tokens at the latest.
         temperature: 0 takes the likeliest token; the authors sample at 1.
@@ -51,7 +53,7 @@ def generate(
         fsdp: Devices that the weights and the batch are cut over; -1 takes all that are left.
         tensor: Devices that each layer is cut over.
     """
-    from moss_audio_jax.checkpoint import load_model  # JAX takes seconds to start: not for --help
+    from moss_audio_jax.checkpoint import load_adapter, load_model  # JAX takes seconds to start: not for --help
     from moss_audio_jax.generate import stream
     from moss_audio_jax.processor import load_processor
     from moss_audio_jax.sharding import make_mesh
@@ -60,6 +62,7 @@ def generate(
     processor = load_processor(checkpoint)
     inputs = processor([prompt], [clips], system_prompt=system, time_markers=time_markers)
     model = load_model(checkpoint, dtype=dtype, mesh=make_mesh(fsdp=fsdp, tensor=tensor))
+    model = model if adapter is None else load_adapter(model, adapter)
     pieces = stream(
         model,
         inputs,

@@ -6,6 +6,7 @@ tokenizer files. `load_model` reads that, the newest checkpoint of a training ru
 
 import dataclasses
 import fnmatch
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
@@ -15,12 +16,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 from flax import nnx
-from jax.sharding import Mesh, Sharding, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 
 from moss_audio_jax.config import CONFIG_FILES, MossAudioConfig
 from moss_audio_jax.errors import MossAudioError
-from moss_audio_jax.model import MossAudio, parameter_specs
+from moss_audio_jax.model import MossAudio, adapter_specs, parameter_specs
 from moss_audio_jax.paths import AnyPath, Path, absolute, children, is_inside, to_path, url
+from moss_audio_jax.peft_files import ADAPTER_CONFIG, PeftAdapter, adapted_config, base_of
 from moss_audio_jax.released import (
     INDEX_FILE,
     SAFETENSORS_DTYPES,
@@ -49,14 +51,16 @@ def load_model(path: AnyPath, *, dtype: Any = None, mesh: Mesh | None = None) ->
     """The model of a checkpoint, its parameters on their devices.
 
     path: an Orbax directory of `python -m convert to-orbax`; the directory of a training run, whose newest checkpoint
-        is taken, or one of its checkpoints; or a released PyTorch directory, which has to be on a disk of this
-        machine, while the others may be on gs://.
+        is taken, or one of its checkpoints; a released PyTorch directory, which has to be on a disk of this machine,
+        while the others may be on gs://; or an adapter of LoRA, for which the model is read that it was made for.
     dtype: of the parameters and so of the computation; None takes bfloat16 on accelerators and float32 on the CPU,
         where bfloat16 is slow.
     mesh: each parameter is cut by its logical axes (`sharding.RULES`); None puts all on the first device.
     From Orbax each device's shard is read straight onto it. A released directory is read one stacked parameter at a
     time, so the host holds at most the largest one.
     """
+    if is_adapter(path):
+        return load_adapter(load_model(base_directory(path), dtype=dtype, mesh=mesh), path)
     if dtype is None:
         dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     if layout_of(path) == "orbax":
@@ -64,6 +68,74 @@ def load_model(path: AnyPath, *, dtype: Any = None, mesh: Mesh | None = None) ->
         return build_model(config, restore(path, config, abstract_parameters(config, dtype, mesh)))
     released = ReleasedCheckpoint(path)
     return build_model(released.config, assemble(released, abstract_parameters(released.config, dtype, mesh)))
+
+
+def load_adapter(model: MossAudio, path: AnyPath) -> MossAudio:
+    """The model with an adapter of LoRA: a directory of PEFT's, one of `convert from-peft`, or a training run.
+
+    All arrays but the adapter's are the given model's own, so any number of adapters can be at hand:
+
+        models = {name: load_adapter(base, path) for name, path in adapters.items()}
+        generate(models["events"], inputs)
+
+    Adapters of equal configuration share their compiled programs.
+    """
+    if model.config.lora is not None:
+        raise MossAudioError(f"{path}: the model has an adapter already; load this one onto the model without it")
+    config = adapted_config(files_directory(path), model.config)
+    parameters = parameters_of(model)
+    norm = parameters["language_model.norm.scale"]
+    mesh: Any = norm.sharding.mesh if isinstance(norm.sharding, NamedSharding) else None
+    names = adapter_specs(config)
+    wanted = {name: leaf for name, leaf in abstract_parameters(config, norm.dtype, mesh).items() if name in names}
+    if orbax_paths(path) is None:
+        adapter = assemble(PeftAdapter(path, model.config), wanted)
+    else:
+        adapter = restore(path, config, wanted)
+    return build_model(config, parameters | adapter)
+
+
+def merge_adapter(model: MossAudio) -> MossAudio:
+    """A model of the same outputs without adapters: kernels W + scale A B, summed in float32 and rounded once.
+
+    The given model stays as it is, so kernels that have adapters are in memory twice.
+    """
+    lora = model.config.lora
+    if lora is None:
+        raise MossAudioError("the model has no adapter to merge: load one with load_adapter")
+    parameters = parameters_of(model)
+    for path in list(parameters):
+        if path.endswith(".lora_a"):
+            layer, a = path.removesuffix(".lora_a"), parameters.pop(path)
+            kernel, b = parameters[f"{layer}.kernel"], parameters.pop(f"{layer}.lora_b")
+            parameters[f"{layer}.kernel"] = _merged(kernel, a, b, lora.scale)
+    return build_model(dataclasses.replace(model.config, lora=None), parameters)
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _merged(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
+    def merge(kernel: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+        product = jnp.matmul(a.astype(jnp.float32), b.astype(jnp.float32), precision="highest")
+        return (kernel.astype(jnp.float32) + scale * product).astype(kernel.dtype)
+
+    # Layer by layer, lest the float32 sum of a whole stack be held.
+    return merge(kernel, a, b) if kernel.ndim == 2 else jax.lax.map(lambda layer: merge(*layer), (kernel, a, b))
+
+
+def is_adapter(path: AnyPath) -> bool:
+    """Whether a directory holds an adapter of LoRA, in whatever layout, rather than a whole model."""
+    return (files_directory(path) / ADAPTER_CONFIG).exists()
+
+
+def base_directory(adapter: AnyPath) -> Path:
+    """Where the model lies that an adapter was made for."""
+    base = base_of(files_directory(adapter))
+    if base is None or not to_path(base).is_dir():
+        raise MossAudioError(
+            f"{adapter} holds an adapter for {base or 'a model that it does not name'}, which is no directory here: "
+            "name the model's directory, and the adapter beside it"
+        )
+    return to_path(base)
 
 
 def layout_of(path: AnyPath) -> Literal["orbax", "released"]:
@@ -129,6 +201,11 @@ def abstract_parameters(
     return {path: jax.ShapeDtypeStruct(spec.shape, dtype, sharding=sharding(path, spec)) for path, spec in specs}
 
 
+def parameters_of(model: MossAudio) -> dict[str, jax.Array]:
+    """A model's parameters by path; the arrays are not copied."""
+    return {".".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+
+
 def build_model(config: MossAudioConfig, parameters: dict[str, Any]) -> MossAudio:
     """A model around given parameters, by path; nothing is initialised."""
     model = nnx.eval_shape(lambda: MossAudio(config, rngs=nnx.Rngs(0)))
@@ -139,14 +216,14 @@ def build_model(config: MossAudioConfig, parameters: dict[str, Any]) -> MossAudi
 
 def save_model(model: MossAudio, path: AnyPath) -> None:
     """Writes parameters and configuration; `copy_tokenizer` adds the rest. `path` must be new or empty."""
+    if model.config.lora is not None:
+        raise MossAudioError(f"{path}: a model with an adapter can't be saved whole; merge it with merge_adapter first")
     path = absolute(path)
     require_empty(path)
     path.mkdir(parents=True, exist_ok=True)
     model.config.save_hf(path)
-    flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
-    tree = unflatten({".".join(map(str, name)): variable[...] for name, variable in flat})
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(path / PARAMS, tree)
+        checkpointer.save(path / PARAMS, unflatten(parameters_of(model)))
 
 
 def require_empty(path: AnyPath) -> None:
@@ -196,9 +273,13 @@ def stored_shapes(params: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
 
 
 def check_stored(params: Path, config: MossAudioConfig) -> None:
-    """Compares what an Orbax directory holds with its configuration; raises with all differences."""
+    """Compares what an Orbax directory holds with its configuration; raises with all differences.
+
+    With LoRA it holds the adapter alone.
+    """
     stored = stored_shapes(params)
-    expected = {path: spec.shape for path, spec in parameter_specs(config).items()}
+    specs = parameter_specs(config) if config.lora is None else adapter_specs(config)
+    expected = {path: spec.shape for path, spec in specs.items()}
     problems = [f"{path} is missing" for path in expected.keys() - stored.keys()]
     problems += [f"{path} is not part of this model" for path in stored.keys() - expected.keys()]
     problems += [

@@ -8,13 +8,16 @@ would change the computation and that this port does not implement is an error h
 import copy
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from typing import Any, Self
 
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.paths import AnyPath, Path, to_path, write_whole
+from moss_audio_jax.patterns import matches
 
 MODEL_TYPES = ("moss_audio", "moss_music")
+ADAPTER_LEAVES = (".lora_a", ".lora_b")  # how the paths of LoRA's parameters end
 DOWNSAMPLE_RATE = 8  # three stride-2 convolutions: eight mel frames a token
 
 
@@ -116,9 +119,47 @@ class ProcessorConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters beside frozen kernels: y = x W + scale (x A) B, A [in, rank] and B [rank, out].
+
+    targets: globs over the paths of linear layers, such as `audio_encoder.layers.self_attn.[qkv]_proj`; the default is
+        the seven projections of every layer of the language model.
+    full: globs over paths of parameters that are trained whole beside the adapters, such as `audio_adapter.*` and
+        `deepstack_audio_merger_list.*`. Everything else is frozen.
+    dropout: of the adapters' input, in training. rslora: scale by alpha / sqrt(rank) (arXiv 2312.03732).
+
+    The public script's alpha of 2 at rank 64 scales its adapters by 1/32. An alpha of 32, scaled by 1 / rank, on all
+    layers, MLPs above all, at ten times the learning rate of full fine-tuning is what "LoRA Without Regret" (Schulman
+    et al. 2025, thinkingmachines.ai/blog/lora) found to match that, at a rate that hardly depends on the rank.
+    """
+
+    rank: int = 64
+    alpha: float = 32.0
+    dropout: float = 0.0
+    rslora: bool = False
+    targets: tuple[str, ...] = ("language_model.layers.*_proj",)
+    full: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        _require(self.rank >= 1, f"lora.rank must be 1 or more, not {self.rank}")
+        _require(self.alpha > 0, f"lora.alpha must be above 0, not {self.alpha}")
+        _require(0 <= self.dropout < 1, f"lora.dropout must be 0 or more and below 1, not {self.dropout}")
+        _require(bool(self.targets), "lora.targets names no layers: give at least one pattern")
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    def trains(self, path: str) -> bool:
+        """Whether a parameter belongs to the adapter: it is trained, and saved with it."""
+        return path.endswith(ADAPTER_LEAVES) or matches(path, self.full)
+
+
+@dataclasses.dataclass(frozen=True)
 class MossAudioConfig:
     """A whole checkpoint.
 
+    lora: adapters that the model has beside the released parameters; no released file tells of them.
     raw: the files as they were read (for a new checkpoint the 4B's), so that they can be written back equal.
     """
 
@@ -130,6 +171,7 @@ class MossAudioConfig:
     model_type: str = "moss_audio"
     processor: ProcessorConfig = ProcessorConfig()
     eos_ids: tuple[int, ...] = (151645,)
+    lora: LoraConfig | None = None
     raw: Mapping[str, dict] = dataclasses.field(
         default_factory=lambda: _read_files(to_path(__file__).parent / "released_4b"), compare=False, repr=False
     )
@@ -195,7 +237,7 @@ class MossAudioConfig:
         return cls(
             audio_config=_read_encoder(config["audio_config"]),
             language_config=read_language(config["language_config"]),
-            **_known_fields(cls, config, skip=("audio_config", "language_config", "processor", "eos_ids", "raw")),
+            **_known_fields(cls, config, skip=_NOT_IN_CONFIG_JSON),
             processor=ProcessorConfig(**_known_fields(ProcessorConfig, processor)),
             eos_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
             raw=raw,
@@ -209,8 +251,7 @@ class MossAudioConfig:
         """
         files: dict[str, dict] = copy.deepcopy(dict(self.raw))
         config = files["config.json"]
-        skip = ("audio_config", "language_config", "processor", "eos_ids", "raw")
-        _write_fields(self, config, skip=skip)
+        _write_fields(self, config, skip=_NOT_IN_CONFIG_JSON)
         encoder, language = config["audio_config"], config["language_config"]
         _write_fields(self.audio_config, encoder, skip=("chunk_frames",))
         _write_fields(self.language_config, language, skip=("rope_theta",))
@@ -241,6 +282,8 @@ class MossAudioConfig:
             write_whole(to_path(directory) / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
+# Fields of MossAudioConfig that are no keys of that file, or are read and written by themselves.
+_NOT_IN_CONFIG_JSON = ("audio_config", "language_config", "processor", "eos_ids", "lora", "raw")
 IMPLEMENTED_MEL = {
     "mel_sr": (16000,),
     "mel_n_fft": (400,),

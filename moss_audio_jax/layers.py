@@ -13,6 +13,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from moss_audio_jax.attention import dropout
+from moss_audio_jax.config import LoraConfig
+
 Initializer = Callable[..., jax.Array]
 Carry = TypeVar("Carry")
 
@@ -38,7 +41,15 @@ def parameter(
 
 
 class Linear(nnx.Module):
-    """y = x W + b, the kernel stored [in, out]."""
+    """y = x W + b, the kernel stored [in, out]; where `lora.add_adapters` added a pair (A, B), also + scale (x A) B.
+
+    lora_keys: set where the adapter's dropout applies, a key for each layer of a stack.
+    """
+
+    lora: LoraConfig
+    lora_a: nnx.Param
+    lora_b: nnx.Param
+    lora_keys: nnx.Variable
 
     def __init__(
         self,
@@ -58,6 +69,9 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "... in"]) -> Float[Array, "... out"]:
         y = x @ self.kernel[...]
+        if hasattr(self, "lora_a"):
+            key = self.lora_keys[...] if hasattr(self, "lora_keys") else None
+            y = y + (dropout(x, self.lora.dropout, key) @ self.lora_a[...]) @ self.lora_b[...] * self.lora.scale
         return y + self.bias[...] if hasattr(self, "bias") else y
 
 

@@ -20,6 +20,7 @@ from moss_audio_jax.encoder import AudioEncoder
 from moss_audio_jax.inputs import ModelInputs
 from moss_audio_jax.language_model import KVCache, LanguageModel
 from moss_audio_jax.layers import GatedMLP, Linear, map_layers
+from moss_audio_jax.lora import add_adapters
 from moss_audio_jax.sharding import constrain
 
 
@@ -37,6 +38,8 @@ class MossAudio(nnx.Module):
         self.language_model = LanguageModel(language, rngs=rngs)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(language.hidden_size, language.vocab_size, ("embed", "vocab"), rngs=rngs)
+        if config.lora is not None:
+            add_adapters(self, config.lora, rngs)
 
     def __call__(self, inputs: ModelInputs) -> Float[Array, "b s vocab"]:
         """Logits in float32, compiled once for each shape of `inputs`; those at padding mean nothing."""
@@ -117,3 +120,9 @@ def parameter_specs(config: MossAudioConfig) -> dict[str, nnx.Variable]:
     """Path, such as `language_model.norm.scale` -> the declared parameter, without its values."""
     model = nnx.eval_shape(lambda: MossAudio(config, rngs=nnx.Rngs(0)))
     return {".".join(map(str, path)): spec for path, spec in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+
+
+def adapter_specs(config: MossAudioConfig) -> dict[str, nnx.Variable]:
+    """Those of them that belong to the adapter: all that LoRA trains, and saves."""
+    lora = config.lora
+    return {} if lora is None else {path: spec for path, spec in parameter_specs(config).items() if lora.trains(path)}

@@ -16,17 +16,20 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from flax import nnx
 from safetensors import SafetensorError, safe_open
 
 from moss_audio_jax.config import MossAudioConfig, read_json, read_language
 from moss_audio_jax.errors import MossAudioError
-from moss_audio_jax.model import parameter_specs
+from moss_audio_jax.model import adapter_specs, parameter_specs
 from moss_audio_jax.paths import AnyPath, is_inside, require_local, to_path
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 # MOSS-Music stores the encoder's sinusoids, which are recomputed in float32 here.
 IGNORED_TENSORS = frozenset({"audio_encoder.embed_positions.inv_timescales"})
+# PEFT wraps the model twice before it names its tensors.
+PEFT_PREFIX = "base_model.model."
 HEAD = "lm_head.weight"  # a tensor; it has this name in every layout
 EMBEDDING = "language_model.embed_tokens.embedding"  # our path
 
@@ -70,6 +73,9 @@ STACKS = ("audio_encoder.layers", "deepstack_audio_merger_list", "language_model
 TABLE: tuple[tuple[str, str, Callable[[int], Layout]], ...] = (
     (r"audio_encoder\.conv\d\.kernel", "weight", lambda channels: CONV),
     (r"audio_encoder\.stem_proj\.kernel", "weight", stem_layout),
+    (r"audio_encoder\.stem_proj\.lora_a", "lora_A.weight", stem_layout),
+    (r".*\.lora_a", "lora_A.weight", lambda channels: LINEAR),
+    (r".*\.lora_b", "lora_B.weight", lambda channels: LINEAR),
     (r".*\.kernel", "weight", lambda channels: LINEAR),
     (r".*\.(scale|embedding)", "weight", lambda channels: SAME),
     (r".*\.bias", "bias", lambda channels: SAME),
@@ -105,9 +111,21 @@ class ReleasedLeaf:
 
 
 def released_leaves(config: MossAudioConfig) -> dict[str, ReleasedLeaf]:
-    """Our path -> where it comes from, for every parameter of a model; no released tensor is used twice."""
+    """Our path -> where it comes from, for every parameter of a model but LoRA's; no released tensor is used twice."""
+    return _leaves(config, parameter_specs(dataclasses.replace(config, lora=None)))
+
+
+def adapter_leaves(config: MossAudioConfig) -> dict[str, ReleasedLeaf]:
+    """The same for what an adapter of LoRA holds, by the names that PEFT gives its tensors."""
+    leaves = _leaves(config, adapter_specs(config))
+    return {
+        path: dataclasses.replace(leaf, names=tuple(PEFT_PREFIX + name for name in leaf.names))
+        for path, leaf in leaves.items()
+    }
+
+
+def _leaves(config: MossAudioConfig, specs: dict[str, nnx.Variable]) -> dict[str, ReleasedLeaf]:
     channels = config.audio_config.downsample_hidden_size
-    specs = parameter_specs(config)
     leaves = {path: _released_leaf(path, spec.shape, channels) for path, spec in specs.items()}
     uses = Counter(name for leaf in leaves.values() for name in leaf.names)
     doubled = [name for name, count in uses.items() if count > 1]
@@ -157,15 +175,18 @@ class SafetensorsCheckpoint:
     """The safetensors files of a directory, every header read and compared with `leaves` before anything is used.
 
     tied: there is no head in `leaves`; files may hold one all the same, if it equals the embedding.
+    single_file: which file holds all tensors, where no index names several.
     Raises MossAudioError with all problems found: missing, surplus, doubled or wrongly shaped tensors, files that are
     truncated, unreadable or outside the directory.
     """
 
-    def __init__(self, directory: AnyPath, leaves: dict[str, ReleasedLeaf], *, tied: bool):
+    def __init__(
+        self, directory: AnyPath, leaves: dict[str, ReleasedLeaf], *, tied: bool, single_file: str = SINGLE_FILE
+    ):
         self.directory = require_local(directory, "released weights are read piece by piece, from")
         self.leaves = leaves
-        weight_map = _read_weight_map(self.directory)
-        self.tensors, problems = _read_headers(self.directory, weight_map)
+        weight_map = _read_weight_map(self.directory) if single_file == SINGLE_FILE else {}
+        self.tensors, problems = _read_headers(self.directory, weight_map, single_file)
         expected = {name: leaf.tensor_shape for leaf in self.leaves.values() for name in leaf.names}
         if weight_map or not problems:  # else the only file is unreadable, and nothing is known of its tensors
             missing = expected.keys() - self.tensors.keys() - weight_map.keys()
@@ -282,12 +303,14 @@ def _read_weight_map(directory: Path) -> dict[str, str]:
     return {name: file if isinstance(file, str) else json.dumps(file) for name, file in weight_map.items()}
 
 
-def _read_headers(directory: Path, weight_map: dict[str, str]) -> tuple[dict[str, TensorHeader], list[str]]:
+def _read_headers(
+    directory: Path, weight_map: dict[str, str], single_file: str
+) -> tuple[dict[str, TensorHeader], list[str]]:
     """Tensor name -> header over all files, IGNORED_TENSORS left out, and what is wrong with files and index."""
     tensors: dict[str, TensorHeader] = {}
     problems: list[str] = []
     unread = set()
-    for file in sorted(set(weight_map.values())) or [SINGLE_FILE]:
+    for file in sorted(set(weight_map.values())) or [single_file]:
         try:
             _check_file(directory, file)
             headers = _read_header(directory, file)

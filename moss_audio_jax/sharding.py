@@ -23,6 +23,7 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
     "mlp": "tensor",
     "vocab": "tensor",
     "channels": None,
+    "adapter": ("fsdp", "tensor"),  # the long side of an adapter of LoRA: its short side, the rank, is never cut
     # activations
     "batch": ("replica", "fsdp"),
     "sequence": None,

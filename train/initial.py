@@ -17,13 +17,28 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from moss_audio_jax.checkpoint import abstract_parameters, assemble, files_directory, layout_of, restore
-from moss_audio_jax.config import MODEL_TYPES, PRESETS, EncoderConfig, LanguageConfig, MossAudioConfig, read_json
+from moss_audio_jax.checkpoint import (
+    abstract_parameters,
+    assemble,
+    files_directory,
+    is_adapter,
+    layout_of,
+    parameters_of,
+    restore,
+)
+from moss_audio_jax.config import (
+    ADAPTER_LEAVES,
+    MODEL_TYPES,
+    PRESETS,
+    EncoderConfig,
+    LanguageConfig,
+    MossAudioConfig,
+    read_json,
+)
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.model import MossAudio
 from moss_audio_jax.released import EMBEDDING, Qwen3Checkpoint, ReleasedCheckpoint
 from train.optimizer import Parameters
-from train.step import parameters_of
 
 HEAD = "lm_head.kernel"
 # Path -> shape, dtype and place of a parameter that is to be read or made.
@@ -110,7 +125,7 @@ def first_parameters(
 ) -> Parameters:
     """All parameters by path, each on its devices.
 
-    config: `model_config(source)`. dtypes: by path; float32 where nothing is said.
+    config: `model_config(source)`, perhaps with LoRA. dtypes: by path; float32 where nothing is said.
     Of a safetensors directory the host holds one stacked parameter at a time; from Orbax each device's shard is read
     straight onto it. A random parameter depends on the seed and the configuration alone: neither on the mesh nor on
     what else is read.
@@ -124,7 +139,8 @@ def first_parameters(
     parameters: Parameters = {}
     for part in parts:
         missing = {path: leaf for path, leaf in abstract.items() if path not in parameters}
-        parameters |= _read(part, {path: leaf for path, leaf in missing.items() if path.startswith(part.prefixes)})
+        given = {path for path in missing if path.startswith(part.prefixes) and not path.endswith(ADAPTER_LEAVES)}
+        parameters |= _read(part, {path: leaf for path, leaf in missing.items() if path in given})
     missing = {path: leaf for path, leaf in abstract.items() if path not in parameters}
     if missing:
         parameters |= random_parameters(config, missing, seed)
@@ -190,6 +206,10 @@ def _open_language_model(directory: str) -> Part:
 
 
 def _open_moss_audio(option: str, directory: str, prefixes: tuple[str, ...]) -> Part:
+    if is_adapter(directory):
+        raise MossAudioError(
+            f"model.{option} {directory} holds an adapter, not a model: merge it with `python -m convert to-hf`"
+        )
     if layout_of(directory) == "orbax":
         config = MossAudioConfig.from_hf(files_directory(directory))
         read = functools.partial(restore, directory, config)

@@ -10,6 +10,7 @@ Several processes (`distributed`) make the same batches as one, and may be other
 """
 
 import dataclasses
+import functools
 import signal
 import threading
 import time
@@ -23,7 +24,7 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from moss_audio_jax.checkpoint import RUN_MODEL, abstract_parameters, build_model
+from moss_audio_jax.checkpoint import RUN_MODEL, abstract_parameters, base_directory, build_model
 from moss_audio_jax.config import MossAudioConfig
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.paths import AnyPath, Path, to_path
@@ -37,7 +38,7 @@ from train.data import ExampleOrder, Prefetched, SampleMaker, TrainingBatch, Tra
 from train.distributed import ended_with_the_others, first_process_does, share_of_batch, state_of_all
 from train.flops import Content, step_flops
 from train.held_out import HeldOut
-from train.initial import first_parameters, model_config
+from train.initial import ModelSource, first_parameters, model_config
 from train.model_files import write_model_files
 from train.optimizer import is_frozen
 from train.report import Profile, Report
@@ -73,7 +74,7 @@ def train(config: RunConfig, out: AnyPath, *, mesh: Mesh | None = None) -> Outco
         )
     out = to_path(out)
     mesh = make_mesh(**dataclasses.asdict(config.mesh)) if mesh is None else mesh
-    model = model_config(config.model)
+    model = dataclasses.replace(model_config(config.model), lora=config.lora)
     with ExitStack() as stack:
         stop = stack.enter_context(_termination())
         checkpoints = Checkpoints(out, keep_last=config.loop.keep_last, keep_every=config.loop.keep_every)
@@ -87,7 +88,10 @@ def train(config: RunConfig, out: AnyPath, *, mesh: Mesh | None = None) -> Outco
         first_process_does(write_files)
         tokenizer = Tokenizer.from_dir(out / RUN_MODEL)
         data = stack.enter_context(_data(config, model, mesh, order, tokenizer))
-        state, start = _first_or_restored_state(config, model, mesh, checkpoints, data)
+        source = config.model
+        if model.lora is not None:
+            source = dataclasses.replace(source, checkpoint=str(base_directory(out / RUN_MODEL)))
+        state, start = _first_or_restored_state(config, source, model, mesh, checkpoints, data)
         report = stack.enter_context(_report(config, out, start, mesh))
         profile = stack.enter_context(Profile(out, config.loop.profile_first, config.loop.profile_steps))
         held_out = HeldOut(config, Processor(tokenizer, model), out)
@@ -122,7 +126,7 @@ def _run(
         report.add(step, metrics, {"data_wait": data_wait, **data.metrics, "model_flops": sum(flops.values())})
         if step % config.loop.checkpoint_every == 0 and step < config.last_step:
             report.commit()
-            checkpoints.save(step, state, state_of_all(data.get_state()))
+            checkpoints.save(step, _saved(state, model), state_of_all(data.get_state()))
         if held_out.is_due(step):
             with report.paused():
                 scores, samples = held_out.ask(step, state.trainable | state.frozen)
@@ -130,7 +134,7 @@ def _run(
                 report.add_samples(step, samples)
     report.commit()
     if step > start and step not in checkpoints.steps:
-        checkpoints.save(step, state, state_of_all(data.get_state()))
+        checkpoints.save(step, _saved(state, model), state_of_all(data.get_state()))
     return Outcome(step, preempted=step < config.last_step)
 
 
@@ -148,20 +152,38 @@ def _report(config: RunConfig, out: Path, start: int, mesh: Mesh) -> Report:
 
 
 def _frozen_dtypes(config: RunConfig, paths: Any) -> dict[str, Any]:
-    return {path: config.step.compute_dtype for path in paths if is_frozen(path, config.optimizer.freeze)}
+    freeze, lora = config.optimizer.freeze, config.lora
+    return {path: config.step.compute_dtype for path in paths if is_frozen(path, freeze, lora)}
+
+
+def _saved(state: TrainState, model: MossAudioConfig) -> TrainState:
+    """What a checkpoint holds: with LoRA no frozen parameters, which are the base's and are read from there."""
+    return state if model.lora is None else dataclasses.replace(state, frozen={})
 
 
 def _first_or_restored_state(
-    config: RunConfig, model: MossAudioConfig, mesh: Mesh, checkpoints: Checkpoints, data: Prefetched
+    config: RunConfig,
+    source: ModelSource,
+    model: MossAudioConfig,
+    mesh: Mesh,
+    checkpoints: Checkpoints,
+    data: Prefetched,
 ) -> tuple[TrainState, int]:
-    """The state to go on from, the data set to match it, and how many steps it has behind it."""
+    """The state to go on from, the data set to match it, and how many steps it has behind it.
+
+    source: as the configuration says, but for an adapter's base, of which the run keeps the one that it began with.
+    """
     dtypes = _frozen_dtypes(config, abstract_parameters(model, jnp.float32))
-    restored = checkpoints.restore(abstract_state(model, config.optimizer, frozen_dtypes=dtypes, mesh=mesh))
+    target = abstract_state(model, config.optimizer, frozen_dtypes=dtypes, mesh=mesh)
+    restored = checkpoints.restore(_saved(target, model))
+    first = functools.partial(first_parameters, dtypes=dtypes, seed=config.seed, mesh=mesh)
     if restored is None:
-        parameters = first_parameters(config.model, model, dtypes=dtypes, seed=config.seed, mesh=mesh)
-        return new_state(parameters, model, config.optimizer, seed=config.seed, mesh=mesh), 0
+        return new_state(first(source, model), model, config.optimizer, seed=config.seed, mesh=mesh), 0
     state, data_state = restored
     data.set_state(data_state)
+    if model.lora is not None:
+        parameters = first(source, model)
+        state = dataclasses.replace(state, frozen={path: parameters[path] for path in target.frozen})
     return state, int(state.step)
 
 

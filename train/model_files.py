@@ -2,10 +2,11 @@
 
 import dataclasses
 
-from moss_audio_jax.checkpoint import companion_files, tokenizer_files
+from moss_audio_jax.checkpoint import companion_files, orbax_paths, tokenizer_files
 from moss_audio_jax.config import CONFIG_FILES, MossAudioConfig
 from moss_audio_jax.errors import MossAudioError
-from moss_audio_jax.paths import AnyPath, to_path
+from moss_audio_jax.paths import AnyPath, Path, absolute, to_path
+from moss_audio_jax.peft_files import write_adapter_config
 from moss_audio_jax.small_tokenizer import write_small_tokenizer
 from train.data import ExampleOrder
 from train.data.objectives import render
@@ -18,6 +19,7 @@ LEARNED_FROM = 300  # examples
 def write_model_files(source: ModelSource, config: MossAudioConfig, order: ExampleOrder, directory: AnyPath) -> None:
     """Writes them once, config.json last, by which a resumed run knows that all are there and keeps them.
 
+    With LoRA also what the adapter is, and the checkpoint that it is for: of a run, the one that is its newest now.
     order: where a learned tokenizer takes its texts from.
     """
     directory = to_path(directory)
@@ -36,9 +38,20 @@ def write_model_files(source: ModelSource, config: MossAudioConfig, order: Examp
     for file in files + (tokenizer_files(tokenizer) if tokenizer != LEARNED else []):
         if file.name not in CONFIG_FILES:
             file.copy(directory / file.name, overwrite=True)
-    # Masters are float32, whatever the checkpoint was that a run began with.
-    of_masters = {"config.json": config.raw["config.json"] | {"dtype": "float32"}}
-    dataclasses.replace(config, raw={**config.raw, **of_masters}).save_hf(directory)
+    if config.lora is not None:
+        write_adapter_config(directory, config, str(_settled(source.checkpoint)))
+    else:  # masters are float32, whatever the checkpoint was that a run began with
+        of_masters = {"config.json": config.raw["config.json"] | {"dtype": "float32"}}
+        config = dataclasses.replace(config, raw={**config.raw, **of_masters})
+    config.save_hf(directory)
+
+
+def _settled(checkpoint: str | None) -> Path:
+    """The directory of a checkpoint that will not become another one when training goes on there."""
+    if checkpoint is None:
+        raise MossAudioError("lora adapts a checkpoint: name it with model.checkpoint")
+    paths = orbax_paths(checkpoint)
+    return absolute(checkpoint if paths is None else paths.params.parent)
 
 
 def _texts(order: ExampleOrder) -> list[str]:

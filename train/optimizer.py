@@ -6,16 +6,16 @@ frozen one has no gradient and no moments, and adds nothing to the norm that cli
 """
 
 import dataclasses
-import difflib
-import fnmatch
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from moss_audio_jax.config import LoraConfig
 from moss_audio_jax.errors import MossAudioError
+from moss_audio_jax.patterns import matches, require_matches
 
 Parameters = dict[str, Any]
 Schedule = Literal["cosine", "wsd"]
@@ -82,28 +82,21 @@ class OptimizerConfig:
                 raise MossAudioError(f"{name} must be 0 or more, not {getattr(self, name)}")
 
 
-def split_frozen(parameters: Parameters, freeze: Sequence[str]) -> tuple[Parameters, Parameters]:
+def split_frozen(
+    parameters: Parameters, freeze: Sequence[str], lora: LoraConfig | None = None
+) -> tuple[Parameters, Parameters]:
     """The trainable and the frozen parameters; every pattern must match some, and some must be left to train."""
-    for pattern in freeze:
-        if not any(is_frozen(path, [pattern]) for path in parameters):
-            close = ", ".join(_close_patterns(pattern, parameters))
-            raise MossAudioError(f"freeze pattern {pattern!r} matches no parameter: did you mean one of {close}?")
-    frozen = {path: leaf for path, leaf in parameters.items() if is_frozen(path, freeze)}
+    require_matches("freeze", freeze, parameters)
+    frozen = {path: leaf for path, leaf in parameters.items() if is_frozen(path, freeze, lora)}
     trainable = {path: leaf for path, leaf in parameters.items() if path not in frozen}
     if not trainable:
         raise MossAudioError(f"the freeze patterns {', '.join(freeze)} leave no parameter to train: take one away")
     return trainable, frozen
 
 
-def is_frozen(path: str, freeze: Sequence[str]) -> bool:
-    return any(fnmatch.fnmatchcase(path, pattern) for pattern in freeze)
-
-
-def _close_patterns(pattern: str, paths: Iterable[str]) -> list[str]:
-    """Existing paths, and patterns of everything below a name, that are spelt like `pattern`."""
-    prefixes = {path.rsplit(".", depth)[0] + ".*" for path in paths for depth in range(1, path.count(".") + 1)}
-    candidates = sorted(prefixes) + sorted(paths)
-    return difflib.get_close_matches(pattern, candidates, n=3, cutoff=0.0)
+def is_frozen(path: str, freeze: Sequence[str], lora: LoraConfig | None = None) -> bool:
+    """With LoRA, also all that its adapter does not hold."""
+    return matches(path, freeze) or (lora is not None and not lora.trains(path))
 
 
 def learning_rate(config: OptimizerConfig, step: jax.Array) -> jax.Array:

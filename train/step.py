@@ -21,11 +21,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 from jax.tree_util import KeyPath
 from jaxtyping import Array, Float, Int, UInt32
 
-from moss_audio_jax.checkpoint import abstract_parameters, unflatten
-from moss_audio_jax.config import MossAudioConfig
+from moss_audio_jax.checkpoint import abstract_parameters, parameters_of, unflatten
+from moss_audio_jax.config import LoraConfig, MossAudioConfig
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.inputs import ModelInputs
 from moss_audio_jax.layers import REMAT_POLICIES
+from moss_audio_jax.lora import set_adapter_dropout
 from moss_audio_jax.model import MossAudio
 from moss_audio_jax.sharding import constrain, partition_spec
 from train.data.packing import TrainingBatch
@@ -33,6 +34,7 @@ from train.loss import CHUNK, LossSums, chunked_cross_entropy
 from train.optimizer import OptimizerConfig, Parameters, adamw, apply_gradients, learning_rate, split_frozen
 
 Metrics = dict[str, jax.Array]
+ADAPTER_DROPOUT = 1  # makes its keys others than the encoder's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,11 +127,6 @@ class TrainState:
     recent_norm: RecentValues
 
 
-def parameters_of(model: MossAudio) -> Parameters:
-    """A model's parameters by path; the arrays are not copied."""
-    return {".".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
-
-
 def initial_parameters(config: MossAudioConfig, *, seed: int = 0, mesh: Mesh | None = None) -> Parameters:
     """Random float32 parameters, each made where it will lie; the same on every mesh."""
     shardings = {path: leaf.sharding for path, leaf in abstract_parameters(config, jnp.float32, mesh).items()}
@@ -149,7 +146,7 @@ def new_state(
     It takes the parameters over: `train_step` donates its state, so arrays that are in place and of the right dtype
     become the masters themselves and can't be used elsewhere.
     """
-    state = _first_state(parameters, optimizer, seed)
+    state = _first_state(parameters, config.lora, optimizer, seed)
     dtypes = {path: leaf.dtype for path, leaf in state.frozen.items()}
     target = abstract_state(config, optimizer, frozen_dtypes=dtypes, mesh=mesh)
     return jax.tree.map(lambda leaf, place: jax.device_put(leaf, place.sharding), state, target)
@@ -175,12 +172,12 @@ def abstract_state(
         parameter = parameters.get(_parameter_path(keys))
         return leaf.update(sharding=everywhere if parameter is None else parameter.sharding)
 
-    state = jax.eval_shape(lambda arrays: _first_state(arrays, optimizer, seed=0), parameters)
+    state = jax.eval_shape(lambda arrays: _first_state(arrays, config.lora, optimizer, seed=0), parameters)
     return jax.tree_util.tree_map_with_path(placed, state)
 
 
-def _first_state(parameters: Parameters, optimizer: OptimizerConfig, seed: int) -> TrainState:
-    trainable, frozen = split_frozen(parameters, optimizer.freeze)
+def _first_state(parameters: Parameters, lora: LoraConfig | None, optimizer: OptimizerConfig, seed: int) -> TrainState:
+    trainable, frozen = split_frozen(parameters, optimizer.freeze, lora)
     trainable = {path: leaf.astype(jnp.float32) for path, leaf in trainable.items()}
     return TrainState(
         step=jnp.int32(0),
@@ -295,6 +292,8 @@ def loss_and_gradients(
     def objective(trainable: Parameters, microbatch: TrainingBatch, key: jax.Array):
         copies = {path: leaf.astype(config.compute_dtype) for path, leaf in (trainable | frozen).items()}
         model, inputs = _model(graphdef, copies), microbatch.inputs
+        if model.config.lora is not None and model.config.lora.dropout:
+            set_adapter_dropout(model, jax.random.fold_in(key, ADAPTER_DROPOUT))
         x, deepstack = model.embed(inputs, dropout_key=key if config.encoder_dropout else None, remat=config.remat)
         rest = (inputs.positions, inputs.segment_ids, deepstack)
         language, total_layers = model.language_model, model.config.language_config.num_hidden_layers

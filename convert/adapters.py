@@ -1,0 +1,120 @@
+"""Adapters of LoRA: merged into their model, and between PEFT's files and Orbax."""
+
+import functools
+import math
+from collections.abc import Iterator
+
+import numpy as np
+from tqdm import tqdm
+
+from convert.checkpoints import by_released_name, open_checkpoint
+from convert.orbax_files import OrbaxCheckpoint, StreamedArray, save_streamed
+from convert.pieces import cast, row_blocks
+from convert.safetensors_files import TensorBlocks, write_file
+from convert.staging import check_target, staged
+from convert.to_orbax import leaf_dtypes, pieces
+from moss_audio_jax.checkpoint import PARAMS, base_directory, companion_files, files_directory, is_adapter, orbax_paths
+from moss_audio_jax.config import MossAudioConfig
+from moss_audio_jax.errors import MossAudioError
+from moss_audio_jax.paths import AnyPath, to_path
+from moss_audio_jax.peft_files import ADAPTER_CONFIG, ADAPTER_FILE, PeftAdapter, adapted_config
+from moss_audio_jax.released import PEFT_PREFIX, adapter_leaves
+
+
+class MergedCheckpoint:
+    """A model with an adapter merged into it, seen as released tensors, read in rows; the same face as the others'.
+
+    base: the model's directory; None takes the one that the adapter names.
+    Tensors have the model's own types; W + scale B A is summed in float32 and rounded once.
+    """
+
+    def __init__(self, adapter: AnyPath, base: AnyPath | None = None):
+        base = base_directory(adapter) if base is None else base
+        if is_adapter(base):
+            raise MossAudioError(f"{base} holds an adapter, not a model: give the model that {adapter} is for")
+        self._base = open_checkpoint(base)
+        self._adapter = _open_adapter(adapter, self._base.config)
+        assert self._adapter.config.lora is not None
+        self._scale = self._adapter.config.lora.scale
+        self._names = by_released_name(self._adapter.leaves)
+        # A run has its own configuration and tokenizer files, which may differ in the time markers.
+        run = to_path(adapter) if (files_directory(adapter) / "config.json").exists() else to_path(base)
+        self.directory, self.config, self.leaves = run, self._base.config, self._base.leaves
+
+    def dtype(self, name: str) -> np.dtype:
+        return self._base.dtype(name)
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Rows [start, stop) of a tensor, all by default."""
+        if PEFT_PREFIX + name in self._names:
+            return cast(self._adapter.read(PEFT_PREFIX + name, start, stop), self.dtype(name), name)
+        rows = self._base.read(name, start, stop)
+        layer = PEFT_PREFIX + name.removesuffix(".weight")
+        if f"{layer}.lora_A.weight" not in self._names:
+            return rows
+        a, b = (self._adapter.read(f"{layer}.lora_A.weight"), self._adapter.read(f"{layer}.lora_B.weight", start, stop))
+        product = b.astype(np.float32) @ a.astype(np.float32)
+        return cast(rows.astype(np.float32) + np.float32(self._scale) * product, rows.dtype, name)
+
+
+def convert_to_peft(source: AnyPath, target: AnyPath, dtype: np.dtype | None = None) -> None:
+    """Writes `target`, a new directory that PEFT loads, from a run of LoRA or what `convert_from_peft` wrote.
+
+    dtype: of all tensors; None keeps each as it is stored.
+    """
+    target = check_target(target)
+    if orbax_paths(source) is None or not is_adapter(source):
+        raise MossAudioError(f"{source} holds no adapter in Orbax: give a training run of LoRA, or one of from-peft")
+    adapter = OrbaxCheckpoint(source)
+    leaves = by_released_name(adapter.leaves)
+
+    def blocks(name: str, dtype: np.dtype) -> Iterator[np.ndarray]:
+        for start, stop in row_blocks(leaves[name], adapter.dtype(name).itemsize):
+            yield cast(adapter.read(name, start, stop), dtype, name)
+
+    tensors = []
+    for name in sorted(leaves):
+        stored_as = dtype or adapter.dtype(name)
+        tensors.append(
+            TensorBlocks(name, leaves[name].tensor_shape, stored_as, functools.partial(blocks, name, stored_as))
+        )
+    size = sum(tensor.nbytes for tensor in tensors)
+    with staged(target, size) as work:
+        (files_directory(source) / ADAPTER_CONFIG).copy(work / ADAPTER_CONFIG)
+        with tqdm(total=size, unit="B", unit_scale=True, disable=None) as progress:
+            write_file(work / ADAPTER_FILE, tensors, progress)
+
+
+def convert_from_peft(source: AnyPath, target: AnyPath, base: AnyPath | None = None) -> None:
+    """Writes `target`, a new directory with an adapter in Orbax, from one that PEFT wrote.
+
+    base: the model that it is for, whose configuration and tokenizer files travel along; None takes the one that the
+    adapter names. Tensors stay in the types they have, and adapter_config.json as it is.
+    """
+    target = check_target(target)
+    if not is_adapter(source) or orbax_paths(source) is not None:
+        raise MossAudioError(f"{source} is no adapter of PEFT's: give a directory with {ADAPTER_CONFIG}")
+    base = base_directory(source) if base is None else base
+    adapter = PeftAdapter(source, open_checkpoint(base).config)
+    dtypes = leaf_dtypes(adapter, None)
+    size = sum(math.prod(leaf.shape) * dtypes[path].itemsize for path, leaf in adapter.leaves.items())
+    with staged(target, size) as work:
+        for file in [*companion_files(base), to_path(source) / ADAPTER_CONFIG]:
+            file.copy(work / file.name)
+        leaves = {
+            path: StreamedArray(leaf.shape, dtypes[path], functools.partial(pieces, adapter, leaf, dtypes[path]))
+            for path, leaf in adapter.leaves.items()
+        }
+        save_streamed(work / PARAMS, leaves)
+
+
+def _open_adapter(directory: AnyPath, config: MossAudioConfig) -> OrbaxCheckpoint | PeftAdapter:
+    """config: of the model that it is to be merged into."""
+    if orbax_paths(directory) is None:
+        return PeftAdapter(directory, config)
+    adapter = OrbaxCheckpoint(directory)
+    fitting = adapter_leaves(adapted_config(files_directory(directory), config))
+    shapes, found = ({path: leaf.shape for path, leaf in leaves.items()} for leaves in (fitting, adapter.leaves))
+    if shapes != found:
+        raise MossAudioError(f"{directory} holds an adapter for a model of other sizes: give its own model as base")
+    return adapter

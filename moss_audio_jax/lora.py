@@ -1,0 +1,57 @@
+"""LoRA: pairs of low rank beside the kernels of linear layers, declared like every other parameter.
+
+So initialisation, sharding, freezing, checkpoints and export derive from the declaration, stacked layers included. The
+kernels stay as they are: the sum W + scale A B exists only where it is asked for (`merge_adapter`).
+
+(The library qwix makes its adapters at the first call of a layer. Here that call is inside a scan, on a layer put
+together from slices of a stack, which is gone when the scan ends; so qwix fails on it, and would need more code around
+it than is here.)
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from moss_audio_jax.config import LoraConfig
+from moss_audio_jax.errors import MossAudioError
+from moss_audio_jax.layers import Linear
+from moss_audio_jax.patterns import matches, require_matches
+
+
+def add_adapters(model: nnx.Module, config: LoraConfig, rngs: nnx.Rngs) -> None:
+    """Declares A and B at every linear layer that the configuration names; A as `peft` draws it, B zero.
+
+    Raises MossAudioError for a pattern that matches nothing, and for a layer that is both adapted and trained whole.
+    """
+    linears = adaptable_layers(model)
+    parameters = [".".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(model, nnx.Param))]
+    require_matches("lora.targets", config.targets, linears, what="linear layer that can have an adapter")
+    require_matches("lora.full", config.full, parameters)
+    targets = {path: layer for path, layer in linears.items() if matches(path, config.targets)}
+    doubled = [path for path in targets if matches(f"{path}.kernel", config.full)]
+    if doubled:
+        raise MossAudioError(f"{', '.join(doubled)}: named by lora.targets and lora.full both; take it out of one")
+    for layer in targets.values():
+        *stack, inputs, outputs = layer.kernel.shape
+        axes = ("layers",) * len(stack)
+        # Uniform within 1 / sqrt(in).
+        init = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform", batch_axis=tuple(range(len(stack))))
+        first = init(rngs.params(), (*stack, inputs, config.rank), jnp.float32)
+        layer.lora_a = nnx.Param(first, logical_axes=(*axes, "adapter", None))
+        second = jnp.zeros((*stack, config.rank, outputs), jnp.float32)
+        layer.lora_b = nnx.Param(second, logical_axes=(*axes, None, "adapter"))
+        layer.lora = config
+
+
+def adaptable_layers(model: nnx.Module) -> dict[str, Linear]:
+    """Path -> linear layer; without the head, whose kernel the loss reads by itself."""
+    modules = {".".join(map(str, path)): module for path, module in nnx.iter_modules(model)}
+    return {path: module for path, module in modules.items() if isinstance(module, Linear) and path != "lm_head"}
+
+
+def set_adapter_dropout(model: nnx.Module, key: jax.Array) -> None:
+    """Lets the adapters' dropout apply to the next call, drawn anew for each of them and for each layer of a stack."""
+    adapted = [layer for _, layer in nnx.iter_modules(model) if isinstance(layer, Linear) and hasattr(layer, "lora_a")]
+    for number, layer in enumerate(adapted):
+        stack = layer.lora_a.shape[:-2]
+        layer.lora_keys = nnx.Variable(jax.random.split(jax.random.fold_in(key, number), stack))

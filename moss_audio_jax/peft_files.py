@@ -1,0 +1,147 @@
+"""Adapters of LoRA as PEFT lays them out: adapter_config.json and adapter_model.safetensors.
+
+A training run keeps its adapter_config.json in this layout too, so it is the one place that says what an adapter is.
+PEFT itself is not needed.
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from flax import nnx
+
+from moss_audio_jax.config import LoraConfig, MossAudioConfig, read_json
+from moss_audio_jax.errors import MossAudioError
+from moss_audio_jax.lora import adaptable_layers
+from moss_audio_jax.model import MossAudio
+from moss_audio_jax.paths import AnyPath, to_path, write_whole
+from moss_audio_jax.released import SafetensorsCheckpoint, adapter_leaves, released_leaves
+
+ADAPTER_CONFIG, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"
+
+# Keys that change nothing about what an adapter computes, whatever they hold, and those that are read below. Every
+# other key, also one of a later PEFT, must be null, false or empty.
+_HARMLESS = ("auto_mapping", "base_model_name_or_path", "inference_mode", "megatron_core", "peft_version")
+_HARMLESS += ("qalora_group_size", "revision", "task_type")
+_READ = ("peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "exclude_modules")
+_READ += ("modules_to_save", "bias", "init_lora_weights")
+# Others change the base's weights before training begins.
+_INITIALISERS = (True, False, "gaussian", "orthogonal")
+
+
+class PeftAdapter(SafetensorsCheckpoint):
+    """An adapter's directory; config: of the model that it is for, with `lora` as the directory says it.
+
+    Raises MossAudioError with all tensors that are missing, surplus or of another shape.
+    """
+
+    def __init__(self, directory: AnyPath, config: MossAudioConfig):
+        self.config = adapted_config(directory, config)
+        super().__init__(directory, adapter_leaves(self.config), tied=False, single_file=ADAPTER_FILE)
+
+
+def adapted_config(directory: AnyPath, config: MossAudioConfig) -> MossAudioConfig:
+    """The configuration of a model with the adapter that a directory's adapter_config.json describes."""
+    path = to_path(directory) / ADAPTER_CONFIG
+    try:
+        lora = _read_lora(read_json(path), config)
+    except MossAudioError as error:
+        raise MossAudioError(f"{path}: {error}") from error
+    except (TypeError, ValueError, KeyError, re.error) as error:
+        raise MossAudioError(f"{path} can't be read as LoRA of PEFT ({error}): fetch the file again") from error
+    return dataclasses.replace(config, lora=lora)
+
+
+def base_of(directory: AnyPath) -> str | None:
+    """What an adapter says that it was made for: a directory, or a name on a hub."""
+    return read_json(to_path(directory) / ADAPTER_CONFIG).get("base_model_name_or_path")
+
+
+def write_adapter_config(directory: AnyPath, config: MossAudioConfig, base: str | None) -> None:
+    """For PEFT, and for us: which layers of the model `base` have adapters, and how they are scaled."""
+    assert config.lora is not None
+    lora, released = config.lora, released_leaves(config)
+    saved = {name.rpartition(".")[0] for path, leaf in released.items() if lora.trains(path) for name in leaf.names}
+    targets = [path.removesuffix(".lora_a") for path in adapter_leaves(config) if path.endswith(".lora_a")]
+    alpha = int(lora.alpha) if float(lora.alpha).is_integer() else lora.alpha
+    content = {
+        "base_model_name_or_path": base,
+        "bias": "none",
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": alpha,
+        "lora_dropout": lora.dropout,
+        "modules_to_save": sorted(saved) or None,
+        "peft_type": "LORA",
+        "r": lora.rank,
+        # An expression rather than a list of names, which would match by their ends: other parts have projections too.
+        "target_modules": "|".join(_expression(target, released) for target in targets),
+        "task_type": None,
+        "use_rslora": lora.rslora,
+    }
+    write_whole(to_path(directory) / ADAPTER_CONFIG, json.dumps(content, indent=2, sort_keys=True))
+
+
+def _expression(layer: str, released: dict[str, Any]) -> str:
+    """Matches a linear layer's released names, whatever the number."""
+    name = released[f"{layer}.kernel"].names[0].rpartition(".")[0]
+    return re.sub(r"(?<=\\\.)\d+(?=\\\.)", r"\\d+", re.escape(name))
+
+
+def _read_lora(content: dict[str, Any], config: MossAudioConfig) -> LoraConfig:
+    if content.get("peft_type") != "LORA":
+        raise MossAudioError(f"peft_type is {content.get('peft_type')!r}, and this port reads LORA only")
+    if content.get("bias", "none") != "none" or content.get("init_lora_weights", True) not in _INITIALISERS:
+        raise MossAudioError(
+            f"bias is {content.get('bias')!r} and init_lora_weights {content.get('init_lora_weights')!r}; this port "
+            f"reads bias 'none' and {', '.join(map(repr, _INITIALISERS))}: convert the adapter to plain LoRA with PEFT"
+        )
+    unknown = {key: value for key, value in content.items() if value and key not in _HARMLESS + _READ}
+    if unknown:
+        shown = ", ".join(f"{key} {value!r}" for key, value in unknown.items())
+        raise MossAudioError(f"{shown[:300]}: this port reads plain LoRA only, the same in all layers of a stack")
+    saved = content.get("modules_to_save") or []
+    excluded = _names_module(content.get("exclude_modules") or [])
+    targeted = _names_module(content["target_modules"])
+
+    def is_target(module: str) -> bool:
+        whole = any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in saved)  # PEFT takes names for expressions
+        return targeted(module) and not excluded(module) and not whole
+
+    def is_saved(module: str) -> bool:
+        # The module itself, or one that it is inside of.
+        parts = module.split(".")
+        return any(".".join(parts[:end]).endswith(name) for name in saved for end in range(1, len(parts) + 1))
+
+    plain = dataclasses.replace(config, lora=None)
+    layers = adaptable_layers(nnx.eval_shape(lambda: MossAudio(plain, rngs=nnx.Rngs(0))))
+    leaves = {path: [name.rpartition(".")[0] for name in leaf.names] for path, leaf in released_leaves(plain).items()}
+    return LoraConfig(
+        rank=content["r"],
+        alpha=content["lora_alpha"],
+        dropout=content.get("lora_dropout", 0.0),
+        rslora=content.get("use_rslora", False),
+        targets=tuple(layer for layer in layers if _all_or_none(is_target, leaves[f"{layer}.kernel"])),
+        full=tuple(path for path, modules in leaves.items() if _all_or_none(is_saved, modules)),
+    )
+
+
+def _names_module(names: str | Sequence[str]) -> Callable[[str], bool]:
+    """PEFT's rule: one string is an expression for whole names, in a list each is a name or the end of one."""
+    if names == "all-linear":
+        return lambda module: True
+    if isinstance(names, str):
+        return lambda module: re.fullmatch(names, module) is not None
+    return lambda module: any(module == name or module.endswith(f".{name}") for name in names)
+
+
+def _all_or_none(chosen: Callable[[str], bool], modules: list[str]) -> bool:
+    found = [module for module in modules if chosen(module)]
+    if found and len(found) < len(modules):
+        missing = next(module for module in modules if not chosen(module))
+        raise MossAudioError(
+            f"it has {found[0]} but not {missing}, and layers are stacked here: an adapter has all of them or none"
+        )
+    return bool(found)
