@@ -10,6 +10,8 @@ import pytest
 import soundfile
 from fake_gcs import FakeGcs
 
+from convert.checkpoints import open_checkpoint
+from convert.staging import check_target
 from moss_audio_jax import MossAudio, MossAudioError, load_model, load_processor, paths
 from moss_audio_jax.audio import load_audio
 from moss_audio_jax.checkpoint import copy_tokenizer, layout_of, save_model
@@ -125,6 +127,8 @@ def test_other_paths_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         load_model(Path("gs://b/x"))
     with pytest.raises(MossAudioError, match="gs://b/m: weights are on a disk of this machine, not of gs://: copy"):
         paths.require_local("gs://b/m", "weights are on")
+    with pytest.raises(MossAudioError, match="converted weights are written to a disk of this machine"):
+        check_target("gs://b/m")
     monkeypatch.setattr(paths, "find_spec", lambda name: None)
     with pytest.raises(MossAudioError, match=r"gs://b/x needs gcsfs, .* pip install 'moss-audio-jax\[gcs\]'"):
         to_path("gs://b/x")
@@ -159,6 +163,8 @@ def test_a_checkpoint_is_saved_and_loaded(root: paths.Path, tiny: MossAudio, tmp
     same_model(load_model(root), tiny)
     assert load_processor(root).tokenizer.encode("12") == [16, 17]
     assert f"{root}: moss_audio, Orbax" in describe(root)
+    rows = open_checkpoint(root).read("language_model.norm.weight", 1, 3)
+    np.testing.assert_array_equal(rows, tiny.language_model.norm.scale[...][1:3])
     with pytest.raises(MossAudioError, match="already exists and is not an empty directory"):
         save_model(tiny, root)
 

@@ -15,6 +15,7 @@ from moss_audio_jax import MossAudioError, load_model, paths
 from moss_audio_jax.checkpoint import orbax_paths
 from moss_audio_jax.paths import to_path
 from train.__main__ import main
+from train.checkpoints import Checkpoints
 from train.config import RunConfig
 from train.data.manifest import Manifest
 from train.data.shards import Shards, prepare
@@ -66,10 +67,12 @@ def test_what_is_not_whole_is_not_taken(run: paths.Path, straight: Path, storage
     storage.put("corpus", "run/checkpoints/7/params/manifest.ocdbt", b"being written")
     found = orbax_paths(run)
     assert found is not None and found.params == run / "checkpoints" / "6" / "params"
+    with Checkpoints(run) as checkpoints:  # which clears away what is not whole
+        assert checkpoints.steps == [4, 6]
     expected = parameters_of(load_model(straight))
     for path, leaf in parameters_of(load_model(run)).items():
         np.testing.assert_array_equal(leaf, expected[path], err_msg=path)
-    (run / "checkpoints" / "7").rmtree()
+    assert not (run / "checkpoints" / "7").exists()
 
 
 def test_a_damaged_checkpoint_is_put_aside(run: paths.Path, config: RunConfig, storage: FakeGcs):  # noqa: F811

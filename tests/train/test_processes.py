@@ -1,6 +1,7 @@
 """A run by several processes: the curve of one, on any number of them, and an end together when one is stopped."""
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -17,6 +18,7 @@ import pytest
 from test_loop import ENVIRONMENT, corpus, lines  # noqa: F401 - a fixture
 
 from moss_audio_jax import MossAudioError
+from moss_audio_jax.paths import AnyPath, to_path
 from train.distributed import DistributedConfig
 from train.meeting import meet
 
@@ -35,14 +37,16 @@ class Run:
     """Processes of one run, whose stderr goes to files."""
 
     def __init__(
-        self, arguments: list[str], out: Path, count: int, environment: dict[str, str], missing: Sequence[int] = ()
+        self,
+        arguments: list[str],
+        out: AnyPath,
+        count: int,
+        environment: dict[str, str],
+        logs: Path,
+        missing: Sequence[int] = (),
     ):
         address = f"localhost:{free_port()}"
-        self._logs = {
-            number: out.with_name(f"{out.name}-{count}-{number}.log")
-            for number in range(count)
-            if number not in missing
-        }
+        self._logs = {number: logs / f"{number}.log" for number in range(count) if number not in missing}
         self.processes = []
         for number, log in self._logs.items():
             place = ["--coordinator", address, "--num-processes", str(count), "--process-id", str(number)]
@@ -50,7 +54,7 @@ class Run:
             with open(log, "w") as file:
                 self.processes.append(subprocess.Popen(command, env=environment, stderr=file, stdout=file))
 
-    def wait(self, seconds: float = 150) -> list[int]:
+    def wait(self, seconds: float = 240) -> list[int]:
         return [process.wait(seconds) for process in self.processes]
 
     def log(self, number: int) -> str:
@@ -92,10 +96,11 @@ def start(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Iterator[Ca
     }
     runs: list[Run] = []
 
-    def begin(out: Path, count: int, steps: int = STEPS, every: int = 2, missing: Sequence[int] = (), **more) -> Run:
+    def begin(out: AnyPath, count: int, steps: int = STEPS, every: int = 2, missing: Sequence[int] = (), **more) -> Run:
         chosen = options | {"steps": steps, "checkpoint-every": every} | more
         pairs = [part for name, value in chosen.items() for part in (f"--{name}", str(value))]
-        runs.append(Run(["run", *pairs], out, count, ENVIRONMENT | cache, missing))
+        environment = os.environ | ENVIRONMENT | cache
+        runs.append(Run(["run", *pairs], out, count, environment, tmp_path_factory.mktemp("logs"), missing))
         return runs[-1]
 
     yield begin
@@ -120,7 +125,7 @@ def assert_same_curve(found: Path, expected: Path) -> None:
         np.testing.assert_allclose(*curves, rtol=tolerance, err_msg=name)
 
 
-def wait_for_step(out: Path, step: int, run: Run, seconds: float = 120) -> None:
+def wait_for_step(out: Path, step: int, run: Run, seconds: float = 240) -> None:
     waited = threading.Event()
     for _ in range(int(seconds / 0.1)):
         if (out / "metrics.jsonl").exists() and any(line["step"] >= step for line in complete_lines(out)):
@@ -159,6 +164,13 @@ def test_two_processes_make_the_curve_of_one_and_others_go_on_with_it(
     assert rest.wait() == [0] * count, rest.log(0)
     assert [line["step"] for line in lines(out)] == list(range(1, STEPS + 1))
     assert_same_curve(out, alone)
+
+
+def test_processes_share_a_run_on_gs(start: Callable[..., Run], alone: Path, bucket: str):
+    for count, steps in ((2, 4), (1, STEPS)):
+        run = start(f"{bucket}/run", count, steps=steps)
+        assert run.wait() == [0] * count, run.log(0)
+    assert_same_curve(to_path(bucket) / "run", alone)
 
 
 def test_sigterm_to_one_stops_all_after_the_same_step(start: Callable[..., Run], tmp_path: Path):
