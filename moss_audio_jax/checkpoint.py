@@ -148,6 +148,8 @@ def layout_of(path: AnyPath) -> Literal["orbax", "released"]:
         raise MossAudioError(f"{path} is a training run without a checkpoint so far: wait until it has saved one")
     exists = to_path(path).exists()
     found = f"holds neither {PARAMS}/ nor {SINGLE_FILE} nor {INDEX_FILE}" if exists else "does not exist"
+    if is_adapter(path):
+        found = "holds an adapter of LoRA and no model"
     raise MossAudioError(
         f"{path} {found}: give a released MOSS-Audio directory, one that convert to-orbax wrote, or a training run"
     )
