@@ -1,0 +1,190 @@
+"""Splash attention computes what the einsum computes, cut over a mesh too, and is what a TPU's programs hold."""
+
+import dataclasses
+import os
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, use_abstract_mesh
+from jax.sharding import PartitionSpec as P
+
+from moss_audio_jax import MossAudioConfig, MossAudioError
+from moss_audio_jax.attention import causal_attend, self_attend
+from moss_audio_jax.language_model import LanguageModel
+from moss_audio_jax.sharding import make_mesh, named_sharding
+from moss_audio_jax.splash import DEFAULT_TILES, LANES, TILES, Tiles, splash_attend, tiles_for
+
+SMALL_TILES = Tiles(256, 256, 128, 256, 256, 128)  # several a sequence, and in halves
+
+
+def einsum(query, key, value, segment_ids):
+    return causal_attend(query, key, value, jnp.arange(query.shape[1]), segment_ids, segment_ids)
+
+
+def splash(query, key, value, segment_ids):
+    return splash_attend(query, key, value, segment_ids, SMALL_TILES, interpret=True)
+
+
+@partial(jax.jit, static_argnums=0)
+def output_and_gradients(attend, query, key, value, segment_ids, cotangent):
+    """The output, and the gradients of query, key and value; what padding attends to is not learned from."""
+    output, pull = jax.vjp(lambda *x: attend(*x, segment_ids), query, key, value)
+    return output, *pull(jnp.where((segment_ids != 0)[..., None, None], cotangent, 0))
+
+
+def packed(batch: int, tokens: int, heads: int, kv_heads: int, head_dim: int):
+    """Random arrays, two segments in each sequence, cut elsewhere in each, and padding at the end of all but one."""
+    rng = np.random.default_rng(tokens)
+    shapes = [(batch, tokens, n, head_dim) for n in (heads, kv_heads, kv_heads, heads)]
+    query, key, value, cotangent = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes)
+    segment_ids = np.ones((batch, tokens), np.int32)
+    for row, (cut, end) in enumerate(zip(rng.integers(1, tokens, batch), rng.integers(1, tokens, batch), strict=True)):
+        segment_ids[row, cut:] = 2
+        segment_ids[row, end if row else tokens :] = 0
+    return query, key, value, jnp.asarray(segment_ids), cotangent
+
+
+def assert_close(found, expected, segment_ids):
+    """To 1e-5 of the largest magnitude, at all but padding, where the results are finite."""
+    valid = np.asarray(segment_ids != 0)
+    for one, other in zip(found, expected, strict=True):
+        one, other = np.asarray(one), np.asarray(other)
+        assert np.isfinite(one).all()
+        np.testing.assert_allclose(one[valid], other[valid], rtol=0, atol=1e-5 * np.abs(other[valid]).max())
+
+
+@pytest.mark.parametrize(
+    ("tokens", "heads", "kv_heads", "head_dim"),
+    [
+        (128, 4, 4, 64),
+        (200, 8, 2, 128),  # the released ratio of 4 and head size; padded to 256
+        (300, 4, 1, 64),  # three tiles of 128
+        (1100, 2, 1, 64),  # padded to 1536, in tiles of 256
+    ],
+)
+def test_splash_equals_the_einsum(tokens, heads, kv_heads, head_dim):
+    inputs = packed(2, tokens, heads, kv_heads, head_dim)
+    found, expected = output_and_gradients(splash, *inputs), output_and_gradients(einsum, *inputs)
+    assert_close(found, expected, inputs[3])
+
+
+@pytest.mark.parametrize("batch", [4, 1])
+def test_splash_on_a_mesh_equals_one_device(batch):
+    """Sequences and heads are cut; one sequence, which can't be cut into four, is attended to by all."""
+    inputs = packed(batch, 200, 8, 2, 64)
+    expected = output_and_gradients(splash, *inputs)
+    with jax.set_mesh(make_mesh(replica=2, fsdp=2, tensor=2)):
+        found = output_and_gradients(splash, *inputs)
+    rows = ("replica", "fsdp") if batch == 4 else None
+    assert found[0].sharding.spec == P(rows, None, "tensor")
+    assert_close(found, expected, inputs[3])
+
+
+def test_heads_that_the_mesh_does_not_divide_are_named():
+    query, key, value, segment_ids, _ = packed(1, 128, 8, 2, 64)
+    with (
+        jax.set_mesh(make_mesh(fsdp=2, tensor=4)),
+        pytest.raises(MossAudioError, match="keys of attention: its 'heads' dimension of 2 can't be cut into 4"),
+    ):
+        jax.eval_shape(splash, query, key, value, segment_ids)
+
+
+def on_chips(kind: str) -> use_abstract_mesh:
+    """Tracing for chips of that kind."""
+    device = AbstractDevice(device_kind=kind, num_cores=1, platform="tpu")
+    return use_abstract_mesh(AbstractMesh((1,), ("fsdp",), (AxisType.Auto,), abstract_device=device))
+
+
+def test_where_splash_serves():
+    query = jax.ShapeDtypeStruct((1, LANES, 8, 64), jnp.bfloat16)
+    with jax.default_matmul_precision("default"):
+        assert tiles_for(query) is None  # this CPU
+        with jax.set_mesh(make_mesh()):
+            assert tiles_for(query) is None
+        with on_chips("TPU v6 lite"):
+            assert tiles_for(query) == TILES["TPU v6 lite"]
+        with on_chips("TPU v5 lite"):
+            assert tiles_for(query) == DEFAULT_TILES
+            assert tiles_for(query.update(dtype=jnp.float32)) is None
+            assert tiles_for(query.update(shape=(1, LANES - 1, 8, 64))) is None
+            with jax.default_matmul_precision("highest"):
+                assert tiles_for(query) is None
+
+
+@pytest.mark.parametrize("tiles", [DEFAULT_TILES, *TILES.values()])
+@pytest.mark.parametrize("length", [128, 640, 1024, 1536, 4608, 8192])
+def test_tiles_divide_every_length(tiles, length):
+    sizes = tiles.for_length(length)
+    for whole, *parts in (
+        (length, sizes.block_q, sizes.block_kv, sizes.block_q_dkv, sizes.block_kv_dkv),
+        (sizes.block_kv, sizes.block_kv_compute),
+        (sizes.block_kv_dkv, sizes.block_kv_dkv_compute),
+    ):
+        assert all(whole % part == 0 and part % LANES == 0 for part in parts)
+
+
+@pytest.fixture
+def chips() -> Mesh:
+    """Four v5e chips that this machine hasn't got, to compile for; fsdp and tensor are two each."""
+    pytest.importorskip("libtpu")
+    from jax.experimental import topologies
+
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no TPU to ask about itself
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # tests run in several processes
+    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
+    return make_mesh(fsdp=2, tensor=2, devices=devices)
+
+
+def shaped(mesh: Mesh, shape: tuple[int, ...], dtype, *axes: str | None) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=named_sharding("input", shape, axes, mesh))
+
+
+def test_a_program_for_tpus_holds_the_kernels_and_no_scores(chips):
+    """Attention of the released head sizes, forward and backward: nothing is as large as a head's scores."""
+    batch, tokens = 2, 1024
+    query, key = (shaped(chips, (batch, tokens, n, 128), jnp.bfloat16, "batch", None, "heads", None) for n in (32, 8))
+    segment_ids = shaped(chips, (batch, tokens), jnp.int32, "batch", None)
+
+    def loss(query, key, value, segment_ids):
+        return self_attend(query, key, value, segment_ids).astype(jnp.float32).sum()
+
+    with jax.default_matmul_precision("default"), jax.set_mesh(chips):
+        compiled = jax.jit(jax.grad(loss, (0, 1, 2))).trace(query, key, key, segment_ids).lower().compile()
+    assert_splash(compiled, tokens, kernels=2)
+    # One device's: a sequence, half the heads. Nothing is communicated.
+    assert not re.search("all-(gather|reduce|to-all)|collective-permute", compiled.as_text())
+
+
+@pytest.mark.slow
+def test_the_language_model_compiled_for_tpus(chips):
+    """Two layers as wide as the 8B's, recomputed in the backward pass: as many kernels as that takes, and no scores."""
+    tokens = 1024
+    config = dataclasses.replace(MossAudioConfig.preset("8b").language_config, num_hidden_layers=2, vocab_size=1024)
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0))))
+    parameters = jax.tree.map(
+        lambda p: p.replace(shaped(chips, p.shape, jnp.bfloat16, *p.get_metadata("logical_axes"))),
+        state,
+        is_leaf=lambda p: isinstance(p, nnx.Variable),
+    )
+    x = shaped(chips, (2, tokens, config.hidden_size), jnp.bfloat16, "batch", None, None)
+    ids = shaped(chips, (2, tokens), jnp.int32, "batch", None)
+
+    def loss(parameters, x, positions, segment_ids):
+        model = nnx.merge(graphdef, parameters)
+        return model(x, positions, segment_ids, jnp.zeros((0, *x.shape), x.dtype), remat="full").mean()
+
+    with jax.default_matmul_precision("default"), jax.set_mesh(chips):
+        compiled = jax.jit(jax.grad(loss)).trace(parameters, x, ids, ids).lower().compile()
+    assert_splash(compiled, tokens, kernels=3)
+
+
+def assert_splash(compiled, tokens: int, *, kernels: int):
+    text = compiled.as_text()
+    assert len(re.findall('custom_call_target="tpu_custom_call"', text)) == kernels
+    assert "splash_mha_fwd" in text and "splash_mha_dkv" in text
+    assert not re.search(rf"\[[\d,]*\b{tokens},{tokens}\]", text)
