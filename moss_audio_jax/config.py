@@ -128,9 +128,9 @@ class LoraConfig:
         `deepstack_audio_merger_list.*`. Everything else is frozen.
     dropout: of the adapters' input, in training. rslora: scale by alpha / sqrt(rank) (arXiv 2312.03732).
 
-    The public script's alpha of 2 at rank 64 scales its adapters by 1/32. An alpha of 32, scaled by 1 / rank, on all
-    layers, MLPs above all, at ten times the learning rate of full fine-tuning is what "LoRA Without Regret" (Schulman
-    et al. 2025, thinkingmachines.ai/blog/lora) found to match that, at a rate that hardly depends on the rank.
+    The public script's alpha of 2 at rank 64 scales its adapters by 1/32; the default here scales them by 1/2. Adapters
+    on all layers, at ten times the learning rate of full fine-tuning, are the advice of "LoRA Without Regret" (Schulman
+    et al. 2025, thinkingmachines.ai/blog/lora). The alpha itself is our choice and was not compared with others.
     """
 
     rank: int = 64
