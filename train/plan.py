@@ -66,6 +66,7 @@ class Compiled:
 def topology_devices(topology: str, slices: int = 1) -> list[Any]:
     """The devices of a TPU that need not be there, such as `v5e:4x4`; of several slices, one after the other."""
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # asks a machine on Google Cloud what it is
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # compiling alone needs no TPU to itself
     try:
         import libtpu  # noqa: F401  # pyright: ignore[reportMissingImports]
     except ImportError as error:
