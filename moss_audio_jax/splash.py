@@ -59,7 +59,7 @@ class Tiles:
 # What compiles in the 16 MiB of VMEM that XLA gives a kernel on every chip since v4 (docs/tpu_attention.md).
 DEFAULT_TILES = Tiles(1024, 1024, 512, 1024, 2048, 512)
 TILES = {
-    # MaxText's for Llama 3.1 8B at 8192 tokens on v6e, benchmarks/maxtext_trillium_model_configs.py.
+    # Larger than elsewhere; their speed has not been measured.
     "TPU v6 lite": Tiles(2048, 2048, 2048, 2048, 2048, 2048),
 }
 
