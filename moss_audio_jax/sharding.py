@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+from jax.experimental.mesh_utils import create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from moss_audio_jax.errors import MossAudioError
@@ -33,7 +34,10 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
 
 
 def make_mesh(*, replica: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence | None = None) -> Mesh:
-    """A mesh over all devices; one of the sizes may be -1 and takes the devices that are left."""
+    """A mesh over all devices; one of the sizes may be -1 and takes the devices that are left.
+
+    Of several TPU slices each holds whole replicas, so that between them gradients alone are exchanged.
+    """
     devices = list(jax.devices() if devices is None else devices)
     sizes = {"replica": replica, "fsdp": fsdp, "tensor": tensor}
     filled = [name for name, size in sizes.items() if size == -1]
@@ -48,9 +52,18 @@ def make_mesh(*, replica: int = 1, fsdp: int = -1, tensor: int = 1, devices: Seq
         raise MossAudioError(
             f"a mesh of {given} does not cover {len(devices)} devices: their product must be that number"
         )
-    return jax.make_mesh(
-        tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices
-    )
+    types = (AxisType.Auto,) * len(MESH_AXES)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=types, devices=devices)
+    if sizes["replica"] % slices:
+        raise MossAudioError(
+            f"replica={sizes['replica']} does not fit {slices} TPU slices: it must be a multiple of them, since only "
+            "whole copies may lie across the network between slices"
+        )
+    in_slice = (sizes["replica"] // slices, sizes["fsdp"], sizes["tensor"])
+    laid_out = create_hybrid_device_mesh(in_slice, (slices, 1, 1), devices=devices)
+    return Mesh(laid_out, MESH_AXES, axis_types=types)
 
 
 def partition_spec(logical_axes: Sequence[str | None], mesh: Mesh | Any) -> PartitionSpec:

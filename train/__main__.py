@@ -151,7 +151,7 @@ def plan_command(arguments: list[str]) -> Callable[..., None]:
             recipe: Where the other options get their defaults.
             mode: A step of training, or answering: prompts read and a token decoded, in bfloat16.
             model: Size, short for --model.preset.
-            slices: How many such TPUs, joined by the data centre's network; each holds a replica.
+            slices: How many such TPUs, each with a replica; the estimate takes the network between them for ICI.
             batch: Sequences of a step (or prompts) in all, short for --data.batch-size.
             seq: Tokens of a sequence (of a prompt and its answer), short for --data.tokens.
             chunks: Audio chunks of a sequence, short for --data.chunks; by default in the recipe's proportion.
@@ -177,7 +177,6 @@ def _plan(
     import json
 
     from train import plan
-    from train.initial import model_config
 
     config = plan.with_sizes(config, model, slices, batch, seq, chunks)
     devices = plan.topology_devices(topology, slices)
@@ -185,7 +184,7 @@ def _plan(
     if mode == "generate":
         data = config.data
         report = named | plan.plan_generation(
-            model_config(config.model),
+            config.trained_model(),
             devices,
             tensor=config.mesh.tensor,
             prompts=data.batch_size,

@@ -6,18 +6,19 @@ Every field is an option of `python -m train run`. What changes the parameters t
 
 import dataclasses
 import json
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import tyro
 
-from moss_audio_jax.config import LoraConfig, read_json
+from moss_audio_jax.config import LoraConfig, MossAudioConfig, read_json
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.paths import AnyPath, to_path, write_whole
 from train.data.mixture import Group, Source
 from train.data.pipeline import DataConfig
 from train.data.scenes import SceneConfig, SceneExamples
-from train.initial import ModelSource
-from train.optimizer import OptimizerConfig
+from train.initial import ModelSource, model_config
+from train.optimizer import OptimizerConfig, is_frozen
 from train.step import StepConfig
 
 CONFIG_FILE = "config.json"
@@ -190,6 +191,15 @@ class RunConfig:
                 "lora adapts one checkpoint: leave model.encoder and model.language_model out, and put the parts "
                 "together in a run without lora first"
             )
+
+    def trained_model(self) -> MossAudioConfig:
+        """Of the model that is trained, with its adapters if it has any."""
+        return dataclasses.replace(model_config(self.model), lora=self.lora)
+
+    def frozen_dtypes(self, paths: Iterable[str]) -> dict[str, str]:
+        """The type of each of these parameters that is frozen: masters are float32, these need no more to compute."""
+        frozen = (path for path in paths if is_frozen(path, self.optimizer.freeze, self.lora))
+        return dict.fromkeys(frozen, self.step.compute_dtype)
 
     @property
     def last_step(self) -> int:

@@ -16,7 +16,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,9 +37,8 @@ from train.data import ExampleOrder, Prefetched, SampleMaker, TrainingBatch, Tra
 from train.distributed import ended_with_the_others, first_process_does, share_of_batch, state_of_all
 from train.flops import Content, step_flops
 from train.held_out import HeldOut
-from train.initial import ModelSource, first_parameters, model_config
+from train.initial import ModelSource, first_parameters
 from train.model_files import write_model_files
-from train.optimizer import is_frozen
 from train.report import Profile, Report
 from train.step import (
     TrainState,
@@ -74,7 +72,7 @@ def train(config: RunConfig, out: AnyPath, *, mesh: Mesh | None = None) -> Outco
         )
     out = to_path(out)
     mesh = make_mesh(**dataclasses.asdict(config.mesh)) if mesh is None else mesh
-    model = dataclasses.replace(model_config(config.model), lora=config.lora)
+    model = config.trained_model()
     with ExitStack() as stack:
         stop = stack.enter_context(_termination())
         checkpoints = Checkpoints(out, keep_last=config.loop.keep_last, keep_every=config.loop.keep_every)
@@ -151,11 +149,6 @@ def _report(config: RunConfig, out: Path, start: int, mesh: Mesh) -> Report:
     )
 
 
-def _frozen_dtypes(config: RunConfig, paths: Any) -> dict[str, Any]:
-    freeze, lora = config.optimizer.freeze, config.lora
-    return {path: config.step.compute_dtype for path in paths if is_frozen(path, freeze, lora)}
-
-
 def _saved(state: TrainState, model: MossAudioConfig) -> TrainState:
     """What a checkpoint holds: with LoRA no frozen parameters, which are the base's and are read from there."""
     return state if model.lora is None else dataclasses.replace(state, frozen={})
@@ -173,7 +166,7 @@ def _first_or_restored_state(
 
     source: as the configuration says, but for an adapter's base, of which the run keeps the one that it began with.
     """
-    dtypes = _frozen_dtypes(config, abstract_parameters(model, jnp.float32))
+    dtypes = config.frozen_dtypes(abstract_parameters(model, jnp.float32))
     target = abstract_state(model, config.optimizer, frozen_dtypes=dtypes, mesh=mesh)
     restored = checkpoints.restore(_saved(target, model))
     first = functools.partial(first_parameters, dtypes=dtypes, seed=config.seed, mesh=mesh)

@@ -32,8 +32,6 @@ from train.chips import GIB, Chip, chip_of
 from train.config import RunConfig
 from train.flops import Content, forward_flops, step_flops
 from train.hlo import Collective, collectives
-from train.initial import model_config
-from train.optimizer import is_frozen
 from train.step import abstract_batch, abstract_state, train_step
 
 ASSUMPTIONS = {
@@ -57,6 +55,7 @@ class Compiled:
     largest: tuple[tuple[int, str], ...]
     collectives: tuple[Collective, ...]
     seconds: float
+    outputs: Any = None  # where its results lie
 
     @property
     def total(self) -> int:
@@ -107,9 +106,8 @@ def with_sizes(
 def plan_step(config: RunConfig, devices: Sequence[Any]) -> dict[str, Any]:
     """The report of a training step of this recipe on those devices, ready for JSON."""
     mesh = make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
-    model = model_config(config.model)
-    frozen = [path for path in abstract_parameters(model, jnp.float32) if is_frozen(path, config.optimizer.freeze)]
-    dtypes = dict.fromkeys(frozen, config.step.compute_dtype)
+    model = config.trained_model()
+    dtypes = config.frozen_dtypes(abstract_parameters(model, jnp.float32))
     state = abstract_state(model, config.optimizer, frozen_dtypes=dtypes, mesh=mesh)
     data = config.data
     batch = abstract_batch(
@@ -164,20 +162,20 @@ def plan_generation(
     with jax.set_mesh(mesh):
         reading = prefill_prompts.trace(graphdef, state, inputs, MIN_NEW_TOKENS, greedy, model.eos_ids, 0)
         prefill = compile_for_memory(reading, mesh)
-        loop = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), reading.out_info)
-        decoding = decode_until.trace(graphdef, state, loop, slots, greedy, model.eos_ids)
-        decode = compile_for_memory(decoding, mesh)
+        decode = prefill
+        if prefill.problem is None:  # decoding goes on with what was read, where that lies
+            loop = jax.tree.map(_placed, reading.out_info, prefill.outputs)
+            decode = compile_for_memory(decode_until.trace(graphdef, state, loop, slots, greedy, model.eos_ids), mesh)
     chip = _chip(devices)
     weights = _bytes_on_chip(parameters)
-    language = model.language_config
-    cache = 2 * 2 * language.num_hidden_layers * prompts * slots * language.num_key_value_heads * language.head_dim
+    cache = 0 if prefill.problem else _bytes_on_chip((loop.cache.keys, loop.cache.values))
     worst = max((prefill, decode), key=lambda compiled: (compiled.problem is not None, compiled.total))
-    by_kind = {"parameters": weights, "cache": cache // len(devices)}
+    by_kind = {"parameters": weights, "cache": cache}
     by_kind["temporaries"] = max(worst.total - sum(by_kind.values()) - worst.code, 0)
     by_kind["code"] = worst.code
     content = Content(prompts * prompt, prompts * chunks, prompts * prompt**2)
     # Every step reads all weights and the cache once.
-    step = (weights + by_kind["cache"]) / chip.hbm_bandwidth
+    step = (weights + cache) / chip.hbm_bandwidth
     return {
         "mode": "generate",
         "parameters": sum(leaf.size for leaf in parameters.values()),
@@ -193,6 +191,10 @@ def plan_generation(
     }
 
 
+def _placed(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
 def _without_first_axis(sharding: NamedSharding) -> NamedSharding:
     return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
 
@@ -203,9 +205,10 @@ def compile_for_memory(traced: Any, mesh: Mesh) -> Compiled:
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as dump:
         options = {"xla_dump_to": dump, "xla_dump_hlo_as_text": True}
-        problem, memory = None, None
+        problem, memory, outputs = None, None, None
         try:
-            memory = traced.lower().compile(compiler_options=options).memory_analysis()
+            executable = traced.lower().compile(compiler_options=options)
+            memory, outputs = executable.memory_analysis(), executable.output_shardings
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -220,7 +223,7 @@ def compile_for_memory(traced: Any, mesh: Mesh) -> Compiled:
         return Compiled(problem, 0, temporaries, 0, largest, tuple(found), seconds)
     arguments = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     temporaries, code = memory.temp_size_in_bytes, memory.generated_code_size_in_bytes
-    return Compiled(None, arguments, temporaries, code, largest, tuple(found), seconds)
+    return Compiled(None, arguments, temporaries, code, largest, tuple(found), seconds, outputs)
 
 
 def _dumped(directory: str, ending: str) -> str:

@@ -6,6 +6,7 @@ import json
 import pytest
 
 from moss_audio_jax import MossAudioError
+from moss_audio_jax.sharding import make_mesh
 from train import plan
 from train.__main__ import main
 from train.config import RECIPES
@@ -41,6 +42,20 @@ def test_a_training_step(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
 def test_answering(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     report = json.loads(run(["--topology", "v5e:2x2", "--mode", "generate", *SIZES, "--json"], monkeypatch, capsys))
     assert report["fits"] and report["mode"] == "generate" and report["estimated_decode_seconds_per_token"] > 0
+
+
+def test_an_adapter_leaves_the_base_frozen(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    arguments = ["--recipe", "finetune_lora", "--topology", "v5e:2x2", *SIZES, "--lora.rank", "4", "--json"]
+    parts = json.loads(run(arguments, monkeypatch, capsys))["hbm_bytes_by_kind"]
+    assert parts["optimizer"] < parts["parameters"] and parts["gradients"] < parts["parameters"] / 2
+
+
+def test_two_slices_hold_a_replica_each(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    arguments = ["--topology", "v5e:2x2", "--slices", "2", *SIZES, "--json"]
+    report = json.loads(run(arguments, monkeypatch, capsys))
+    assert report["chips"] == 8 and report["mesh"] == {"replica": 2, "fsdp": 4, "tensor": 1}
+    with pytest.raises(MossAudioError, match="replica=1 does not fit 2 TPU slices"):
+        make_mesh(devices=plan.topology_devices("v5e:2x2", 2))
 
 
 def test_a_table_for_people(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
