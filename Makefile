@@ -11,8 +11,9 @@ demo: .venv/core
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash runs/demo.sh demo-out
 
 test: check
-	$(BIN)/python -m pytest -m "not slow and not alone" --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not slow and not alone and not tpu" --numprocesses 2 --dist loadfile --max-worker-restart 0
 	$(BIN)/python -m pytest -m alone tests/train
+	$(BIN)/python -m pytest -m "tpu and not slow"
 
 check: .venv/test
 	$(BIN)/ruff check .

@@ -29,6 +29,11 @@ TINY_AUDIO_ID = 511  # tests/data/tiny has no processor_config.json to say so
 jax.config.update("jax_default_matmul_precision", "highest")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]):
+    """Tests that load libtpu come last: JAX's profiler crashes in a process that has."""
+    items.sort(key=lambda item: item.get_closest_marker("tpu") is not None)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def without_the_programs_of_other_modules() -> Iterator[None]:
     """Every compiled program holds memory maps, of which a process may have 65,530: past them XLA crashes."""

@@ -1,7 +1,6 @@
 """Splash attention computes what the einsum computes, cut over a mesh too, and is what a TPU's programs hold."""
 
 import dataclasses
-import os
 import re
 from functools import partial
 
@@ -18,6 +17,7 @@ from moss_audio_jax.attention import causal_attend, self_attend
 from moss_audio_jax.language_model import LanguageModel
 from moss_audio_jax.sharding import make_mesh, named_sharding
 from moss_audio_jax.splash import DEFAULT_TILES, LANES, TILES, Tiles, splash_attend, tiles_for
+from train.plan import topology_devices
 
 SMALL_TILES = Tiles(256, 256, 128, 256, 256, 128)  # several a sequence, and in halves
 
@@ -132,18 +132,14 @@ def test_tiles_divide_every_length(tiles, length):
 def chips() -> Mesh:
     """Four v5e chips that this machine hasn't got, to compile for; fsdp and tensor are two each."""
     pytest.importorskip("libtpu")
-    from jax.experimental import topologies
-
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no TPU to ask about itself
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # tests run in several processes
-    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
-    return make_mesh(fsdp=2, tensor=2, devices=devices)
+    return make_mesh(fsdp=2, tensor=2, devices=topology_devices("v5e:2x2"))
 
 
 def shaped(mesh: Mesh, shape: tuple[int, ...], dtype, *axes: str | None) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=named_sharding("input", shape, axes, mesh))
 
 
+@pytest.mark.tpu
 def test_a_program_for_tpus_holds_the_kernels_and_no_scores(chips):
     """Attention of the released head sizes, forward and backward: nothing is as large as a head's scores."""
     batch, tokens = 2, 1024
@@ -160,6 +156,7 @@ def test_a_program_for_tpus_holds_the_kernels_and_no_scores(chips):
     assert not re.search("all-(gather|reduce|to-all)|collective-permute", compiled.as_text())
 
 
+@pytest.mark.tpu
 @pytest.mark.slow
 def test_the_language_model_compiled_for_tpus(chips):
     """Two layers as wide as the 8B's, recomputed in the backward pass: as many kernels as that takes, and no scores."""

@@ -7,6 +7,7 @@ FLOPs      counted from the model (`flops`), since XLA counts the body of a loop
 time, MFU  an estimate: a roofline over the three, with the assumptions of `ASSUMPTIONS`
 """
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -207,7 +208,8 @@ def compile_for_memory(traced: Any, mesh: Mesh) -> Compiled:
         options = {"xla_dump_to": dump, "xla_dump_hlo_as_text": True}
         problem, memory, outputs = None, None, None
         try:
-            executable = traced.lower().compile(compiler_options=options)
+            with _uncached():
+                executable = traced.lower().compile(compiler_options=options)
             memory, outputs = executable.memory_analysis(), executable.output_shardings
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
@@ -224,6 +226,18 @@ def compile_for_memory(traced: Any, mesh: Mesh) -> Compiled:
     arguments = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     temporaries, code = memory.temp_size_in_bytes, memory.generated_code_size_in_bytes
     return Compiled(None, arguments, temporaries, code, largest, tuple(found), seconds, outputs)
+
+
+@contextlib.contextmanager
+def _uncached() -> Iterator[None]:
+    """Leaves what is compiled out of JAX's cache on disk: nothing here could load it, and a hit would write no dump."""
+    name = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, name)
+    jax.config.update(name, math.inf)
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
 
 
 def _dumped(directory: str, ending: str) -> str:

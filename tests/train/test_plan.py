@@ -12,6 +12,7 @@ from train.__main__ import main
 from train.config import RECIPES
 
 pytest.importorskip("libtpu", reason="compiles for TPUs")
+pytestmark = pytest.mark.tpu
 SIZES = ["--model", "tiny", "--batch", "8", "--seq", "256"]
 
 
@@ -37,6 +38,8 @@ def test_a_training_step(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     assert 0 < report["hbm_bytes_per_chip"] < report["hbm_usable_bytes_per_chip"]
     assert report["model_flops"] == sum(report["model_flops_by_part"].values())
     assert report["collectives"] and 0 < report["estimated_mfu"] < 1
+    people = plan.table(report)
+    assert "FITS" in people and "ESTIMATE" in people and "8 sequences of 256 tokens" in people
 
 
 def test_answering(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
@@ -56,11 +59,6 @@ def test_two_slices_hold_a_replica_each(monkeypatch: pytest.MonkeyPatch, capsys:
     assert report["chips"] == 8 and report["mesh"] == {"replica": 2, "fsdp": 4, "tensor": 1}
     with pytest.raises(MossAudioError, match="replica=1 does not fit 2 TPU slices"):
         make_mesh(devices=plan.topology_devices("v5e:2x2", 2))
-
-
-def test_a_table_for_people(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    out = run(["--topology", "v5e:2x2", *SIZES], monkeypatch, capsys)
-    assert "FITS" in out and "ESTIMATE" in out and "8 sequences of 256 tokens" in out
 
 
 def test_unknown_topologies_are_refused():
