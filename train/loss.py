@@ -1,8 +1,11 @@
-"""Cross-entropy over a large vocabulary without ever holding the logits of a whole batch.
+"""Cross-entropy over a large vocabulary without ever holding the logits of a whole batch, nor the whole head.
 
-At 8192 tokens and 151,936 entries, float32 logits are 5 GB, and their gradient as much again. Here the sequence is cut
-into chunks; the logits of one chunk live only while its loss and, at once, its gradients are computed. The backward
-pass then has nothing left to do but scale, so the logits are computed once rather than twice.
+At 8192 tokens and 151,936 entries, float32 logits are 5 GB, and their gradient as much again; the head of the 8B is
+1.2 GB in bfloat16, and its gradient 2.5 GB in float32. Here the sequence is cut into chunks and the vocabulary into
+blocks, and of both one at a time is there: on a mesh, a block of the head is gathered while its turn lasts, and its
+gradient goes at once to where it lies. A softmax needs all blocks before the first gradient, so the logits are computed
+twice: a first pass over the blocks finds each token's log-partition, a second one the gradients, which the backward pass
+of the program then only scales.
 """
 
 import dataclasses
@@ -12,12 +15,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from moss_audio_jax.sharding import constrain, partition_spec
+from moss_audio_jax.sharding import constrain, num_parts
 
 # Positions of each sequence whose logits are held at a time. More of them make the matmuls faster, until memory ends.
 CHUNK = 512
+# Entries of the vocabulary, on one device, whose part of the head is gathered at a time.
+VOCABULARY_BLOCK = 16_384
+
+# The head's kernel by block, [blocks, hidden, t, v], and the ids of its columns, [blocks, t, v]: t is the part of the
+# vocabulary that `tensor` gives a device, v what the block takes of it.
+Blocks = tuple[jax.Array, jax.Array]
 
 
 @jax.tree_util.register_dataclass
@@ -57,47 +66,44 @@ def chunked_cross_entropy(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _cross_entropy(z_loss: float, chunk: int, hidden, head, targets, weights) -> tuple[jax.Array, LossSums]:
-    head = constrain(head, None, "vocab")
-
-    def body(sums, tokens):
-        x, chunk_targets, chunk_weights = tokens
-        logits = _logits(x, head)
-        return _add(sums, _sums(logits, _log_partition(logits), chunk_targets, chunk_weights)), None
-
-    sums, _ = jax.lax.scan(body, LossSums.zero(), _chunks((hidden, targets, weights), chunk))
+    x, targets, weights = _chunks((hidden, targets, weights), chunk)
+    sums, _ = _sums(x, _blocks(head), targets, weights)
     return sums.loss + z_loss * sums.z, sums
 
 
 def _forward(z_loss: float, chunk: int, hidden, head, targets, weights):
     """As `_cross_entropy`, and with it the gradients by `hidden` and `head`."""
-    gathered = constrain(head, None, "vocab")  # once, not in every chunk
+    batch, length = targets.shape
+    x, targets, weights = _chunks((hidden, targets, weights), chunk)
+    blocks = _blocks(head)
+    sums, log_z = _sums(x, blocks, targets, weights)
     # Every device adds up the gradient of its own sequences. Summed over devices here, it would be so in every chunk.
-    parts = _batch_parts(targets.shape[0])
+    parts = _batch_parts(batch)
 
     def split_batch(x: jax.Array) -> jax.Array:
         return constrain(x.reshape(parts, -1, *x.shape[1:]), "batch")
 
-    def body(carry, tokens):
-        sums, head_gradient = carry
-        x, chunk_targets, chunk_weights = tokens
-        logits = _logits(x, gathered)
-        log_z = _log_partition(logits)
-        sums = _add(sums, _sums(logits, log_z, chunk_targets, chunk_weights))
+    def add_block(x_gradient, block):
+        kernel, ids = _gathered(block)
 
-        # d(-log p)/d(logits) = softmax - onehot; d(log_z^2)/d(logits) = 2 log_z softmax
-        softmax = jnp.exp(logits - log_z[..., None])
-        gradient = softmax * (1 + 2 * z_loss * log_z)[..., None] - _is_target(logits, chunk_targets)
-        gradient = (gradient * chunk_weights[..., None]).astype(x.dtype)
-        x_gradient = jnp.einsum("bcv,dv->bcd", gradient, gathered, preferred_element_type=jnp.float32)
-        by_part = (split_batch(x), split_batch(gradient))
-        by_head = jnp.einsum("pbcd,pbcv->pdv", *by_part, preferred_element_type=jnp.float32)
-        return (sums, constrain(head_gradient + by_head, "batch", None, "vocab")), x_gradient.astype(x.dtype)
+        def add_chunk(by_kernel, tokens):
+            x, targets, weights, log_z, x_gradient = tokens
+            # d(-log p)/d(logits) = softmax - onehot; d(log_z^2)/d(logits) = 2 log_z softmax
+            softmax = jnp.exp(_logits(x, kernel) - log_z[..., None, None])
+            gradient = softmax * (1 + 2 * z_loss * log_z)[..., None, None] - _is_target(ids, targets)
+            gradient = (gradient * weights[..., None, None]).astype(x.dtype)
+            x_gradient += jnp.einsum("bctv,dtv->bcd", gradient, kernel, preferred_element_type=jnp.float32)
+            by_part = (split_batch(x), split_batch(gradient))
+            by_kernel += jnp.einsum("pbcd,pbctv->pdtv", *by_part, preferred_element_type=jnp.float32)
+            return constrain(by_kernel, "batch", None, "vocab", None), x_gradient
 
-    start = (LossSums.zero(), constrain(jnp.zeros((parts, *head.shape), jnp.float32), "batch", None, "vocab"))
-    (sums, head_gradient), x_gradient = jax.lax.scan(body, start, _chunks((hidden, targets, weights), chunk))
-    head_gradient = constrain(head_gradient.sum(0), "embed", "vocab")
-    batch, length = targets.shape
-    x_gradient = x_gradient.swapaxes(0, 1).reshape(batch, -1, hidden.shape[-1])[:, :length]
+        start = constrain(jnp.zeros((parts, *kernel.shape), jnp.float32), "batch", None, "vocab", None)
+        by_kernel, x_gradient = jax.lax.scan(add_chunk, start, (x, targets, weights, log_z, x_gradient))
+        return x_gradient, constrain(by_kernel.sum(0), "embed", "vocab", None)
+
+    x_gradient, by_block = jax.lax.scan(add_block, jnp.zeros(x.shape, jnp.float32), blocks)
+    head_gradient = constrain(by_block.transpose(1, 2, 0, 3).reshape(head.shape), "embed", "vocab")
+    x_gradient = x_gradient.swapaxes(0, 1).reshape(batch, -1, hidden.shape[-1])[:, :length].astype(hidden.dtype)
     # An empty array tells the backward pass the head's dtype.
     return (sums.loss + z_loss * sums.z, sums), (x_gradient, head_gradient, jnp.zeros((0,), head.dtype))
 
@@ -112,12 +118,61 @@ def _backward(z_loss: float, chunk: int, residuals, cotangents):
 _cross_entropy.defvjp(_forward, _backward)
 
 
+def _sums(
+    x: Float[Array, "n b c hidden"],
+    blocks: Blocks,
+    targets: Int[Array, "n b c"],
+    weights: Float[Array, "n b c"],
+) -> tuple[LossSums, Float[Array, "n b c"]]:
+    """The sums over all chunks, and every token's log-partition."""
+
+    def add_block(carry, block):
+        kernel, ids = _gathered(block)
+
+        def of_chunk(tokens):
+            x, targets = tokens
+            logits = _logits(x, kernel)
+            at_target = jnp.sum(logits, axis=(-2, -1), where=_is_target(ids, targets))
+            return jax.nn.logsumexp(logits, axis=(-2, -1)), at_target, logits.max((-2, -1))
+
+        found = jax.lax.map(of_chunk, (x, targets))
+        return tuple(combine(*pair) for combine, *pair in zip(combining, carry, found, strict=True)), None
+
+    combining = (jnp.logaddexp, jnp.add, jnp.maximum)
+    least = jnp.full(targets.shape, -jnp.inf, jnp.float32)
+    (log_z, at_target, highest), _ = jax.lax.scan(add_block, (least, jnp.zeros_like(least), least), blocks)
+    # Without a target among the entries, `at_target` stays 0: such tokens have a weight of 0.
+    per_token = (log_z - at_target, jnp.square(log_z), at_target >= highest, 1.0)
+    return LossSums(*(jnp.sum(values * weights) for values in per_token)), log_z
+
+
+def _blocks(head: Float[Array, "hidden vocab"]) -> Blocks:
+    """The head cut into blocks of its vocabulary, each as wide on every device that `tensor` cuts it over."""
+    hidden, vocabulary = head.shape
+    parts = num_parts("vocab", jax.sharding.get_abstract_mesh())
+    count = _block_count(vocabulary // parts)
+
+    def cut(x):
+        return jnp.moveaxis(x.reshape(*x.shape[:-1], parts, count, -1), -2, 0)
+
+    kernels = constrain(cut(constrain(head, "embed", "vocab")), None, "embed", "vocab", None)
+    return kernels, cut(jnp.arange(vocabulary))
+
+
+def _block_count(entries: int) -> int:
+    """The fewest equal blocks of at most VOCABULARY_BLOCK entries; where it takes far more to be equal, just one."""
+    fewest = -(-entries // VOCABULARY_BLOCK)
+    return next((count for count in range(fewest, 4 * fewest + 1) if entries % count == 0), 1)
+
+
+def _gathered(block: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    kernel, ids = block
+    return constrain(kernel, None, "vocab", None), ids
+
+
 def _batch_parts(batch: int) -> int:
     """Over how many devices of the current mesh the batch is cut."""
-    mesh = jax.sharding.get_abstract_mesh()
-    axes = partition_spec(("batch",), mesh)[0] or ()
-    axes = (axes,) if isinstance(axes, str) else axes
-    return math.gcd(batch, math.prod(mesh.shape[axis] for axis in axes))
+    return math.gcd(batch, num_parts("batch", jax.sharding.get_abstract_mesh()))
 
 
 def _chunks(arrays: tuple[jax.Array, ...], chunk: int) -> tuple[jax.Array, ...]:
@@ -130,30 +185,11 @@ def _chunks(arrays: tuple[jax.Array, ...], chunk: int) -> tuple[jax.Array, ...]:
     return tuple(map(cut, arrays))
 
 
-def _logits(x: Float[Array, "b c hidden"], head: Float[Array, "hidden vocab"]) -> Float[Array, "b c vocab"]:
-    logits = jnp.einsum("bcd,dv->bcv", x, head, preferred_element_type=jnp.float32)
-    return constrain(logits, "batch", None, "vocab")
+def _logits(x: Float[Array, "b c hidden"], kernel: Float[Array, "hidden t v"]) -> Float[Array, "b c t v"]:
+    logits = jnp.einsum("bcd,dtv->bctv", x, kernel, preferred_element_type=jnp.float32)
+    return constrain(logits, "batch", None, "vocab", None)
 
 
-def _log_partition(logits: Float[Array, "b c vocab"]) -> Float[Array, "b c"]:
-    return jax.nn.logsumexp(logits, axis=-1)
-
-
-def _is_target(logits: Float[Array, "b c vocab"], targets: Int[Array, "b c"]) -> Array:
+def _is_target(ids: Int[Array, "t v"], targets: Int[Array, "b c"]) -> Bool[Array, "b c t v"]:
     """One-hot by comparison: unlike a gather, it leaves a vocabulary that is cut over devices where it is."""
-    return jnp.arange(logits.shape[-1]) == targets[..., None]
-
-
-def _sums(
-    logits: Float[Array, "b c vocab"],
-    log_z: Float[Array, "b c"],
-    targets: Int[Array, "b c"],
-    weights: Float[Array, "b c"],
-) -> LossSums:
-    at_target = jnp.sum(logits, axis=-1, where=_is_target(logits, targets))
-    per_token = (log_z - at_target, jnp.square(log_z), jnp.argmax(logits, axis=-1) == targets, 1.0)
-    return LossSums(*(jnp.sum(values * weights) for values in per_token))
-
-
-def _add(first: LossSums, second: LossSums) -> LossSums:
-    return jax.tree.map(jnp.add, first, second)
+    return ids == targets[..., None, None]
