@@ -3,9 +3,9 @@
 At 8192 tokens and 151,936 entries, float32 logits are 5 GB, and their gradient as much again; the head of the 8B is
 1.2 GB in bfloat16, and its gradient 2.5 GB in float32. Here the sequence is cut into chunks and the vocabulary into
 blocks, and of both one at a time is there: on a mesh, a block of the head is gathered while its turn lasts, and its
-gradient goes at once to where it lies. A softmax needs all blocks before the first gradient, so the logits are computed
-twice: a first pass over the blocks finds each token's log-partition, a second one the gradients, which the backward pass
-of the program then only scales.
+gradient goes at once to where it lies. A softmax needs all blocks before the first gradient, so the logits are
+computed twice: a first pass over the blocks finds each token's log-partition, a second one the gradients, which the
+backward pass of the program then only scales.
 """
 
 import dataclasses
@@ -148,7 +148,7 @@ def _sums(
 
 def _blocks(head: Float[Array, "hidden vocab"]) -> Blocks:
     """The head cut into blocks of its vocabulary, each as wide on every device that `tensor` cuts it over."""
-    hidden, vocabulary = head.shape
+    vocabulary = head.shape[1]
     parts = num_parts("vocab", jax.sharding.get_abstract_mesh())
     count = _block_count(vocabulary // parts)
 
