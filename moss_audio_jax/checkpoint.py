@@ -30,7 +30,7 @@ from moss_audio_jax.released import (
     ReleasedCheckpoint,
     SafetensorsCheckpoint,
 )
-from moss_audio_jax.sharding import named_sharding
+from moss_audio_jax.sharding import check_heads, named_sharding
 
 PARAMS = "params"
 # A training run has many checkpoints, each with `params/`, and one directory of the files that go with all of them.
@@ -192,7 +192,18 @@ def is_released(path: AnyPath) -> bool:
 def abstract_parameters(
     config: MossAudioConfig, dtype: Any, mesh: Mesh | None = None
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Path -> shape, dtype and sharding of every parameter: what a restore is asked for."""
+    """Path -> shape, dtype and sharding of every parameter: what a restore is asked for.
+
+    Raises MossAudioError for a mesh that would cut a dimension, or the attention's heads, into unequal parts.
+    """
+    if mesh is not None:
+        language = config.language_config
+        check_heads(
+            mesh,
+            heads_of_the_encoder=config.audio_config.encoder_attention_heads,
+            heads_of_queries=language.num_attention_heads,
+            heads_of_keys=language.num_key_value_heads,
+        )
 
     def sharding(path: str, spec: nnx.Variable) -> Sharding:
         if mesh is None:

@@ -11,19 +11,32 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from moss_audio_jax.attention import dropout
 from moss_audio_jax.config import LoraConfig
+from moss_audio_jax.splash import RESIDUALS
 
 Initializer = Callable[..., jax.Array]
 Carry = TypeVar("Carry")
 
+LAYER_INPUT = "layer_input"  # the checkpoint name of what a layer of a stack is given
+
+_policies = jax.checkpoint_policies
 REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
     # What the backward pass of a layer finds stored, beside the layer's input.
     "none": None,  # everything: the fastest, and the most memory
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # the outputs of the weight matmuls
-    "full": jax.checkpoint_policies.nothing_saveable,  # nothing: one more forward pass
+    "dots": _policies.dots_with_no_batch_dims_saveable,  # the outputs of the weight matmuls
+    "attention": _policies.save_only_these_names(RESIDUALS),  # what splash attention keeps; where it isn't run, nothing
+    "full": _policies.nothing_saveable,  # nothing: one more forward pass
+    # Nothing, and the input waits in the memory of the TPU's host.
+    "offload": _policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[LAYER_INPUT],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 
 
@@ -160,6 +173,7 @@ def scan_layers(
 
     def step(carry, inputs):
         layer, x = inputs
+        carry = checkpoint_name(carry, LAYER_INPUT)
         return body(nnx.merge(graphdef, layer), carry, x), None
 
     if REMAT_POLICIES[remat] is not None:

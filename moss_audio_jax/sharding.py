@@ -98,6 +98,17 @@ def named_sharding(
     return NamedSharding(mesh, spec)
 
 
+def check_heads(mesh: Mesh | Any, **heads: int) -> None:
+    """Raises MossAudioError unless every device gets whole attention heads. heads: how many there are of each kind."""
+    parts = num_parts("heads", mesh)
+    cut = [f"{count} {kind.replace('_', ' ')}" for kind, count in heads.items() if count % parts]
+    if cut:
+        raise MossAudioError(
+            f"tensor={parts} does not divide the model's {' and '.join(cut)}: choose a divisor of "
+            f"{math.gcd(*heads.values())} for tensor, and fsdp for the other devices"
+        )
+
+
 def constrain(array: jax.Array, *logical_axes: str | None) -> jax.Array:
     """Pins an activation to its place on the mesh that `jax.set_mesh` made current; without a mesh it does nothing."""
     mesh = jax.sharding.get_abstract_mesh()

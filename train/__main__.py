@@ -180,7 +180,7 @@ def _plan(
 
     config = plan.with_sizes(config, model, slices, batch, seq, chunks)
     devices = plan.topology_devices(topology, slices)
-    named = {"topology": topology, "slices": slices, "chips": len(devices)}
+    named = {"model": config.model.preset, "topology": topology, "slices": slices, "chips": len(devices)}
     if mode == "generate":
         data = config.data
         report = named | plan.plan_generation(

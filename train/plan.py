@@ -66,6 +66,8 @@ class Compiled:
 def topology_devices(topology: str, slices: int = 1) -> list[Any]:
     """The devices of a TPU that need not be there, such as `v5e:4x4`; of several slices, one after the other."""
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # asks a machine on Google Cloud what it is
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")  # or libtpu complains of what it did not ask
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # compiling alone needs no TPU to itself
     try:
         import libtpu  # noqa: F401  # pyright: ignore[reportMissingImports]
@@ -265,10 +267,10 @@ def _chip(devices: Sequence[Any]) -> Chip:
 
 
 def _recomputed(model: MossAudioConfig, content: Content, remat: str) -> dict[str, float]:
-    """FLOPs of what the backward pass computes again, by part; the loss keeps its gradients and never does."""
+    """FLOPs of what is computed twice, by part: what the backward pass of a layer does not find, and the logits."""
     forward = forward_flops(model, content)
-    again = {"none": (), "dots": ("llm_attention",)}.get(remat, tuple(part for part in forward if part != "head"))
-    return {part: flops for part, flops in forward.items() if part in again}
+    found = {"none": forward.keys(), "dots": forward.keys() - {"llm_attention"}, "attention": {"llm_attention"}}
+    return {part: flops for part, flops in forward.items() if part == "head" or part not in found.get(remat, ())}
 
 
 def _memory(compiled: Compiled, chip: Chip, by_kind: dict[str, int]) -> dict[str, Any]:
@@ -312,14 +314,15 @@ def _speed(
     }
 
 
-def _by_kind(found: Sequence[Collective]) -> dict[str, dict[str, float]]:
-    """Of each kind how many run, the bytes they hold and those that a chip sends."""
-    kinds: dict[str, dict[str, float]] = {}
-    for collective in found:
-        sums = kinds.setdefault(collective.kind, {"count": 0, "bytes": 0, "sent_bytes_per_chip": 0})
+def _by_kind(found: Sequence[Collective]) -> dict[str, dict[str, Any]]:
+    """Of each kind how many run, the bytes they hold, those that a chip sends, and which arrays make most of them."""
+    kinds: dict[str, dict[str, Any]] = {}
+    for collective in sorted(found, key=lambda collective: -collective.sent):
+        sums = kinds.setdefault(collective.kind, {"count": 0, "bytes": 0, "sent_bytes_per_chip": 0, "arrays": []})
         sums["count"] += collective.times
         sums["bytes"] += collective.times * collective.payload
         sums["sent_bytes_per_chip"] += collective.sent
+        sums["arrays"] += [shape for shape in collective.shapes if shape not in sums["arrays"]]
     return kinds
 
 

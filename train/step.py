@@ -54,7 +54,7 @@ class StepConfig:
     """
 
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    remat: Literal["none", "dots", "full"] = "full"
+    remat: Literal["none", "dots", "attention", "full", "offload"] = "full"
     z_loss: float = 0.0
     loss_chunk: int = CHUNK
     heard_weight: float = 0.0

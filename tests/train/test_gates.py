@@ -1,0 +1,60 @@
+"""Programs of the released sizes, compiled for TPUs: they fit, need no more than they did, and gather no whole vocabulary.
+
+`gates.json` names them, each by the options of `python -m train plan`, with the figures last measured. `make gates`
+compiles all of them, `make test` those that name `ci`. With UPDATE_GATES=1 the figures are written instead of compared.
+"""
+
+import json
+import math
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moss_audio_jax import MossAudioConfig
+from moss_audio_jax.paths import write_whole
+from train.__main__ import main
+
+pytest.importorskip("libtpu", reason="compiles for TPUs")
+FILE = Path(__file__).with_name("gates.json")
+GATES: dict[str, dict[str, Any]] = json.loads(FILE.read_text())
+GROWTH = 1.03  # more than this is a regression
+MEASURED = ("hbm_bytes_per_chip", "sent_bytes_per_chip", "estimated_mfu", "compile_seconds")
+
+
+def gates() -> list[Any]:
+    marks = {True: [pytest.mark.tpu], False: [pytest.mark.tpu, pytest.mark.slow]}
+    return [pytest.param(name, id=name, marks=marks["ci" in gate]) for name, gate in GATES.items()]
+
+
+@pytest.mark.parametrize("name", gates())
+def test_a_program_keeps_its_budget(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    gate = GATES[name]
+    monkeypatch.setattr("sys.argv", ["moss-audio-train", "plan", *gate["plan"].split(), "--json"])
+    main()  # exits where it does not fit
+    report = json.loads(capsys.readouterr().out)
+    report["sent_bytes_per_chip"] = round(sum(sums["sent_bytes_per_chip"] for sums in report["collectives"].values()))
+    if os.environ.get("UPDATE_GATES"):
+        GATES[name] |= {figure: report[figure] for figure in MEASURED}
+        write_whole(FILE, json.dumps(GATES, indent=2) + "\n")
+        return
+    for figure in ("hbm_bytes_per_chip", "sent_bytes_per_chip"):
+        assert report[figure] <= GROWTH * gate[figure], f"{figure}: {report[figure]:,} after {gate[figure]:,}"
+    assert report["hbm_bytes_per_chip"] <= report["hbm_usable_bytes_per_chip"]
+    assert not whole_vocabularies(report), "the embedding or the head, or a gradient of theirs, is communicated whole"
+
+
+def whole_vocabularies(report: dict[str, Any]) -> list[str]:
+    """What is communicated that is as large as the embedding, and has the vocabulary among its dimensions."""
+    language = MossAudioConfig.preset(report["model"]).language_config
+    whole = language.vocab_size * language.hidden_size
+    arrays = [array for sums in report["collectives"].values() for array in sums["arrays"]]
+    sizes = {array: [int(size) for size in re.findall(r"\d+", array.split("[")[1])] for array in arrays}
+    return [array for array, dims in sizes.items() if language.vocab_size in dims and math.prod(dims) >= whole]
+
+
+def test_a_whole_head_would_be_seen():
+    report = {"model": "8b", "collectives": {"all-gather": {"arrays": ["bf16[4096,9496]", "bf16[1,4096,151936]"]}}}
+    assert whole_vocabularies(report) == ["bf16[1,4096,151936]"]
