@@ -5,7 +5,7 @@ export JAX_PLATFORMS ?= cpu
 # Tests start processes that need the same programs: each is compiled once.
 test: export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.venv/compiled
 
-.PHONY: demo test check format clean
+.PHONY: demo test gates check format clean
 
 demo: .venv/core
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash runs/demo.sh demo-out
@@ -14,6 +14,10 @@ test: check
 	$(BIN)/python -m pytest -m "not slow and not alone and not tpu" --numprocesses 2 --dist loadfile --max-worker-restart 0
 	$(BIN)/python -m pytest -m alone tests/train
 	$(BIN)/python -m pytest -m "tpu and not slow"
+
+# The released sizes, compiled for TPUs: all of them take an hour or two.
+gates: .venv/test
+	$(BIN)/python -m pytest -m tpu -v tests/train/test_gates.py
 
 check: .venv/test
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""Programs of the released sizes, compiled for TPUs: they fit, need no more than they did, and gather no whole vocabulary.
+"""Programs of the released sizes, compiled for TPUs: they fit, need no more than they did, and gather no whole head.
 
 `gates.json` names them, each by the options of `python -m train plan`, with the figures last measured. `make gates`
 compiles all of them, `make test` those that name `ci`. With UPDATE_GATES=1 the figures are written instead of compared.
@@ -29,6 +29,7 @@ def gates() -> list[Any]:
     return [pytest.param(name, id=name, marks=marks["ci" in gate]) for name, gate in GATES.items()]
 
 
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", gates())
 def test_a_program_keeps_its_budget(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     gate = GATES[name]
