@@ -32,7 +32,7 @@ from moss_audio_jax.attention import attend, causal_attend
 from moss_audio_jax.cli import run_door
 from moss_audio_jax.config import MossAudioConfig
 from moss_audio_jax.info import align
-from moss_audio_jax.splash import DEFAULT_TILES, TILES, splash_attend
+from moss_audio_jax.splash import TILES, splash_attend
 
 TOPOLOGIES = ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
 TOKENS = 8192
@@ -87,11 +87,10 @@ def language_programs(topology: str) -> Iterator[Program]:
     segments = jnp.ones((1, TOKENS), jnp.int32)
     slots = jnp.arange(TOKENS)
     yield Program("einsum", lambda q, k, v: causal_attend(q, k, v, slots, segments, segments), *shape, TOKENS**2)
-    tiles = TILES["TPU v6 lite"] if topology.startswith("v6e") else DEFAULT_TILES
-    forward = causal_share(TOKENS, tiles.queries, tiles.keys)
-    backward = causal_share(TOKENS, tiles.queries_backward, tiles.keys_backward)
+    forward = causal_share(TOKENS, TILES.queries, TILES.keys)
+    backward = causal_share(TOKENS, TILES.queries_backward, TILES.keys_backward)
     scores = TOKENS**2 * (2 * forward + 5 * backward) / 7
-    yield Program("splash", lambda q, k, v: splash_attend(q, k, v, segments, tiles), *shape, scores)
+    yield Program("splash", lambda q, k, v: splash_attend(q, k, v, segments), *shape, scores)
 
 
 def causal_share(tokens: int, queries: int, keys: int) -> float:

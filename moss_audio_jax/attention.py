@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from moss_audio_jax.splash import splash_attend, tiles_for
+from moss_audio_jax.splash import serves, splash_attend
 
 # Longer queries are cut into blocks of this many, so that scores never take [heads, tokens, tokens] of memory.
 QUERY_BLOCK = 512
@@ -40,12 +40,11 @@ def self_attend(
 ) -> Float[Array, "b t heads d"]:
     """Causal attention of whole sequences, within their segments: in training and scoring, and to read a prompt.
 
-    A TPU runs splash attention where that serves (`splash.tiles_for`), all else is `causal_attend`. Segment 0 is
+    A TPU runs splash attention where that serves (`splash.serves`), all else is `causal_attend`. Segment 0 is
     padding: what its queries get is finite, and nobody reads it.
     """
-    tiles = tiles_for(query)
-    if tiles is not None:
-        return splash_attend(query, key, value, segment_ids, tiles)
+    if serves(query):
+        return splash_attend(query, key, value, segment_ids)
     return causal_attend(query, key, value, jnp.arange(query.shape[1]), segment_ids, segment_ids)
 
 

@@ -28,7 +28,7 @@ RESIDUALS = "attention"  # the checkpoint name of the kernel's output and log-su
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """The largest tiles a chip takes, in tokens.
+    """The largest tiles, in tokens.
 
     The fused backward kernel writes a gradient of the queries for every tile of keys, summed after it: the wider those
     tiles, the less memory. The narrower the tiles of the forward pass, the less of the square above the diagonal is
@@ -56,26 +56,20 @@ class Tiles:
         )
 
 
-# What compiles in the 16 MiB of VMEM that XLA gives a kernel on every chip since v4 (docs/tpu_attention.md).
-DEFAULT_TILES = Tiles(1024, 1024, 512, 1024, 2048, 512)
-TILES = {
-    # Larger than elsewhere; their speed has not been measured.
-    "TPU v6 lite": Tiles(2048, 2048, 2048, 2048, 2048, 2048),
-}
+# They fit in the VMEM that XLA gives a kernel on every chip since v4, in a training step of several sequences too: on a
+# v6e tiles of 2048 fit with one sequence, and not with four. Their speed has not been measured.
+TILES = Tiles(1024, 1024, 512, 1024, 2048, 512)
 
 
-def tiles_for(query: Float[Array, "b t heads d"]) -> Tiles | None:
-    """The tiles of the chip that is being traced for, or None where the kernel does not serve.
+def serves(query: Float[Array, "b t heads d"]) -> bool:
+    """Whether the kernel is to compute this attention, on the chip that is being traced for.
 
-    That is off TPUs, for fewer tokens than the smallest tile, and in float32 or with `jax_default_matmul_precision`
+    Not off TPUs, for fewer tokens than the smallest tile, nor in float32 or with `jax_default_matmul_precision`
     raised: whoever sets these wants exact sums, which the kernel does not make.
     """
-    kind = device_kind()
     precision = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
     exact = query.dtype != jnp.bfloat16 or precision not in (None, "default", "bfloat16")
-    if not kind.startswith("TPU") or exact or query.shape[1] < LANES:
-        return None
-    return TILES.get(kind, DEFAULT_TILES)
+    return device_kind().startswith("TPU") and not exact and query.shape[1] >= LANES
 
 
 def device_kind() -> str:
@@ -95,8 +89,8 @@ def splash_attend(
     key: Float[Array, "b t kv d"],
     value: Float[Array, "b t kv d"],
     segment_ids: Int[Array, "b t"],
-    tiles: Tiles,
     *,
+    tiles: Tiles = TILES,
     interpret: bool = False,
 ) -> Float[Array, "b t heads d"]:
     """What `attention.causal_attend` computes for whole sequences. Segment 0 is padding.

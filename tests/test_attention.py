@@ -16,7 +16,7 @@ from moss_audio_jax import MossAudioConfig, MossAudioError
 from moss_audio_jax.attention import causal_attend, self_attend
 from moss_audio_jax.language_model import LanguageModel
 from moss_audio_jax.sharding import make_mesh, named_sharding
-from moss_audio_jax.splash import DEFAULT_TILES, LANES, TILES, Tiles, splash_attend, tiles_for
+from moss_audio_jax.splash import LANES, TILES, Tiles, serves, splash_attend
 from train.plan import topology_devices
 
 SMALL_TILES = Tiles(256, 256, 128, 256, 256, 128)  # several a sequence, and in halves
@@ -27,7 +27,7 @@ def einsum(query, key, value, segment_ids):
 
 
 def splash(query, key, value, segment_ids):
-    return splash_attend(query, key, value, segment_ids, SMALL_TILES, interpret=True)
+    return splash_attend(query, key, value, segment_ids, tiles=SMALL_TILES, interpret=True)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -103,23 +103,20 @@ def on_chips(kind: str) -> use_abstract_mesh:
 def test_where_splash_serves():
     query = jax.ShapeDtypeStruct((1, LANES, 8, 64), jnp.bfloat16)
     with jax.default_matmul_precision("default"):
-        assert tiles_for(query) is None  # this CPU
+        assert not serves(query)  # this CPU
         with jax.set_mesh(make_mesh()):
-            assert tiles_for(query) is None
-        with on_chips("TPU v6 lite"):
-            assert tiles_for(query) == TILES["TPU v6 lite"]
+            assert not serves(query)
         with on_chips("TPU v5 lite"):
-            assert tiles_for(query) == DEFAULT_TILES
-            assert tiles_for(query.update(dtype=jnp.float32)) is None
-            assert tiles_for(query.update(shape=(1, LANES - 1, 8, 64))) is None
+            assert serves(query)
+            assert not serves(query.update(dtype=jnp.float32))
+            assert not serves(query.update(shape=(1, LANES - 1, 8, 64)))
             with jax.default_matmul_precision("highest"):
-                assert tiles_for(query) is None
+                assert not serves(query)
 
 
-@pytest.mark.parametrize("tiles", [DEFAULT_TILES, *TILES.values()])
 @pytest.mark.parametrize("length", [128, 640, 1024, 1536, 4608, 8192])
-def test_tiles_divide_every_length(tiles, length):
-    sizes = tiles.for_length(length)
+def test_tiles_divide_every_length(length):
+    sizes = TILES.for_length(length)
     for whole, *parts in (
         (length, sizes.block_q, sizes.block_kv, sizes.block_q_dkv, sizes.block_kv_dkv),
         (sizes.block_kv, sizes.block_kv_compute),

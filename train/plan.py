@@ -133,8 +133,6 @@ def plan_step(config: RunConfig, devices: Sequence[Any]) -> dict[str, Any]:
         "optimizer": _bytes_on_chip(state.moments),
         "gradients": _bytes_on_chip(state.trainable),
     }
-    by_kind["temporaries"] = max(compiled.temporaries - by_kind["gradients"], 0)
-    by_kind["code"] = compiled.code
     return {
         "mode": "train",
         "parameters": sum(leaf.size for leaf in (state.trainable | state.frozen).values()),
@@ -174,8 +172,6 @@ def plan_generation(
     cache = 0 if prefill.problem else _bytes_on_chip((loop.cache.keys, loop.cache.values))
     worst = max((prefill, decode), key=lambda compiled: (compiled.problem is not None, compiled.total))
     by_kind = {"parameters": weights, "cache": cache}
-    by_kind["temporaries"] = max(worst.total - sum(by_kind.values()) - worst.code, 0)
-    by_kind["code"] = worst.code
     content = Content(prompts * prompt, prompts * chunks, prompts * prompt**2)
     # Every step reads all weights and the cache once.
     step = (weights + cache) / chip.hbm_bandwidth
@@ -214,17 +210,17 @@ def compile_for_memory(traced: Any, mesh: Mesh) -> Compiled:
                 executable = traced.lower().compile(compiler_options=options)
             memory, outputs = executable.memory_analysis(), executable.output_shardings
         except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
+            problem = str(error)
+            if "HbmOom" not in problem:
                 raise
-            problem = str(error).splitlines()[0]
         seconds = time.monotonic() - began
         found = collectives(_dumped(dump, "after_optimizations.txt"), mesh.size)
         largest = _largest(_dumped(dump, "memory-usage-report.txt"))
     if memory is None:
         assert problem is not None
         needed = re.search(r"\(([\d.]+)G\) exceeds", problem)
-        temporaries = int(float(needed[1]) * GIB) if needed else 0
-        return Compiled(problem, 0, temporaries, 0, largest, tuple(found), seconds)
+        total = int(float(needed[1]) * GIB) if needed else 0  # with the arguments, though XLA says "temporaries"
+        return Compiled(problem.splitlines()[0], 0, total, 0, largest, tuple(found), seconds)
     arguments = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     temporaries, code = memory.temp_size_in_bytes, memory.generated_code_size_in_bytes
     return Compiled(None, arguments, temporaries, code, largest, tuple(found), seconds, outputs)
@@ -274,10 +270,12 @@ def _recomputed(model: MossAudioConfig, content: Content, remat: str) -> dict[st
 
 
 def _memory(compiled: Compiled, chip: Chip, by_kind: dict[str, int]) -> dict[str, Any]:
+    rest = compiled.total - compiled.code - sum(by_kind.values())
+    by_kind |= {"temporaries": max(rest, 0), "code": compiled.code}  # the batch is among the first
     return {
         "fits": compiled.problem is None,
         "problem": compiled.problem,
-        "hbm_bytes_per_chip": compiled.total if compiled.problem is None else compiled.temporaries,
+        "hbm_bytes_per_chip": compiled.total,
         "hbm_usable_bytes_per_chip": chip.usable_hbm_bytes,
         "hbm_bytes_by_kind": by_kind,
         "largest_buffers": [{"bytes": size, "shapes": shapes} for size, shapes in compiled.largest],
