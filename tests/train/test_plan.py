@@ -7,7 +7,7 @@ import pytest
 
 from moss_audio_jax import MossAudioError
 from moss_audio_jax.sharding import make_mesh
-from train import plan
+from train import loss, plan
 from train.__main__ import main
 from train.config import RECIPES
 
@@ -28,6 +28,7 @@ def run(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 
 
 def test_a_training_step(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setattr(loss, "VOCABULARY_BLOCK", 128)  # a quarter
     out = run(["--topology", "v5e:2x2", *SIZES, "--json"], monkeypatch, capsys)
     report = json.loads(out)
     assert report["fits"] and report["chips"] == 4 and report["sequences_per_chip"] == 2
@@ -38,6 +39,9 @@ def test_a_training_step(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     assert 0 < report["hbm_bytes_per_chip"] < report["hbm_usable_bytes_per_chip"]
     assert report["model_flops"] == sum(report["model_flops_by_part"].values())
     assert report["collectives"] and 0 < report["estimated_mfu"] < 1
+    arrays = [array for sums in report["collectives"].values() for array in sums["arrays"]]
+    # A block of the head is gathered, and its gradient scattered; the whole never, nor the embedding.
+    assert any("128" in array for array in arrays) and not any("512" in array for array in arrays), arrays
     people = plan.table(report)
     assert "FITS" in people and "ESTIMATE" in people and "8 sequences of 256 tokens" in people
 
