@@ -130,7 +130,7 @@ def plan_step(config: RunConfig, devices: Sequence[Any]) -> dict[str, Any]:
     by_kind = {
         "parameters": _bytes_on_chip(state.trainable | state.frozen),
         "optimizer": _bytes_on_chip(state.moments),
-        "gradients": _bytes_on_chip(state.trainable),
+        "gradients": _bytes_on_chip(state.trainable) * jnp.dtype(config.step.gradient_dtype).itemsize // 4,
     }
     return {
         "mode": "train",

@@ -222,11 +222,13 @@ def test_stage_one_as_it_is_trained(parameters, graphdef):
     assert again == metrics["loss"] and len({again, later, seeded}) == 3
 
 
-def test_bfloat16_comes_near_float32(parameters, graphdef, one_step):
-    config = dataclasses.replace(EXACT, compute_dtype="bfloat16")
+@pytest.mark.parametrize("changes", [{"compute_dtype": "bfloat16"}, {"gradient_dtype": "bfloat16"}], ids=str)
+def test_bfloat16_comes_near_float32(changes, parameters, graphdef, one_step):
+    config = dataclasses.replace(EXACT, **changes)
     state, metrics = host(train_step(graphdef, config, EVERYTHING, start(parameters), make_batch()))
     np.testing.assert_allclose(metrics["loss"], one_step[1]["loss"], rtol=0.01)
     found, expected = (np.concatenate([x.ravel() for x in gradients_of(s).values()]) for s in (state, one_step[0]))
+    assert not np.array_equal(found, expected)
     assert found @ expected > 0.99 * np.linalg.norm(found) * np.linalg.norm(expected)
 
 
@@ -339,8 +341,9 @@ def test_a_step_never_holds_the_logits_of_the_whole_batch(parameters, graphdef):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"remat": "some"}, "remat must be one of none, dots, full, not 'some'"),
+        ({"remat": "some"}, "remat must be one of none, dots, attention, full, offload, not 'some'"),
         ({"compute_dtype": "float16"}, "compute_dtype must be bfloat16 or float32, not 'float16'"),
+        ({"gradient_dtype": "float16"}, "gradient_dtype must be bfloat16 or float32, not 'float16'"),
         ({"loss_chunk": 0}, "loss_chunk must be at least 1"),
         ({"spike_sigma": -1.0}, "spike_sigma must be 0 or more"),
     ],
