@@ -133,7 +133,7 @@ def plan_command(arguments: list[str]) -> Callable[..., None]:
         *,
         topology: str,
         recipe: RecipeName = "pretrain_stage2",
-        mode: Literal["train", "generate"] = "train",
+        mode: Literal["train", "generate", "load"] = "train",
         model: str | None = None,
         slices: int = 1,
         batch: int | None = None,
@@ -149,7 +149,7 @@ def plan_command(arguments: list[str]) -> Callable[..., None]:
         Args:
             topology: Kind and shape of the TPU, such as v5e:2x4, v5p:4x4x4 or v6e:8x8.
             recipe: Where the other options get their defaults.
-            mode: A step of training, or answering: prompts read and a token decoded, in bfloat16.
+            mode: A step of training; answering (prompts read, a token decoded), in bfloat16; or loading alone.
             model: Size, short for --model.preset.
             slices: How many such TPUs, each with a replica; the estimate takes the network between them for ICI.
             batch: Sequences of a step (or prompts) in all, short for --data.batch-size.
@@ -191,6 +191,8 @@ def _plan(
             slots=data.tokens,
             chunks=data.chunks,
         )
+    elif mode == "load":
+        report = named | plan.plan_load(config.trained_model(), devices, tensor=config.mesh.tensor)
     else:
         report = named | plan.plan_step(config, devices)
         if not report["fits"]:

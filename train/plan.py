@@ -189,6 +189,26 @@ def plan_generation(
     }
 
 
+def plan_load(model: MossAudioConfig, devices: Sequence[Any], *, tensor: int) -> dict[str, Any]:
+    """The report of `load_model` in bfloat16 onto those devices. Nothing is compiled: each reads its shards alone.
+
+    host_bytes: of all that the chips of one host are given, which is what passes through its memory.
+    """
+    mesh = make_mesh(fsdp=-1, tensor=tensor, devices=devices)
+    parameters = abstract_parameters(model, jnp.bfloat16, mesh)
+    on_chip, chip = _bytes_on_chip(parameters), _chip(devices)
+    sizes = sorted(((_bytes_on_chip(leaf), f"{path} {leaf.shape}") for path, leaf in parameters.items()), reverse=True)
+    fits = on_chip <= chip.usable_hbm_bytes
+    problem = None if fits else "the parameters alone are larger than the memory"
+    return {
+        "mode": "load",
+        "parameters": sum(leaf.size for leaf in parameters.values()),
+        "mesh": dict(mesh.shape),
+        **_memory(Compiled(problem, on_chip, 0, 0, tuple(sizes[:8]), (), 0.0), chip, {"parameters": on_chip}),
+        "host_bytes": on_chip * sum(device.process_index == devices[0].process_index for device in devices),
+    }
+
+
 def _placed(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
@@ -354,18 +374,21 @@ def table(report: dict[str, Any]) -> str:
     gib = {kind: size / GIB for kind, size in report["hbm_bytes_by_kind"].items()}
     used, usable = report["hbm_bytes_per_chip"] / GIB, report["hbm_usable_bytes_per_chip"] / GIB
     mesh = ", ".join(f"{axis} {size}" for axis, size in report["mesh"].items())
-    lines = [
-        f"{report['topology']} ({report['chips']} chips; {mesh}), compiled in {report['compile_seconds']} s",
-        f"{report['sequences']} sequences of {report['tokens_per_sequence']} tokens and "
-        f"{report['chunks_per_sequence']} chunks of audio: {report['sequences_per_chip']:g} a chip",
-        f"{'FITS' if report['fits'] else 'DOES NOT FIT'}: {used:.2f} of {usable:.2f} GiB of HBM a chip",
-        *(f"  {kind:<14}{size:8.2f} GiB" for kind, size in gib.items()),
-    ]
+    lines = [f"{report['topology']} ({report['chips']} chips; {mesh}), compiled in {report['compile_seconds']} s"]
+    if "sequences" in report:
+        lines += [
+            f"{report['sequences']} sequences of {report['tokens_per_sequence']} tokens and "
+            f"{report['chunks_per_sequence']} chunks of audio: {report['sequences_per_chip']:g} a chip"
+        ]
+    lines += [f"{'FITS' if report['fits'] else 'DOES NOT FIT'}: {used:.2f} of {usable:.2f} GiB of HBM a chip"]
+    lines += [f"  {kind:<14}{size:8.2f} GiB" for kind, size in gib.items()]
     if not report["fits"]:
         lines += ["largest buffers:"]
         lines += [f"  {row['bytes'] / GIB:8.2f} GiB  {row['shapes'][:90]}" for row in report["largest_buffers"]]
     if "would_fit" in report:
         lines += [f"would fit: {report['would_fit'] or 'nothing that was tried; take more chips'}"]
+    if report["mode"] == "load":
+        return "\n".join([*lines, f"{report['host_bytes'] / GIB:.2f} GiB pass through a host"])
     total = report["model_flops"]
     lines += [f"model FLOPs {total:.3e}; {report['recomputed_flops'] / total:.0%} of that again for want of memory"]
     lines += [f"  {part:<14}{flops / total:8.1%}" for part, flops in report["model_flops_by_part"].items()]

@@ -51,6 +51,15 @@ def test_answering(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
     assert report["fits"] and report["mode"] == "generate" and report["estimated_decode_seconds_per_token"] > 0
 
 
+def test_loading(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    arguments = ["--topology", "v5e:4x4", "--mode", "load", "--model", "8b"]
+    report = json.loads(run([*arguments, "--json"], monkeypatch, capsys))
+    assert report["fits"] and report["hbm_bytes_per_chip"] == pytest.approx(2 * report["parameters"] / 16, rel=0.01)
+    # A v5e:4x4 has four hosts.
+    assert report["host_bytes"] == 4 * report["hbm_bytes_per_chip"]
+    assert "pass through a host" in run(arguments, monkeypatch, capsys)
+
+
 def test_an_adapter_leaves_the_base_frozen(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     arguments = ["--recipe", "finetune_lora", "--topology", "v5e:2x2", *SIZES, "--lora.rank", "4", "--json"]
     parts = json.loads(run(arguments, monkeypatch, capsys))["hbm_bytes_by_kind"]
