@@ -15,9 +15,12 @@ need PROJECT my-project "the Google Cloud project that pays"
 need ZONE us-west4-a "a zone that has this TPU: gcloud compute tpus locations list"
 need BUCKET gs://my-bucket "of Cloud Storage, in the zone's region: data, checkpoints, compiled programs"
 
-NAME=${NAME:-moss}  # of what is rented, and of the run
-SLICES=${SLICES:-1} # TPUs in one run, each with a whole copy of the parameters: tpu_multislice.sh, gke_xpk.sh
-SPOT=${SPOT:-}      # yes: spare capacity, which costs less and may be taken away at any time
+NAME=${NAME:-moss}              # of what is rented, and of the run
+RECIPE=${RECIPE:-finetune_lora} # docs/training.md has them all
+MODEL=${MODEL:-$BUCKET/moss-8b} # what `python -m convert to-orbax` wrote, copied there
+DATA=${DATA:-$BUCKET/shards}    # what `python -m train prepare` wrote, or a manifest
+SLICES=${SLICES:-1}             # TPUs in one run, each with a whole copy of the parameters: tpu_multislice.sh, gke_xpk.sh
+SPOT=${SPOT:-}                  # yes: spare capacity, which costs less and may be taken away at any time
 REPO=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 # The run: the same on every host, and the same again after a preemption, when it goes on from its newest checkpoint.
@@ -26,10 +29,10 @@ RUN=$BUCKET/runs/$NAME
 TRAIN=(
     env "JAX_COMPILATION_CACHE_DIR=$BUCKET/compiled"
     python -m train run
-    --recipe finetune_lora
+    --recipe "$RECIPE"
     --out "$RUN"
-    --model.checkpoint "$BUCKET/moss-8b"
-    --mixture.conversations.paths "$BUCKET/shards"
+    --model.checkpoint "$MODEL"
+    --mixture.conversations.paths "$DATA"
     --mesh.replica "$SLICES"
     --workers 8
 )
