@@ -24,7 +24,6 @@ from train.meeting import meet
 
 STEPS = 6
 BOUND = 20  # seconds until a lost process is given up
-pytestmark = pytest.mark.slow
 
 
 def free_port() -> int:
@@ -166,6 +165,7 @@ def test_two_processes_make_the_curve_of_one_and_others_go_on_with_it(
     assert_same_curve(out, alone)
 
 
+@pytest.mark.slow
 def test_processes_share_a_run_on_gs(start: Callable[..., Run], alone: Path, bucket: str):
     for count, steps in ((2, 4), (1, STEPS)):
         run = start(f"{bucket}/run", count, steps=steps)
@@ -184,7 +184,7 @@ def test_sigterm_to_one_stops_all_after_the_same_step(start: Callable[..., Run],
     assert f"stopped after step {reached}, which is saved" in run.log(0) and "stopped" not in run.log(1)
 
 
-@pytest.mark.parametrize("killed", [0, 1])
+@pytest.mark.parametrize("killed", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_killed_process_ends_the_others_in_time(killed: int, start: Callable[..., Run], tmp_path: Path):
     out = tmp_path / "run"
     run = start(out, 2, steps=100_000, every=5)
