@@ -16,6 +16,7 @@ _COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) \(.*\{$")
 _OPERATION = re.compile(r"^\s+(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<shape>.+?) (?P<opcode>[a-z][a-z\-]*)\((?P<rest>.*)$")
 _ARRAY = re.compile(r"\b([a-z]+[0-9]*[a-z0-9]*)\[([0-9,]*)\]")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition|branch_computations)=(?:\{([^}]*)\}|%?([\w.\-]+))")
+_CHANNEL = re.compile(r"\bchannel_id=(\d+)")
 _CONSTANT = re.compile(r"s32\[\]\S* constant\((\d+)\)")
 
 
@@ -47,12 +48,18 @@ def collectives(hlo: str, devices: int) -> list[Collective]:
     computations = dict(_computations(hlo))
     entry = next(name for name, (is_entry, _) in computations.items() if is_entry)
     found: list[Collective] = []
+    channels: set[tuple[str, int]] = set()
 
     def visit(name: str, times: int) -> None:
         for operation in computations[name][1]:
             kind = operation["opcode"].removesuffix("-start")
             if kind in KINDS:
-                found.append(_collective(operation, kind, devices, times))
+                # One that runs beside matmuls is written into each fusion that moves it on, with the channel it has.
+                channel = _CHANNEL.search(operation["rest"])
+                step = (channel[1], times) if channel else (operation["name"], times)
+                if step not in channels:
+                    found.append(_collective(operation, kind, devices, times))
+                channels.add(step)
                 continue  # what it applies is an addition
             called = re.findall(r"[\w.\-]+", " ".join(map(" ".join, _CALLED.findall(operation["rest"]))))
             loops = times

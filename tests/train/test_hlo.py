@@ -26,7 +26,12 @@ PROGRAM = """HloModule jit_step, is_scheduled=true
 
 %fused (p: bf16[8,128]) -> bf16[8,128] {
   %p = bf16[8,128]{1,0:T(8,128)(2,1)} parameter(0)
-  ROOT %scattered = bf16[8,16]{1,0} reduce-scatter(%p), replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+  ROOT %scattered = bf16[8,16] reduce-scatter(%p), channel_id=7, replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+}
+
+%moved_on (p: bf16[8,128]) -> bf16[8,128] {
+  %p.1 = bf16[8,128]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %again = bf16[8,16] reduce-scatter(%p.1), channel_id=7, replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
 }
 
 %body (state: (s32[], bf16[8,128])) -> (s32[], bf16[8,128]) {
@@ -34,6 +39,7 @@ PROGRAM = """HloModule jit_step, is_scheduled=true
   %x = bf16[8,128]{1,0} get-tuple-element(%state.1), index=1
   %gather = (bf16[8,128]{1,0}, /*index=1*/bf16[64,128]{1,0}) all-gather-start(%x), replica_groups=[1,8]<=[8]
   %fusion.7 = bf16[8,128]{1,0:T(8,128)(2,1)} fusion(%x), kind=kCustom, calls=%fused
+  %fusion.8 = bf16[8,128]{1,0:T(8,128)(2,1)} fusion(%x), kind=kCustom, calls=%moved_on
   ROOT %next = (s32[], bf16[8,128]{1,0}) tuple(%x, %fusion.7)
 }
 
