@@ -85,7 +85,7 @@ def check(manifest: tyro.conf.Positional[PathArgument], /) -> None:
 
 def run_command(arguments: list[str]) -> Callable[..., None]:
     """The command `run`; the recipe that the arguments name gives its options their defaults."""
-    from train.config import RecipeName, RunConfig
+    from train.config import RecipeName, RunConfig, with_paths
     from train.distributed import DistributedConfig, join
 
     one_process = DistributedConfig()
@@ -95,6 +95,9 @@ def run_command(arguments: list[str]) -> Callable[..., None]:
         *,
         recipe: RecipeName,
         out: PathArgument,
+        init: str | None = None,
+        data: tuple[str, ...] = (),
+        eval_data: tuple[str, ...] = (),
         config: Annotated[RunConfig, tyro.conf.arg(name="")] = recipe_config,
         processes: Annotated[DistributedConfig, tyro.conf.arg(name="")] = one_process,
     ) -> None:
@@ -105,11 +108,15 @@ def run_command(arguments: list[str]) -> Callable[..., None]:
         Args:
             recipe: Where the other options get their defaults.
             out: The directory of the run: config.json, metrics.jsonl, checkpoints/.
+            init: The checkpoint to begin with, short for --model.checkpoint.
+            data: Conversations to learn, short for --mixture.conversations.paths.
+            eval_data: What to evaluate on, short for --evaluate-data; at each checkpoint if no --evaluate-every is given.
             config: What the recipe says, and may be said otherwise.
             processes: How the processes of a run find each other, if there are several.
         """
+        settled = with_paths(config, init, data, eval_data)
         join(processes)  # before anything else of JAX
-        _train(config, out)
+        _train(settled, out)
 
     return run
 

@@ -74,7 +74,7 @@ class MixtureConfig:
     captions: GroupConfig = GroupConfig(0.4, ("caption", "events", "time_qa", "conversation"))
     text: GroupConfig = GroupConfig(0.3, ("plain_text",))
     conversations: GroupConfig = GroupConfig(1.0, ("conversation",))
-    """To fine-tune on."""
+    """To fine-tune on: `--data` is short for its paths."""
     scenes: SceneGroupConfig = SceneGroupConfig()
     easy_scenes: SceneGroupConfig = SceneGroupConfig()
     """Apart from the others, for a curriculum."""
@@ -261,6 +261,34 @@ RECIPES: dict[str, RunConfig] = {
     ),
 }
 RecipeName = Literal["pretrain_stage1", "pretrain_stage2", "finetune", "finetune_lora", "time_events"]
+
+
+def with_paths(
+    config: RunConfig, init: str | None = None, data: tuple[str, ...] = (), eval_data: tuple[str, ...] = ()
+) -> RunConfig:
+    """The configuration with what `--init`, `--data` and `--eval-data` name, short for three of its fields.
+
+    Where there is data to evaluate on and nothing says how often, that is at each checkpoint. Raises MossAudioError if
+    a field already holds something else.
+    """
+    model, loop, group = config.model, config.loop, config.mixture.conversations
+    checkpoint = _said_once("--init", init, "--model.checkpoint", model.checkpoint)
+    paths = _said_once("--data", data, "--mixture.conversations.paths", group.paths)
+    evaluate_data = _said_once("--eval-data", eval_data, "--evaluate-data", loop.evaluate_data)
+    every = loop.checkpoint_every if eval_data and loop.evaluate_every is None else loop.evaluate_every
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(model, checkpoint=checkpoint),
+        loop=dataclasses.replace(loop, evaluate_data=evaluate_data, evaluate_every=every),
+        mixture=dataclasses.replace(config.mixture, conversations=dataclasses.replace(group, paths=paths)),
+    )
+
+
+def _said_once(short: str, value: Any, long: str, field: Any) -> Any:
+    if value and field and value != field:
+        shown = [" ".join(said) if isinstance(said, tuple) else said for said in (value, field)]
+        raise MossAudioError(f"{short} {shown[0]} and {long} {shown[1]} name different things: give one of them")
+    return value or field
 
 
 def settle(config: Any, out: AnyPath, *, begun: bool) -> None:
