@@ -110,7 +110,7 @@ def run_command(arguments: list[str]) -> Callable[..., None]:
             out: The directory of the run: config.json, metrics.jsonl, checkpoints/.
             init: The checkpoint to begin with, short for --model.checkpoint.
             data: Conversations to learn, short for --mixture.conversations.paths.
-            eval_data: What to evaluate on, short for --evaluate-data; at each checkpoint if no --evaluate-every is given.
+            eval_data: What to evaluate on, short for --evaluate-data; at each checkpoint if nothing says how often.
             config: What the recipe says, and may be said otherwise.
             processes: How the processes of a run find each other, if there are several.
         """

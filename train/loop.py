@@ -186,9 +186,8 @@ def _data(
 ) -> Iterator[Prefetched]:
     """Batches in microbatches, on their devices; every process reads its share of each."""
     host, hosts = share_of_batch(mesh)
-    batches = TrainingData(
-        order, SampleMaker(tokenizer, model), config.data, host=host, hosts=hosts, workers=config.loop.workers
-    )
+    maker = SampleMaker(tokenizer, model, answers=config.data.answers, thoughts=config.data.thoughts)
+    batches = TrainingData(order, maker, config.data, host=host, hosts=hosts, workers=config.loop.workers)
     if config.data.batch_size // hosts % config.microbatches:
         raise MossAudioError(
             f"microbatches must divide the {config.data.batch_size // hosts} sequences of each of {hosts} processes, "

@@ -29,7 +29,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from moss_audio_jax.audio import SAMPLE_RATE, load_audio
+from moss_audio_jax.audio import SAMPLE_RATE, load_audio, num_samples
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.paths import AnyPath, join, local_copy, reason, to_path
 from moss_audio_jax.tokens import ROLES
@@ -56,6 +56,12 @@ class Clip:
         first = 0 if self.start is None else round(self.start * SAMPLE_RATE)
         last = len(self.audio) if self.end is None else round(self.end * SAMPLE_RATE)
         return self.audio[first:last]
+
+    def num_samples(self) -> int:
+        """The length of `wave`, as the file's header promises, without decoding; raises MossAudioError likewise."""
+        if not isinstance(self.audio, np.ndarray):
+            return num_samples(self.audio, start=self.start, end=self.end, name=self.name)
+        return len(self.wave())
 
 
 @dataclass(frozen=True)
