@@ -23,13 +23,12 @@ from moss_audio_jax.inputs import ModelInputs, make_inputs
 from moss_audio_jax.paths import is_remote
 from moss_audio_jax.tokens import Tokenizer, Turn, build_conversation
 from train.data.budget import Budget, Extent
-from train.data.manifest import Clip, Example, Message, TimedText
+from train.data.manifest import THOUGHT_END, Clip, Example, Message, TimedText
 from train.data.objectives import Rendered, render
 
 END_OF_TEXT = "<|endoftext|>"  # what Qwen puts after a text that is not a conversation
 FRAMES_PER_SECOND = 100
 TOKENS_PER_SECOND = FRAMES_PER_SECOND / DOWNSAMPLE_RATE
-THOUGHT_END = "</think>"
 
 Answers = Literal["all", "last"]
 Thoughts = Literal["learn", "mask"]
