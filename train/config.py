@@ -142,6 +142,9 @@ class LoopConfig:
     """The longest answer."""
     show_samples: int = 2
     """Answers of an evaluation to show and log, with a picture of their timelines."""
+    check_data: bool = False
+    """Look at all manifests first, as `python -m train check` does, and begin only if every example can be used. Audio
+    on gs:// is not looked at."""
     workers: int = 0
     """Processes that decode and pack; 0 does so in the run's own process."""
 
@@ -227,14 +230,14 @@ RECIPES: dict[str, RunConfig] = {
     "finetune": RunConfig(
         data=_FINETUNE_DATA,
         optimizer=OptimizerConfig(learning_rate=2e-5, total_steps=500, warmup_steps=20, weight_decay=0.0),
-        loop=LoopConfig(checkpoint_every=100),
+        loop=LoopConfig(checkpoint_every=100, check_data=True),
     ),
     # An adapter for the language model alone. The authors' example learns at the same rate, with a 16th of the scale.
     "finetune_lora": RunConfig(
         data=_FINETUNE_DATA,
         optimizer=OptimizerConfig(learning_rate=2e-4, total_steps=500, warmup_steps=20, weight_decay=0.0),
         lora=LoraConfig(),
-        loop=LoopConfig(checkpoint_every=100),
+        loop=LoopConfig(checkpoint_every=100, check_data=True),
     ),
     # A small model from nothing: what is heard in a scene, and when. Minutes on two CPU cores. Short scenes come first,
     # then long ones among them; long ones alone teach it far more slowly.

@@ -9,7 +9,8 @@ prompt that the model will see. Where all answers are learned, a sequence holds 
 later turn then reads the thoughts of earlier ones, in training alone.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -128,51 +129,24 @@ class SampleMaker:
         A clip whose header says that it goes beyond the budget is not decoded.
         """
         rendered = render(example, rng, objectives)
-        cut = self.audible(example.name, rendered, budget, truncate=truncate)
+        cut = audible(example.name, rendered, budget, self._chunk_frames, truncate=truncate, answers=self._answers)
         sample = self.sample(example.name, cut, example.events or example.words, rng)
         sample = sample.within(budget, truncate=truncate)
         return sample if cut is rendered else replace(sample, truncated=True)
 
-    def audible(self, name: str, rendered: Rendered, budget: Budget, *, truncate: bool) -> Rendered:
-        """The turns themselves, if the headers of their clips leave them within the chunks of a budget.
-
-        If not, and if they may be truncated, those up to the last answer before; raises TooLong if that is none, or one
-        that is not to be learned. A file on gs:// counts as nothing, since its header is not read alone.
-        """
-        if isinstance(rendered, str):
-            return rendered
-        chunks, answered = 0, 0
-        for number, message in enumerate(rendered, start=1):
-            chunks += sum(self._num_chunks(piece) for piece in message.content if isinstance(piece, Clip))
-            if message.role == "assistant" and chunks <= budget.chunks:
-                answered = number
-        if chunks <= budget.chunks:
-            return rendered
-        if not (truncate and answered and self._answers == "all"):
-            raise budget.exceeded(name, f"{chunks} chunks")
-        return rendered[:answered]
-
-    def extent(self, rendered: Rendered) -> Extent:
+    def extent(self, name: str, rendered: Rendered) -> Extent:
         """That of the sample of `rendered`, as the headers of its clips tell; nothing is decoded."""
         mel_bins, chunk_frames = self._config.audio_config.num_mel_bins, self._chunk_frames
-        if isinstance(rendered, str):
-            ids, learned, mels = self._plain_text(rendered)
-        else:
-            ids, learned, mels = self._turns(
-                rendered, lambda clip: np.broadcast_to(np.float32(0), (mel_bins, _num_frames(clip)))
-            )
-        slots, begin = [], 0
+        ids, learned, mels = self._encode(
+            name, rendered, lambda clip: np.broadcast_to(np.float32(0), (mel_bins, _num_frames(clip)))
+        )
+        slots, begin = [np.zeros(0, int)], 0
         for mel in mels:
             slots.append(begin + np.arange(num_audio_tokens(mel.shape[1])))
-            begin += -(-mel.shape[1] // chunk_frames) * (chunk_frames // DOWNSAMPLE_RATE)
+            begin += _num_chunks(mel.shape[1], chunk_frames) * (chunk_frames // DOWNSAMPLE_RATE)
         of_tokens = np.full(len(ids), -1)
-        of_tokens[np.asarray(ids) == self._config.processor.audio_token_id] = np.concatenate([*slots, []])
+        of_tokens[np.asarray(ids) == self._config.processor.audio_token_id] = np.concatenate(slots)
         return Extent(np.asarray(learned, bool), of_tokens, chunk_frames // DOWNSAMPLE_RATE)
-
-    def _num_chunks(self, clip: Clip) -> int:
-        if isinstance(clip.audio, str) and is_remote(clip.audio):
-            return 0
-        return -(-_num_frames(clip) // self._chunk_frames)
 
     def sample(
         self,
@@ -185,19 +159,21 @@ class SampleMaker:
 
         labels: what is heard in its only clip, and when. rng: decides what is said of each of its audio tokens.
         """
-        try:
-            ids, learned, mels = (
-                self._plain_text(rendered) if isinstance(rendered, str) else self._turns(rendered, _mel)
-            )
+        ids, learned, mels = self._encode(name, rendered, _mel)
+        with _naming(name):
             inputs = make_inputs([ids], [mels], config=self._config)
-        except MossAudioError as error:
-            # Errors of audio name the clip, and so the example, themselves.
-            raise error if str(error).startswith(name) else MossAudioError(f"{name}: {error}") from error
         num_chunks = int((inputs.chunk_frames > 0).sum())
         # Rounded to bfloat16 already, and half as large to keep, to hand to another process and to send to a device.
         chunks = inputs.audio_chunks[:, :num_chunks].astype(ml_dtypes.bfloat16)
         heard = self._heard(inputs.audio_slots[0, : len(ids)], labels, rng or np.random.default_rng(0))
         return Sample(name, replace(inputs, audio_chunks=chunks), np.asarray(learned, bool), heard, num_chunks)
+
+    def _encode(
+        self, name: str, rendered: Rendered, mel: Callable[[Clip], np.ndarray]
+    ) -> tuple[list[int], list[bool], list[np.ndarray]]:
+        """Ids, whether each is learned, and the mels of the clips."""
+        with _naming(name):
+            return self._plain_text(rendered) if isinstance(rendered, str) else self._turns(rendered, mel)
 
     def _heard(self, slots: np.ndarray, labels: Sequence[TimedText], rng: np.random.Generator) -> np.ndarray:
         """Ids [tokens] at the audio tokens of a labelled clip, each of them one of three things by chance.
@@ -258,6 +234,39 @@ class SampleMaker:
         return int(np.searchsorted(np.cumsum([len(piece) for piece in pieces]), len(before + end))) + 1
 
 
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Errors begin with the example's name; those of audio name the clip, and so the example, themselves."""
+    try:
+        yield
+    except MossAudioError as error:
+        raise error if str(error).startswith(name) else MossAudioError(f"{name}: {error}") from error
+
+
+def audible(
+    name: str, rendered: Rendered, budget: Budget, chunk_frames: int, *, truncate: bool, answers: Answers
+) -> Rendered:
+    """The turns themselves, if the headers of their clips leave them within the chunks of a budget.
+
+    If not, and if they may be truncated, those up to the last answer before; raises TooLong if that is none, or one
+    that is not to be learned. A file on gs:// counts as nothing, since its header is not read alone.
+    """
+    if isinstance(rendered, str):
+        return rendered
+    chunks, answered = 0, 0
+    for number, message in enumerate(rendered, start=1):
+        for piece in message.content:
+            if isinstance(piece, Clip) and not (isinstance(piece.audio, str) and is_remote(piece.audio)):
+                chunks += _num_chunks(_num_frames(piece), chunk_frames)
+        if message.role == "assistant" and chunks <= budget.chunks:
+            answered = number
+    if chunks <= budget.chunks:
+        return rendered
+    if not (truncate and answered and answers == "all"):
+        raise budget.exceeded(name, f"{chunks} chunks")
+    return rendered[:answered]
+
+
 def turns_and_mels(
     messages: Sequence[Message], mel: Callable[[Clip], np.ndarray]
 ) -> tuple[list[Turn], list[np.ndarray]]:
@@ -282,6 +291,10 @@ def _without_thought(message: Message) -> Message:
         return message
     text = "\n".join(piece for piece in message.content if isinstance(piece, str))
     return Message("assistant", (text.rpartition(THOUGHT_END)[2].lstrip("\n"),))
+
+
+def _num_chunks(frames: int, chunk_frames: int) -> int:
+    return -(-frames // chunk_frames)
 
 
 def _num_frames(clip: Clip) -> int:

@@ -107,7 +107,7 @@ def test_headers_tell_the_extent(rate: int, maker: SampleMaker, tmp_path: Path):
     for samples in (rate // 20, rate // 3, rate * 4, rate * 9 + 7):
         soundfile.write(tmp_path / "a.wav", np.full(samples, 0.1), rate)
         turns = conversation(Clip(str(tmp_path / "a.wav")), Clip(str(tmp_path / "a.wav"), 0.001, 2.0039))
-        sample, extent = maker.sample("a", turns), maker.extent(turns)
+        sample, extent = maker.sample("a", turns), maker.extent("a", turns)
         np.testing.assert_array_equal(extent.learned, sample.learned)
         np.testing.assert_array_equal(extent.slots, sample.inputs.audio_slots[0, : sample.num_tokens])
         assert extent.chunks(sample.num_tokens) == sample.num_chunks
@@ -142,9 +142,9 @@ def test_which_answers_are_learned_and_what_of_them(tokenizer: Tokenizer, option
 
 def test_errors_name_the_example(corpus: Path, maker: SampleMaker):
     short = Clip(np.zeros(100, np.float32), name="line 4: a.wav")
-    for read in (maker.extent, lambda turns: maker.sample("line 4", turns)):
+    for read in (maker.extent, maker.sample):
         with pytest.raises(MossAudioError, match=r"^line 4: a\.wav: expected at least 160 samples at 16000 Hz"):
-            read(conversation(short))
+            read("line 4", conversation(short))
     with pytest.raises(MossAudioError, match=r"^line 5: "):
         maker.sample("line 5", conversation(answer="<|audio_bos|><|AUDIO|><|audio_eos|>"))
     with pytest.raises(MossAudioError, match=r"^line 6: expected labels"):
