@@ -17,7 +17,7 @@ from moss_audio_jax.config import MossAudioConfig
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.paths import AnyPath, is_remote, local_copy, to_path
 from moss_audio_jax.tokens import Tokenizer
-from train.config import GroupConfig, RunConfig
+from train.config import RunConfig
 from train.data.budget import TooLong
 from train.data.manifest import Clip, Example, Message, checked_lines
 from train.data.objectives import OBJECTIVES, render
@@ -71,7 +71,7 @@ class Check:
 
     def summary(self) -> str:
         beyond = {"skip": "skipped", "truncate": "skipped", "refuse": "refused"}[self.data.oversize]
-        counted = "" if self.maker else " (by their audio alone: the tokens of texts are counted with --init)"
+        counted = "" if self.maker else " (by their audio alone, without the tokens of texts)"
         return (
             f"{self.path}: {self.examples} examples, {self.audio_seconds / 3600:.2f} hours of audio; {self.unusable} "
             f"can't be used, {self.too_long} are too long and would be {beyond}, {self.truncated} truncated{counted}"
@@ -115,17 +115,13 @@ class Check:
         return Clip(np.broadcast_to(np.float32(0), samples), name=clip.name)
 
 
-def check_of(config: RunConfig, path: AnyPath, *, group: GroupConfig | None = None, fetch: bool = True) -> Check:
-    """The check of a manifest for a run: its budget, its model's chunks and, if it names one, its tokenizer.
-
-    group: whose objectives it is for; None takes all.
-    """
+def check_of(config: RunConfig, path: AnyPath) -> Check:
+    """The check of a manifest for a run: its budget, its model's chunks and, if it names one, its tokenizer."""
     model = config.trained_model()
-    objectives = tuple(OBJECTIVES) if group is None else group.objectives
     chunk_frames = model.audio_config.chunk_frames
     if chunk_frames is None:
         raise MossAudioError(f"{path} can't be checked for a model without chunks, which does not train")
-    return Check(path, config.data, chunk_frames, _maker(config, model), objectives, fetch)
+    return Check(path, config.data, chunk_frames, _maker(config, model))
 
 
 def _maker(config: RunConfig, model: MossAudioConfig) -> SampleMaker | None:
@@ -139,13 +135,15 @@ def _maker(config: RunConfig, model: MossAudioConfig) -> SampleMaker | None:
 def require_usable(config: RunConfig) -> None:
     """Raises MossAudioError if a manifest of the mixture has an example that can't be used, or none that can.
 
-    That an example is too long is a reason where the run would be stopped by it, and else a line in the log.
+    That an example is too long is a reason where the run would be stopped by it, and else a line in the log, for which
+    texts are not tokenised.
     """
     mixture = config.mixture
     for group in (mixture.speech, mixture.captions, mixture.text, mixture.conversations):
         for path in group.paths:
             if not to_path(path).is_dir():  # shards were decoded when they were made
-                _require_usable(check_of(config, path, group=group, fetch=False))
+                check = replace(check_of(config, path), objectives=group.objectives, fetch=False)
+                _require_usable(check if config.data.oversize == "refuse" else replace(check, maker=None))
 
 
 def _require_usable(check: Check) -> None:

@@ -131,7 +131,7 @@ def test_what_is_too_long_may_be_truncated(directory: Path):
     # Without a tokenizer, clips alone count; and a later clip is not cut out of an answer that must be the last.
     silent = dataclasses.replace(config_of(directory), model=ModelSource(preset="tiny"))
     check = check_of(silent, path)
-    assert len(list(check.problems())) == 3 and "with --init" in check.summary()
+    assert len(list(check.problems())) == 3 and "by their audio alone" in check.summary()
     check = check_of(config_of(directory, oversize="truncate", answers="last"), path)
     assert len(list(check.problems())) == 3 and check.truncated == 1
 

@@ -104,7 +104,8 @@ class SampleMaker:
         self._chunk_frames = config.audio_config.chunk_frames
         self._tokenizer = tokenizer
         self._config = config
-        self._answers, self._thoughts = answers, thoughts
+        self._answers: Answers = answers
+        self._thoughts: Thoughts = thoughts
         self.time_markers = config.processor.enable_time_marker if time_markers is None else time_markers
         self._quiet, self._begins, self._ends = (tokenizer.encode(mark)[0] for mark in ".[]")
         self._digits = np.array([tokenizer.encode(str(digit))[0] for digit in range(10)], np.int32)
