@@ -69,11 +69,53 @@ def load_audio(
     Raises:
       MossAudioError: the source cannot be read or decoded, the cut holds no sample or one that is not finite.
     """
-    name = name or ("audio bytes" if isinstance(source, bytes) else os.fspath(source))
+    name = name or _name(source)
+    with _open_sound(source, name) as sound:
+        wave = _read_cut(sound, start, end, name)
+        file_rate = sound.samplerate
+    return resample(wave, file_rate, sample_rate)
+
+
+def num_samples(
+    source: AnyPath | bytes,
+    *,
+    sample_rate: int = SAMPLE_RATE,
+    start: float | None = None,
+    end: float | None = None,
+    name: str | None = None,
+) -> int:
+    """How many samples `load_audio` gives, as the file's header promises: nothing is decoded.
+
+    A file that was cut short has fewer. Arguments and errors are those of `load_audio`, but for samples that are found
+    missing or not finite when they are decoded.
+    """
+    name = name or _name(source)
+    with _open_sound(source, name) as sound:
+        first, last = _cut(sound, start, end, name)
+        rate = sound.samplerate
+    if rate == sample_rate:
+        return last - first
+    divisor = math.gcd(rate, sample_rate)
+    return _resampled_length(last - first, rate // divisor, sample_rate // divisor)
+
+
+def _name(source: AnyPath | bytes) -> str:
+    return "audio bytes" if isinstance(source, bytes) else os.fspath(source)
+
+
+@contextmanager
+def _open_sound(source: AnyPath | bytes, name: str) -> Iterator[soundfile.SoundFile]:
+    """The file, opened; what goes wrong with it meanwhile is a MossAudioError that begins with `name`."""
     try:
-        with _open_sound(source, name) as sound:
-            wave = _read_cut(sound, start, end, name)
-            file_rate = sound.samplerate
+        # A descriptor, not a path: soundfile refuses some extensions (.raw) without looking inside.
+        # Unbuffered, so that the descriptor stands where seek(0) says.
+        with io.BytesIO(source) if isinstance(source, bytes) else open_binary(source) as file:
+            if not file.read(1):
+                raise MossAudioError(f"{name}: expected audio, found 0 bytes; restore it or leave it out.")
+            file.seek(0)
+            handle = file if isinstance(file, io.BytesIO) else file.fileno()
+            with soundfile.SoundFile(handle, closefd=False) as sound:
+                yield sound
     except OSError as error:
         raise MossAudioError(
             f"{name}: expected a readable audio file, found '{reason(error)}'; check the path."
@@ -84,24 +126,10 @@ def load_audio(
             f"(error {error.code}: {error.error_string.rstrip('.')}); "
             f"convert it, for example with `ffmpeg -i INPUT OUTPUT.wav`."
         ) from error
-    return resample(wave, file_rate, sample_rate)
 
 
-@contextmanager
-def _open_sound(source: AnyPath | bytes, name: str) -> Iterator[soundfile.SoundFile]:
-    # A descriptor, not a path: soundfile refuses some extensions (.raw) without looking inside.
-    # Unbuffered, so that the descriptor stands where seek(0) says.
-    with io.BytesIO(source) if isinstance(source, bytes) else open_binary(source) as file:
-        if not file.read(1):
-            raise MossAudioError(f"{name}: expected audio, found 0 bytes; restore it or leave it out.")
-        file.seek(0)
-        handle = file if isinstance(file, io.BytesIO) else file.fileno()
-        with soundfile.SoundFile(handle, closefd=False) as sound:
-            yield sound
-
-
-def _read_cut(sound: soundfile.SoundFile, start: float | None, end: float | None, name: str) -> np.ndarray:
-    """The mean of the channels between two times: float32 [samples] at the file's own rate."""
+def _cut(sound: soundfile.SoundFile, start: float | None, end: float | None, name: str) -> tuple[int, int]:
+    """The first sample between two times and the one after the last, at the file's own rate."""
     if not sound.frames:
         raise MossAudioError(f"{name}: expected audio, found 0 samples; restore it or leave it out.")
     if sound.frames == _UNKNOWN_LENGTH:
@@ -117,7 +145,12 @@ def _read_cut(sound: soundfile.SoundFile, start: float | None, end: float | None
             f"{name}: expected 0 <= start < end within its {seconds:.3f} s, "
             f"found start={start} and end={end}; correct the times or leave it out."
         )
-    first, last = round(begin * sound.samplerate), round(stop * sound.samplerate)
+    return round(begin * sound.samplerate), round(stop * sound.samplerate)
+
+
+def _read_cut(sound: soundfile.SoundFile, start: float | None, end: float | None, name: str) -> np.ndarray:
+    """The mean of the channels between two times: float32 [samples] at the file's own rate."""
+    first, last = _cut(sound, start, end, name)
     if sound.seekable():
         sound.seek(first)
     else:
@@ -236,11 +269,7 @@ def log_mel(wave: np.ndarray, config: MelConfig = RELEASED_MEL) -> np.ndarray:
             f"expected a wave of floats in [-1, 1] and shape [samples], "
             f"found {wave.dtype} {list(wave.shape)}; average its channels and scale it."
         )
-    if len(wave) < config.mel_hop_length:
-        raise MossAudioError(
-            f"expected at least {config.mel_hop_length} samples at {config.mel_sr} Hz, one mel frame, "
-            f"found {len(wave)}; lengthen the clip or leave it out."
-        )
+    num_frames = mel_frames(len(wave), config)
     wave = wave.astype(np.float32, copy=False)
     if not np.isfinite(wave).all():
         raise MossAudioError("expected a wave of finite samples, found NaN or infinity; repair it or leave it out.")
@@ -248,8 +277,8 @@ def log_mel(wave: np.ndarray, config: MelConfig = RELEASED_MEL) -> np.ndarray:
     frames = sliding_window_view(padded, config.mel_n_fft)[:: config.mel_hop_length][:-1]
     window = np.hanning(config.mel_n_fft + 1)[:-1]
     mel_bank = _slaney_mel_bank(config)
-    mel = np.empty((config.mel_dim, len(frames)), np.float32)
-    for begin in range(0, len(frames), _FRAME_BLOCK):
+    mel = np.empty((config.mel_dim, num_frames), np.float32)
+    for begin in range(0, num_frames, _FRAME_BLOCK):
         block = slice(begin, begin + _FRAME_BLOCK)
         # Kept as complex64 but squared in float64, like the reference: it decides the last bit of the result.
         spectrum = np.fft.rfft(frames[block] * window).astype(np.complex64)
@@ -259,6 +288,16 @@ def log_mel(wave: np.ndarray, config: MelConfig = RELEASED_MEL) -> np.ndarray:
     mel += 4.0
     mel /= 4.0
     return mel
+
+
+def mel_frames(samples: int, config: MelConfig = RELEASED_MEL) -> int:
+    """Frames of the log-mel of so many samples; raises MossAudioError if that is none."""
+    if samples < config.mel_hop_length:
+        raise MossAudioError(
+            f"expected at least {config.mel_hop_length} samples at {config.mel_sr} Hz, one mel frame, "
+            f"found {samples}; lengthen the clip or leave it out."
+        )
+    return samples // config.mel_hop_length
 
 
 @lru_cache(maxsize=4)

@@ -71,21 +71,51 @@ def _which_shard(shards: int | None, shard: str | None) -> tuple[int | None, int
     return int(number), int(total)
 
 
-@app.command
-def check(manifest: tyro.conf.Positional[PathArgument], /) -> None:
-    """Reads every line of a manifest and says how many examples it holds, or what is wrong with a line.
+def check_command(arguments: list[str]) -> Callable[..., None]:
+    """The command `check`; its options are those of `run` for the recipe that the arguments name."""
+    from train.config import RecipeName, RunConfig
 
-    Args:
-        manifest: JSON lines; `train/data/manifest.py` says what a line may hold.
-    """
-    from train.data.manifest import Manifest
+    recipe_config = _named_recipe(arguments, "finetune")
 
-    print(f"{manifest}: {len(Manifest(manifest))} examples")
+    def check(
+        manifest: tyro.conf.Positional[PathArgument],
+        /,
+        *,
+        recipe: RecipeName = "finetune",
+        init: str | None = None,
+        config: Annotated[RunConfig, tyro.conf.arg(name="")] = recipe_config,
+    ) -> None:
+        """Says what is wrong with each line of a manifest, as far as can be told without decoding its audio.
+
+        Writes nothing. Exits with 1 if an example can't be trained on: its line is invalid, its audio is missing, empty
+        or no audio, or it is too long.
+
+        Args:
+            manifest: JSON lines; `train/data/manifest.py` says what a line may hold.
+            recipe: Where the other options get their defaults; of them, the data's say what is too long.
+            init: The checkpoint to train, short for --model.checkpoint: with its tokenizer, texts count too.
+            config: What the recipe says, and may be said otherwise.
+        """
+        _check(manifest, config, init)
+
+    return check
+
+
+def _check(manifest: Path, config: "RunConfig", init: str | None) -> None:
+    from train.check import check_of
+    from train.config import with_paths
+
+    check = check_of(with_paths(config, init), manifest)
+    for problem in check.problems():
+        print(problem)
+    print(check.summary())
+    if check.unusable or check.too_long:
+        sys.exit(1)
 
 
 def run_command(arguments: list[str]) -> Callable[..., None]:
     """The command `run`; the recipe that the arguments name gives its options their defaults."""
-    from train.config import RecipeName, RunConfig
+    from train.config import RecipeName, RunConfig, with_paths
     from train.distributed import DistributedConfig, join
 
     one_process = DistributedConfig()
@@ -95,6 +125,9 @@ def run_command(arguments: list[str]) -> Callable[..., None]:
         *,
         recipe: RecipeName,
         out: PathArgument,
+        init: str | None = None,
+        data: tuple[str, ...] = (),
+        eval_data: tuple[str, ...] = (),
         config: Annotated[RunConfig, tyro.conf.arg(name="")] = recipe_config,
         processes: Annotated[DistributedConfig, tyro.conf.arg(name="")] = one_process,
     ) -> None:
@@ -105,11 +138,15 @@ def run_command(arguments: list[str]) -> Callable[..., None]:
         Args:
             recipe: Where the other options get their defaults.
             out: The directory of the run: config.json, metrics.jsonl, checkpoints/.
+            init: The checkpoint to begin with, short for --model.checkpoint.
+            data: Conversations to learn, short for --mixture.conversations.paths.
+            eval_data: What to evaluate on, short for --evaluate-data; at each checkpoint if nothing says how often.
             config: What the recipe says, and may be said otherwise.
             processes: How the processes of a run find each other, if there are several.
         """
+        settled = with_paths(config, init, data, eval_data)
         join(processes)  # before anything else of JAX
-        _train(config, out)
+        _train(settled, out)
 
     return run
 
@@ -309,7 +346,8 @@ def _ablate(out: Path, config: "AblationConfig") -> None:
 
 
 def main() -> None:
-    if sys.argv[1:2] not in (["prepare"], ["check"]):  # these start faster without JAX, which recipes need
+    if sys.argv[1:2] != ["prepare"]:  # it starts faster without recipes
+        app.command(name="check")(check_command(sys.argv[2:]))
         app.command(name="run")(run_command(sys.argv[2:]))
         app.command(name="plan")(plan_command(sys.argv[2:]))
         app.command(name="evaluate")(evaluate_command())

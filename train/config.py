@@ -74,7 +74,7 @@ class MixtureConfig:
     captions: GroupConfig = GroupConfig(0.4, ("caption", "events", "time_qa", "conversation"))
     text: GroupConfig = GroupConfig(0.3, ("plain_text",))
     conversations: GroupConfig = GroupConfig(1.0, ("conversation",))
-    """To fine-tune on."""
+    """To fine-tune on: `--data` is short for its paths."""
     scenes: SceneGroupConfig = SceneGroupConfig()
     easy_scenes: SceneGroupConfig = SceneGroupConfig()
     """Apart from the others, for a curriculum."""
@@ -142,6 +142,9 @@ class LoopConfig:
     """The longest answer."""
     show_samples: int = 2
     """Answers of an evaluation to show and log, with a picture of their timelines."""
+    check_data: bool = False
+    """Look at all manifests first, as `python -m train check` does, and begin only if every example can be used. Audio
+    on gs:// is not looked at."""
     workers: int = 0
     """Processes that decode and pack; 0 does so in the run's own process."""
 
@@ -227,14 +230,14 @@ RECIPES: dict[str, RunConfig] = {
     "finetune": RunConfig(
         data=_FINETUNE_DATA,
         optimizer=OptimizerConfig(learning_rate=2e-5, total_steps=500, warmup_steps=20, weight_decay=0.0),
-        loop=LoopConfig(checkpoint_every=100),
+        loop=LoopConfig(checkpoint_every=100, check_data=True),
     ),
     # An adapter for the language model alone. The authors' example learns at the same rate, with a 16th of the scale.
     "finetune_lora": RunConfig(
         data=_FINETUNE_DATA,
         optimizer=OptimizerConfig(learning_rate=2e-4, total_steps=500, warmup_steps=20, weight_decay=0.0),
         lora=LoraConfig(),
-        loop=LoopConfig(checkpoint_every=100),
+        loop=LoopConfig(checkpoint_every=100, check_data=True),
     ),
     # A small model from nothing: what is heard in a scene, and when. Minutes on two CPU cores. Short scenes come first,
     # then long ones among them; long ones alone teach it far more slowly.
@@ -261,6 +264,34 @@ RECIPES: dict[str, RunConfig] = {
     ),
 }
 RecipeName = Literal["pretrain_stage1", "pretrain_stage2", "finetune", "finetune_lora", "time_events"]
+
+
+def with_paths(
+    config: RunConfig, init: str | None = None, data: tuple[str, ...] = (), eval_data: tuple[str, ...] = ()
+) -> RunConfig:
+    """The configuration with what `--init`, `--data` and `--eval-data` name, short for three of its fields.
+
+    Where there is data to evaluate on and nothing says how often, that is at each checkpoint. Raises MossAudioError if
+    a field already holds something else.
+    """
+    model, loop, group = config.model, config.loop, config.mixture.conversations
+    checkpoint = _said_once("--init", init, "--model.checkpoint", model.checkpoint)
+    paths = _said_once("--data", data, "--mixture.conversations.paths", group.paths)
+    evaluate_data = _said_once("--eval-data", eval_data, "--evaluate-data", loop.evaluate_data)
+    every = loop.checkpoint_every if eval_data and loop.evaluate_every is None else loop.evaluate_every
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(model, checkpoint=checkpoint),
+        loop=dataclasses.replace(loop, evaluate_data=evaluate_data, evaluate_every=every),
+        mixture=dataclasses.replace(config.mixture, conversations=dataclasses.replace(group, paths=paths)),
+    )
+
+
+def _said_once(short: str, value: Any, long: str, field: Any) -> Any:
+    if value and field and value != field:
+        shown = [" ".join(said) if isinstance(said, tuple) else said for said in (value, field)]
+        raise MossAudioError(f"{short} {shown[0]} and {long} {shown[1]} name different things: give one of them")
+    return value or field
 
 
 def settle(config: Any, out: AnyPath, *, begun: bool) -> None:

@@ -30,6 +30,7 @@ from moss_audio_jax.paths import AnyPath, Path, to_path
 from moss_audio_jax.processor import Processor
 from moss_audio_jax.sharding import make_mesh
 from moss_audio_jax.tokens import Tokenizer
+from train.check import require_usable
 from train.checkpoints import Checkpoints
 from train.chips import peak_flops
 from train.config import RunConfig, settle
@@ -70,6 +71,8 @@ def train(config: RunConfig, out: AnyPath, *, mesh: Mesh | None = None) -> Outco
             f"evaluation while training is for one process so far, found {jax.process_count()}: leave "
             "loop.evaluate_every out and ask the run's checkpoints with `python -m train evaluate`"
         )
+    if config.loop.check_data:
+        require_usable(config)
     out = to_path(out)
     mesh = make_mesh(**dataclasses.asdict(config.mesh)) if mesh is None else mesh
     model = config.trained_model()
@@ -186,9 +189,8 @@ def _data(
 ) -> Iterator[Prefetched]:
     """Batches in microbatches, on their devices; every process reads its share of each."""
     host, hosts = share_of_batch(mesh)
-    batches = TrainingData(
-        order, SampleMaker(tokenizer, model), config.data, host=host, hosts=hosts, workers=config.loop.workers
-    )
+    maker = SampleMaker(tokenizer, model, answers=config.data.answers, thoughts=config.data.thoughts)
+    batches = TrainingData(order, maker, config.data, host=host, hosts=hosts, workers=config.loop.workers)
     if config.data.batch_size // hosts % config.microbatches:
         raise MossAudioError(
             f"microbatches must divide the {config.data.batch_size // hosts} sequences of each of {hosts} processes, "

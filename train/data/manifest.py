@@ -12,6 +12,9 @@ A clip and its labels, of which any may be absent; `objectives` makes conversati
     {"audio": "a.wav", "start": 1.5, "end": 9, "text": "what is said", "caption": "what is heard",
      "words": [{"text": "what", "start": 1.6, "end": 1.8}], "segments": [...], "events": [...]}
 
+An answer may begin with a thought, `<think>...</think>`. Clips stand in the order of the messages, and a text holds no
+placeholder for them.
+
 Or text without audio: {"text": "..."}. Labels may also stand beside a conversation about one clip. All times are
 seconds from the start of the file, also those of labels of a cut clip. Keys that are none of these are an error,
 since they are mostly misspelled; `id` and `meta` may hold anything and are ignored.
@@ -23,16 +26,21 @@ strangers before `prepare` copies what they name. Shards hold the audio itself a
 
 import json
 import math
+import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import numpy as np
 
-from moss_audio_jax.audio import SAMPLE_RATE, load_audio
+from moss_audio_jax.audio import SAMPLE_RATE, load_audio, num_samples
 from moss_audio_jax.errors import MossAudioError
-from moss_audio_jax.paths import AnyPath, join, local_copy, reason, to_path
-from moss_audio_jax.tokens import ROLES
+from moss_audio_jax.paths import AnyPath, Path, join, local_copy, reason, to_path
+from moss_audio_jax.tokens import AUDIO_SPAN, ROLES
+
+THOUGHT_BEGIN, THOUGHT_END = "<think>", "</think>"  # what a Thinking model's answer begins with
+AUDIO_MARKS = ("<|audio_bos|>", "<|AUDIO|>", "<|audio_eos|>")
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +64,12 @@ class Clip:
         first = 0 if self.start is None else round(self.start * SAMPLE_RATE)
         last = len(self.audio) if self.end is None else round(self.end * SAMPLE_RATE)
         return self.audio[first:last]
+
+    def num_samples(self) -> int:
+        """The length of `wave`, as the file's header promises, without decoding; raises MossAudioError likewise."""
+        if not isinstance(self.audio, np.ndarray):
+            return num_samples(self.audio, start=self.start, end=self.end, name=self.name)
+        return len(self.wave())
 
 
 @dataclass(frozen=True)
@@ -107,22 +121,13 @@ class Manifest(Sequence[Example]):
         self.path = to_path(path)
         self._directory = str(self.path.parent)
         offsets, numbers = [], []
-        try:
+        with _readable(self.path):
             self.local = local_copy(path)
-            with open(self.local, "rb") as file:
-                offset = 0
-                for number, line in enumerate(file, start=1):
-                    if line.strip():
-                        parse_line(line, self._name(number), self._directory)
-                        offsets.append(offset)
-                        numbers.append(number)
-                    offset += len(line)
-        except OSError as error:
-            raise MossAudioError(
-                f"{path}: expected a readable manifest, found '{reason(error)}'; check the path."
-            ) from error
-        if not offsets:
-            raise MossAudioError(f"{path}: expected a manifest of JSON lines, found no line; check the path.")
+        for number, offset, read in checked_lines(self.path, self.local):
+            if isinstance(read, MossAudioError):
+                raise read
+            offsets.append(offset)
+            numbers.append(number)
         self._offsets, self._numbers = np.array(offsets), np.array(numbers)
 
     def __len__(self) -> int:
@@ -136,19 +141,61 @@ class Manifest(Sequence[Example]):
         """A line as it stands in the file, and its name in errors."""
         with open(self.local, "rb") as file:
             file.seek(self._offsets[index])
-            return file.readline(), self._name(self._numbers[index])
+            return file.readline(), _line_name(self.path, self._numbers[index])
 
-    def _name(self, number: int) -> str:
-        return f"{self.path} line {number}"
+
+def checked_lines(path: Path, local: AnyPath) -> Iterator[tuple[int, int, Example | MossAudioError]]:
+    """The number of each line of a manifest that is not blank, where it begins in bytes, and its example or error.
+
+    local: the manifest or a copy of it. Raises MossAudioError if that can't be read or has no line.
+    """
+    offset, directory, empty = 0, str(path.parent), True
+    with _readable(path), open(local, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                empty = False
+                try:
+                    read = parse_line(line, _line_name(path, number), directory)
+                except MossAudioError as error:
+                    read = error
+                yield number, offset, read
+            offset += len(line)
+    if empty:
+        raise MossAudioError(f"{path}: expected a manifest of JSON lines, found no line; check the path.")
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise MossAudioError(
+            f"{path}: expected a readable manifest, found '{reason(error)}'; check the path."
+        ) from error
+
+
+def _line_name(path: Path, number: int) -> str:
+    return f"{path} line {number}"
 
 
 def parse_line(line: bytes, name: str, directory: str) -> Example:
     """An example out of a line of a manifest in `directory`. Raises MossAudioError that begins with `name`."""
     try:
-        content = json.loads(line)
-    except ValueError as error:  # also bytes that are not UTF-8
+        text = line.decode("utf-8-sig")
+        content = json.loads(text)
+        if "\\u" in text:  # an escape may be half a character
+            json.dumps(content, ensure_ascii=False).encode()
+    except UnicodeError as error:
+        raise MossAudioError(
+            f"{name}: expected text in UTF-8, found none ({error}); save the file as UTF-8."
+        ) from error
+    except (ValueError, RecursionError) as error:
         raise MossAudioError(f"{name}: expected a JSON object, found none ({error}); correct the line.") from error
     return _Line(name, directory).example(content)
+
+
+class _PathText:
+    """A path as JSON has it."""
 
 
 # Keys and the types of their values; a line holds the keys of one of these sets.
@@ -156,13 +203,19 @@ _LABELS: dict[str, type] = {"text": str, "caption": str, "words": list, "segment
 _CUT: dict[str, type] = {"start": float, "end": float}
 _IGNORED: dict[str, type] = {"id": object, "meta": object}
 _CONVERSATION_LINE = {"conversation": list, **_LABELS, **_IGNORED}
-_AUDIO_LINE = {"audio": str, **_CUT, **_LABELS, **_IGNORED}
+_AUDIO_LINE = {"audio": _PathText, **_CUT, **_LABELS, **_IGNORED}
 _TEXT_LINE = {"text": str, **_IGNORED}
 _TIMED_TEXT = {"text": str, **_CUT}
 _TEXT_MESSAGE = {"role": str, "message_type": str, "content": str}
-_AUDIO_MESSAGE = {**_TEXT_MESSAGE, **_CUT}
+_AUDIO_MESSAGE = {**_TEXT_MESSAGE, "content": _PathText, **_CUT}
+_PLACEHOLDER = re.compile(f"{AUDIO_SPAN.pattern}|{'|'.join(map(re.escape, AUDIO_MARKS))}")
 
-_TYPE_NAMES = {str: "a text that is not blank", list: "a list that is not empty", float: "a time of 0 s or more"}
+_TYPE_NAMES = {
+    str: "a text that is not blank",
+    _PathText: "the path of one audio file (of several clips each has a message of its own)",
+    list: "a list that is not empty",
+    float: "a time of 0 s or more",
+}
 
 
 class _Line:
@@ -212,9 +265,10 @@ class _Line:
             where = f"message {number}"
             is_audio = isinstance(message, dict) and message.get("message_type") == "audio"
             self.check(message, where, _AUDIO_MESSAGE if is_audio else _TEXT_MESSAGE, required=_TEXT_MESSAGE)
-            role = message["role"]
-            if role not in ROLES or message["message_type"] not in ("audio", "text"):
-                self.fail(f"a role of {', '.join(ROLES)} and a message_type of audio, text", f"{where} {message}")
+            role, kind = message["role"], message["message_type"]
+            if role not in ROLES or kind not in ("audio", "text"):
+                found = f"{role!r} and {kind!r} in {where}"
+                self.fail(f"a role of {', '.join(ROLES)} and a message_type of audio, text", found)
             if is_audio and role != "user":
                 self.fail("audio from the user only", f"{where} with audio from {role}")
             if role == "system" and turns and turns[0][0] != "system":
@@ -227,7 +281,27 @@ class _Line:
         if roles[:1] != ["user"] or roles[-1] != "assistant":
             found = ", ".join(roles) or "none"
             self.fail("a conversation from a user's message to an assistant's", f"the roles {found}")
+        for role, content in turns:
+            if role == "assistant":
+                self.thought("\n".join(map(str, content)))
+        self.placeholders([piece for _, content in turns for piece in content])
         return (Message(role, tuple(content)) for role, content in turns)
+
+    def thought(self, answer: str) -> None:
+        """If the answer begins with a thought, there is an end to it and something after that."""
+        _, end, after = answer.rpartition(THOUGHT_END)
+        if end and not after.strip():
+            self.fail(f"an answer after {THOUGHT_END}", "none")
+        if THOUGHT_BEGIN in answer and not end:
+            self.fail(f"{THOUGHT_END} after {THOUGHT_BEGIN}", "none")
+
+    def placeholders(self, pieces: list[str | Clip]) -> None:
+        found = sum(len(_PLACEHOLDER.findall(piece)) for piece in pieces if isinstance(piece, str))
+        if found:
+            clips = sum(isinstance(piece, Clip) for piece in pieces)
+            self.fail(
+                "clips in messages of their own and no placeholder in a text", f"{clips} clips, {found} placeholders"
+            )
 
     def clip(self, content: dict, key: str) -> Clip:
         start, end = content.get("start"), content.get("end")
@@ -265,7 +339,7 @@ class _Line:
 
 
 def _is_valid(value: Any, expected: type) -> bool:
-    if expected is str:
+    if expected in (str, _PathText):
         return isinstance(value, str) and bool(value.strip())
     if expected is float:  # Python counts True among the integers
         return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf

@@ -15,6 +15,7 @@ import numpy as np
 from moss_audio_jax.config import DOWNSAMPLE_RATE
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.inputs import ModelInputs
+from train.data.budget import Budget
 from train.data.samples import Sample
 
 Strategy = Literal["best_fit", "first_fit"]
@@ -35,21 +36,6 @@ class TrainingBatch:
     targets: Any
     weights: Any
     heard: Any = None
-
-
-@dataclass(frozen=True)
-class Budget:
-    """Of one packed sequence."""
-
-    tokens: int
-    chunks: int
-
-    def __post_init__(self):
-        if self.tokens < 2 or self.chunks < 0:
-            raise MossAudioError(
-                f"expected a budget of at least 2 tokens and 0 chunks a sequence, "
-                f"found {self.tokens} and {self.chunks}; correct it."
-            )
 
 
 class Sized(Protocol):

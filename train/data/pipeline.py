@@ -15,16 +15,17 @@ import logging
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import grain
 from absl import flags
 
 from moss_audio_jax.errors import MossAudioError
+from train.data.budget import Budget, TooLong
 from train.data.mixture import ExampleOrder
-from train.data.packing import Bin, Budget, Packer, Row, Strategy, TrainingBatch, pack_row, stack_rows
-from train.data.samples import Sample, SampleMaker
+from train.data.packing import Bin, Packer, Row, Strategy, TrainingBatch, pack_row, stack_rows
+from train.data.samples import Answers, Sample, SampleMaker, Thoughts
 
 log = logging.getLogger(__name__)
 
@@ -41,8 +42,11 @@ class DataConfig:
     lanes: independent streams of examples; they divide batch_size, and hosts and workers divide them. Changing their
         number changes the batches. None takes the largest divisor of batch_size up to 8.
     open_bins, strategy: see `Packer`. Each lane keeps that many sequences in memory, of 0.1 MB a chunk.
-    oversize: an example beyond the budget is skipped and counted; or loses the tokens at its end, if all its audio fits
-        and something is left to learn; or stops the run.
+    answers: of a conversation all are learned, or the last one. thoughts: those that answers begin with are learned, or
+        only read. `samples` says more on both.
+    oversize: an example beyond the budget is skipped and counted (`too_long`); or truncated and counted (`truncated`),
+        to end with the last learned token that fits, whole clips after that left out, and skipped if there is none; or
+        stops the run.
     max_skip_rate: the run stops when more than this share of a lane's examples couldn't be read.
     """
 
@@ -52,6 +56,8 @@ class DataConfig:
     lanes: int | None = None
     open_bins: int = 16
     strategy: Strategy = "best_fit"
+    answers: Answers = "all"
+    thoughts: Thoughts = "learn"
     oversize: Oversize = "skip"
     max_skip_rate: float = 0.05
 
@@ -81,7 +87,7 @@ class LaneState:
     """Where a lane stands: JSON when it travels.
 
     next: number of the example to read next. open: the numbers of the examples in each open bin.
-    read, unreadable, too_long: examples so far, and those of them that were skipped.
+    read: examples so far. unreadable, too_long: those of them that were skipped. truncated: those that lost their end.
     """
 
     next: int
@@ -89,6 +95,7 @@ class LaneState:
     read: int = 0
     unreadable: int = 0
     too_long: int = 0
+    truncated: int = 0
 
 
 @dataclass(frozen=True)
@@ -139,21 +146,32 @@ class _LaneIterator(grain.DatasetIterator):
         """The sample of that number; None, with the reason in `skips`, if it can't be used."""
         self._state.read += 1
         try:
-            sample = self._sample(number)
+            numbered = self._sample(number)
+        except TooLong as error:
+            if self._config.oversize == "refuse":
+                raise
+            self._state.too_long += 1
+            skips.append(str(error))
+            return None
         except MossAudioError as error:
             self._state.unreadable += 1
             skips.append(str(error))
             self._check_skips()
             return None
-        fitting = _fit(sample, self._config)
-        if fitting is None:
-            self._state.too_long += 1
-            skips.append(_too_long(sample.sample, self._config))
-        return fitting
+        self._state.truncated += numbered.sample.truncated
+        return numbered
 
     def _sample(self, number: int) -> _Numbered:
-        drawn = self._order[number]
-        return _Numbered(number, drawn.group, self._maker(drawn.example, drawn.rng, drawn.source.objectives))
+        """Raises TooLong, or another MossAudioError, that names the example if it can't be used."""
+        drawn, config = self._order[number], self._config
+        sample = self._maker.fitting(
+            drawn.example,
+            drawn.rng,
+            drawn.source.objectives,
+            config.budget,
+            truncate=config.oversize == "truncate",
+        )
+        return _Numbered(number, drawn.group, sample)
 
     def _check_skips(self) -> None:
         state, limit = self._state, self._config.max_skip_rate
@@ -186,29 +204,7 @@ class _LaneIterator(grain.DatasetIterator):
         self._state = LaneState(**state)
         self._packer: Packer[_Numbered] = Packer(self._config.budget, self._config.open_bins, self._config.strategy)
         for numbers in self._state.open:
-            fitting = [_fit(self._sample(number), self._config) for number in numbers]
-            self._packer.open_bin([sample for sample in fitting if sample is not None])
-
-
-def _fit(numbered: _Numbered, config: DataConfig) -> _Numbered | None:
-    """The sample, made to fit the budget if the configuration says so; None if it is to be skipped."""
-    sample = numbered.sample
-    if sample.num_tokens <= config.tokens and sample.num_chunks <= config.chunks:
-        return numbered
-    if config.oversize == "refuse":
-        raise MossAudioError(_too_long(sample, config))
-    if config.oversize == "truncate" and sample.num_chunks <= config.chunks:
-        cut = sample.truncated(config.tokens)
-        if cut is not None:
-            return replace(numbered, sample=cut)
-    return None
-
-
-def _too_long(sample: Sample, config: DataConfig) -> str:
-    return (
-        f"{sample.name}: expected at most {config.tokens} tokens and {config.chunks} chunks of audio, found "
-        f"{sample.num_tokens} and {sample.num_chunks}; cut it, or raise the budget."
-    )
+            self._packer.open_bin([self._sample(number) for number in numbers])
 
 
 class TrainingData(grain.DatasetIterator[TrainingBatch]):
@@ -283,7 +279,7 @@ class TrainingData(grain.DatasetIterator[TrainingBatch]):
         for report in reports:
             for group, tokens in report["group_tokens"].items():
                 metrics[f"tokens/{group}"] = metrics.get(f"tokens/{group}", 0) + tokens
-        for count in ("read", "unreadable", "too_long"):
+        for count in ("read", "unreadable", "too_long", "truncated"):
             metrics[count] = sum(state[count] for state in self._states.values())
         return metrics
 

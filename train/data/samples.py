@@ -1,22 +1,38 @@
-"""One example as the model reads it: decoded, log-mel, tokenised, with the tokens to learn marked."""
+"""One example as the model reads it: decoded, log-mel, tokenised, with the tokens to learn marked.
 
-from collections.abc import Callable, Mapping, Sequence
+What is learned are answers, each with the <|im_end|> after it: all of a conversation, or its last one (`answers`). An
+answer of a Thinking model begins with a thought: all of it up to `</think>`, as Qwen3's chat template has it. That is
+learned with the rest, or only read (`thoughts`).
+
+Qwen3's template leaves the thoughts of earlier turns out of a prompt. So does `answers="last"`, whose sequence is the
+prompt that the model will see. Where all answers are learned, a sequence holds them all and their thoughts with them: a
+later turn then reads the thoughts of earlier ones, in training alone.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import ml_dtypes
 import numpy as np
 
-from moss_audio_jax.audio import log_mel, num_audio_tokens, round_bfloat16
+from moss_audio_jax.audio import log_mel, mel_frames, num_audio_tokens, round_bfloat16
 from moss_audio_jax.config import DOWNSAMPLE_RATE, MossAudioConfig
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.inputs import ModelInputs, make_inputs
+from moss_audio_jax.paths import is_remote
 from moss_audio_jax.tokens import Tokenizer, Turn, build_conversation
-from train.data.manifest import Clip, Example, Message, TimedText
+from train.data.budget import Budget, Extent
+from train.data.manifest import THOUGHT_END, Clip, Example, Message, TimedText
 from train.data.objectives import Rendered, render
 
 END_OF_TEXT = "<|endoftext|>"  # what Qwen puts after a text that is not a conversation
 FRAMES_PER_SECOND = 100
 TOKENS_PER_SECOND = FRAMES_PER_SECOND / DOWNSAMPLE_RATE
+
+Answers = Literal["all", "last"]
+Thoughts = Literal["learn", "mask"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +43,7 @@ class Sample:
     learned: bool [num_tokens], True at the ids to learn.
     heard: int32 [num_tokens], at audio tokens an id that says what is heard there or when it is, see `_heard`; -1 where
         nothing is to be learned.
+    truncated: whether it has lost its end.
     """
 
     name: str
@@ -34,6 +51,7 @@ class Sample:
     learned: np.ndarray
     heard: np.ndarray
     num_chunks: int
+    truncated: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -43,25 +61,51 @@ class Sample:
     def audio_seconds(self) -> float:
         return float(self.inputs.chunk_frames.sum()) / FRAMES_PER_SECOND
 
-    def truncated(self, num_tokens: int) -> "Sample | None":
-        """The first `num_tokens` tokens; None if that cuts audio off or leaves nothing to learn."""
-        if (self.inputs.audio_slots[0, num_tokens:] >= 0).any() or not self.learned[1:num_tokens].any():
-            return None
-        return replace(self, learned=self.learned[:num_tokens], heard=self.heard[:num_tokens])
+    def within(self, budget: Budget, *, truncate: bool) -> "Sample":
+        """The sample, or what `Extent.within` leaves of it, without the chunks of clips that go. Raises TooLong."""
+        tokens_per_chunk = self.inputs.audio_chunks.shape[2] // DOWNSAMPLE_RATE
+        extent = Extent(self.learned, self.inputs.audio_slots[0, : self.num_tokens], tokens_per_chunk)
+        kept = extent.within(budget, truncate=truncate)
+        if kept is None:
+            raise budget.exceeded(self.name, f"{self.num_tokens} and {self.num_chunks}")
+        if kept == self.num_tokens:
+            return self
+        chunks = extent.chunks(kept)
+        whole = {name: getattr(self.inputs, name) for name in ("audio_chunks", "chunk_frames", "stem_frames")}
+        inputs = replace(self.inputs, **{name: array[:, :chunks] for name, array in whole.items()})
+        return replace(
+            self,
+            inputs=inputs,
+            learned=self.learned[:kept],
+            heard=self.heard[:kept],
+            num_chunks=chunks,
+            truncated=True,
+        )
 
 
 class SampleMaker:
     """From examples to samples. Cheap to send to worker processes, where it does the work."""
 
-    def __init__(self, tokenizer: Tokenizer, config: MossAudioConfig, *, time_markers: bool | None = None):
-        """time_markers: None takes the checkpoint's `enable_time_marker`."""
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        config: MossAudioConfig,
+        *,
+        time_markers: bool | None = None,
+        answers: Answers = "all",
+        thoughts: Thoughts = "learn",
+    ):
+        """time_markers: None takes the checkpoint's `enable_time_marker`. answers, thoughts: see above."""
         if config.audio_config.chunk_frames is None:
             raise MossAudioError(
                 "expected an encoder with chunks of a fixed length to train on packed sequences, "
                 "found chunk_frames=None (n_window null); set it, released models have 400."
             )
+        self._chunk_frames = config.audio_config.chunk_frames
         self._tokenizer = tokenizer
         self._config = config
+        self._answers: Answers = answers
+        self._thoughts: Thoughts = thoughts
         self.time_markers = config.processor.enable_time_marker if time_markers is None else time_markers
         self._quiet, self._begins, self._ends = (tokenizer.encode(mark)[0] for mark in ".[]")
         self._digits = np.array([tokenizer.encode(str(digit))[0] for digit in range(10)], np.int32)
@@ -71,6 +115,39 @@ class SampleMaker:
     ) -> Sample:
         """Raises MossAudioError that names the example if a clip can't be read or nothing can be asked about it."""
         return self.sample(example.name, render(example, rng, objectives), example.events or example.words, rng)
+
+    def fitting(
+        self,
+        example: Example,
+        rng: np.random.Generator,
+        objectives: Mapping[str, float] | None,
+        budget: Budget,
+        *,
+        truncate: bool,
+    ) -> Sample:
+        """The same within a budget, perhaps without its end (`Sample.within`); raises TooLong if it can't be.
+
+        A clip whose header says that it goes beyond the budget is not decoded.
+        """
+        rendered = render(example, rng, objectives)
+        cut = audible(example.name, rendered, budget, self._chunk_frames, truncate=truncate, answers=self._answers)
+        sample = self.sample(example.name, cut, example.events or example.words, rng)
+        sample = sample.within(budget, truncate=truncate)
+        return sample if cut is rendered else replace(sample, truncated=True)
+
+    def extent(self, name: str, rendered: Rendered) -> Extent:
+        """That of the sample of `rendered`, as the headers of its clips tell; nothing is decoded."""
+        mel_bins, chunk_frames = self._config.audio_config.num_mel_bins, self._chunk_frames
+        ids, learned, mels = self._encode(
+            name, rendered, lambda clip: np.broadcast_to(np.float32(0), (mel_bins, _num_frames(clip)))
+        )
+        slots, begin = [np.zeros(0, int)], 0
+        for mel in mels:
+            slots.append(begin + np.arange(num_audio_tokens(mel.shape[1])))
+            begin += _num_chunks(mel.shape[1], chunk_frames) * (chunk_frames // DOWNSAMPLE_RATE)
+        of_tokens = np.full(len(ids), -1)
+        of_tokens[np.asarray(ids) == self._config.processor.audio_token_id] = np.concatenate(slots)
+        return Extent(np.asarray(learned, bool), of_tokens, chunk_frames // DOWNSAMPLE_RATE)
 
     def sample(
         self,
@@ -83,17 +160,21 @@ class SampleMaker:
 
         labels: what is heard in its only clip, and when. rng: decides what is said of each of its audio tokens.
         """
-        try:
-            ids, learned, mels = self._plain_text(rendered) if isinstance(rendered, str) else self._turns(rendered)
+        ids, learned, mels = self._encode(name, rendered, _mel)
+        with _naming(name):
             inputs = make_inputs([ids], [mels], config=self._config)
-        except MossAudioError as error:
-            # Errors of audio name the clip, and so the example, themselves.
-            raise error if str(error).startswith(name) else MossAudioError(f"{name}: {error}") from error
         num_chunks = int((inputs.chunk_frames > 0).sum())
         # Rounded to bfloat16 already, and half as large to keep, to hand to another process and to send to a device.
         chunks = inputs.audio_chunks[:, :num_chunks].astype(ml_dtypes.bfloat16)
         heard = self._heard(inputs.audio_slots[0, : len(ids)], labels, rng or np.random.default_rng(0))
         return Sample(name, replace(inputs, audio_chunks=chunks), np.asarray(learned, bool), heard, num_chunks)
+
+    def _encode(
+        self, name: str, rendered: Rendered, mel: Callable[[Clip], np.ndarray]
+    ) -> tuple[list[int], list[bool], list[np.ndarray]]:
+        """Ids, whether each is learned, and the mels of the clips."""
+        with _naming(name):
+            return self._plain_text(rendered) if isinstance(rendered, str) else self._turns(rendered, mel)
 
     def _heard(self, slots: np.ndarray, labels: Sequence[TimedText], rng: np.random.Generator) -> np.ndarray:
         """Ids [tokens] at the audio tokens of a labelled clip, each of them one of three things by chance.
@@ -121,12 +202,70 @@ class SampleMaker:
         ids = self._tokenizer.encode(text + END_OF_TEXT)
         return ids, [True] * len(ids), []
 
-    def _turns(self, messages: tuple[Message, ...]) -> tuple[list[int], list[bool], list[np.ndarray]]:
-        turns, mels = turns_and_mels(messages, _mel)
+    def _turns(
+        self, messages: tuple[Message, ...], mel: Callable[[Clip], np.ndarray]
+    ) -> tuple[list[int], list[bool], list[np.ndarray]]:
+        if self._answers == "last":
+            messages = (*map(_without_thought, messages[:-1]), messages[-1])
+        turns, mels = turns_and_mels(messages, mel)
         ids, learned = build_conversation(
             self._tokenizer, turns, time_markers=self.time_markers, processor=self._config.processor
         )
-        return ids, learned, mels
+        return ids, self._supervised(ids, learned), mels
+
+    def _supervised(self, ids: list[int], in_answer: list[bool]) -> list[bool]:
+        """Which ids are learned, of those in answers."""
+        borders = np.flatnonzero(np.diff([False, *in_answer, False])).tolist()
+        spans = list(zip(borders[::2], borders[1::2], strict=True))
+        learned = [False] * len(ids)
+        for begin, end in spans if self._answers == "all" else spans[-1:]:
+            thought = self._thought_length(ids[begin:end]) if self._thoughts == "mask" else 0
+            learned[begin + thought : end] = [True] * (end - begin - thought)
+        return learned
+
+    def _thought_length(self, ids: list[int]) -> int:
+        """How many ids an answer's thought has, `</think>` included; 0 without one.
+
+        Where `</think>` is no token of its own, as it is in the released vocabulary, its last id may hold more.
+        """
+        pieces = [self._tokenizer.decode_bytes([token_id], skip_special_tokens=False) for token_id in ids]
+        before, end, _ = b"".join(pieces).rpartition(THOUGHT_END.encode())
+        if not end:
+            return 0
+        return int(np.searchsorted(np.cumsum([len(piece) for piece in pieces]), len(before + end))) + 1
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Errors begin with the example's name; those of audio name the clip, and so the example, themselves."""
+    try:
+        yield
+    except MossAudioError as error:
+        raise error if str(error).startswith(name) else MossAudioError(f"{name}: {error}") from error
+
+
+def audible(
+    name: str, rendered: Rendered, budget: Budget, chunk_frames: int, *, truncate: bool, answers: Answers
+) -> Rendered:
+    """The turns themselves, if the headers of their clips leave them within the chunks of a budget.
+
+    If not, and if they may be truncated, those up to the last answer before; raises TooLong if that is none, or one
+    that is not to be learned. A file on gs:// counts as nothing, since its header is not read alone.
+    """
+    if isinstance(rendered, str):
+        return rendered
+    chunks, answered = 0, 0
+    for number, message in enumerate(rendered, start=1):
+        for piece in message.content:
+            if isinstance(piece, Clip) and not (isinstance(piece.audio, str) and is_remote(piece.audio)):
+                chunks += _num_chunks(_num_frames(piece), chunk_frames)
+        if message.role == "assistant" and chunks <= budget.chunks:
+            answered = number
+    if chunks <= budget.chunks:
+        return rendered
+    if not (truncate and answered and answers == "all"):
+        raise budget.exceeded(name, f"{chunks} chunks")
+    return rendered[:answered]
 
 
 def turns_and_mels(
@@ -145,6 +284,27 @@ def turns_and_mels(
                 pieces.append(piece)
         turns.append(Turn(message.role, pieces))
     return turns, mels
+
+
+def _without_thought(message: Message) -> Message:
+    """An answer without its thought and the line breaks after it, as Qwen3's template has it in a later prompt."""
+    if message.role != "assistant":
+        return message
+    text = "\n".join(piece for piece in message.content if isinstance(piece, str))
+    return Message("assistant", (text.rpartition(THOUGHT_END)[2].lstrip("\n"),))
+
+
+def _num_chunks(frames: int, chunk_frames: int) -> int:
+    return -(-frames // chunk_frames)
+
+
+def _num_frames(clip: Clip) -> int:
+    """Mel frames of `_mel`, by the clip's header."""
+    samples = clip.num_samples()
+    try:
+        return mel_frames(samples)
+    except MossAudioError as error:
+        raise MossAudioError(f"{clip.name}: {error}") from error
 
 
 def _mel(clip: Clip) -> np.ndarray:

@@ -68,7 +68,12 @@ def test_labels_count_from_the_start_of_the_cut_and_are_sorted():
     ("line", "complaint"),
     [
         (b"{", "expected a JSON object, found none"),
-        (b'{"text": "\xff"}', "expected a JSON object, found none"),
+        (
+            b'{"text": "\xff"}',
+            "expected text in UTF-8, found none ('utf-8' codec can't decode byte 0xff in position 10",
+        ),
+        (b'{"text": "\\ud800"}', "expected text in UTF-8, found none"),
+        (b"[" * 100_000, "expected a JSON object, found none"),
         ([1], "expected a JSON object, found [1]"),
         ({}, "'conversation', 'audio' or 'text'"),
         ({"text": "  "}, "'text' in a line without audio to be a text that is not blank, found '  '"),

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from moss_audio_jax.config import MossAudioConfig
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.inputs import make_inputs
-from train.data.packing import Budget, Packer, Strategy, balanced_chunks, pack_row, stack_rows
+from train.data.budget import Budget
+from train.data.packing import Packer, Strategy, balanced_chunks, pack_row, stack_rows
 from train.data.samples import Sample, SampleMaker
 
 

@@ -203,7 +203,7 @@ def test_oversized_examples(corpus: Path, tmp_path: Path, maker: SampleMaker, ca
     order = one_source(write_lines(tmp_path / "m.jsonl", lines))
     data = TrainingData(order, maker, with_oversize())
     batch = next(data)
-    assert data.metrics["too_long"] > 0 and data.metrics["unreadable"] == 0
+    assert data.metrics["too_long"] > 0 and data.metrics["unreadable"] == data.metrics["truncated"] == 0
     assert not (batch.inputs.tokens == maker.sample("a", "long").inputs.tokens[0, 0]).any()  # no "l" was read
     assert "line 2: expected at most 120 tokens and 1 chunks of audio, found 201 and 0" in caplog.text
 
@@ -214,6 +214,7 @@ def test_oversized_examples(corpus: Path, tmp_path: Path, maker: SampleMaker, ca
     for _ in range(6):  # until the clip has come
         next(data)
     assert data.metrics["too_long"] > 0  # the clip has more than one chunk
+    assert data.metrics["truncated"] > 0
 
     data = TrainingData(order, maker, with_oversize(oversize="refuse"))
     with pytest.raises(MossAudioError, match=r"line [23]: expected at most 120 tokens"):

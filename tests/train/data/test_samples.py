@@ -5,14 +5,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 
 from moss_audio_jax.audio import load_audio
 from moss_audio_jax.config import EncoderConfig, MossAudioConfig
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.processor import Processor
 from moss_audio_jax.tokens import Tokenizer
+from train.data.budget import Budget, TooLong
 from train.data.manifest import Clip, Example, Message, TimedText
-from train.data.samples import SampleMaker
+from train.data.packing import pack_row
+from train.data.samples import Sample, SampleMaker
+
+RNG = np.random.default_rng(0)
 
 
 def conversation(*clips: Clip, answer: str = "One.") -> tuple[Message, ...]:
@@ -52,16 +57,94 @@ def test_time_markers_can_be_left_out(corpus: Path, tokenizer: Tokenizer, maker:
 def test_truncated_keeps_audio_and_something_to_learn(corpus: Path, maker: SampleMaker):
     sample = maker.sample("line 1", conversation(Clip(str(corpus / "long.wav")), answer="A long answer."))
     answer_begins = int(sample.learned.argmax())
-    cut = sample.truncated(answer_begins + 3)
-    assert cut is not None and cut.num_tokens == answer_begins + 3 and cut.learned.sum() == 3
-    assert sample.truncated(answer_begins) is None
-    assert sample.truncated(40) is None
+    whole = Budget(answer_begins + 20, 3)
+    assert sample.within(whole, truncate=True) is sample and not sample.truncated
+    cut = sample.within(Budget(answer_begins + 3, 3), truncate=True)
+    assert cut.num_tokens == answer_begins + 3 and cut.learned.sum() == 3 and cut.truncated
+    for budget, truncate in (
+        (Budget(answer_begins + 3, 3), False),
+        (Budget(answer_begins, 3), True),
+        (Budget(40, 3), True),
+        (Budget(answer_begins + 20, 2), True),
+    ):
+        with pytest.raises(TooLong, match=rf"^line 1: expected at most {budget.tokens} tokens and {budget.chunks} "):
+            sample.within(budget, truncate=truncate)
+
+
+def test_a_truncated_conversation_has_whole_clips_and_their_chunks_alone(corpus: Path, maker: SampleMaker):
+    """What is left is the sample of the first turns: a later clip goes with its tokens, its chunks and its seconds."""
+    long, short = Clip(str(corpus / "long.wav"), name="long"), Clip(str(corpus / "1.wav"), name="short")
+    first, both = conversation(short), (*conversation(short), *conversation(long, answer="Two."))
+    alone, whole = maker.sample("line 1", first), maker.sample("line 1", both)
+    assert (alone.num_chunks, whole.num_chunks) == (1, 4)
+    in_the_clip = alone.num_tokens + 60
+    for budget in (Budget(in_the_clip, 4), Budget(whole.num_tokens, 3), Budget(whole.num_tokens, 1)):
+        for cut in (
+            whole.within(budget, truncate=True),
+            maker.fitting(Example("line 1", conversation=both), RNG, {"conversation": 1}, budget, truncate=True),
+        ):
+            assert cut.truncated and cut.num_chunks == alone.num_chunks and cut.audio_seconds == alone.audio_seconds
+            np.testing.assert_array_equal(cut.learned, alone.learned)
+            packed, expected = (pack_row([sample], Budget(200, 1)) for sample in (cut, alone))
+            for name, array in expected.items():
+                np.testing.assert_array_equal(packed[name], array)
+
+
+def test_a_clip_beyond_the_budget_is_not_decoded(maker: SampleMaker, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    soundfile.write(tmp_path / "three_hours.wav", np.zeros(3 * 3600 * 100, np.int16), 100)
+    clip = Clip(str(tmp_path / "three_hours.wav"), name="line 1: three_hours.wav")
+    monkeypatch.setattr(Clip, "wave", lambda clip: pytest.fail(f"decoded {clip.name}"))
+    for truncate in (False, True):
+        example = Example("line 1", conversation=conversation(clip))
+        with pytest.raises(
+            TooLong, match=r"^line 1: expected at most 100 tokens and 64 chunks of audio, found 2700 ch"
+        ):
+            maker.fitting(example, RNG, {"conversation": 1}, Budget(100, 64), truncate=truncate)
+
+
+@pytest.mark.parametrize("rate", [8000, 11025, 16000, 22050, 44100, 48000])
+def test_headers_tell_the_extent(rate: int, maker: SampleMaker, tmp_path: Path):
+    for samples in (rate // 20, rate // 3, rate * 4, rate * 9 + 7):
+        soundfile.write(tmp_path / "a.wav", np.full(samples, 0.1), rate)
+        turns = conversation(Clip(str(tmp_path / "a.wav")), Clip(str(tmp_path / "a.wav"), 0.001, 2.0039))
+        sample, extent = maker.sample("a", turns), maker.extent("a", turns)
+        np.testing.assert_array_equal(extent.learned, sample.learned)
+        np.testing.assert_array_equal(extent.slots, sample.inputs.audio_slots[0, : sample.num_tokens])
+        assert extent.chunks(sample.num_tokens) == sample.num_chunks
+
+
+THOUGHT = "<think>\nA dog barks, <think> twice.\n</think>\n\nA dog."
+
+
+def learned_text(tokenizer: Tokenizer, sample: Sample) -> str:
+    return tokenizer.decode(sample.inputs.tokens[0, : sample.num_tokens][sample.learned], skip_special_tokens=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "learned"),
+    [
+        ({}, f"One.<|im_end|>{THOUGHT}<|im_end|>{THOUGHT}<|im_end|>"),
+        ({"thoughts": "mask"}, "One.<|im_end|>\n\nA dog.<|im_end|>\n\nA dog.<|im_end|>"),
+        ({"answers": "last"}, f"{THOUGHT}<|im_end|>"),
+        ({"answers": "last", "thoughts": "mask"}, "\n\nA dog.<|im_end|>"),
+    ],
+)
+def test_which_answers_are_learned_and_what_of_them(tokenizer: Tokenizer, options: dict, learned: str):
+    maker = SampleMaker(tokenizer, MossAudioConfig.preset("tiny"), **options)
+    turns = (*conversation(), *conversation(answer=THOUGHT), *conversation(answer=THOUGHT))
+    sample = maker.sample("line 1", turns)
+    assert learned_text(tokenizer, sample) == learned
+    read = tokenizer.decode(sample.inputs.tokens[0, : sample.num_tokens], skip_special_tokens=False)
+    earlier = "A dog." if "answers" in options else THOUGHT
+    question = "<|im_end|>\n<|im_start|>user\nWho is it?<|im_end|>\n<|im_start|>assistant\n"
+    assert read.endswith(f"One.{question}{earlier}{question}{THOUGHT}<|im_end|>")
 
 
 def test_errors_name_the_example(corpus: Path, maker: SampleMaker):
     short = Clip(np.zeros(100, np.float32), name="line 4: a.wav")
-    with pytest.raises(MossAudioError, match=r"^line 4: a\.wav: expected at least 160 samples"):
-        maker.sample("line 4", conversation(short))
+    for read in (maker.extent, maker.sample):
+        with pytest.raises(MossAudioError, match=r"^line 4: a\.wav: expected at least 160 samples at 16000 Hz"):
+            read("line 4", conversation(short))
     with pytest.raises(MossAudioError, match=r"^line 5: "):
         maker.sample("line 5", conversation(answer="<|audio_bos|><|AUDIO|><|audio_eos|>"))
     with pytest.raises(MossAudioError, match=r"^line 6: expected labels"):

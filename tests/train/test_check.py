@@ -1,0 +1,200 @@
+"""Every kind of bad data is named by file and line, before training starts if that can be seen without decoding."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from moss_audio_jax.errors import MossAudioError
+from moss_audio_jax.small_tokenizer import write_small_tokenizer
+from train.__main__ import main
+from train.check import check_of, require_usable
+from train.config import RECIPES, RunConfig, with_paths
+from train.data.manifest import Clip
+from train.data.pipeline import DataConfig
+from train.initial import ModelSource
+from train.loop import train
+
+SPAN = "<|audio_bos|><|AUDIO|><|audio_eos|>"
+
+
+def message(role: str, kind: str, content: object) -> dict:
+    return {"role": role, "message_type": kind, "content": content}
+
+
+def line(*audio: object, question: object = "What is it?", answer: object = "Hum.", role: str = "user") -> dict:
+    clips = [message("user", "audio", path) for path in audio]
+    return {"conversation": [*clips, message(role, "text", question), message("assistant", "text", answer)]}
+
+
+# (the line, what is said of it)
+BAD = {
+    "no JSON": (b'{"conversation": [', "expected a JSON object, found none (Expecting value"),
+    "no UTF-8": (b'{"text": "caf\xe9"}', "expected text in UTF-8, found none ('utf-8' codec can't decode byte 0xe9"),
+    "UTF-16": (json.dumps(line("a.wav")).encode("utf-16"), "expected text in UTF-8, found none"),
+    "missing audio": (line("absent.wav"), "absent.wav: expected a readable audio file, found 'No such file"),
+    "no path": (line(""), "'content' in message 1 to be the path of one audio file"),
+    "a directory": (line("."), "expected a readable audio file, found 'Is a directory'"),
+    "0 bytes": (line("empty.wav"), "empty.wav: expected audio, found 0 bytes"),
+    "0 samples": (line("silent.wav"), "silent.wav: expected audio, found 0 samples"),
+    "no audio": (
+        line("text.wav"),
+        "text.wav: expected wav, flac, ogg or mp3, found data that libsndfile cannot decode",
+    ),
+    "a short clip": (line("short.wav"), "short.wav: expected at least 160 samples"),
+    "a list of clips": (line(["a.wav", "a.wav"]), "of one audio file (of several clips each has a message of its own)"),
+    "a list as audio": ({"audio": ["a.wav"], "text": "hi"}, "'audio' in the line to be the path of one audio file"),
+    "an empty answer": (line("a.wav", answer=" "), "'content' in message 3 to be a text that is not blank, found ' '"),
+    "no answer": ({"conversation": line("a.wav")["conversation"][:2]}, "found the roles user;"),
+    "only a thought": (line("a.wav", answer="<think>Hm.</think>\n"), "expected an answer after </think>, found none"),
+    "an endless thought": (line("a.wav", answer="<think>Hm."), "expected </think> after <think>, found none"),
+    "an unknown role": (line("a.wav", role="human"), "expected a role of system, user, assistant and a message_type"),
+    "two clips, one placeholder": (
+        line("a.wav", "a.wav", question=f"{SPAN}What?"),
+        "no placeholder in a text, found 2 clips, 1 placeholders",
+    ),
+    "half a placeholder": (line("a.wav", question="<|AUDIO|>What?"), "found 1 clips, 1 placeholders"),
+}
+TOO_LONG = {
+    "three hours": (line("long.wav"), "expected at most 150 tokens and 2 chunks of audio, found 2700 chunks"),
+    "three hours of labels": ({"audio": "long.wav", "text": "hi"}, "150 tokens and 2 chunks of audio, found 2700 ch"),
+    "a long answer": (line("a.wav", answer="Hum. " * 30), "150 tokens and 2 chunks of audio, found "),
+    "a long second turn": (
+        {"conversation": line("a.wav")["conversation"] + line("long.wav")["conversation"]},
+        "found 2701 chunks",
+    ),
+}
+TRUNCATED = ("a long answer", "a long second turn")
+
+
+def as_bytes(content: object) -> bytes:
+    return content if isinstance(content, bytes) else json.dumps(content).encode()
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The audio that the lines name, and in tokenizer/ one with a token for each byte."""
+    directory = tmp_path_factory.mktemp("data")
+    for name, samples, rate in (("a", 16000, 16000), ("short", 100, 16000), ("silent", 0, 16000)):
+        soundfile.write(directory / f"{name}.wav", np.full(samples, 0.1), rate)
+    soundfile.write(directory / "long.wav", np.zeros(3 * 3600 * 100, np.int16), 100)  # 2 MB at 100 Hz
+    (directory / "empty.wav").touch()
+    (directory / "text.wav").write_text("no audio at all")
+    (directory / "tokenizer").mkdir()
+    write_small_tokenizer(directory / "tokenizer")
+    return directory
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_decoded(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("moss_audio_jax.audio._read_cut", lambda *_: pytest.fail("audio was decoded"))
+
+
+def config_of(directory: Path, **data) -> RunConfig:
+    return dataclasses.replace(
+        RECIPES["finetune"],
+        data=DataConfig(batch_size=2, tokens=150, chunks=2, **data),
+        model=ModelSource(preset="tiny", tokenizer=str(directory / "tokenizer")),
+    )
+
+
+def write(directory: Path, name: str, lines: list) -> Path:
+    path = directory / name
+    path.write_bytes(b"\n".join(map(as_bytes, lines)))
+    return path
+
+
+def files(directory: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in directory.rglob("*")}
+
+
+def test_all_problems_are_listed_by_line(directory: Path):
+    cases = list((BAD | TOO_LONG).values())
+    path = write(directory, "all.jsonl", [line("a.wav"), *(content for content, _ in cases), {"text": "fine"}])
+    check = check_of(config_of(directory), path)
+    problems = list(check.problems())
+    for number, (problem, (_, complaint)) in enumerate(zip(problems, cases, strict=True), start=2):
+        assert problem.startswith(f"{path} line {number}: ") and complaint in problem and "\n" not in problem
+    assert (check.examples, check.unusable, check.too_long) == (len(cases) + 2, len(BAD), len(TOO_LONG))
+    assert check.truncated == 0 and f"{len(BAD)} can't be used" in check.summary()
+
+
+def test_what_is_too_long_may_be_truncated(directory: Path):
+    path = write(directory, "long.jsonl", [content for content, _ in TOO_LONG.values()])
+    check = check_of(config_of(directory, oversize="truncate"), path)
+    problems = list(check.problems())
+    assert [problem.startswith(f"{path} line {number}: ") for number, problem in enumerate(problems, 1)] == [True] * 2
+    assert (check.too_long, check.truncated, check.unusable) == (2, len(TRUNCATED), 0)
+    # Without a tokenizer, clips alone count; and a later clip is not cut out of an answer that must be the last.
+    silent = dataclasses.replace(config_of(directory), model=ModelSource(preset="tiny"))
+    check = check_of(silent, path)
+    assert len(list(check.problems())) == 3 and "by their audio alone" in check.summary()
+    check = check_of(config_of(directory, oversize="truncate", answers="last"), path)
+    assert len(list(check.problems())) == 3 and check.truncated == 1
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_run_is_not_begun(case: str, directory: Path, tmp_path: Path):
+    path = write(directory, "bad.jsonl", [line("a.wav"), b"", BAD[case][0]])
+    config = with_paths(config_of(directory), data=(str(path),))
+    with pytest.raises(MossAudioError) as error:
+        train(config, tmp_path / "run")
+    assert f"{path} line 3: " in str(error.value) and BAD[case][1] in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_begun_without_what_is_too_long_unless_told_otherwise(
+    directory: Path, caplog: pytest.LogCaptureFixture
+):
+    path = write(directory, "mixed.jsonl", [line("a.wav"), line("long.wav")])
+    require_usable(with_paths(config_of(directory), data=(str(path),)))
+    assert "2 examples, 3.00 hours of audio; 0 can't be used, 1 are too long and would be skipped" in caplog.text
+    with pytest.raises(MossAudioError, match=r"mixed\.jsonl line 2: expected at most 150 tokens"):
+        require_usable(with_paths(config_of(directory, oversize="refuse"), data=(str(path),)))
+    path = write(directory, "hours.jsonl", [line("long.wav")])
+    with pytest.raises(MossAudioError, match="every example is too long"):
+        require_usable(with_paths(config_of(directory), data=(str(path),)))
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    monkeypatch.setattr("sys.argv", ["moss-audio-train", *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        main()
+    return end.value.code  # type: ignore[return-value]
+
+
+def test_the_command_lists_problems_and_writes_nothing(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    path = write(directory, "two.jsonl", [line("absent.wav"), line("a.wav"), line("long.wav")])
+    before = files(directory)
+    assert run(monkeypatch, "check", path, "--data.tokens", 200) == 1
+    out = capsys.readouterr().out.splitlines()
+    assert [text.partition(": ")[0] for text in out] == [f"{path} line 1", f"{path} line 3", str(path)]
+    assert files(directory) == before
+
+
+def test_short_options_are_those_they_are_short_for(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    path = write(directory, "absent.jsonl", [line("absent.wav")])
+    out, tokenizer = tmp_path / "run", directory / "tokenizer"
+    common = ("run", "--recipe", "finetune", "--out", out, "--model.preset", "tiny", "--model.tokenizer", tokenizer)
+    assert run(monkeypatch, *common, "--data", path, "--data.tokens", 200) == 2
+    assert f"{path} line 1: absent.wav: expected a readable" in capsys.readouterr().err and not out.exists()
+    recipe = RECIPES["finetune_lora"]
+    config = with_paths(recipe, "moss-4b", ("a.jsonl",), ("b.jsonl",))
+    assert (config.model.checkpoint, config.mixture.conversations.paths) == ("moss-4b", ("a.jsonl",))
+    assert config.loop.evaluate_data == ("b.jsonl",) and config.loop.evaluate_every == config.loop.checkpoint_every
+    assert with_paths(recipe) == recipe and with_paths(config, "moss-4b", ("a.jsonl",), ("b.jsonl",)) == config
+    for others in (("moss-8b",), (None, ("b.jsonl",)), (None, (), ("c.jsonl",))):
+        with pytest.raises(MossAudioError, match="name different things: give one of them"):
+            with_paths(config, *others)
+
+
+def test_clips_know_their_length(directory: Path):
+    assert Clip(str(directory / "long.wav"), 3600, 7200).num_samples() == 3600 * 16000
+    assert Clip(np.zeros(32000, np.float32), 0.5).num_samples() == 24000

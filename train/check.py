@@ -1,0 +1,164 @@
+"""What can be said against training data before it is trained on: everything but what decoding audio would show.
+
+Of each line of a manifest: whether it is valid, whether its audio is there and has a header that makes sense, and, by
+that header and the tokens of its texts, whether it is within a run's budget. A file that is damaged after its header,
+or cut short, is found when it is decoded: training skips it and counts it.
+"""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from moss_audio_jax.audio import RELEASED_MEL, SAMPLE_RATE
+from moss_audio_jax.checkpoint import files_directory
+from moss_audio_jax.config import MossAudioConfig
+from moss_audio_jax.errors import MossAudioError
+from moss_audio_jax.paths import AnyPath, is_remote, local_copy, to_path
+from moss_audio_jax.tokens import Tokenizer
+from train.config import RunConfig
+from train.data.budget import TooLong
+from train.data.manifest import Clip, Example, Message, checked_lines
+from train.data.objectives import OBJECTIVES, render
+from train.data.pipeline import DataConfig
+from train.data.samples import SampleMaker, audible
+from train.model_files import LEARNED
+
+log = logging.getLogger(__name__)
+
+SHOWN = 5  # problems in the refusal of a run
+
+
+@dataclass
+class Check:
+    """Of one manifest; `problems` does the work, and the counts are complete when it is at its end.
+
+    maker: makes samples as the run does; None counts clips alone, for want of a tokenizer.
+    objectives: what may be asked; every one that applies to an example has to be within the budget.
+    fetch: also look at audio on gs://, whose files are fetched whole for it.
+    unusable: lines that are invalid and those whose audio can't be used. too_long, truncated: what becomes of examples
+        beyond the budget. audio_seconds: of all clips, as cut.
+    """
+
+    path: AnyPath
+    data: DataConfig
+    chunk_frames: int
+    maker: SampleMaker | None = None
+    objectives: tuple[str, ...] = tuple(OBJECTIVES)
+    fetch: bool = True
+    examples: int = field(default=0, init=False)
+    unusable: int = field(default=0, init=False)
+    too_long: int = field(default=0, init=False)
+    truncated: int = field(default=0, init=False)
+    audio_seconds: float = field(default=0.0, init=False)
+
+    def problems(self) -> Iterator[str]:
+        """A sentence for every example that could not be trained on, beginning with its file and line."""
+        path = to_path(self.path)
+        for _, _, read in checked_lines(path, local_copy(path)):
+            self.examples += 1
+            try:
+                if isinstance(read, MossAudioError):
+                    raise read
+                self.truncated += self._is_truncated(self._without_audio(read))
+            except TooLong as error:
+                self.too_long += 1
+                yield str(error)
+            except MossAudioError as error:
+                self.unusable += 1
+                yield str(error)
+
+    def summary(self) -> str:
+        beyond = {"skip": "skipped", "truncate": "skipped", "refuse": "refused"}[self.data.oversize]
+        counted = "" if self.maker else " (by their audio alone, without the tokens of texts)"
+        return (
+            f"{self.path}: {self.examples} examples, {self.audio_seconds / 3600:.2f} hours of audio; {self.unusable} "
+            f"can't be used, {self.too_long} are too long and would be {beyond}, {self.truncated} truncated{counted}"
+        )
+
+    def _is_truncated(self, example: Example) -> bool:
+        """Whether an example loses its end in one of the objectives; raises TooLong if it can't be trained on."""
+        applying = [name for name in self.objectives if OBJECTIVES[name].applies(example)]
+        if not applying:
+            render(example, np.random.default_rng(0), dict.fromkeys(self.objectives, 1.0))  # says so
+        budget, truncate, truncated = self.data.budget, self.data.oversize == "truncate", False
+        for name in applying:
+            whole = OBJECTIVES[name].render(example, np.random.default_rng(0))
+            cut = audible(example.name, whole, budget, self.chunk_frames, truncate=truncate, answers=self.data.answers)
+            truncated |= cut is not whole
+            if self.maker is not None:
+                extent = self.maker.extent(example.name, cut)
+                kept = extent.within(budget, truncate=truncate)
+                if kept is None:
+                    total = len(extent.learned)
+                    raise budget.exceeded(example.name, f"{total} and {extent.chunks(total)}")
+                truncated |= kept < len(extent.learned)
+        return truncated
+
+    def _without_audio(self, example: Example) -> Example:
+        """The example with silence for its clips, as long as their headers say, which takes no memory."""
+        if example.conversation:
+            turns = tuple(
+                Message(turn.role, tuple(self._silence(p) if isinstance(p, Clip) else p for p in turn.content))
+                for turn in example.conversation
+            )
+            clips = [piece for turn in turns for piece in turn.content if isinstance(piece, Clip)]
+            return replace(example, conversation=turns, clip=clips[0] if example.clip else None)
+        return replace(example, clip=example.clip and self._silence(example.clip))
+
+    def _silence(self, clip: Clip) -> Clip:
+        assert isinstance(clip.audio, str)  # a manifest holds paths
+        known = self.fetch or not is_remote(clip.audio)
+        samples = clip.num_samples() if known else RELEASED_MEL.mel_hop_length
+        self.audio_seconds += samples / SAMPLE_RATE
+        return Clip(np.broadcast_to(np.float32(0), samples), name=clip.name)
+
+
+def check_of(config: RunConfig, path: AnyPath) -> Check:
+    """The check of a manifest for a run: its budget, its model's chunks and, if it names one, its tokenizer."""
+    model = config.trained_model()
+    chunk_frames = model.audio_config.chunk_frames
+    if chunk_frames is None:
+        raise MossAudioError(f"{path} can't be checked for a model without chunks, which does not train")
+    return Check(path, config.data, chunk_frames, _maker(config, model))
+
+
+def _maker(config: RunConfig, model: MossAudioConfig) -> SampleMaker | None:
+    source = config.model.tokenizer_source
+    if source in (None, LEARNED):
+        return None
+    tokenizer = Tokenizer.from_dir(files_directory(source))
+    return SampleMaker(tokenizer, model, answers=config.data.answers, thoughts=config.data.thoughts)
+
+
+def require_usable(config: RunConfig) -> None:
+    """Raises MossAudioError if a manifest of the mixture has an example that can't be used, or none that can.
+
+    That an example is too long is a reason where the run would be stopped by it, and else a line in the log, for which
+    texts are not tokenised.
+    """
+    mixture = config.mixture
+    for group in (mixture.speech, mixture.captions, mixture.text, mixture.conversations):
+        for path in group.paths:
+            if not to_path(path).is_dir():  # shards were decoded when they were made
+                check = replace(check_of(config, path), objectives=group.objectives, fetch=False)
+                _require_usable(check if config.data.oversize == "refuse" else replace(check, maker=None))
+
+
+def _require_usable(check: Check) -> None:
+    shown: list[str] = []
+    stops = check.data.oversize == "refuse"
+    for problem in check.problems():
+        if len(shown) < SHOWN and (stops or check.unusable > len(shown)):
+            shown.append(problem)
+    count = check.unusable + stops * check.too_long
+    if count:
+        raise MossAudioError(
+            f"{count} of {check.examples} examples can't be trained on, and nothing was begun: {' '.join(shown)} "
+            f"`python -m train check {check.path}` lists all; repair the data."
+        )
+    if check.too_long == check.examples:
+        raise MossAudioError(f"every example is too long: {check.summary()}; raise the budget.")
+    if check.too_long or check.truncated:
+        log.warning("%s", check.summary())
