@@ -203,6 +203,7 @@ def _plan(
 def _train(config: "RunConfig", out: Path) -> None:
     import jax
 
+    from moss_audio_jax.checkpoint import RUN_BEST
     from train.loop import train
 
     logging.basicConfig(format="%(message)s", force=True)  # names the examples that are skipped
@@ -213,7 +214,12 @@ def _train(config: "RunConfig", out: Path) -> None:
             print(f"stopped after step {outcome.step}, which is saved: run the same command to go on", file=sys.stderr)
         sys.exit(PREEMPTED)
     if first:
-        print(f"{out}: trained to step {outcome.step}")
+        best, early = outcome.best, ""
+        if best is not None and outcome.stopped_early:
+            early = f", and no further, since {best.since} evaluations in a row were not better by {best.metric}"
+        print(f"{out}: trained to step {outcome.step}{early}")
+        if best is not None and best.step is not None:
+            print(f"{out / RUN_BEST}: the checkpoint of step {best.step}, {best.metric} {best.value:.4g}")
 
 
 def evaluate_command() -> Callable[..., None]:

@@ -27,6 +27,8 @@ def test_an_evaluation_changes_nothing_and_resuming_repeats_none(
         "evaluate_count": 3,
         "evaluate_tokens": 4,
         "show_samples": 1,
+        "best_metric": "loss",
+        "keep_last": 1,
     }
     train(until(config, 4, **asked), out, mesh=one_device())
     train(until(config, config.last_step, **asked), out, mesh=one_device())
