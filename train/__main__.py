@@ -240,7 +240,8 @@ def evaluate_command() -> Callable[..., None]:
         """Asks a checkpoint questions whose answers are known, and prints how right it is.
 
         Args:
-            checkpoint: A released directory, one that `python -m convert to-orbax` wrote, or a training run's.
+            checkpoint: A released directory, one that `python -m convert to-orbax` wrote, or a training run's, whose
+                best checkpoint is RUN/best.
             out: A JSON file for all measures, their counts and this configuration.
             predictions: A JSON-lines file for every question, its reference and the model's answer.
             plot: A PNG file for the first clips whose events were asked for: spectrogram, true and predicted events.
