@@ -121,7 +121,7 @@ class Checkpoints:
             STATE: ocp.args.StandardRestore(rest),
             DATA: ocp.args.JsonRestore(),
         }
-        if (self._directory / str(step) / RUN_BEST).exists():
+        if (self._directory / str(step) / RUN_BEST).is_dir():
             items[RUN_BEST] = ocp.args.JsonRestore()
         restored = self._manager.restore(step, args=ocp.args.Composite(**items))
         self.best = Best(**restored[RUN_BEST]) if RUN_BEST in items else None

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
@@ -27,7 +28,6 @@ from train.data.packing import Packer, pack_row, stack_rows
 from train.data.samples import Sample
 from train.distributed import share_of_batch
 from train.evaluate import AnswerConfig, answer_items, has_events, measure
-from train.loss import LossSums
 from train.metrics import parse_timeline
 from train.optimizer import Parameters
 from train.plots import plot_timeline
@@ -62,7 +62,7 @@ class HeldOut:
         self._batches = _batches(config, _samples(maker, self._items, texts), mesh)
         if config.loop.best_metric is not None:
             unanswered = measure(self._items, [""] * len(self._items))
-            require_metric(config.loop.best_metric, overall([_loss(LossSums.zero()), *_tasks(unanswered)]))
+            require_metric(config.loop.best_metric, overall([_per_token(0, 0, 0), *_tasks(unanswered)]))
 
     def is_due(self, step: int) -> bool:
         return self._every is not None and step % self._every == 0
@@ -82,13 +82,13 @@ class HeldOut:
         return scores, [self._sample(step, item, answer, index < shown) for index, (item, answer) in pairs]
 
     def _loss(self, model: MossAudio, parameters: Parameters) -> dict[str, float | None]:
-        graphdef, sums = nnx.split(model)[0], LossSums.zero()
+        graphdef, totals = nnx.split(model)[0], np.zeros(3)
         sharding = NamedSharding(self._mesh, partition_spec(("batch",), self._mesh))
         for batch in self._batches:
             placed = jax.make_array_from_process_local_data(sharding, batch)
-            of_batch = held_out_sums(graphdef, self._config.step, parameters, placed)
-            sums = jax.tree.map(lambda total, more: total + more, sums, of_batch)
-        return _loss(sums)
+            sums = held_out_sums(graphdef, self._config.step, parameters, placed)
+            totals += jax.device_get((sums.loss, sums.correct, sums.weight))
+        return _per_token(*totals.tolist())
 
     def _ask(self, model: MossAudio) -> list[str]:
         filling = self._items[:1] * (-len(self._items) % self._parts)
@@ -105,11 +105,10 @@ class HeldOut:
         return ShownSample(item.name, item.question, item.reference, answer, figure)
 
 
-def _loss(sums: LossSums) -> dict[str, float | None]:
-    """Per token; None of none."""
-    loss, correct, tokens = (float(x) for x in jax.device_get((sums.loss, sums.correct, sums.weight)))
-    rates = (loss / tokens, correct / tokens) if tokens else (None, None)
-    return {**dict(zip(("loss", "token_accuracy"), rates, strict=True)), "tokens": tokens}
+def _per_token(loss: float, correct: float, tokens: float) -> dict[str, float | None]:
+    """Of sums over tokens; None of none."""
+    loss_per_token, share_correct = (loss / tokens, correct / tokens) if tokens else (None, None)
+    return {"loss": loss_per_token, "token_accuracy": share_correct, "tokens": tokens}
 
 
 def _questions_and_texts(config: RunConfig) -> tuple[list[Item], list[tuple[str, str]]]:

@@ -52,9 +52,11 @@ def test_the_best_is_kept_and_a_run_ends_that_gets_no_better(
         "keep_last": 1,
         "checkpoint_every": 3,
     }
+    programs = held_out_sums._cache_size()
     assert not train(until(config, 5, **asked), out, mesh=one_device()).stopped_early
     ended = Outcome(6, preempted=False, best=Best("wer", 1.0, step=2, since=2), stopped_early=True)
     assert train(until(config, 10, **asked), out, mesh=one_device()) == ended
+    assert held_out_sums._cache_size() == programs + 1
     assert_same_end(out, straight, config)
     kept = out / "checkpoints"
     assert sorted(path.name for path in kept.iterdir()) == ["2", "6"]
@@ -112,7 +114,8 @@ def test_the_loss_is_of_all_tokens_and_the_same_on_a_mesh(
     of_mesh = held_out(exact, mesh, tmp_path, evaluate_data=data, evaluate_count=5, evaluate_tokens=2)
     model, processor = load_model(corpus / "model", mesh=mesh), load_processor(corpus / "model")
     before = held_out_sums._cache_size()
-    scores, answers = of_mesh.ask(1, parameters_of(model))
+    with jax.set_mesh(mesh):
+        scores, answers = of_mesh.ask(1, parameters_of(model))
     assert held_out_sums._cache_size() == before + 1
     assert len(answers) == 5  # a number that the mesh doesn't divide
 
