@@ -140,13 +140,13 @@ class LoopConfig:
     """Examples of each to evaluate on."""
     evaluate_tokens: int = 256
     """The longest answer."""
-    show_samples: int = 2
-    """Answers of an evaluation to show and log, with a picture of their timelines."""
     best_metric: str | None = None
     """Keep the checkpoint whose evaluation is best by this metric: loss, wer, cer, aas, f1, accuracy or another one of
     `train/best.py`, over all that is asked. Each evaluation makes a checkpoint then; another metric begins anew."""
     patience: int | None = None
     """End the run after so many evaluations in a row that were not better by that metric."""
+    show_samples: int = 2
+    """Answers of an evaluation to show and log, with a picture of their timelines."""
     workers: int = 0
     """Processes that decode and pack; 0 does so in the run's own process."""
 
