@@ -35,6 +35,7 @@ from moss_audio_jax.sharding import check_heads, named_sharding
 PARAMS = "params"
 # A training run has many checkpoints, each with `params/`, and one directory of the files that go with all of them.
 RUN_CHECKPOINTS, RUN_MODEL = "checkpoints", "model"
+RUN_BEST = "best"  # of a run's checkpoint: which one was the best by then
 # What travels beside the weights and the configuration, where it is there; names or patterns of them.
 TOKENIZER_FILES = (
     "vocab.json",
@@ -51,8 +52,9 @@ def load_model(path: AnyPath, *, dtype: Any = None, mesh: Mesh | None = None) ->
     """The model of a checkpoint, its parameters on their devices.
 
     path: an Orbax directory of `python -m convert to-orbax`; the directory of a training run, whose newest checkpoint
-        is taken, or one of its checkpoints; a released PyTorch directory, which has to be on a disk of this machine,
-        while the others may be on gs://; or an adapter of LoRA, for which the model is read that it was made for.
+        is taken, one of its checkpoints, or `best` in it (see `orbax_paths`); a released PyTorch directory, which has
+        to be on a disk of this machine, while the others may be on gs://; or an adapter of LoRA, for which the model
+        is read that it was made for.
     dtype: of the parameters and so of the computation; None takes bfloat16 on accelerators and float32 on the CPU,
         where bfloat16 is slow.
     mesh: each parameter is cut by its logical axes (`sharding.RULES`); None puts all on the first device.
@@ -164,19 +166,50 @@ class OrbaxPaths:
 
 
 def orbax_paths(path: AnyPath) -> OrbaxPaths | None:
-    """Of a directory that `convert to-orbax` wrote, a training run or one of its checkpoints; else None."""
+    """Of a directory that `convert to-orbax` wrote, a training run or one of its checkpoints; else None.
+
+    RUN/best stands for the run's best checkpoint, though no directory has that name: the newest one knows which it is.
+    """
     path = to_path(path)
     if (path / PARAMS).is_dir():
         of_run = absolute(path).parent.parent / RUN_MODEL
         in_run = absolute(path).parent.name == RUN_CHECKPOINTS and of_run.is_dir()
         return OrbaxPaths(path / PARAMS, of_run if in_run else path)
-    steps = sorted(int(entry.name) for entry in children(path / RUN_CHECKPOINTS) if entry.name.isdecimal())
+    newest = _newest_checkpoint(path)
+    if newest is not None:
+        return OrbaxPaths(newest / PARAMS, path / RUN_MODEL)
+    run = absolute(path).parent
+    if path.name == RUN_BEST and (run / RUN_CHECKPOINTS).is_dir():
+        return OrbaxPaths(_best_checkpoint(run) / PARAMS, run / RUN_MODEL)
+    return None
+
+
+def _newest_checkpoint(run: Path) -> Path | None:
+    steps = sorted(int(entry.name) for entry in children(run / RUN_CHECKPOINTS) if entry.name.isdecimal())
     for step in reversed(steps):
-        checkpoint = path / RUN_CHECKPOINTS / str(step)
+        checkpoint = run / RUN_CHECKPOINTS / str(step)
         # One that is being written has its name already where nothing can be renamed.
         if checkpoint.is_dir() and ocp.utils.is_checkpoint_finalized(absolute(checkpoint)):
-            return OrbaxPaths(checkpoint / PARAMS, path / RUN_MODEL)
+            return checkpoint
     return None
+
+
+def _best_checkpoint(run: Path) -> Path:
+    newest = _newest_checkpoint(run)
+    if newest is None or not (newest / RUN_BEST).is_dir():
+        raise MossAudioError(
+            f"{run} does not know its best checkpoint, since it trained without loop.best_metric or has not evaluated "
+            "yet: name the run, whose newest is taken, or one of its checkpoints"
+        )
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+        best = checkpointer.restore(newest / RUN_BEST)
+    checkpoint = run / RUN_CHECKPOINTS / str(best["step"])
+    if not checkpoint.is_dir():
+        raise MossAudioError(
+            f"{run}: its best checkpoint by {best['metric']} is that of step {best['step']}, which is not there: name "
+            f"another in {RUN_CHECKPOINTS}/"
+        )
+    return checkpoint
 
 
 def files_directory(path: AnyPath) -> Path:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 from jaxtyping import Array, Bool, Float, Int
 
 from moss_audio_jax.errors import MossAudioError
@@ -156,7 +157,7 @@ def _steps(
             until = min(max_new_tokens, done + every)
             loop = decode_until(graphdef, state, loop, until, sampling, eos)
             count = int(loop.count)
-            yield np.asarray(loop.tokens[:, done:count])
+            yield _on_host(loop.tokens[:, done:count])
             done = count
             if done >= max_new_tokens or bool(loop.stopped.all()):
                 return
@@ -232,6 +233,12 @@ def _draw(
         stopped=stopped,
         seen=loop.seen.at[jnp.arange(token.shape[0]), token].set(True),
     )
+
+
+def _on_host(array: jax.Array) -> np.ndarray:
+    """All of an array; each of several processes gets it, also what lies with the others."""
+    whole = array.is_fully_addressable or array.is_fully_replicated
+    return np.asarray(array if whole else multihost_utils.process_allgather(array, tiled=True))
 
 
 def _mesh_of(state: nnx.State) -> contextlib.AbstractContextManager:

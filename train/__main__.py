@@ -242,6 +242,7 @@ def _plan(
 def _train(config: "RunConfig", out: Path) -> None:
     import jax
 
+    from moss_audio_jax.checkpoint import RUN_BEST
     from train.loop import train
 
     logging.basicConfig(format="%(message)s", force=True)  # names the examples that are skipped
@@ -252,7 +253,12 @@ def _train(config: "RunConfig", out: Path) -> None:
             print(f"stopped after step {outcome.step}, which is saved: run the same command to go on", file=sys.stderr)
         sys.exit(PREEMPTED)
     if first:
-        print(f"{out}: trained to step {outcome.step}")
+        best, early = outcome.best, ""
+        if best is not None and outcome.stopped_early:
+            early = f", and no further, since {best.since} evaluations in a row were not better by {best.metric}"
+        print(f"{out}: trained to step {outcome.step}{early}")
+        if best is not None and best.step is not None:
+            print(f"{out / RUN_BEST}: the checkpoint of step {best.step}, {best.metric} {best.value:.4g}")
 
 
 def evaluate_command() -> Callable[..., None]:
@@ -273,7 +279,8 @@ def evaluate_command() -> Callable[..., None]:
         """Asks a checkpoint questions whose answers are known, and prints how right it is.
 
         Args:
-            checkpoint: A released directory, one that `python -m convert to-orbax` wrote, or a training run's.
+            checkpoint: A released directory, one that `python -m convert to-orbax` wrote, or a training run's, whose
+                best checkpoint is RUN/best.
             out: A JSON file for all measures, their counts and this configuration.
             predictions: A JSON-lines file for every question, its reference and the model's answer.
             plot: A PNG file for the first clips whose events were asked for: spectrogram, true and predicted events.

@@ -3,22 +3,25 @@
     checkpoints/<step>/params   the parameters as a tree, laid out as `load_model` reads them
     checkpoints/<step>/state    step, moments, dropout key, counts of skipped steps
     checkpoints/<step>/data     JSON of the data's iterator, of all processes
+    checkpoints/<step>/best     JSON of the best evaluation so far, where the run looks for one
 
-A checkpoint appears under its name only when all three are whole, so a killed run leaves none that is half written. On
+A checkpoint appears under its name only when all of it is whole, so a killed run leaves none that is half written. On
 gs://, where nothing can be renamed at once, it counts only when `commit_success.txt` is in it, which is written last.
 """
 
 import dataclasses
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from moss_audio_jax.checkpoint import PARAMS, flatten, unflatten
+from moss_audio_jax.checkpoint import PARAMS, RUN_BEST, RUN_CHECKPOINTS, flatten, unflatten
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.paths import AnyPath, absolute, children, write_whole
+from train.best import Best
 from train.step import TrainState
 
 STATE, DATA = "state", "data"
@@ -26,12 +29,17 @@ DAMAGED = "damaged_checkpoints"
 
 
 class Checkpoints:
-    """The checkpoints in a run's directory. Saving goes on in the background; `close` waits for it."""
+    """The checkpoints in a run's directory. Saving goes on in the background; `close` waits for it.
+
+    best: the best evaluation as of the checkpoint that was saved or restored last, which no rule deletes. It travels
+        in every checkpoint, so that a run that goes on from any of them knows what one that never stopped knew there.
+    """
 
     def __init__(self, run: AnyPath, *, keep_last: int = 3, keep_every: int | None = None):
         self._run = absolute(run)
-        self._directory = self._run / "checkpoints"
-        policies: list[Any] = [preservation_policy.LatestN(keep_last)]
+        self._directory = self._run / RUN_CHECKPOINTS
+        self.best: Best | None = None
+        policies: list[Any] = [preservation_policy.LatestN(keep_last), _KeepBest(self)]
         if keep_every is not None:
             policies.append(preservation_policy.EveryNSteps(keep_every))
         options = ocp.CheckpointManagerOptions(
@@ -41,6 +49,7 @@ class Checkpoints:
             PARAMS: ocp.StandardCheckpointHandler(),
             STATE: ocp.StandardCheckpointHandler(),
             DATA: ocp.JsonCheckpointHandler(),
+            RUN_BEST: ocp.JsonCheckpointHandler(),
         }
         self._manager = ocp.CheckpointManager(self._directory, options=options, item_handlers=handlers)
 
@@ -55,7 +64,7 @@ class Checkpoints:
         """Oldest first."""
         return sorted(self._manager.all_steps())
 
-    def save(self, step: int, state: TrainState, data: dict[str, Any]) -> None:
+    def save(self, step: int, state: TrainState, data: dict[str, Any], best: Best | None = None) -> None:
         """Returns when the arrays are copied to the host, so the state may be donated; the rest happens meanwhile.
 
         Raises MossAudioError if this or the save before can't be written.
@@ -66,6 +75,9 @@ class Checkpoints:
             STATE: ocp.args.StandardSave(rest),
             DATA: ocp.args.JsonSave(data),
         }
+        if best is not None:
+            items[RUN_BEST] = ocp.args.JsonSave(dataclasses.asdict(best))
+        self.best = best
         try:
             self._manager.save(step, args=ocp.args.Composite(**items))
         except (OSError, ValueError) as error:
@@ -109,7 +121,10 @@ class Checkpoints:
             STATE: ocp.args.StandardRestore(rest),
             DATA: ocp.args.JsonRestore(),
         }
+        if (self._directory / str(step) / RUN_BEST).is_dir():
+            items[RUN_BEST] = ocp.args.JsonRestore()
         restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+        self.best = Best(**restored[RUN_BEST]) if RUN_BEST in items else None
         flat = flatten(restored[PARAMS])
         leaves = [restored[STATE][name] for name in rest]
         state = jax.tree.unflatten(jax.tree.structure(_without_parameters(target)), leaves)
@@ -140,6 +155,17 @@ class Checkpoints:
             f"{self._directory}: a checkpoint can't be written ({_first_line(error)}); make room and run again, "
             "which resumes from the newest whole one"
         )
+
+
+class _KeepBest(preservation_policy.PreservationPolicy):
+    """Orbax's BestN takes the last of equals, trips over NaN, and forgets evaluations whose checkpoint is gone."""
+
+    def __init__(self, checkpoints: Checkpoints):
+        self._checkpoints = checkpoints
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        best = self._checkpoints.best
+        return [best is not None and checkpoint.step == best.step for checkpoint in checkpoints]
 
 
 def _parts(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -140,6 +140,11 @@ class LoopConfig:
     """Examples of each to evaluate on."""
     evaluate_tokens: int = 256
     """The longest answer."""
+    best_metric: str | None = None
+    """Keep the checkpoint whose evaluation is best by this metric: loss, wer, cer, aas, f1, accuracy or another one of
+    `train/best.py`, over all that is asked. Each evaluation makes a checkpoint then; another metric begins anew."""
+    patience: int | None = None
+    """End the run after so many evaluations in a row that were not better by that metric."""
     show_samples: int = 2
     """Answers of an evaluation to show and log, with a picture of their timelines."""
     check_data: bool = False
@@ -159,10 +164,14 @@ class LoopConfig:
             "evaluate_every",
             "evaluate_count",
             "evaluate_tokens",
+            "patience",
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise MossAudioError(f"{name} must be 1 or more, not {value}")
+        for name, needed in (("best_metric", "evaluate_every"), ("patience", "best_metric")):
+            if getattr(self, name) is not None and getattr(self, needed) is None:
+                raise MossAudioError(f"{name} needs {needed}: give both, or leave {name} out")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,21 +1,41 @@
-"""Evaluation while a run trains: its model answers questions about held-out data every so many steps."""
+"""Evaluation while a run trains: every so many steps its model reads held-out data, and answers questions about them.
+
+eval/loss, eval/token_accuracy   of the right answers' tokens, all of them: as in a step, without its dropout
+eval/wer, eval/f1, ...           of its own answers, over all tasks that are measured so (`best.METRICS`)
+eval/<source>/<task>/...         everything about one task (docs/evaluation.md)
+"""
 
 import importlib.util
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
 
 from moss_audio_jax.checkpoint import build_model
+from moss_audio_jax.errors import MossAudioError
+from moss_audio_jax.model import MossAudio
 from moss_audio_jax.paths import Path
 from moss_audio_jax.processor import Processor
+from moss_audio_jax.sharding import num_parts, partition_spec
+from train.best import Measured, overall, require_metric
 from train.config import RunConfig
-from train.evaluate import ask, has_events, measure
+from train.data import Message, SampleMaker, TrainingBatch
+from train.data.packing import Packer, pack_row, stack_rows
+from train.data.samples import Sample
+from train.distributed import share_of_batch
+from train.evaluate import AnswerConfig, answer_items, has_events, measure
 from train.metrics import parse_timeline
 from train.optimizer import Parameters
 from train.plots import plot_timeline
-from train.questions import Item, manifest_items, scene_items
+from train.questions import Item, manifest_items, manifest_texts, scene_items
 from train.report import ShownSample
+from train.step import held_out_sums
+
+log = logging.getLogger(__name__)
 
 HELD_OUT_SEED = 2**31  # of scenes: added to the run's own seed, which makes those it trains on
 FIGURES = "figures"
@@ -23,44 +43,127 @@ BATCH = 16
 
 
 class HeldOut:
-    """The questions of a run's evaluations, the same each time."""
+    """What a run's evaluations ask, the same each time; the packed sequences of the loss stay in the host's memory.
 
-    def __init__(self, config: RunConfig, processor: Processor, out: Path):
-        self._every, self._shown, self._tokens = (
-            config.loop.evaluate_every,
-            config.loop.show_samples,
-            config.loop.evaluate_tokens,
-        )
-        self._dtype, self._processor, self._figures = config.step.compute_dtype, processor, out / FIGURES
-        self._items = _items(config) if self._every else []
+    Of several processes each reads all of it, holds its share of the sequences and gets all results.
+    Raises MossAudioError, before anything is trained, for audio that can't be read, where there is nothing to evaluate
+    on, and for a `best_metric` that the data can't be measured by.
+    """
+
+    def __init__(self, config: RunConfig, processor: Processor, maker: SampleMaker, mesh: Mesh, out: Path):
+        self._config, self._processor, self._mesh, self._figures = config, processor, mesh, out / FIGURES
+        self._every = config.loop.evaluate_every
+        if self._every is None:
+            return
+        self._parts = num_parts("batch", mesh)  # which have to divide a batch
+        batch = -(-BATCH // self._parts) * self._parts
+        self._answers = AnswerConfig(batch, config.loop.evaluate_tokens, maker.time_markers)
+        self._items, texts = _questions_and_texts(config)
+        self._batches = _batches(config, _samples(maker, self._items, texts), mesh)
+        if config.loop.best_metric is not None:
+            unanswered = measure(self._items, [""] * len(self._items))
+            require_metric(config.loop.best_metric, overall([_per_token(0, 0, 0), *_tasks(unanswered)]))
 
     def is_due(self, step: int) -> bool:
-        return bool(self._items) and self._every is not None and step % self._every == 0
+        return self._every is not None and step % self._every == 0
 
     def ask(self, step: int, parameters: Parameters) -> tuple[dict[str, float], list[ShownSample]]:
-        """Measures by name, such as `eval/scenes/timeline/f1`, and some answers to show."""
-        copies = {path: leaf.astype(self._dtype) for path, leaf in parameters.items()}
-        model = build_model(self._processor.config, copies)
-        answers = ask(model, self._processor, self._items, batch_size=BATCH, max_new_tokens=self._tokens)
-        scores = dict(_numbers("eval", measure(self._items, answers)))
-        pairs = list(zip(self._items, answers, strict=True))[: self._shown]
-        return scores, [self._shown_sample(step, item, answer) for item, answer in pairs]
+        """Scores by name, and an answer to each question; the first of them have a picture.
 
-    def _shown_sample(self, step: int, item: Item, answer: str) -> ShownSample:
+        parameters: of the step; they are read only.
+        """
+        copies = {path: leaf.astype(self._config.step.compute_dtype) for path, leaf in parameters.items()}
+        model = build_model(self._processor.config, copies)
+        loss, answers = self._loss(model, copies), self._ask(model)
+        measured = measure(self._items, answers)
+        scores = dict(_numbers("eval", loss | overall([loss, *_tasks(measured)]) | measured))
+        shown = self._config.loop.show_samples
+        pairs = enumerate(zip(self._items, answers, strict=True))
+        return scores, [self._sample(step, item, answer, index < shown) for index, (item, answer) in pairs]
+
+    def _loss(self, model: MossAudio, parameters: Parameters) -> dict[str, float | None]:
+        graphdef, totals = nnx.split(model)[0], np.zeros(3)
+        sharding = NamedSharding(self._mesh, partition_spec(("batch",), self._mesh))
+        for batch in self._batches:
+            placed = jax.make_array_from_process_local_data(sharding, batch)
+            sums = held_out_sums(graphdef, self._config.step, parameters, placed)
+            totals += jax.device_get((sums.loss, sums.correct, sums.weight))
+        return _per_token(*totals.tolist())
+
+    def _ask(self, model: MossAudio) -> list[str]:
+        filling = self._items[:1] * (-len(self._items) % self._parts)
+        answers = answer_items(model, self._processor, self._items + filling, self._answers)
+        return [answer.text for answer in answers[: len(self._items)]]
+
+    def _sample(self, step: int, item: Item, answer: str, shown: bool) -> ShownSample:
         figure = None
         # Pictures are an extra; a run doesn't end for want of them.
-        if has_events(item) and importlib.util.find_spec("matplotlib") and jax.process_index() == 0:
+        if shown and has_events(item) and importlib.util.find_spec("matplotlib") and jax.process_index() == 0:
             figure = self._figures / f"step {step} {item.name.replace('/', '_')}.png"
             figure.parent.mkdir(parents=True, exist_ok=True)
             plot_timeline(figure, item.clips[0].wave(), item.labels, parse_timeline(answer).items)
         return ShownSample(item.name, item.question, item.reference, answer, figure)
 
 
-def _items(config: RunConfig) -> list[Item]:
-    count = config.loop.evaluate_count
-    if config.loop.evaluate_data:
-        return [item for path in config.loop.evaluate_data for item in manifest_items(path, limit=count)]
-    return scene_items(count, config.mixture.scenes.scenes, seed=config.seed + HELD_OUT_SEED)
+def _per_token(loss: float, correct: float, tokens: float) -> dict[str, float | None]:
+    """Of sums over tokens; None of none."""
+    loss_per_token, share_correct = (loss / tokens, correct / tokens) if tokens else (None, None)
+    return {"loss": loss_per_token, "token_accuracy": share_correct, "tokens": tokens}
+
+
+def _questions_and_texts(config: RunConfig) -> tuple[list[Item], list[tuple[str, str]]]:
+    """What is asked, and texts of which only the loss is taken, with their names."""
+    paths, count = config.loop.evaluate_data, config.loop.evaluate_count
+    if not paths:
+        return scene_items(count, config.mixture.scenes.scenes, seed=config.seed + HELD_OUT_SEED), []
+    items = [item for path in paths for item in manifest_items(path, limit=count)]
+    return items, [text for path in paths for text in manifest_texts(path, limit=count)]
+
+
+def _samples(maker: SampleMaker, items: Sequence[Item], texts: Sequence[tuple[str, str]]) -> Iterator[Sample]:
+    for item in items:
+        yield maker.sample(item.name, (*item.turns, Message("assistant", (item.reference,))))
+    for name, text in texts:
+        yield maker.sample(name, text)
+
+
+def _batches(config: RunConfig, samples: Iterable[Sample], mesh: Mesh) -> list[TrainingBatch]:
+    """This process's rows of batches as large as a microbatch of training: so all have one shape, and one that fits.
+
+    Samples longer than a sequence of training are left out, and named. The last rows may repeat the first one, of which
+    nothing is to be learned then.
+    """
+    budget, rows = config.data.budget, config.data.batch_size // config.microbatches
+    packer: Packer[Sample] = Packer(budget)
+    bins = []
+    for sample in samples:
+        if sample.num_tokens > budget.tokens or sample.num_chunks > budget.chunks:
+            log.warning(
+                "left out of eval/loss: %s, of %d tokens and %d chunks of audio, where a sequence has %d and %d",
+                *(sample.name, sample.num_tokens, sample.num_chunks, budget.tokens, budget.chunks),
+            )
+        elif (closed := packer.add(sample)) is not None:
+            bins.append(closed)
+    bins += packer.bins
+    if not bins:
+        paths = ", ".join(config.loop.evaluate_data) or "the scenes"
+        raise MossAudioError(
+            f"there is nothing in {paths} to evaluate on that fits into {budget.tokens} tokens and {budget.chunks} "
+            "chunks of audio: give other evaluate_data, or leave evaluate_every out"
+        )
+    host, hosts = share_of_batch(mesh)
+    share = rows // hosts
+    filler = pack_row(bins[0].items, budget)
+    filler["weights"][:] = 0
+    batches = []
+    for first in range(0, len(bins), rows):
+        mine = [pack_row(bin.items, budget) for bin in bins[first : first + rows][host * share : (host + 1) * share]]
+        batches.append(stack_rows(mine + [filler] * (share - len(mine))))
+    return batches
+
+
+def _tasks(measures: Mapping[str, Mapping[str, Measured]]) -> list[Measured]:
+    return [measured for tasks in measures.values() for measured in tasks.values()]
 
 
 def _numbers(prefix: str, measures: Mapping[str, Any]) -> list[tuple[str, float]]:

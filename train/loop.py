@@ -30,6 +30,7 @@ from moss_audio_jax.paths import AnyPath, Path, to_path
 from moss_audio_jax.processor import Processor
 from moss_audio_jax.sharding import make_mesh
 from moss_audio_jax.tokens import Tokenizer
+from train.best import Best
 from train.check import require_usable
 from train.checkpoints import Checkpoints
 from train.chips import peak_flops
@@ -53,24 +54,24 @@ from train.step import (
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """How a run ended. step: the last one, which has a checkpoint. preempted: by SIGTERM, before the last step."""
+    """How a run ended. step: the last one, which has a checkpoint. preempted: by SIGTERM, before the last step.
+
+    best: of its evaluations, where it looks for one. stopped_early: since that was not beaten any more.
+    """
 
     step: int
     preempted: bool
+    best: Best | None = None
+    stopped_early: bool = False
 
 
 def train(config: RunConfig, out: AnyPath, *, mesh: Mesh | None = None) -> Outcome:
     """Trains until `config.last_step`, from the newest checkpoint in `out` if there is one. For the main thread.
 
     mesh: over the devices to use; None lays out all of them as the configuration says.
-    Raises MossAudioError for a configuration other than the one the run was begun with, evaluation on several
-    processes, too many skipped steps in a row, data that can't be used and checkpoints that can't be written or read.
+    Raises MossAudioError for a configuration other than the one the run was begun with, too many skipped steps in a
+    row, data that can't be used and checkpoints that can't be written or read.
     """
-    if config.loop.evaluate_every is not None and jax.process_count() > 1:
-        raise MossAudioError(
-            f"evaluation while training is for one process so far, found {jax.process_count()}: leave "
-            "loop.evaluate_every out and ask the run's checkpoints with `python -m train evaluate`"
-        )
     if config.loop.check_data:
         require_usable(config)
     out = to_path(out)
@@ -88,14 +89,15 @@ def train(config: RunConfig, out: AnyPath, *, mesh: Mesh | None = None) -> Outco
 
         first_process_does(write_files)
         tokenizer = Tokenizer.from_dir(out / RUN_MODEL)
-        data = stack.enter_context(_data(config, model, mesh, order, tokenizer))
+        maker = SampleMaker(tokenizer, model, answers=config.data.answers, thoughts=config.data.thoughts)
+        held_out = HeldOut(config, Processor(tokenizer, model), maker, mesh, out)
+        data = stack.enter_context(_data(config, mesh, order, maker))
         source = config.model
         if model.lora is not None:
             source = dataclasses.replace(source, checkpoint=str(base_directory(out / RUN_MODEL)))
         state, start = _first_or_restored_state(config, source, model, mesh, checkpoints, data)
         report = stack.enter_context(_report(config, out, start, mesh))
         profile = stack.enter_context(Profile(out, config.loop.profile_first, config.loop.profile_steps))
-        held_out = HeldOut(config, Processor(tokenizer, model), out)
         stack.enter_context(jax.set_mesh(mesh))
         stack.enter_context(ended_with_the_others())  # last in, first out: closing checkpoints waits for the others
         return _run(config, model, state, start, data, checkpoints, report, profile, held_out, stop)
@@ -114,8 +116,13 @@ def _run(
     stop: Callable[[int], bool],
 ) -> Outcome:
     graphdef = nnx.split(build_model(model, dict(abstract_parameters(model, jnp.float32))))[0]
-    step = start
-    while step < config.last_step and not stop(step):
+    step, best = start, _best_so_far(config, checkpoints)
+
+    def save() -> None:
+        report.commit()
+        checkpoints.save(step, _saved(state, model), state_of_all(data.get_state()), best)
+
+    while step < config.last_step and not _is_exhausted(best, config) and not stop(step):
         began = time.perf_counter()
         batch = next(data)
         data_wait = time.perf_counter() - began
@@ -125,18 +132,34 @@ def _run(
         state, metrics = train_step(graphdef, config.step, config.optimizer, state, batch)
         profile.after(step, metrics)
         report.add(step, metrics, {"data_wait": data_wait, **data.metrics, "model_flops": sum(flops.values())})
-        if step % config.loop.checkpoint_every == 0 and step < config.last_step:
-            report.commit()
-            checkpoints.save(step, _saved(state, model), state_of_all(data.get_state()))
-        if held_out.is_due(step):
+        if evaluated := held_out.is_due(step):
             with report.paused():
-                scores, samples = held_out.ask(step, state.trainable | state.frozen)
+                scores, answers = held_out.ask(step, state.trainable | state.frozen)
                 report.add_scores(step, scores)
-                report.add_samples(step, samples)
+                report.add_samples(step, answers[: config.loop.show_samples])
+                report.add_answers(step, answers)
+            best = best and best.after(step, scores.get(f"eval/{best.metric}"))
+        # After the evaluation, whose outcome it holds: one that a kill has come before is made again.
+        if (step % config.loop.checkpoint_every == 0 or (evaluated and best is not None)) and step < config.last_step:
+            save()
     report.commit()
     if step > start and step not in checkpoints.steps:
-        checkpoints.save(step, _saved(state, model), state_of_all(data.get_state()))
-    return Outcome(step, preempted=step < config.last_step)
+        save()
+    early = step < config.last_step and _is_exhausted(best, config)
+    return Outcome(step, preempted=step < config.last_step and not early, best=best, stopped_early=early)
+
+
+def _best_so_far(config: RunConfig, checkpoints: Checkpoints) -> Best | None:
+    """Of the evaluations before the restored step; None if the run looks for no best."""
+    metric, known = config.loop.best_metric, checkpoints.best
+    if metric is None:
+        return None
+    return known if known is not None and known.metric == metric else Best(metric)
+
+
+def _is_exhausted(best: Best | None, config: RunConfig) -> bool:
+    """Whether the last evaluations were so many without a better one that the run ends."""
+    return best is not None and config.loop.patience is not None and best.since >= config.loop.patience
 
 
 def _report(config: RunConfig, out: Path, start: int, mesh: Mesh) -> Report:
@@ -184,12 +207,9 @@ def _first_or_restored_state(
 
 
 @contextmanager
-def _data(
-    config: RunConfig, model: MossAudioConfig, mesh: Mesh, order: ExampleOrder, tokenizer: Tokenizer
-) -> Iterator[Prefetched]:
+def _data(config: RunConfig, mesh: Mesh, order: ExampleOrder, maker: SampleMaker) -> Iterator[Prefetched]:
     """Batches in microbatches, on their devices; every process reads its share of each."""
     host, hosts = share_of_batch(mesh)
-    maker = SampleMaker(tokenizer, model, answers=config.data.answers, thoughts=config.data.thoughts)
     batches = TrainingData(order, maker, config.data, host=host, hosts=hosts, workers=config.loop.workers)
     if config.data.batch_size // hosts % config.microbatches:
         raise MossAudioError(

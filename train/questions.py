@@ -77,9 +77,22 @@ def manifest_items(
     objectives: ask these only. seed: of the questions about a time; the others are asked in their first wording.
     limit: only so many examples, the first ones.
     """
+    return [
+        item
+        for index, example in enumerate(_examples(path, limit))
+        for item in example_items(example, str(path), objectives, (seed, index))
+    ]
+
+
+def manifest_texts(path: AnyPath, *, limit: int | None = None) -> list[tuple[str, str]]:
+    """Name and text of the examples that are nothing but text, about which nothing can be asked. limit: see there."""
+    applies = OBJECTIVES["plain_text"].applies
+    return [(example.name, example.text) for example in _examples(path, limit) if applies(example)]
+
+
+def _examples(path: AnyPath, limit: int | None) -> Iterator[Example]:
     examples = Shards(path) if to_path(path).is_dir() else Manifest(path)
-    indices = range(len(examples) if limit is None else min(limit, len(examples)))
-    return [item for index in indices for item in example_items(examples[index], str(path), objectives, (seed, index))]
+    return (examples[index] for index in range(len(examples) if limit is None else min(limit, len(examples))))
 
 
 def example_items(

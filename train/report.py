@@ -3,6 +3,7 @@
     out/metrics.jsonl    a line for every step; JSON has no NaN, so what is not finite is null
     out/scores.jsonl     a line for every evaluation
     out/samples.jsonl    a line for every sample that an evaluation shows
+    out/answers/         a table in Markdown for every evaluation, by its step: all that was asked, expected, answered
     out/tensorboard/     all of it, for TensorBoard
     out/wandb_run.txt    on request: the id of the run in Weights & Biases, which a resumed run goes on with
     out/profile/         on request: a trace of a few steps, for TensorBoard or XProf
@@ -12,9 +13,11 @@ again: their lines are cut off, and TensorBoard is told to forget them.
 """
 
 import datetime
+import html
 import json
 import math
 import os
+import re
 import struct
 import sys
 import time
@@ -47,6 +50,7 @@ from train.flops import CONVENTION
 METRICS_FILE = "metrics.jsonl"
 SCORES_FILE = "scores.jsonl"
 SAMPLES_FILE = "samples.jsonl"
+ANSWERS = "answers"
 TENSORBOARD = "tensorboard"
 WANDB_FILE = "wandb_run.txt"
 PROFILE = "profile"
@@ -164,6 +168,12 @@ class Report:
             for sink in self._sinks:
                 sink.write_samples(step, samples)
 
+    def add_answers(self, step: int, answers: Sequence[ShownSample]) -> None:
+        """Keeps a table of all answers of an evaluation after this step."""
+        with _writing_into(self._out):
+            for sink in self._sinks:
+                sink.write_answers(step, answers)
+
 
 @contextmanager
 def _writing_into(out: Path) -> Iterator[None]:
@@ -184,6 +194,8 @@ class _Sink:
     def write_scores(self, step: int, scores: Values) -> None: ...
 
     def write_samples(self, step: int, samples: Sequence[ShownSample]) -> None: ...
+
+    def write_answers(self, step: int, answers: Sequence[ShownSample]) -> None: ...
 
     def commit(self) -> None: ...
 
@@ -215,6 +227,11 @@ class _Lines(_Sink):
             lines.append({"step": step} | sample._asdict() | {"figure": figure})
         self._write(SAMPLES_FILE, lines)
 
+    def write_answers(self, step: int, answers: Sequence[ShownSample]) -> None:
+        path = self._out / ANSWERS / f"{step}.md"
+        path.parent.mkdir(exist_ok=True)
+        write_whole(path, _markdown_table(_COLUMNS, map(_row, answers)))
+
     def commit(self) -> None:
         for file in self._files.values():
             file.commit()
@@ -222,6 +239,28 @@ class _Lines(_Sink):
     def close(self) -> None:
         for file in self._files.values():
             file.close()
+
+
+_COLUMNS = ("name", "question", "reference", "prediction")  # of a table of answers
+
+
+def _row(answer: ShownSample) -> list[str]:
+    return [getattr(answer, column) for column in _COLUMNS]
+
+
+def _markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A row a line, each cell as it is: what Markdown or HTML would obey is escaped."""
+
+    def line(cells: Iterable[str]) -> str:
+        return f"| {' | '.join(cells)} |\n"
+
+    def cell(text: str) -> str:
+        return "<br>".join(_MARKUP.sub(r"\\\g<0>", html.escape(part, quote=False)) for part in text.splitlines())
+
+    return line(columns) + line("---" for _ in columns) + "".join(line(map(cell, row)) for row in rows)
+
+
+_MARKUP = re.compile(r"[\\|`*_~]")
 
 
 def _finite(values: Values) -> dict[str, float | None]:
@@ -337,12 +376,17 @@ class _WeightsAndBiases(_Sink):
         config = read_json(out / CONFIG_FILE)
         self._run = wandb.init(project=project, id=known, resume="allow", dir=str(local_directory(out)), config=config)
         write_whole(id_file, self._run.id + "\n")
+        self._table = wandb.Table
 
     def write(self, step: int, line: Values) -> None:
         self._run.log(dict(line), step=step)
 
     def write_scores(self, step: int, scores: Values) -> None:
         self._run.log(dict(scores), step=step)
+
+    def write_answers(self, step: int, answers: Sequence[ShownSample]) -> None:
+        table = self._table(columns=list(_COLUMNS), data=list(map(_row, answers)))
+        self._run.log({"eval/answers": table}, step=step)
 
     def close(self) -> None:
         self._run.finish()

@@ -332,6 +332,17 @@ def loss_and_gradients(
     return jax.lax.scan(add_microbatch, start, (jnp.arange(batch.weights.shape[0]), batch))[0]
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def held_out_sums(graphdef: nnx.GraphDef, config: StepConfig, parameters: Parameters, batch: TrainingBatch) -> LossSums:
+    """Sums over the answers of a batch without microbatches: the loss of a step, with no dropout and no gradient.
+
+    parameters: in the dtype to compute in.
+    """
+    model = _model(graphdef, parameters)
+    hidden = model.hidden_states(batch.inputs)
+    return chunked_cross_entropy(hidden, model.head, batch.targets, batch.weights, chunk=config.loss_chunk)[1]
+
+
 def _model(graphdef: nnx.GraphDef, parameters: Parameters) -> MossAudio:
     return nnx.merge(graphdef, nnx.State(unflatten(parameters)))
 

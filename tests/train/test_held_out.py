@@ -1,25 +1,45 @@
-"""Evaluation while a run trains: it changes nothing of the training, and is written down once."""
+"""Evaluation while a run trains: right, and nothing of the training changed by it; the best kept, the end in time."""
 
+import dataclasses
 import json
+import math
+import shutil
 from pathlib import Path
 
+import jax
+import numpy as np
+import pytest
+from scipy.special import logsumexp
 from test_loop import assert_same_end, config, copy, corpus, lines, one_device, straight, until  # noqa: F401 - fixtures
 
-from train.config import RunConfig
-from train.loop import train
+from moss_audio_jax import MossAudio, MossAudioError, load_model, load_processor
+from moss_audio_jax.checkpoint import parameters_of
+from moss_audio_jax.sharding import make_mesh
+from train.best import Best, overall
+from train.config import LoopConfig, RunConfig
+from train.data import Manifest, Message, SampleMaker, TimedText
+from train.data.samples import Sample
+from train.evaluate import measure
+from train.held_out import HeldOut
+from train.loop import Outcome, train
+from train.questions import Item, manifest_items
+from train.step import held_out_sums
 
 
 def written(out: Path, name: str) -> list[dict]:
     return [json.loads(line) for line in (out / f"{name}.jsonl").read_text().splitlines()]
 
 
-def test_an_evaluation_changes_nothing_and_resuming_repeats_none(
+def test_the_best_is_kept_and_a_run_ends_that_gets_no_better(
     straight: Path,  # noqa: F811
     config: RunConfig,  # noqa: F811
     corpus: Path,  # noqa: F811
     tmp_path: Path,
 ):
-    """Stopped after step 4, whose evaluation is done, and run again from there."""
+    """It is stopped after step 4, and told to go on further than its patience lasts. Nothing else is changed by it.
+
+    No word is right at steps 2, 4 and 6, so the first of these is the best, and at 6 two in a row were not better.
+    """
     out = tmp_path / "run"
     asked = {
         "evaluate_every": 2,
@@ -27,10 +47,20 @@ def test_an_evaluation_changes_nothing_and_resuming_repeats_none(
         "evaluate_count": 3,
         "evaluate_tokens": 4,
         "show_samples": 1,
+        "best_metric": "wer",
+        "patience": 2,
+        "keep_last": 1,
+        "checkpoint_every": 3,
     }
-    train(until(config, 4, **asked), out, mesh=one_device())
-    train(until(config, config.last_step, **asked), out, mesh=one_device())
+    programs = held_out_sums._cache_size()
+    assert not train(until(config, 5, **asked), out, mesh=one_device()).stopped_early
+    ended = Outcome(6, preempted=False, best=Best("wer", 1.0, step=2, since=2), stopped_early=True)
+    assert train(until(config, 10, **asked), out, mesh=one_device()) == ended
+    assert held_out_sums._cache_size() == programs + 1
     assert_same_end(out, straight, config)
+    kept = out / "checkpoints"
+    assert sorted(path.name for path in kept.iterdir()) == ["2", "6"]
+
     scores, samples = written(out, "scores"), written(out, "samples")
     assert [line["step"] for line in scores] == [line["step"] for line in samples] == [2, 4, 6]
     name = f"eval/{corpus / 'clips.jsonl'}"
@@ -38,3 +68,138 @@ def test_an_evaluation_changes_nothing_and_resuming_repeats_none(
         items = [value for key, value in line.items() if key.startswith(name) and key.endswith("/items")]
         assert items == [3]
     assert len({(line["name"], line["reference"]) for line in samples}) == 1 and samples[0]["reference"]
+    assert scores[0]["eval/loss"] > scores[1]["eval/loss"] > scores[2]["eval/loss"]
+    table = (out / "answers" / "4.md").read_text().splitlines()
+    assert len(table) == 2 + 3 and "| number 1 |" in table[3]
+
+    best, second = parameters_of(load_model(out / "best")), parameters_of(load_model(kept / "2"))
+    newest = parameters_of(load_model(out))
+    changed = [path for path in best if not np.array_equal(best[path], newest[path])]
+    assert len(changed) > 0.9 * len(best)
+    jax.tree.map(np.testing.assert_array_equal, best, second)
+    assert load_processor(out / "best").config == load_processor(out).config
+
+    assert train(until(config, 10, **asked), out, mesh=one_device()) == ended  # at once
+    assert [line["step"] for line in lines(out)] == list(range(1, 7))
+    shutil.rmtree(kept / "2")
+    with pytest.raises(MossAudioError, match="its best checkpoint by wer is that of step 2, which is not there"):
+        load_model(out / "best")
+
+
+def test_a_run_that_looks_for_no_best_has_none(straight: Path):  # noqa: F811
+    with pytest.raises(MossAudioError, match="does not know its best checkpoint"):
+        load_model(straight / "best")
+
+
+def held_out(config: RunConfig, mesh: jax.sharding.Mesh, out: Path, **loop) -> HeldOut:  # noqa: F811
+    config = until(config, 1, evaluate_every=1, **loop)
+    processor = load_processor(str(config.model.checkpoint))
+    return HeldOut(config, processor, SampleMaker(processor.tokenizer, processor.config), mesh, out)
+
+
+@pytest.mark.alone
+def test_the_loss_is_of_all_tokens_and_the_same_on_a_mesh(
+    config: RunConfig,  # noqa: F811
+    corpus: Path,  # noqa: F811
+    tmp_path: Path,
+):
+    """Against log-probabilities one sample at a time; packed, it takes several batches, of one shape."""
+    exact = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, batch_size=4),
+        step=dataclasses.replace(config.step, compute_dtype="float32"),
+    )
+    data = (str(corpus / "clips.jsonl"), str(corpus / "texts.jsonl"))
+    mesh = make_mesh(fsdp=2, tensor=2, devices=jax.devices()[:4])
+    of_mesh = held_out(exact, mesh, tmp_path, evaluate_data=data, evaluate_count=5, evaluate_tokens=2)
+    model, processor = load_model(corpus / "model", mesh=mesh), load_processor(corpus / "model")
+    before = held_out_sums._cache_size()
+    with jax.set_mesh(mesh):
+        scores, answers = of_mesh.ask(1, parameters_of(model))
+    assert held_out_sums._cache_size() == before + 1
+    assert len(answers) == 5  # a number that the mesh doesn't divide
+
+    maker = SampleMaker(processor.tokenizer, processor.config)
+    items = [item for path in data for item in manifest_items(path, limit=5)]
+    samples = [maker.sample(item.name, (*item.turns, Message("assistant", (item.reference,)))) for item in items]
+    samples += [maker.sample(example.name, example.text) for example in Manifest(data[1])][:5]
+    alone = load_model(corpus / "model")
+    sums = np.sum([by_hand(alone, sample) for sample in samples], axis=0)
+    assert scores["eval/tokens"] == sums[2]
+    np.testing.assert_allclose(scores["eval/loss"], sums[0] / sums[2], rtol=1e-5)
+    np.testing.assert_allclose(scores["eval/token_accuracy"], sums[1] / sums[2], rtol=1e-6)
+
+
+def by_hand(model: MossAudio, sample: Sample) -> tuple[float, int, int]:
+    """Of the tokens to learn: the sum of their losses, how many are the likeliest ones, how many there are."""
+    length = sample.num_tokens
+    logits = np.asarray(model(sample.inputs)[0], np.float64)[: length - 1]
+    targets, learned = np.asarray(sample.inputs.tokens)[0, 1:length], sample.learned[1:]
+    losses = logsumexp(logits, axis=-1) - np.take_along_axis(logits, targets[:, None], 1)[:, 0]
+    return losses[learned].sum(), (logits.argmax(-1) == targets)[learned].sum(), learned.sum()
+
+
+@pytest.mark.parametrize(
+    ("loop", "message"),
+    [
+        ({"best_metric": "f1"}, "the evaluation's data have, which are loss, token_accuracy, wer, cer, not 'f1'"),
+        ({"best_metric": "bleu"}, "which are loss, token_accuracy, wer, cer, not 'bleu'"),
+        ({"evaluate_data": ("long.jsonl",)}, "nothing in .*long.jsonl to evaluate on that fits into 160 tokens and 2"),
+    ],
+)
+def test_what_can_not_be_evaluated_is_refused_before_training(
+    loop: dict,
+    message: str,
+    config: RunConfig,  # noqa: F811
+    corpus: Path,  # noqa: F811
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+):
+    (tmp_path / "long.jsonl").write_text(json.dumps({"text": "far too long " * 100}))
+    paths = (*(str(tmp_path / path) for path in loop.get("evaluate_data", ())), str(corpus / "clips.jsonl"))
+    with pytest.raises(MossAudioError, match=message):
+        held_out(config, one_device(), tmp_path, **loop | {"evaluate_data": paths[:1]})
+    assert ("left out of eval/loss" in caplog.text) == ("evaluate_data" in loop)
+
+
+@pytest.mark.parametrize(
+    ("metric", "values", "best"),
+    [
+        ("loss", [3.0, math.nan, 2.0, 2.0, None], Best("loss", 2.0, step=3, since=2)),
+        ("accuracy", [0.0, 0.0, 0.5, 0.25], Best("accuracy", 0.5, step=3, since=1)),
+        ("aas", [None, math.inf], Best("aas", None, step=None, since=2)),
+    ],
+)
+def test_the_best_so_far(metric: str, values: list[float | None], best: Best):
+    found = Best(metric)
+    for step, value in enumerate(values, start=1):
+        found = found.after(step, value)
+    assert found == best
+
+
+def test_a_metric_over_several_tasks_is_that_of_all_questions():
+    answers = ["one two", "three", "[0.0]a[1.0]", "[0.5]b[2.0][3.0]c[4.0]"]
+    labels = [(), (), (TimedText("a", 0.1, 1.0),), (TimedText("b", 0.5, 2.5), TimedText("d", 3.0, 4.0))]
+    references = ["one two six", "four", "", ""]
+    measures = ["text", "text", "events", "events"]
+
+    def items(sources: str) -> list[Item]:
+        parts = zip(sources, measures, references, labels, strict=True)
+        return [Item("item", source, kind, (), text, kind, labels=timed) for source, kind, text, timed in parts]
+
+    together, apart = (
+        overall(task for tasks in measure(items(sources), answers).values() for task in tasks.values())
+        for sources in ("aaaa", "abab")
+    )
+    assert together.keys() == {"wer", "cer", "aas", "f1"}
+    assert apart == pytest.approx(together)
+    assert together["wer"] == 2 / 4 and together["f1"] == 2 * 2 / (3 + 3)
+
+
+def test_options_that_need_others():
+    with pytest.raises(MossAudioError, match="best_metric needs evaluate_every"):
+        LoopConfig(best_metric="loss")
+    with pytest.raises(MossAudioError, match="patience needs best_metric"):
+        LoopConfig(evaluate_every=1, patience=3)
+    with pytest.raises(MossAudioError, match="patience must be 1 or more, not 0"):
+        LoopConfig(evaluate_every=1, best_metric="loss", patience=0)

@@ -18,6 +18,7 @@ import pytest
 from test_loop import ENVIRONMENT, corpus, lines  # noqa: F401 - a fixture
 
 from moss_audio_jax import MossAudioError
+from moss_audio_jax.checkpoint import orbax_paths
 from moss_audio_jax.paths import AnyPath, to_path
 from train.distributed import DistributedConfig
 from train.meeting import meet
@@ -67,7 +68,7 @@ class Run:
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Iterator[Callable[..., Run]]:  # noqa: F811
-    """Starts `count` processes of a run of so many steps, each with one device."""
+    """Starts `count` processes of a run of so many steps, each with one device, and evaluated after the fourth."""
     cache = {
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -92,6 +93,11 @@ def start(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Iterator[Ca
         "step.loss-chunk": 160,
         "step.compute-dtype": "float32",
         "microbatches": 2,
+        "evaluate-every": 4,
+        "evaluate-data": corpus / "clips.jsonl",
+        "evaluate-count": 3,
+        "evaluate-tokens": 4,
+        "best-metric": "loss",
     }
     runs: list[Run] = []
 
@@ -163,6 +169,17 @@ def test_two_processes_make_the_curve_of_one_and_others_go_on_with_it(
     assert rest.wait() == [0] * count, rest.log(0)
     assert [line["step"] for line in lines(out)] == list(range(1, STEPS + 1))
     assert_same_curve(out, alone)
+    assert_same_evaluation(out, alone)
+
+
+def assert_same_evaluation(found: Path, expected: Path) -> None:
+    (scores,), (others,) = ([json.loads(line) for line in (out / "scores.jsonl").open()] for out in (found, expected))
+    assert scores["eval/tokens"] > 0
+    assert scores == pytest.approx(others, rel=2e-4)
+    assert (found / "answers" / "4.md").read_text() == (expected / "answers" / "4.md").read_text()
+    for out in (found, expected):
+        best = orbax_paths(out / "best")
+        assert best is not None and best.params == out / "checkpoints" / "4" / "params"
 
 
 @pytest.mark.slow

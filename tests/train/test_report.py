@@ -183,6 +183,7 @@ def test_an_evaluation_between_steps(tmp_path: Path, clock, capsys: pytest.Captu
             clock.now += 1000
             report.add_scores(1, {"eval/loss": 1.25})
             report.add_samples(1, samples)
+            report.add_answers(1, [*samples, ShownSample("last", "a|b*", "<think>\n[0.1]x[0.2]", "`")])
         report.add(2, step_metrics(), host_metrics())
         clock.now += 3
     assert [line["step_seconds"] for line in lines(tmp_path / "metrics.jsonl")] == [2, 3]
@@ -191,6 +192,10 @@ def test_an_evaluation_between_steps(tmp_path: Path, clock, capsys: pytest.Captu
     shown = lines(tmp_path / "samples.jsonl")
     assert shown[0] == {"step": 1} | samples[0]._asdict() | {"figure": "figures/clip.png"}
     assert shown[1] == {"step": 1} | samples[1]._asdict()
+    table = (tmp_path / "answers" / "1.md").read_text("utf-8").splitlines()
+    assert table[:2] == ["| name | question | reference | prediction |", "| --- | --- | --- | --- |"]
+    assert table[2].startswith("| clip | What is said?<br>And when? | hello &lt;b&gt; | jello ")
+    assert table[3:] == ["| other |  | 你好 |  |", r"| last | a\|b\* | &lt;think&gt;<br>[0.1]x[0.2] | \` |"]
 
     values = {value.tag: value for event in events(tmp_path) for value in event.summary.value}
     image = values["samples/clip"].image
@@ -241,6 +246,9 @@ class FakeWandb:
             finish=lambda: self.calls.append(("finish",)),
         )
 
+    def Table(self, columns: list[str], data: list[list[str]]):
+        return [dict(zip(columns, row, strict=True)) for row in data]
+
 
 def test_weights_and_biases(tmp_path: Path, clock, monkeypatch: pytest.MonkeyPatch):
     fake = FakeWandb()
@@ -254,6 +262,10 @@ def test_weights_and_biases(tmp_path: Path, clock, monkeypatch: pytest.MonkeyPat
     logged = [(call[1], call[2]["loss"]) for call in fake.calls if call[0] == "log"]
     assert logged == [(1, 1.0), (2, 2.0), (2, 2.0), (3, 3.0)]
     assert [call[0] for call in fake.calls].count("finish") == 2
+    with Report(tmp_path, start=3, wandb="project", **OPTIONS) as report:
+        report.add_answers(4, [ShownSample("clip", "What?", "this", "that")])
+    row = {"name": "clip", "question": "What?", "reference": "this", "prediction": "that"}
+    assert fake.calls[-2] == ("log", 4, {"eval/answers": [row]})
 
 
 def test_weights_and_biases_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
