@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 
 from moss_audio_jax import MossAudioConfig
@@ -33,6 +34,7 @@ def gates() -> list[Any]:
 @pytest.mark.parametrize("name", gates())
 def test_a_program_keeps_its_budget(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     gate = GATES[name]
+    jax.clear_caches()  # a program of this size holds gigabytes
     monkeypatch.setattr("sys.argv", ["moss-audio-train", "plan", *gate["plan"].split(), "--json"])
     main()  # exits where it does not fit
     report = json.loads(capsys.readouterr().out)
