@@ -20,17 +20,20 @@ from train.plan import plan_step, topology_devices, with_sizes
 from train.plots import require_matplotlib
 
 SEQUENCES, TOKENS = 1024, 8192
-MICROBATCHES = {"v5p:2x2x2": 16, "v5p:4x4x4": 2, "v5p:4x8x8": 1, "v5p:8x8x16": 1}  # as few as memory allows, or fewer
-COLUMNS = ("chips", "sequences a chip", "microbatches", "HBM, GiB", "sent by a chip, GiB", "step, s", "MFU")
+# Microbatches as memory asks for, and replicas: 256 is the most parts that all dimensions can be cut into.
+LAYOUTS = {"v5p:2x2x2": (16, 1), "v5p:4x4x4": (2, 1), "v5p:4x8x8": (1, 1), "v5p:8x8x16": (1, 4)}
+COLUMNS = ("chips", "replicas", "microbatches", "sequences a chip", "HBM, GiB", "a chip sends, GiB", "step, s", "MFU")
 
 
-def compiled(topology: str, microbatches: int) -> dict[str, Any]:
+def compiled(topology: str, microbatches: int, replicas: int) -> dict[str, Any]:
     """What stands in the table of one topology."""
     config = with_sizes(RECIPES["pretrain_stage2"], "8b", slices=1, batch=SEQUENCES, tokens=TOKENS, chunks=None)
+    mesh = dataclasses.replace(config.mesh, replica=replicas)
     devices = topology_devices(topology)
-    report = plan_step(dataclasses.replace(config, microbatches=microbatches), devices)
+    report = plan_step(dataclasses.replace(config, microbatches=microbatches, mesh=mesh), devices)
     return {
         "chips": len(devices),
+        "replicas": replicas,
         "microbatches": microbatches,
         "hbm_gib": report["hbm_bytes_per_chip"] / GIB,
         "sent_gib": sum(sums["sent_bytes_per_chip"] for sums in report["collectives"].values()) / GIB,
@@ -49,12 +52,12 @@ def run(results: Path = Path("scaling.json"), plot: Path = Path("scaling.png")) 
     """
     require_matplotlib()
     found = json.loads(results.read_text()) if results.exists() else {}
-    for topology, microbatches in MICROBATCHES.items():
+    for topology, layout in LAYOUTS.items():
         if topology not in found:
             print(f"compiling for {topology}", flush=True)
-            found[topology] = compiled(topology, microbatches)
+            found[topology] = compiled(topology, *layout)
             write_whole(results, json.dumps(found, indent=2) + "\n")
-    rows = [found[topology] for topology in MICROBATCHES]
+    rows = [found[topology] for topology in LAYOUTS]
     print(align([COLUMNS, *map(cells, rows)]))
     draw(rows, plot)
 
@@ -63,8 +66,9 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
     step = row["computing"] + row["communicating"]
     return (
         str(row["chips"]),
-        f"{SEQUENCES / row['chips']:g}",
+        str(row["replicas"]),
         str(row["microbatches"]),
+        f"{SEQUENCES / row['chips']:g}",
         f"{row['hbm_gib']:.1f}",
         f"{row['sent_gib']:.1f}",
         f"{step:.2f}",

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.experimental.mesh_utils import create_hybrid_device_mesh
+from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from moss_audio_jax.errors import MossAudioError
@@ -52,18 +52,19 @@ def make_mesh(*, replica: int = 1, fsdp: int = -1, tensor: int = 1, devices: Seq
         raise MossAudioError(
             f"a mesh of {given} does not cover {len(devices)} devices: their product must be that number"
         )
-    types = (AxisType.Auto,) * len(MESH_AXES)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
-    if slices == 1:
-        return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=types, devices=devices)
     if sizes["replica"] % slices:
         raise MossAudioError(
             f"replica={sizes['replica']} does not fit {slices} TPU slices: it must be a multiple of them, since only "
             "whole copies may lie across the network between slices"
         )
-    in_slice = (sizes["replica"] // slices, sizes["fsdp"], sizes["tensor"])
-    laid_out = create_hybrid_device_mesh(in_slice, (slices, 1, 1), devices=devices)
-    return Mesh(laid_out, MESH_AXES, axis_types=types)
+    # An axis may take a part of one of the torus's, as tensor=2 does on 4x4x4.
+    if slices == 1:
+        laid_out = create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
+    else:
+        in_slice = (sizes["replica"] // slices, sizes["fsdp"], sizes["tensor"])
+        laid_out = create_hybrid_device_mesh(in_slice, (slices, 1, 1), devices, allow_split_physical_axes=True)
+    return Mesh(laid_out, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def partition_spec(logical_axes: Sequence[str | None], mesh: Mesh | Any) -> PartitionSpec:

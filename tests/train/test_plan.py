@@ -74,6 +74,12 @@ def test_two_slices_hold_a_replica_each(monkeypatch: pytest.MonkeyPatch, capsys:
         make_mesh(devices=plan.topology_devices("v5e:2x2", 2))
 
 
+def test_axes_may_be_parts_of_a_torus():
+    devices = plan.topology_devices("v5p:4x4x4")
+    assert make_mesh(tensor=2, devices=devices).shape == {"replica": 1, "fsdp": 32, "tensor": 2}
+    assert make_mesh(replica=8, tensor=4, devices=devices).shape == {"replica": 8, "fsdp": 2, "tensor": 4}
+
+
 def test_unknown_topologies_are_refused():
     with pytest.raises(MossAudioError, match="--topology must name a TPU and its shape, such as v5e:2x4"):
         plan.topology_devices("v9:2x2")
