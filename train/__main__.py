@@ -255,7 +255,7 @@ def _train(config: "RunConfig", out: Path) -> None:
     if first:
         best, early = outcome.best, ""
         if best is not None and outcome.stopped_early:
-            early = f", and no further, since {best.since} evaluations in a row were not better by {best.metric}"
+            early = f", and no further: evaluations since the best {best.metric}: {best.since}"
         print(f"{out}: trained to step {outcome.step}{early}")
         if best is not None and best.step is not None:
             print(f"{out / RUN_BEST}: the checkpoint of step {best.step}, {best.metric} {best.value:.4g}")

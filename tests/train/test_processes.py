@@ -68,7 +68,7 @@ class Run:
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Iterator[Callable[..., Run]]:  # noqa: F811
-    """Starts `count` processes of a run of so many steps, each with one device, and evaluated after the fourth."""
+    """Starts `count` processes of a run of so many steps, each with one device."""
     cache = {
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -93,11 +93,6 @@ def start(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Iterator[Ca
         "step.loss-chunk": 160,
         "step.compute-dtype": "float32",
         "microbatches": 2,
-        "evaluate-every": 4,
-        "evaluate-data": corpus / "clips.jsonl",
-        "evaluate-count": 3,
-        "evaluate-tokens": 4,
-        "best-metric": "loss",
     }
     runs: list[Run] = []
 
@@ -114,10 +109,17 @@ def start(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Iterator[Ca
 
 
 @pytest.fixture(scope="module")
-def alone(start: Callable[..., Run], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def evaluated(corpus: Path) -> dict[str, object]:  # noqa: F811
+    """Options of an evaluation after the fourth step."""
+    options = {"every": 4, "data": corpus / "clips.jsonl", "count": 3, "tokens": 4}
+    return {f"evaluate-{name}": value for name, value in options.items()} | {"best-metric": "loss"}
+
+
+@pytest.fixture(scope="module")
+def alone(start: Callable[..., Run], evaluated: dict, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of one process."""
     out = tmp_path_factory.mktemp("alone") / "run"
-    run = start(out, 1)
+    run = start(out, 1, **evaluated)
     assert run.wait() == [0], run.log(0)
     return out
 
@@ -151,10 +153,10 @@ def checkpoints(out: Path) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def of_two(start: Callable[..., Run], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def of_two(start: Callable[..., Run], evaluated: dict, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The first steps of a run, by two processes."""
     out = tmp_path_factory.mktemp("of_two") / "run"
-    first = start(out, 2, steps=4)
+    first = start(out, 2, steps=4, **evaluated)
     assert first.wait() == [0, 0], first.log(0) + first.log(1)
     assert "step 4/" in first.log(0) and not re.search("^step", first.log(1), re.MULTILINE)
     return out
@@ -162,10 +164,10 @@ def of_two(start: Callable[..., Run], tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.mark.parametrize("count", [1, 4])
 def test_two_processes_make_the_curve_of_one_and_others_go_on_with_it(
-    count: int, of_two: Path, start: Callable[..., Run], alone: Path, tmp_path: Path
+    count: int, of_two: Path, start: Callable[..., Run], evaluated: dict, alone: Path, tmp_path: Path
 ):
     out = shutil.copytree(of_two, tmp_path / "run")
-    rest = start(out, count)
+    rest = start(out, count, **evaluated)
     assert rest.wait() == [0] * count, rest.log(0)
     assert [line["step"] for line in lines(out)] == list(range(1, STEPS + 1))
     assert_same_curve(out, alone)
