@@ -36,7 +36,10 @@ def test_a_program_keeps_its_budget(name: str, monkeypatch: pytest.MonkeyPatch, 
     gate = GATES[name]
     jax.clear_caches()  # a program of this size holds gigabytes
     monkeypatch.setattr("sys.argv", ["moss-audio-train", "plan", *gate["plan"].split(), "--json"])
-    main()  # exits where it does not fit
+    with jax.default_matmul_precision(
+        "default"
+    ):  # as it is trained: tests raise it, and splash attention serves no other
+        main()  # exits where it does not fit
     report = json.loads(capsys.readouterr().out)
     report["sent_bytes_per_chip"] = round(sum(sums["sent_bytes_per_chip"] for sums in report["collectives"].values()))
     if os.environ.get("UPDATE_GATES"):
