@@ -50,7 +50,7 @@ def test_a_program_keeps_its_budget(name: str, monkeypatch: pytest.MonkeyPatch, 
         assert report[figure] <= GROWTH * gate[figure], f"{figure}: {report[figure]:,} after {gate[figure]:,}"
     assert report["hbm_bytes_per_chip"] <= report["hbm_usable_bytes_per_chip"]
     if report["mode"] == "train":  # reading prompts gathers the head, for one token of each
-        assert not whole_vocabularies(report), "the embedding or the head, or a gradient of theirs, is communicated whole"
+        assert not whole_vocabularies(report), "the embedding or the head, or a gradient, is communicated whole"
 
 
 def whole_vocabularies(report: dict[str, Any]) -> list[str]:
