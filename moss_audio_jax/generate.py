@@ -20,6 +20,7 @@ from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.inputs import ModelInputs, bucket
 from moss_audio_jax.language_model import KVCache
 from moss_audio_jax.model import MossAudio
+from moss_audio_jax.sharding import constrain
 
 MIN_NEW_TOKENS = 16  # the smallest bucket of an answer's length
 
@@ -222,7 +223,9 @@ def _draw(
     eos_ids: tuple[int, ...],
 ) -> _State:
     keys = jax.vmap(lambda key: jax.random.fold_in(key, loop.count))(loop.keys)
-    token = sampling(model.logits(hidden), loop.seen, keys)
+    # One token of each sequence is far less than the head: it goes to where the head's rows lie, and their sums return.
+    logits = constrain(model.logits(constrain(hidden, None, "embed")), "batch", None)
+    token = sampling(logits, loop.seen, keys)
     if eos_ids:
         token = jnp.where(loop.stopped, eos_ids[0], token)
     stopped = loop.stopped | jnp.isin(token, jnp.array(eos_ids, jnp.int32))

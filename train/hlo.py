@@ -48,18 +48,18 @@ def collectives(hlo: str, devices: int) -> list[Collective]:
     computations = dict(_computations(hlo))
     entry = next(name for name, (is_entry, _) in computations.items() if is_entry)
     found: list[Collective] = []
-    channels: set[tuple[str, int]] = set()
+    moved: set[tuple[str, int]] = set()
 
     def visit(name: str, times: int) -> None:
         for operation in computations[name][1]:
             kind = operation["opcode"].removesuffix("-start")
             if kind in KINDS:
-                # One that runs beside matmuls is written into each fusion that moves it on, with the channel it has.
+                # One that runs beside matmuls stands in each fusion that moves it on, always with the same channel.
                 channel = _CHANNEL.search(operation["rest"])
-                step = (channel[1], times) if channel else (operation["name"], times)
-                if step not in channels:
+                if channel is None or (channel[1], times) not in moved:
                     found.append(_collective(operation, kind, devices, times))
-                channels.add(step)
+                if channel is not None:
+                    moved.add((channel[1], times))
                 continue  # what it applies is an addition
             called = re.findall(r"[\w.\-]+", " ".join(map(" ".join, _CALLED.findall(operation["rest"]))))
             loops = times

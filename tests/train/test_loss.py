@@ -9,9 +9,18 @@ import optax
 import pytest
 
 from moss_audio_jax.sharding import constrain, make_mesh
+from train import loss
 from train.loss import chunked_cross_entropy
 
 BATCH, LENGTH, WIDTH, VOCABULARY = 4, 50, 16, 1000
+
+
+@pytest.fixture(params=[1, 4], ids=lambda count: f"{count} blocks of the vocabulary")
+def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """On one device; on each of two it takes half as many."""
+    monkeypatch.setattr(loss, "VOCABULARY_BLOCK", VOCABULARY // request.param)
+    jax.clear_caches()  # programs hold the blocks they were traced with
+    return request.param
 
 
 def problem(dtype=jnp.float32, seed: int = 0):
@@ -52,7 +61,7 @@ def close(actual, expected, tolerance):
 
 @pytest.mark.parametrize("chunk", [1, 16, 50, 512], ids=lambda chunk: f"chunk {chunk}")
 @pytest.mark.parametrize("z_loss", [0.0, 0.01])
-def test_equals_the_plain_loss_and_its_gradients(chunk, z_loss):
+def test_equals_the_plain_loss_and_its_gradients(chunk, z_loss, blocks):
     expected = value_and_gradients(plain, *problem(), options=(("z_loss", z_loss),))
     found = value_and_gradients(chunked_cross_entropy, *problem(), options=(("z_loss", z_loss), ("chunk", chunk)))
     close(found, expected, 2e-6)
@@ -101,7 +110,7 @@ def test_an_embedding_that_is_also_the_head_gets_both_gradients():
 
 
 @pytest.mark.parametrize("layout", [{"fsdp": 4, "tensor": 2}, {"replica": 2, "fsdp": 2, "tensor": 2}])
-def test_on_a_mesh_equals_one_device(layout):
+def test_on_a_mesh_equals_one_device(layout, blocks):
     def sharded(hidden, head, targets, weights, chunk):
         return chunked_cross_entropy(
             constrain(hidden, "batch", None, None),
@@ -114,6 +123,15 @@ def test_on_a_mesh_equals_one_device(layout):
     expected = value_and_gradients(plain, *problem())
     with jax.set_mesh(make_mesh(**layout)):
         close(value_and_gradients(sharded, *problem(), options=(("chunk", 16),)), expected, 2e-6)
+
+
+@pytest.mark.parametrize(
+    ("entries", "count"),
+    [(1, 1), (16_384, 1), (16_386, 2), (151_936, 16), (151_936 // 2, 8), (3 * 16_384 + 1, 13), (65_537, 1)],
+)
+def test_blocks_are_equal(entries, count):
+    """The fewest that divide the vocabulary; of a prime number, which only single entries divide, all at once."""
+    assert loss._block_count(entries) == count
 
 
 def test_memory_is_that_of_a_chunk():

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+from collections.abc import Iterator
 
+import jax
 import pytest
 
 from moss_audio_jax import MossAudioError
@@ -17,8 +19,11 @@ SIZES = ["--model", "tiny", "--batch", "8", "--seq", "256"]
 
 
 @pytest.fixture(autouse=True)
-def not_on_google_cloud(monkeypatch: pytest.MonkeyPatch):
+def as_a_user_plans(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Not on Google Cloud, and at the default precision, which tests raise: splash attention serves no other."""
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    with jax.default_matmul_precision("default"):
+        yield
 
 
 def run(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:

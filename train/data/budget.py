@@ -59,4 +59,5 @@ class Extent:
             return total
         beyond = np.flatnonzero(self.slots >= budget.chunks * self.tokens_per_chunk)
         learned = np.flatnonzero(self.learned[: min(budget.tokens, *beyond[:1].tolist(), total)])
-        return int(learned[-1]) + 1 if truncate and learned.any() else None
+        # Nothing comes before the first token that could predict it.
+        return int(learned[-1]) + 1 if truncate and learned.max(initial=0) > 0 else None
