@@ -3,11 +3,13 @@
 Both frameworks get the same float32 weights and the same inputs in one process. The repeats are interleaved, so that a
 machine that slows down slows both; medians are compared. The model has the released widths of the encoder, where the
 kernels are the released model's, but few layers: the whole takes minutes. Needs the extra `test` (PyTorch).
-What feeds the model is compared by `benchmarks.input_pipeline`.
+What feeds the model comes last, in CPU seconds: `benchmarks.input_pipeline` says how, and compares more of it.
 """
 
+import dataclasses
 import tempfile
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Annotated
 
@@ -54,6 +56,7 @@ RELEASED_CONV_CHUNKS = 64  # the released code encodes so many chunks at a time
 STEP = StepConfig(compute_dtype="float32", remat="none", encoder_dropout=False, spike_sigma=0)
 OPTIMIZER = OptimizerConfig(learning_rate=1e-4, warmup_steps=0, final_fraction=1.0)
 LOSS_TOLERANCE = 1e-3
+INPUTS = {"clips": 60, "longest": 30.0, "batches": 1}  # of `input_rows`
 
 
 def wave(seconds: float) -> np.ndarray:
@@ -142,6 +145,15 @@ def rows(directory: Path, repeats: int, short: float = 30, long: float = 600) ->
     yield _decode_row(model, inputs, prefill_pytorch, reference, repeats)
     yield _backward_row(model, inputs, tokens, clip, reference, repeats)
     yield _training_row(model, inputs, tokens, clip, reference, repeats)  # the last: it takes the parameters over
+
+
+def input_rows(scratch: Path, repeats: int) -> Iterator[Row]:
+    """From files to what a training step reads. Leaves PyTorch a single thread."""
+    from benchmarks import input_pipeline
+
+    wav = input_pipeline.FORMATS[:1]
+    for measured in input_pipeline.rows(scratch, wav, input_pipeline.DATA, **INPUTS, runs=repeats):
+        yield dataclasses.replace(measured.row, name=f"input pipeline, an hour of {measured.row.name}")
 
 
 def _decode_row(model: MossAudio, inputs: ModelInputs, prefill_pytorch: Timed, reference, repeats: int) -> Row:
@@ -267,7 +279,7 @@ def run(
     """
     with tempfile.TemporaryDirectory() as scratch:
         write_random_checkpoint(CONFIG, Path(scratch) / "model")
-        report(rows(Path(scratch) / "model", repeats), "s", json_file)
+        report(chain(rows(Path(scratch) / "model", repeats), input_rows(Path(scratch), repeats)), "s", json_file)
 
 
 if __name__ == "__main__":

@@ -89,6 +89,16 @@ def test_every_row_of_the_input_pipeline(tmp_path: Path):
         assert "cores feed 8 TPU v5e chips" in input_pipeline.cores_to_feed(one, DATA)
 
 
+def test_the_rows_of_the_input_pipeline_beside_the_model_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(input_pipeline, "DATA", DATA)
+    monkeypatch.setattr(vs_pytorch, "INPUTS", {name: CORPUS[name] for name in ("clips", "longest", "batches")})
+    rows = list(vs_pytorch.input_rows(tmp_path, repeats=1))
+    for row in rows:
+        assert_measured(row)
+    hour = "input pipeline, an hour of wav 16 kHz, mono"
+    assert [row.name for row in rows] == [hour, f"{hour}, torch.stft"]
+
+
 @pytest.mark.parametrize("differing", ["ids", "mel"])
 def test_an_input_that_differs_is_not_measured(differing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     reader = input_pipeline.PyTorchReader
