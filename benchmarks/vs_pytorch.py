@@ -3,7 +3,8 @@
 Both frameworks get the same float32 weights and the same inputs in one process. The repeats are interleaved, so that a
 machine that slows down slows both; medians are compared. The model has the released widths of the encoder, where the
 kernels are the released model's, but few layers: the whole takes minutes. Needs the extra `test` (PyTorch).
-What feeds the model comes last, in CPU seconds: `benchmarks.input_pipeline` says how, and compares more of it.
+An epoch of fine-tuning (`benchmarks.fine_tuning`) follows, and last, in CPU seconds, what feeds the model:
+`benchmarks.input_pipeline` says how, and compares more of it.
 """
 
 import dataclasses
@@ -147,6 +148,14 @@ def rows(directory: Path, repeats: int, short: float = 30, long: float = 600) ->
     yield _training_row(model, inputs, tokens, clip, reference, repeats)  # the last: it takes the parameters over
 
 
+def fine_tuning_rows(scratch: Path, repeats: int) -> Iterator[Row]:
+    """An epoch, of a smaller model. scratch: a new directory."""
+    from benchmarks import fine_tuning
+
+    write_random_checkpoint(fine_tuning.CONFIG, scratch)
+    yield from fine_tuning.rows(scratch, repeats)
+
+
 def input_rows(scratch: Path, repeats: int) -> Iterator[Row]:
     """From files to what a training step reads. Leaves PyTorch a single thread."""
     from benchmarks import input_pipeline
@@ -279,7 +288,15 @@ def run(
     """
     with tempfile.TemporaryDirectory() as scratch:
         write_random_checkpoint(CONFIG, Path(scratch) / "model")
-        report(chain(rows(Path(scratch) / "model", repeats), input_rows(Path(scratch), repeats)), "s", json_file)
+        report(
+            chain(
+                rows(Path(scratch) / "model", repeats),
+                fine_tuning_rows(Path(scratch) / "small", repeats),
+                input_rows(Path(scratch), repeats),
+            ),
+            "s",
+            json_file,
+        )
 
 
 if __name__ == "__main__":

@@ -309,12 +309,11 @@ def stored_shapes(params: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     try:
         # Asked first, because Orbax reports damage here by a traceback of its event loop.
         ts.KvStore.open({"driver": "ocdbt", "base": f"{url(params)}/"}).result().list().result()
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            metadata = checkpointer.metadata(absolute(params)).item_metadata
+        metadata = ocp.PyTreeCheckpointHandler().metadata(absolute(params))
+    except FileNotFoundError as error:
+        raise MossAudioError(f"{params} is no Orbax checkpoint, or an unfinished one: convert it again") from error
     except (ValueError, OSError) as error:
         raise MossAudioError(f"{params} can't be read, its files are damaged ({error}): convert it again") from error
-    if metadata is None:
-        raise MossAudioError(f"{params} is no Orbax checkpoint, or an unfinished one: convert it again")
     return flatten(metadata.tree, lambda leaf: (tuple(leaf.shape), np.dtype(leaf.dtype)))
 
 

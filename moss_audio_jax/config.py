@@ -126,6 +126,8 @@ class LoraConfig:
         the seven projections of every layer of the language model.
     full: globs over paths of parameters that are trained whole beside the adapters, such as `audio_adapter.*` and
         `deepstack_audio_merger_list.*`. Everything else is frozen.
+    int8: globs over the paths of linear layers whose frozen kernels are held in int8 while training, such as
+        `language_model.layers.*_proj`; none by default.
     dropout: of the adapters' input, in training. rslora: scale by alpha / sqrt(rank) (arXiv 2312.03732).
 
     The public script's alpha of 2 at rank 64 scales its adapters by 1/32; the default here scales them by 1/2. Adapters
@@ -139,6 +141,7 @@ class LoraConfig:
     rslora: bool = False
     targets: tuple[str, ...] = ("language_model.layers.*_proj",)
     full: tuple[str, ...] = ()
+    int8: tuple[str, ...] = ()
 
     def __post_init__(self):
         _require(self.rank >= 1, f"lora.rank must be 1 or more, not {self.rank}")

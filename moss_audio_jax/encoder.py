@@ -140,7 +140,7 @@ class AudioEncoder(nnx.Module):
             since gelu(bias) is not 0.)
         """
         batch = chunks.shape[0]
-        x = self._stem_in_groups(chunks.astype(self.stem_proj.kernel.dtype), stem_frames, remat)
+        x = self._stem_in_groups(chunks.astype(self.conv1.kernel.dtype), stem_frames, remat)
         x = _with_its_sequence(x + sinusoids(x.shape[1], x.shape[2]).astype(x.dtype))
         num_tokens = downsampled_length(chunk_frames, 3).reshape(-1)
 

@@ -56,9 +56,11 @@ def parameter(
 class Linear(nnx.Module):
     """y = x W + b, the kernel stored [in, out]; where `lora.add_adapters` added a pair (A, B), also + scale (x A) B.
 
+    kernel_scale: of each output, where the kernel is int8 (`int8`).
     lora_keys: set where the adapter's dropout applies, a key for each layer of a stack.
     """
 
+    kernel_scale: nnx.Param
     lora: LoraConfig
     lora_a: nnx.Param
     lora_b: nnx.Param
@@ -81,7 +83,10 @@ class Linear(nnx.Module):
             self.bias = parameter(rngs, (out_features,), axes[1:], nnx.initializers.zeros, layers)
 
     def __call__(self, x: Float[Array, "... in"]) -> Float[Array, "... out"]:
-        y = x @ self.kernel[...]
+        if hasattr(self, "kernel_scale"):
+            y = (x @ self.kernel[...].astype(x.dtype)) * self.kernel_scale[...]
+        else:
+            y = x @ self.kernel[...]
         if hasattr(self, "lora_a"):
             key = self.lora_keys[...] if hasattr(self, "lora_keys") else None
             y = y + (dropout(x, self.lora.dropout, key) @ self.lora_a[...]) @ self.lora_b[...] * self.lora.scale

@@ -14,6 +14,7 @@ from flax import nnx
 
 from moss_audio_jax.config import LoraConfig
 from moss_audio_jax.errors import MossAudioError
+from moss_audio_jax.int8 import declare_scales
 from moss_audio_jax.layers import Linear
 from moss_audio_jax.patterns import matches, require_matches
 
@@ -21,16 +22,19 @@ from moss_audio_jax.patterns import matches, require_matches
 def add_adapters(model: nnx.Module, config: LoraConfig, rngs: nnx.Rngs) -> None:
     """Declares A and B at every linear layer that the configuration names; A as `peft` draws it, B zero.
 
-    Raises MossAudioError for a pattern that matches nothing, and for a layer that is both adapted and trained whole.
+    Kernels that it names for int8 get their scales. Raises MossAudioError for a pattern that matches nothing, and for
+    a layer that is trained whole and adapted or in int8 as well.
     """
     linears = adaptable_layers(model)
     parameters = [".".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(model, nnx.Param))]
     require_matches("lora.targets", config.targets, linears, what="linear layer that can have an adapter")
     require_matches("lora.full", config.full, parameters)
     targets = {path: layer for path, layer in linears.items() if matches(path, config.targets)}
-    doubled = [path for path in targets if matches(f"{path}.kernel", config.full)]
-    if doubled:
-        raise MossAudioError(f"{', '.join(doubled)}: named by lora.targets and lora.full both; take it out of one")
+    for option, patterns in (("lora.targets", config.targets), ("lora.int8", config.int8)):
+        doubled = [path for path in linears if matches(path, patterns) and matches(f"{path}.kernel", config.full)]
+        if doubled:
+            raise MossAudioError(f"{', '.join(doubled)}: named by {option} and lora.full both; take it out of one")
+    declare_scales(linears, config.int8)
     for layer in targets.values():
         *stack, inputs, outputs = layer.kernel.shape
         axes = ("layers",) * len(stack)

@@ -12,13 +12,14 @@ INSTALL = "needs PyTorch, on Python 3.11: pip install -e '.[test]'"
 torch = pytest.importorskip("torch", reason=INSTALL)
 pytest.importorskip("transformers", reason=INSTALL)
 
-from benchmarks import input_pipeline, vs_pytorch  # noqa: E402
+from benchmarks import fine_tuning, input_pipeline, vs_pytorch  # noqa: E402
 from benchmarks.side_by_side import Row  # noqa: E402
 from convert.pytorch_reference import load_reference  # noqa: E402
 from convert.rehearse import write_random_checkpoint  # noqa: E402
 from moss_audio_jax import MossAudioConfig, MossAudioError, load_model  # noqa: E402
 from tests.conftest import random_mel  # noqa: E402
 from train.data import DataConfig  # noqa: E402
+from train.data.budget import Budget  # noqa: E402
 
 TINY = MossAudioConfig.preset("tiny")
 CONFIG = replace(
@@ -78,6 +79,26 @@ def test_a_training_step_that_is_another_is_not_measured(checkpoint: Path, monke
     ids, inputs = vs_pytorch.question(mel, CONFIG)
     with pytest.raises(MossAudioError, match="training step: expected PyTorch's loss"):
         vs_pytorch._training_row(model, inputs, torch.tensor([ids]), torch.from_numpy(mel), reference, repeats=1)
+
+
+def test_an_epoch_of_fine_tuning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(fine_tuning, "LONGEST", 3.0)
+    monkeypatch.setattr(fine_tuning, "BUDGET", Budget(tokens=160, chunks=3))
+    checkpoint = tmp_path / "small"
+    write_random_checkpoint(fine_tuning.CONFIG, checkpoint)
+    clips = [sample for sample, _ in fine_tuning.samples(5, fine_tuning.CONFIG)]
+    useful = sum(sample.num_tokens for sample in clips)
+    batches = fine_tuning.packed(clips)
+    assert sum(int((batch.inputs.segment_ids > 0).sum()) for batch in batches) >= useful
+    assert sum(int(batch.weights.sum()) for batch in batches) == useful - len(clips)
+    rows = list(fine_tuning.rows(checkpoint, 1, clips=5, padded=200))
+    for row in rows:
+        assert_measured(row)
+    start = f"fine-tuning on 5 clips, {useful:,} tokens; PyTorch"
+    assert [row.name for row in rows] == [f"{start} one at a time", f"{start} padded to 200"]
+    monkeypatch.setattr(fine_tuning, "OPTIMIZER", replace(fine_tuning.OPTIMIZER, learning_rate=1e-2))
+    with pytest.raises(MossAudioError, match="fine-tuning epoch: expected PyTorch's loss"):
+        list(fine_tuning.rows(checkpoint, 1, clips=5, padded=200))
 
 
 def test_every_row_of_the_input_pipeline(tmp_path: Path):

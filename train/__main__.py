@@ -71,6 +71,36 @@ def _which_shard(shards: int | None, shard: str | None) -> tuple[int | None, int
     return int(number), int(total)
 
 
+def scenes_command() -> Callable[..., None]:
+    from train.data.scenes import SceneConfig
+
+    defaults = SceneConfig()
+
+    def scenes(
+        out: tyro.conf.Positional[PathArgument],
+        /,
+        *,
+        count: int,
+        seed: int = 0,
+        config: Annotated[SceneConfig, tyro.conf.arg(name="scenes")] = defaults,
+    ) -> None:
+        """Writes sound scenes as audio files and a manifest: data to try a fine-tune with.
+
+        A line of OUT/manifest.jsonl is a conversation about a clip, with labels of what is heard.
+
+        Args:
+            out: A new directory.
+            count: How many.
+            seed: Makes other scenes; take another for evaluation than for training.
+            config: What they are made of, and what is asked about them.
+        """
+        from train.data.scene_files import write_scenes
+
+        print(f"wrote {write_scenes(out, count, seed, config)}, {count} conversations about as many clips")
+
+    return scenes
+
+
 def check_command(arguments: list[str]) -> Callable[..., None]:
     """The command `check`; its options are those of `run` for the recipe that the arguments name."""
     from train.config import RecipeName, RunConfig
@@ -354,6 +384,7 @@ def _ablate(out: Path, config: "AblationConfig") -> None:
 
 def main() -> None:
     if sys.argv[1:2] != ["prepare"]:  # it starts faster without recipes
+        app.command(name="scenes")(scenes_command())
         app.command(name="check")(check_command(sys.argv[2:]))
         app.command(name="run")(run_command(sys.argv[2:]))
         app.command(name="plan")(plan_command(sys.argv[2:]))

@@ -13,6 +13,7 @@ import tyro
 
 from moss_audio_jax.config import LoraConfig, MossAudioConfig, read_json
 from moss_audio_jax.errors import MossAudioError
+from moss_audio_jax.int8 import int8_kernels
 from moss_audio_jax.paths import AnyPath, to_path, write_whole
 from train.data.mixture import Group, Source
 from train.data.pipeline import DataConfig
@@ -136,6 +137,8 @@ class LoopConfig:
     """Steps between evaluations on held-out data; none by default."""
     evaluate_data: tuple[str, ...] = ()
     """Manifests and directories of shards to evaluate on; by default sound scenes that are not in the training."""
+    evaluate_objectives: tuple[str, ...] = ()
+    """What is asked about their examples; by default all that they have labels for."""
     evaluate_count: int = 64
     """Examples of each to evaluate on."""
     evaluate_tokens: int = 256
@@ -210,8 +213,8 @@ class RunConfig:
 
     def frozen_dtypes(self, paths: Iterable[str]) -> dict[str, str]:
         """The type of each of these parameters that is frozen: masters are float32, these need no more to compute."""
-        frozen = (path for path in paths if is_frozen(path, self.optimizer.freeze, self.lora))
-        return dict.fromkeys(frozen, self.step.compute_dtype)
+        frozen = [path for path in paths if is_frozen(path, self.optimizer.freeze, self.lora)]
+        return dict.fromkeys(frozen, self.step.compute_dtype) | dict.fromkeys(int8_kernels(frozen), "int8")
 
     @property
     def last_step(self) -> int:

@@ -52,7 +52,7 @@ from train.metrics import (
     without_times,
     word_error_rate,
 )
-from train.questions import ASKABLE, Item, benchmark_items, manifest_items, scene_items
+from train.questions import ASKABLE, Item, benchmark_items, manifest_items, require_askable, scene_items
 
 ONSET_TOLERANCE = 0.2  # seconds, of event F1
 SECONDS_TOLERANCE = 0.2  # seconds, of a time that was asked for
@@ -368,9 +368,7 @@ class EvaluationConfig:
     """Devices that each layer is cut over."""
 
     def __post_init__(self):
-        unknown = sorted(set(self.objectives) - set(ASKABLE))
-        if unknown:
-            raise MossAudioError(f"objectives must be some of {', '.join(ASKABLE)}, found {unknown[0]!r}")
+        require_askable(self.objectives)
         if self.scenes < 0 or self.seed < 0 or (self.limit is not None and self.limit < 1):
             raise MossAudioError(
                 "scenes and seed must be 0 or more and limit 1 or more, "

@@ -33,7 +33,7 @@ from train.optimizer import Parameters
 from train.plots import plot_timeline
 from train.questions import Item, manifest_items, manifest_texts, scene_items
 from train.report import ShownSample
-from train.step import held_out_sums
+from train.step import held_out_sums, in_compute_dtype
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ class HeldOut:
 
         parameters: of the step; they are read only.
         """
-        copies = {path: leaf.astype(self._config.step.compute_dtype) for path, leaf in parameters.items()}
+        copies = in_compute_dtype(parameters, self._config.step)
         model = build_model(self._processor.config, copies)
         loss, answers = self._loss(model, copies), self._ask(model)
         measured = measure(self._items, answers)
@@ -116,7 +116,7 @@ def _questions_and_texts(config: RunConfig) -> tuple[list[Item], list[tuple[str,
     paths, count = config.loop.evaluate_data, config.loop.evaluate_count
     if not paths:
         return scene_items(count, config.mixture.scenes.scenes, seed=config.seed + HELD_OUT_SEED), []
-    items = [item for path in paths for item in manifest_items(path, limit=count)]
+    items = [item for path in paths for item in manifest_items(path, config.loop.evaluate_objectives, limit=count)]
     return items, [text for path in paths for text in manifest_texts(path, limit=count)]
 
 

@@ -9,7 +9,7 @@ Every parameter is made or read where it will lie, in the dtype it will have, an
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -36,6 +36,7 @@ from moss_audio_jax.config import (
     read_json,
 )
 from moss_audio_jax.errors import MossAudioError
+from moss_audio_jax.int8 import int8_kernels, quantize
 from moss_audio_jax.model import MossAudio
 from moss_audio_jax.released import EMBEDDING, Qwen3Checkpoint, ReleasedCheckpoint
 from train.optimizer import Parameters
@@ -126,6 +127,7 @@ def first_parameters(
     """All parameters by path, each on its devices.
 
     config: `model_config(source)`, perhaps with LoRA. dtypes: by path; float32 where nothing is said.
+    Kernels whose dtype is int8 are quantized as they come, one by one, from the dtype of their scales.
     Of a safetensors directory the host holds one stacked parameter at a time; from Orbax each device's shard is read
     straight onto it. A random parameter depends on the seed and the configuration alone: neither on the mesh nor on
     what else is read.
@@ -136,15 +138,36 @@ def first_parameters(
     abstract |= {path: abstract[path].update(dtype=jnp.dtype(dtype)) for path, dtype in (dtypes or {}).items()}
     parts = _open_parts(source)
     _check_parts(parts, config)
+    kernels = int8_kernels(abstract)
+    unread = {path: leaf for path, leaf in abstract.items() if path not in kernels.values()}
+    unread |= {path: unread[path].update(dtype=abstract[scale].dtype) for path, scale in kernels.items()}
     parameters: Parameters = {}
     for part in parts:
-        missing = {path: leaf for path, leaf in abstract.items() if path not in parameters}
-        given = {path for path in missing if path.startswith(part.prefixes) and not path.endswith(ADAPTER_LEAVES)}
-        parameters |= _read(part, {path: leaf for path, leaf in missing.items() if path in given})
-    missing = {path: leaf for path, leaf in abstract.items() if path not in parameters}
-    if missing:
-        parameters |= random_parameters(config, missing, seed)
+        given = [path for path in unread if path.startswith(part.prefixes) and not path.endswith(ADAPTER_LEAVES)]
+        for paths in _read_together(given, kernels):
+            read = _read(part, {path: unread.pop(path) for path in paths})
+            parameters |= _quantized(read, kernels, abstract)
+    if unread:
+        parameters |= _quantized(random_parameters(config, unread, seed), kernels, abstract)
     return {path: parameters[path] for path in abstract}
+
+
+def _read_together(paths: Sequence[str], kernels: Mapping[str, str]) -> Iterator[list[str]]:
+    """Each kernel that becomes int8 by itself, lest many be in memory before they do; all others at once."""
+    whole = [path for path in paths if path not in kernels]
+    yield from ([path] for path in paths if path in kernels)
+    if whole:
+        yield whole
+
+
+def _quantized(parameters: Parameters, kernels: Mapping[str, str], abstract: Wanted) -> Parameters:
+    """The parameters, with int8 and scales in place of those kernels."""
+    for kernel in [path for path in parameters if path in kernels]:
+        names = kernel, kernels[kernel]
+        places = tuple(abstract[name].sharding for name in names)
+        pair = jax.jit(quantize, out_shardings=places)(parameters.pop(kernel))
+        parameters |= dict(zip(names, pair, strict=True))
+    return parameters
 
 
 def random_parameters(config: MossAudioConfig, wanted: Wanted, seed: int) -> Parameters:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.paths import AnyPath, to_path
 from train.benchmarks import read_benchmark
 from train.data.manifest import Clip, Example, Manifest, Message, TimedText
@@ -54,6 +55,15 @@ class Item:
 # Questions about labelled examples
 
 ASKABLE = tuple(name for name in OBJECTIVES if name != "plain_text")
+
+
+def require_askable(objectives: Sequence[str]) -> None:
+    """Raises MossAudioError for a name that is none of ASKABLE."""
+    unknown = sorted(set(objectives) - set(ASKABLE))
+    if unknown:
+        raise MossAudioError(f"objectives must be some of {', '.join(ASKABLE)}, found {unknown[0]!r}")
+
+
 _OBJECTIVE_MEASURES = {
     "transcribe": "text",
     "transcribe_words": "timed_text",
@@ -77,6 +87,7 @@ def manifest_items(
     objectives: ask these only. seed: of the questions about a time; the others are asked in their first wording.
     limit: only so many examples, the first ones.
     """
+    require_askable(objectives)
     return [
         item
         for index, example in enumerate(_examples(path, limit))

@@ -25,6 +25,7 @@ from moss_audio_jax.checkpoint import abstract_parameters, parameters_of, unflat
 from moss_audio_jax.config import LoraConfig, MossAudioConfig
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.inputs import ModelInputs
+from moss_audio_jax.int8 import int8_kernels
 from moss_audio_jax.layers import REMAT_POLICIES
 from moss_audio_jax.lora import set_adapter_dropout
 from moss_audio_jax.model import MossAudio
@@ -296,7 +297,7 @@ def loss_and_gradients(
     labelled = jnp.maximum((batch.heard >= 0).sum(), 1) if config.heard_weight else None
 
     def objective(trainable: Parameters, microbatch: TrainingBatch, key: jax.Array):
-        copies = {path: leaf.astype(config.compute_dtype) for path, leaf in (trainable | frozen).items()}
+        copies = in_compute_dtype(trainable | frozen, config)
         model, inputs = _model(graphdef, copies), microbatch.inputs
         if model.config.lora is not None and model.config.lora.dropout:
             set_adapter_dropout(model, jax.random.fold_in(key, ADAPTER_DROPOUT))
@@ -330,6 +331,12 @@ def loss_and_gradients(
         {path: jnp.zeros_like(leaf, config.gradient_dtype) for path, leaf in trainable.items()},
     )
     return jax.lax.scan(add_microbatch, start, (jnp.arange(batch.weights.shape[0]), batch))[0]
+
+
+def in_compute_dtype(parameters: Parameters, config: StepConfig) -> Parameters:
+    """What the network computes with: copies of the masters, and kernels in int8 as they are."""
+    is_int8 = int8_kernels(parameters)
+    return {path: leaf if path in is_int8 else leaf.astype(config.compute_dtype) for path, leaf in parameters.items()}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -22,8 +22,9 @@ from convert.pytorch_reference import load_reference  # noqa: E402
 from convert.to_hf import convert_to_hf  # noqa: E402
 from moss_audio_jax import LoraConfig, MossAudio, MossAudioError, load_adapter, merge_adapter  # noqa: E402
 from moss_audio_jax.checkpoint import build_model, parameters_of  # noqa: E402
+from moss_audio_jax.int8 import int8_kernels, quantize  # noqa: E402
 from moss_audio_jax.model import parameter_specs  # noqa: E402
-from moss_audio_jax.released import adapter_leaves  # noqa: E402
+from moss_audio_jax.released import adapter_leaves, released_leaves  # noqa: E402
 from train.checkpoints import Checkpoints  # noqa: E402
 from train.optimizer import OptimizerConfig, learning_rate  # noqa: E402
 from train.step import StepConfig, new_state, split_microbatches, train_step  # noqa: E402
@@ -177,6 +178,32 @@ def test_merged_weights_give_pytorch_our_logits(pair: Pair, run: Path, exported:
     convert_to_hf(exported, tmp_path / "other", base=directory)
     name = "model.safetensors"
     assert (tmp_path / "merged" / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
+
+
+def test_an_int8_base_gives_the_logits_of_pytorchs_own_rounding(pair: Pair, directory: Path, run: Path, exported: Path):
+    """PyTorch rounds its kernels with fake quantization, a scale for each output channel."""
+    adapter = load_adapter(pair.model, run)
+    lora = dataclasses.replace(EVERYWHERE, int8=("language_model.layers.*_proj", "audio_encoder.layers.self_attn.*"))
+    parameters = parameters_of(adapter)
+    kernels = int8_kernels(parameter_specs(dataclasses.replace(adapter.config, lora=lora)))
+    for kernel, scale in kernels.items():
+        parameters[kernel], parameters[scale] = quantize(parameters[kernel])
+    found = our_logits(build_model(dataclasses.replace(adapter.config, lora=lora), parameters))
+
+    model = peft.PeftModel.from_pretrained(load_reference(directory), exported)
+    leaves = adapter_leaves(adapter.config) | released_leaves(pair.model.config)
+    rounded = {name.removesuffix(".weight") for kernel in kernels for name in leaves[kernel].names}
+    with torch.no_grad():
+        for name, module in model.base_model.model.named_modules():
+            if name in rounded:
+                weight = module.base_layer.weight if hasattr(module, "base_layer") else module.weight
+                scale = weight.abs().amax(1) / 127
+                zeros = torch.zeros_like(scale, dtype=torch.int32)
+                weight.copy_(torch.fake_quantize_per_channel_affine(weight, scale, zeros, 0, -127, 127))
+                rounded.remove(name)
+    assert not rounded
+    assert largest_difference(their_logits(model), found) < LOGITS_TOLERANCE
+    assert largest_difference(our_logits(adapter), found) > 10 * LOGITS_TOLERANCE  # the rounding is felt
 
 
 @pytest.mark.parametrize(

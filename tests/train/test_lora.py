@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -300,16 +301,57 @@ def run(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+def end_of(run: Path) -> Any:
+    lora = run_config(Path(), 4).lora
+    mesh = make_mesh(devices=jax.devices()[:1])
+    target = dataclasses.replace(abstract_state(with_lora(lora), OPTIMIZER, mesh=mesh), frozen={})
+    with Checkpoints(run) as checkpoints:
+        return checkpoints.restore(target)
+
+
 def test_a_resumed_run_ends_with_the_same_bits(run: Path, base: Path, tmp_path: Path):
     mesh = make_mesh(devices=jax.devices()[:1])
     train(run_config(base, 2), tmp_path / "run", mesh=mesh)
     train(run_config(base, 4), tmp_path / "run", mesh=mesh)
-    target = dataclasses.replace(abstract_state(with_lora(run_config(base, 4).lora), OPTIMIZER, mesh=mesh), frozen={})
-    ends = []
-    for out in (tmp_path / "run", run):
-        with Checkpoints(out) as checkpoints:
-            ends.append(checkpoints.restore(target))
-    jax.tree.map(np.testing.assert_array_equal, *ends)
+    jax.tree.map(np.testing.assert_array_equal, end_of(tmp_path / "run"), end_of(run))
+
+
+def test_a_run_on_an_int8_base_is_evaluated_resumed_and_loaded(run: Path, base: Path, tmp_path: Path):
+    """Its base is quantized again to the same bits; what it leaves is an adapter like any other."""
+    mesh = make_mesh(devices=jax.devices()[:1])
+
+    def config(steps: int) -> RunConfig:
+        usual = run_config(base, steps)
+        loop = dataclasses.replace(usual.loop, evaluate_every=4, evaluate_count=1, evaluate_tokens=4)
+        lora = dataclasses.replace(usual.lora, int8=("language_model.layers.*_proj",))
+        return dataclasses.replace(usual, loop=loop, lora=lora)
+
+    train(config(2), tmp_path / "run", mesh=mesh)
+    train(config(4), tmp_path / "run", mesh=mesh)
+    train(config(4), tmp_path / "whole", mesh=mesh)
+    jax.tree.map(np.testing.assert_array_equal, end_of(tmp_path / "run"), end_of(tmp_path / "whole"))
+    (scores,) = map(json.loads, (tmp_path / "whole" / "scores.jsonl").read_text().splitlines())
+    assert np.isfinite(scores["eval/loss"])
+    found, without = (host(parameters_of(load_model(each))) for each in (tmp_path / "whole", run))
+    assert found.keys() == without.keys()
+    adapter = "language_model.layers.mlp.up_proj.lora_b"
+    difference, size = (np.linalg.norm(x) for x in (found[adapter] - without[adapter], without[adapter]))
+    assert 0 < difference < 0.2 * size
+
+
+def test_int8_kernels_are_the_same_on_every_mesh(base: Path):
+    lora = dataclasses.replace(LORA, int8=("language_model.layers.*_proj",))
+    config = RunConfig(DataConfig(batch_size=8, tokens=8, chunks=1), OPTIMIZER, lora=lora)
+    dtypes = config.frozen_dtypes(parameter_specs(with_lora(lora)))
+    kernels = {path for path, dtype in dtypes.items() if dtype == "int8"}
+    assert len(kernels) == 7
+    alone = first(base, lora, dtypes=dtypes)
+    cut = first(base, lora, dtypes=dtypes, mesh=make_mesh(fsdp=4, tensor=2))
+    for path, leaf in alone.items():
+        assert leaf.dtype == dtypes.get(path, "float32"), path
+        np.testing.assert_array_equal(leaf, cut[path], err_msg=path)
+    up = cut["language_model.layers.mlp.up_proj.kernel"]
+    assert up.addressable_shards[0].data.nbytes == up.size // 8
 
 
 def test_a_run_is_a_small_checkpoint_and_a_model(run: Path, base: Path, model: MossAudio):

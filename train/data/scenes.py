@@ -34,8 +34,8 @@ class SceneConfig:
     events: tuple[int, int] = (1, 4)
     """Number of events; in a scene too short for those drawn, as many as fit."""
     labels: tuple[str, ...] = LABELS
-    """Classes to draw from: a steady tone, a gliding chirp, a row of clicks, a burst of noise, dialled digits (DTMF),
-    a low buzzing hum."""
+    """Classes to draw from, one named twice twice as often: a steady tone, a gliding chirp, a row of clicks, a burst of
+    noise, dialled digits (DTMF), a low buzzing hum; and a siren, left out by default for a model to learn later."""
     event_seconds: tuple[float, float] = (0.3, 1.5)
     """Length of an event."""
     gap: float = 0.2
@@ -58,7 +58,7 @@ class SceneConfig:
             low, high = getattr(self, name)
             if not low <= high:
                 raise MossAudioError(f"scenes: {name} must be a lower and an upper bound, found {low} and {high}.")
-        for name, known in (("labels", LABELS), ("backgrounds", BACKGROUNDS), ("tasks", tuple(TASKS))):
+        for name, known in (("labels", tuple(_SOUNDS)), ("backgrounds", BACKGROUNDS), ("tasks", tuple(TASKS))):
             found = getattr(self, name)
             if not found or set(found) - set(known):
                 raise MossAudioError(f"scenes: {name} must be some of {', '.join(known)}, found {', '.join(found)}.")
@@ -349,6 +349,19 @@ def _dial(event: Event, samples: int, rng: np.random.Generator) -> np.ndarray:
     return gate * (np.sin(2 * np.pi * row * since) + np.sin(2 * np.pi * column * since))
 
 
+_SIREN_HZ = (500.0, 1200.0)  # its lowest pitch
+_SIREN_RATIO = (1.6, 2.4)
+_SIREN_TURNS_PER_SECOND = (2.0, 5.0)
+
+
+def _siren(event: Event, samples: int, rng: np.random.Generator) -> np.ndarray:
+    """A pitch that goes up and down on a logarithmic scale."""
+    lowest, octaves = _log_uniform(_SIREN_HZ, rng), np.log2(rng.uniform(*_SIREN_RATIO))
+    turns = rng.uniform(*_SIREN_TURNS_PER_SECOND) * _seconds(samples) + rng.random()
+    cycles = np.cumsum(lowest * 2 ** (octaves * (0.5 - 0.5 * np.cos(2 * np.pi * turns)))) / SAMPLE_RATE
+    return _ramped(np.sin(2 * np.pi * (cycles % 1).astype(np.float32)))
+
+
 _SOUNDS: dict[str, Callable[[Event, int, np.random.Generator], np.ndarray]] = {
     "tone": _tone,
     "chirp": _tone,
@@ -356,6 +369,7 @@ _SOUNDS: dict[str, Callable[[Event, int, np.random.Generator], np.ndarray]] = {
     "noise": _noise,
     "dial": _dial,
     "hum": _hum,
+    "siren": _siren,
 }
 
 # Tasks: a question and its answer, or None if the scene does not allow it
@@ -471,6 +485,7 @@ _PHRASES = {
     "noise": "a burst of noise",
     "dial": "dialled digits",
     "hum": "a hum",
+    "siren": "a siren",
 }
 _BACKGROUND_PHRASES = {"white": "a faint hiss", "pink": "a faint rushing", "brown": "a faint rumble"}
 

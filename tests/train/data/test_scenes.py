@@ -79,7 +79,7 @@ def level(wave):
     return 20 * np.log10(np.sqrt(np.mean(np.square(wave, dtype=np.float64))) + 1e-12)
 
 
-@pytest.mark.parametrize("label", LABELS)
+@pytest.mark.parametrize("label", (*LABELS, "siren"))
 def test_sounds_begin_and_end_where_they_are_labelled(label):
     config = SceneConfig(labels=(label,), events=(3, 3), event_seconds=(0.3, 1.0))
     window = round(0.02 * RATE)
@@ -293,8 +293,8 @@ def test_caption():
     )
     rising = replace(chirp, pitch_hz=(400.0, 900.0))
     assert caption(layout(rising, background="brown")) == "A rising chirp, over a faint rumble."
-    captions = {caption(layout(Event(label, 1.0, 2.0, -9.0, (1.0, 2.0)))) for label in LABELS}
-    assert len(captions) == len(LABELS)
+    captions = {caption(layout(Event(label, 1.0, 2.0, -9.0, (1.0, 2.0)))) for label in (*LABELS, "siren")}
+    assert len(captions) == len(LABELS) + 1
 
 
 def test_every_task_is_drawn_and_answered():

@@ -1,0 +1,45 @@
+"""Sound scenes as files: a manifest, and a WAV file for each of its lines."""
+
+import io
+import json
+
+import soundfile
+
+from moss_audio_jax.audio import SAMPLE_RATE
+from moss_audio_jax.checkpoint import require_empty
+from moss_audio_jax.errors import MossAudioError
+from moss_audio_jax.paths import AnyPath, Path, to_path, write_whole
+from train.data.manifest import Clip, Message
+from train.data.scenes import SceneConfig, SceneTask, make_task
+
+MANIFEST = "manifest.jsonl"
+
+
+def write_scenes(directory: AnyPath, count: int, seed: int, config: SceneConfig) -> Path:
+    """Scenes 0 to `count` - 1 of a seed, in 16 bits, and the manifest, last; returns its path."""
+    if count < 1 or seed < 0:
+        raise MossAudioError(f"count must be 1 or more and seed 0 or more, found {count} and {seed}")
+    directory = to_path(directory)
+    require_empty(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for index in range(count):
+        task = make_task(seed, index, config)
+        name = f"{index:0{len(str(count - 1))}d}.wav"
+        file = io.BytesIO()
+        soundfile.write(file, task.scene.wave, SAMPLE_RATE, subtype="PCM_16", format="WAV")
+        (directory / name).write_bytes(file.getvalue())
+        lines.append(json.dumps(_line(task, name), ensure_ascii=False) + "\n")
+    write_whole(directory / MANIFEST, "".join(lines))
+    return directory / MANIFEST
+
+
+def _line(task: SceneTask, name: str) -> dict:
+    events = [{"text": event.text, "start": event.start, "end": event.end} for event in task.scene.events]
+    messages = [message for turn in task.example().conversation for message in _messages(turn, name)]
+    return {"conversation": messages, "events": events}
+
+
+def _messages(turn: Message, clip: str) -> list[dict[str, str]]:
+    kinds = [("audio", clip) if isinstance(piece, Clip) else ("text", piece) for piece in turn.content]
+    return [{"role": turn.role, "message_type": kind, "content": content} for kind, content in kinds]
