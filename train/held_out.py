@@ -24,6 +24,7 @@ from moss_audio_jax.sharding import num_parts, partition_spec
 from train.best import Measured, overall, require_metric
 from train.config import RunConfig
 from train.data import Message, SampleMaker, TrainingBatch
+from train.data.budget import TooLong
 from train.data.packing import Packer, pack_row, stack_rows
 from train.data.samples import Sample
 from train.distributed import share_of_batch
@@ -130,20 +131,20 @@ def _samples(maker: SampleMaker, items: Sequence[Item], texts: Sequence[tuple[st
 def _batches(config: RunConfig, samples: Iterable[Sample], mesh: Mesh) -> list[TrainingBatch]:
     """This process's rows of batches as large as a microbatch of training: so all have one shape, and one that fits.
 
-    Samples longer than a sequence of training are left out, and named. The last rows may repeat the first one, of which
-    nothing is to be learned then.
+    Samples longer than a sequence of training are cut as there, or left out and named. The last rows may repeat the
+    first one, of which nothing is to be learned then.
     """
     budget, rows = config.data.budget, config.data.batch_size // config.microbatches
     packer: Packer[Sample] = Packer(budget)
     bins = []
     for sample in samples:
-        if sample.num_tokens > budget.tokens or sample.num_chunks > budget.chunks:
-            log.warning(
-                "left out of eval/loss: %s, of %d tokens and %d chunks of audio, where a sequence has %d and %d",
-                *(sample.name, sample.num_tokens, sample.num_chunks, budget.tokens, budget.chunks),
-            )
-        elif (closed := packer.add(sample)) is not None:
-            bins.append(closed)
+        try:
+            kept = sample.within(budget, truncate=config.data.oversize == "truncate")
+        except TooLong as error:
+            log.warning("left out of eval/loss: %s", error)
+        else:
+            closed = packer.add(kept)
+            bins += [closed] if closed is not None else []
     bins += packer.bins
     if not bins:
         paths = ", ".join(config.loop.evaluate_data) or "the scenes"

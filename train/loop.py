@@ -47,6 +47,7 @@ from train.step import (
     abstract_state,
     batch_sharding,
     new_state,
+    require_even_batch,
     split_microbatches,
     train_step,
 )
@@ -209,6 +210,7 @@ def _first_or_restored_state(
 @contextmanager
 def _data(config: RunConfig, mesh: Mesh, order: ExampleOrder, maker: SampleMaker) -> Iterator[Prefetched]:
     """Batches in microbatches, on their devices; every process reads its share of each."""
+    require_even_batch(config.data.batch_size, config.microbatches, mesh)
     host, hosts = share_of_batch(mesh)
     batches = TrainingData(order, maker, config.data, host=host, hosts=hosts, workers=config.loop.workers)
     if config.data.batch_size // hosts % config.microbatches:

@@ -29,7 +29,7 @@ from moss_audio_jax.int8 import int8_kernels
 from moss_audio_jax.layers import REMAT_POLICIES
 from moss_audio_jax.lora import set_adapter_dropout
 from moss_audio_jax.model import MossAudio
-from moss_audio_jax.sharding import constrain, partition_spec
+from moss_audio_jax.sharding import constrain, num_parts, partition_spec
 from train.data.packing import TrainingBatch
 from train.loss import CHUNK, LossSums, chunked_cross_entropy
 from train.optimizer import OptimizerConfig, Parameters, adamw, apply_gradients, learning_rate, split_frozen
@@ -211,10 +211,21 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, partition_spec((None, "batch"), mesh))
 
 
+def require_even_batch(sequences: int, microbatches: int, mesh: Mesh) -> None:
+    """Raises MossAudioError unless every device gets as many sequences of a microbatch as any other."""
+    parts = num_parts("batch", mesh)
+    if sequences % (microbatches * parts):
+        raise MossAudioError(
+            f"a batch of {sequences} sequences in {microbatches} microbatches can't be cut over {parts} data-parallel "
+            f"devices: make data.batch_size a multiple of {microbatches * parts}"
+        )
+
+
 def abstract_batch(
     model: MossAudioConfig, sequences: int, tokens: int, chunks: int, *, microbatches: int = 1, mesh: Mesh
 ) -> TrainingBatch:
     """Shape, dtype and place of every array of a batch in microbatches: to compile for, without any data."""
+    require_even_batch(sequences, microbatches, mesh)
     sharding = batch_sharding(mesh)
 
     def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:

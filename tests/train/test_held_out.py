@@ -162,6 +162,13 @@ def test_what_can_not_be_evaluated_is_refused_before_training(
     assert ("left out of eval/loss" in caplog.text) == ("evaluate_data" in loop)
 
 
+def test_what_is_too_long_is_cut_as_in_training(config: RunConfig, tmp_path: Path):  # noqa: F811
+    (tmp_path / "long.jsonl").write_text(json.dumps({"text": "far too long " * 100}))
+    truncating = dataclasses.replace(config, data=dataclasses.replace(config.data, oversize="truncate"))
+    cut = held_out(truncating, one_device(), tmp_path, evaluate_data=(str(tmp_path / "long.jsonl"),))
+    assert sum(int(batch.weights.sum()) for batch in cut._batches) == config.data.tokens - 1
+
+
 @pytest.mark.parametrize(
     ("metric", "values", "best"),
     [

@@ -299,6 +299,12 @@ def test_runs_on_a_mesh_and_goes_on_with_one_device(config: RunConfig, tmp_path:
         np.testing.assert_allclose(*curves, rtol=tolerance, err_msg=name)
 
 
+def test_a_batch_that_devices_can_t_share_is_refused(config: RunConfig, tmp_path: Path):
+    devices = jax.devices()[:8]
+    with pytest.raises(MossAudioError, match=f"of {config.data.batch_size} sequences.*over 8 data-parallel devices"):
+        train(config, tmp_path, mesh=make_mesh(devices=devices))
+
+
 def test_another_configuration_is_refused(config: RunConfig, tmp_path: Path):
     settle(config, tmp_path, begun=False)
     settle(until(config, 50, workers=2), tmp_path, begun=True)  # goes on further

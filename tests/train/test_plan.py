@@ -71,6 +71,18 @@ def test_an_adapter_leaves_the_base_frozen(monkeypatch: pytest.MonkeyPatch, caps
     assert parts["optimizer"] < parts["parameters"] and parts["gradients"] < parts["parameters"] / 2
 
 
+@pytest.mark.parametrize("mode", ["train", "generate"])
+def test_a_batch_that_chips_can_t_share_is_refused(
+    mode: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    sizes = ["--model", "tiny", "--batch", "6", "--seq", "256"]
+    monkeypatch.setattr("sys.argv", ["moss-audio-train", "plan", "--topology", "v5e:2x2", "--mode", mode, *sizes])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert "can't be cut over 4 data-parallel devices: make data.batch_size a multiple of 4" in capsys.readouterr().err
+
+
 def test_two_slices_hold_a_replica_each(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     arguments = ["--topology", "v5e:2x2", "--slices", "2", *SIZES, "--json"]
     report = json.loads(run(arguments, monkeypatch, capsys))
