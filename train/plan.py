@@ -344,20 +344,28 @@ def _by_kind(found: Sequence[Collective]) -> dict[str, dict[str, Any]]:
 
 
 def alternatives(config: RunConfig, chips: int) -> Iterator[tuple[str, RunConfig]]:
-    """Changes that need less memory, the gentlest first, each with the option that makes it."""
-    step, data = config.step, config.data
-    if step.remat != "full":
-        config = dataclasses.replace(config, step=dataclasses.replace(step, remat="full"))
-        yield "--step.remat full", config
-    sequences = data.batch_size // config.microbatches
+    """Changes that need less memory, the gentlest first, with the options that make them."""
+    said: dict[str, Any] = {}
+    if config.step.remat not in ("full", "offload"):
+        said["--step.remat"] = "full"
+        config = dataclasses.replace(config, step=dataclasses.replace(config.step, remat="full"))
+        yield _written(said), config
+    sequences = config.data.batch_size // config.microbatches
     while sequences % 2 == 0 and sequences // 2 >= chips:
         sequences //= 2
-        more = data.batch_size // sequences
-        yield f"--microbatches {more}", dataclasses.replace(config, microbatches=more)
+        said["--microbatches"] = config.data.batch_size // sequences
+        config = dataclasses.replace(config, microbatches=said["--microbatches"])
+        yield _written(said), config
+    offloaded = dataclasses.replace(config.step, remat="offload")
+    yield _written(said | {"--step.remat": "offload"}), dataclasses.replace(config, step=offloaded)
     for tensor in (2, 4):
         if chips % tensor == 0:
             mesh = dataclasses.replace(config.mesh, tensor=tensor)
-            yield f"--mesh.tensor {tensor} with the microbatches above", dataclasses.replace(config, mesh=mesh)
+            yield _written(said | {"--mesh.tensor": tensor}), dataclasses.replace(config, mesh=mesh)
+
+
+def _written(options: dict[str, Any]) -> str:
+    return " ".join(f"{name} {value}" for name, value in options.items())
 
 
 def what_would_fit(config: RunConfig, devices: Sequence[Any]) -> str | None:

@@ -66,9 +66,14 @@ def test_loading(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
 
 
 def test_an_adapter_leaves_the_base_frozen(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    arguments = ["--recipe", "finetune_lora", "--topology", "v5e:2x2", *SIZES, "--lora.rank", "4", "--json"]
-    parts = json.loads(run(arguments, monkeypatch, capsys))["hbm_bytes_by_kind"]
+    """And where it is int8, chips send each other int8."""
+    lora = ["--recipe", "finetune_lora", "--lora.rank", "4", "--lora.int8", "language_model.layers.*_proj"]
+    report = json.loads(run(["--topology", "v5e:2x2", *lora, *SIZES, "--json"], monkeypatch, capsys))
+    parts = report["hbm_bytes_by_kind"]
     assert parts["optimizer"] < parts["parameters"] and parts["gradients"] < parts["parameters"] / 2
+    gathered = report["collectives"]["all-gather"]["arrays"]
+    mlp = {array for array in gathered if array.endswith(("[1,48,96]", "[1,96,48]"))}  # the kernels of the tiny model's
+    assert mlp == {"s8[1,48,96]", "s8[1,96,48]"}
 
 
 @pytest.mark.parametrize("mode", ["train", "generate"])
@@ -114,9 +119,20 @@ def test_sizes_keep_the_recipe_s_chunks_to_its_tokens():
 def test_what_needs_less_memory_is_tried_gentlest_first():
     recipe = RECIPES["pretrain_stage2"]
     kept = dataclasses.replace(recipe, step=dataclasses.replace(recipe.step, remat="dots"))
-    options = [option for option, _ in plan.alternatives(kept, chips=16)]
-    assert options[:3] == ["--step.remat full", "--microbatches 2", "--microbatches 4"]
-    assert options[-1].startswith("--mesh.tensor 4")
+    alternatives = dict(plan.alternatives(kept, chips=16))
+    assert list(alternatives) == [
+        "--step.remat full",
+        "--step.remat full --microbatches 2",
+        "--step.remat full --microbatches 4",
+        "--step.remat offload --microbatches 4",
+        "--step.remat full --microbatches 4 --mesh.tensor 2",
+        "--step.remat full --microbatches 4 --mesh.tensor 4",
+    ]
+    for options, config in alternatives.items():  # and they say what they are
+        said = dict(zip(*[iter(options.split())] * 2, strict=True))
+        assert (config.step.remat, str(config.microbatches), str(config.mesh.tensor)) == tuple(
+            said.get(name, "1") for name in ("--step.remat", "--microbatches", "--mesh.tensor")
+        )
 
 
 def test_the_largest_buffers_of_xla_s_report():
