@@ -119,23 +119,23 @@ class LanguageModel(nnx.Module):
         remat: str = "none",
     ) -> Float[Array, "b s hidden"]:
         """Some of the layers, one after the other, without the norm at the end; otherwise as `__call__`."""
+        if not layers:
+            return x
         phases = rotary_phases(positions, self.config.head_dim, self.config.rope_theta)
+        injected = deepstack.shape[0]
 
-        def body(layer, x, injected):
+        def body(layer, x, index):
             query, key, value = layer.project(x, phases)
             x = layer.finish(x, self_attend(query, key, value, segment_ids))
-            x = x if injected is None else x + injected
+            if injected:
+                # One loop for all layers: another one for those with DeepStack would need a copy of either part.
+                x += jnp.where(index < injected, deepstack[jnp.minimum(index, injected - 1)], 0)
             return constrain(x, "batch", "sequence", "features")
 
-        first, stop = layers.start, layers.stop
-        injected = min(max(first, deepstack.shape[0]), stop)  # the first layer without DeepStack
+        whole = layers == range(self.config.num_hidden_layers)
+        stack = self.layers if whole else take_layers(self.layers, layers.start, layers.stop)
         x = constrain(x, "batch", "sequence", "features")
-        if first < injected:
-            stack = take_layers(self.layers, first, injected)
-            x = scan_layers(body, stack, x, deepstack[first:injected], remat=remat)
-        if injected < stop:
-            x = scan_layers(body, take_layers(self.layers, injected, stop), x, remat=remat)
-        return x
+        return scan_layers(body, stack, x, jnp.arange(layers.start, layers.stop), remat=remat)
 
     def extend(
         self,

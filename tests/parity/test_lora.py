@@ -126,7 +126,7 @@ def test_an_exported_adapter_gives_peft_our_logits(pair: Pair, directory: Path, 
 
 
 @pytest.fixture(scope="module")
-def trained_by_peft(directory: Path) -> Path:
+def trained_by_peft(pair: Pair, directory: Path) -> Path:
     """As its users write it: names that match by their ends, whole modules, and a few steps of training."""
     torch.manual_seed(0)
     config = peft.LoraConfig(
