@@ -87,10 +87,16 @@ class DecoderLayer(nnx.Module):
 
 
 class LanguageModel(nnx.Module):
-    """Embedded tokens -> normed hidden states."""
+    """Embedded tokens -> normed hidden states.
+
+    frozen: weights are not trained, and lie in memory as they are computed with. Then all layers run in one loop, since
+        a second one, for those without DeepStack, would need its own copy of its layers. Trained weights are copied
+        anyway, to be cast; and two loops spare them what one would hold: the gradient of `deepstack` through all layers.
+    """
 
     def __init__(self, config: LanguageConfig, *, rngs: nnx.Rngs):
         self.config = config
+        self.frozen = False
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, config.initializer_range, rngs=rngs)
         self.layers = DecoderLayer(config, layers=config.num_hidden_layers, rngs=rngs)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, rngs=rngs)
@@ -119,23 +125,29 @@ class LanguageModel(nnx.Module):
         remat: str = "none",
     ) -> Float[Array, "b s hidden"]:
         """Some of the layers, one after the other, without the norm at the end; otherwise as `__call__`."""
-        if not layers:
-            return x
         phases = rotary_phases(positions, self.config.head_dim, self.config.rope_theta)
-        injected = deepstack.shape[0]
+        count = deepstack.shape[0]
 
-        def body(layer, x, index):
+        def body(layer, x, injected):
             query, key, value = layer.project(x, phases)
             x = layer.finish(x, self_attend(query, key, value, segment_ids))
-            if injected:
-                # One loop for all layers: another one for those with DeepStack would need a copy of either part.
-                x += jnp.where(index < injected, deepstack[jnp.minimum(index, injected - 1)], 0)
+            x = x if injected is None else x + injected
             return constrain(x, "batch", "sequence", "features")
 
-        whole = layers == range(self.config.num_hidden_layers)
-        stack = self.layers if whole else take_layers(self.layers, layers.start, layers.stop)
+        def body_at(layer, x, index):
+            return body(layer, x, jnp.where(index < count, deepstack[jnp.minimum(index, count - 1)], 0))
+
         x = constrain(x, "batch", "sequence", "features")
-        return scan_layers(body, stack, x, jnp.arange(layers.start, layers.stop), remat=remat)
+        if self.frozen and count and layers == range(self.config.num_hidden_layers):
+            return scan_layers(body_at, self.layers, x, jnp.arange(layers.stop), remat=remat)
+        first, stop = layers.start, layers.stop
+        injected = min(max(first, count), stop)  # the first layer without DeepStack
+        if first < injected:
+            stack = take_layers(self.layers, first, injected)
+            x = scan_layers(body, stack, x, deepstack[first:injected], remat=remat)
+        if injected < stop:
+            x = scan_layers(body, take_layers(self.layers, injected, stop), x, remat=remat)
+        return x
 
     def extend(
         self,
