@@ -77,7 +77,7 @@ class HeldOut:
         model = build_model(self._processor.config, copies)
         loss, answers = self._loss(model, copies), self._ask(model)
         measured = measure(self._items, answers)
-        scores = dict(_numbers("eval", loss | overall([loss, *_tasks(measured)]) | measured))
+        scores = dict(scalars("eval", loss | overall([loss, *_tasks(measured)]) | measured))
         shown = self._config.loop.show_samples
         pairs = enumerate(zip(self._items, answers, strict=True))
         return scores, [self._sample(step, item, answer, index < shown) for index, (item, answer) in pairs]
@@ -167,13 +167,15 @@ def _tasks(measures: Mapping[str, Mapping[str, Measured]]) -> list[Measured]:
     return [measured for tasks in measures.values() for measured in tasks.values()]
 
 
-def _numbers(prefix: str, measures: Mapping[str, Any]) -> list[tuple[str, float]]:
+def scalars(prefix: str, measures: Mapping[str, Any]) -> list[tuple[str, float]]:
     """Nested dicts to numbers by path; what there was nothing to measure of has no number."""
     found = []
     for name, value in measures.items():
         path = f"{prefix}/{name}"
+        if name == "by_class":  # a class that only the model has named would be a curve of one point
+            value = {label: counts for label, counts in value.items() if counts["reference_events"]}
         if isinstance(value, Mapping):
-            found += _numbers(path, value)
+            found += scalars(path, value)
         elif isinstance(value, int | float):
             found.append((path, float(value)))
     return found

@@ -430,7 +430,9 @@ class _Progress(_Sink):
         return [*rates, f"data wait {wait / seconds:.0%}", f"{left} left"]
 
     def write_scores(self, step: int, scores: Values) -> None:
-        self._print("  ".join([f"step {step}", *(f"{name} {value:.4g}" for name, value in scores.items())]))
+        # Those of each task and class, dozens, are in the file.
+        overall = [f"{name} {value:.4g}" for name, value in scores.items() if name.count("/") == 1]
+        self._print("  ".join([f"step {step}", *overall]))
 
     def write_samples(self, step: int, samples: Sequence[ShownSample]) -> None:
         for sample in samples:

@@ -50,8 +50,8 @@ def documented_commands() -> list[list[str]]:
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("finetune")
     commands = documented_commands()
-    # Of 8 clips the third is named 2.wav.
-    shown = json.dumps(commands).replace("work/test/03.wav", "work/test/2.wav")
+    # Of 8 clips the first is named 0.wav.
+    shown = json.dumps(commands).replace("work/test/00.wav", "work/test/0.wav")
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}  # one device
     done = subprocess.run(
         [sys.executable, "-c", DRIVER],

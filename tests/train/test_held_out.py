@@ -20,7 +20,7 @@ from train.config import LoopConfig, RunConfig
 from train.data import Manifest, Message, SampleMaker, TimedText
 from train.data.samples import Sample
 from train.evaluate import measure
-from train.held_out import HeldOut
+from train.held_out import HeldOut, scalars
 from train.loop import Outcome, train
 from train.questions import Item, manifest_items
 from train.step import held_out_sums
@@ -201,6 +201,13 @@ def test_a_metric_over_several_tasks_is_that_of_all_questions():
     assert together.keys() == {"wer", "cer", "aas", "f1"}
     assert apart == pytest.approx(together)
     assert together["wer"] == 2 / 4 and together["f1"] == 2 * 2 / (3 + 3)
+
+
+def test_a_class_that_nobody_expects_is_no_curve():
+    item = Item("item", "a", "events", (), "", "events", labels=(TimedText("hum", 0.0, 1.0),))
+    found = dict(scalars("eval", measure([item], ["[0.0]hum[1.0][2.0]mmm[3.0]"])))
+    assert {name.split("/")[4] for name in found if "/by_class/" in name} == {"hum"}
+    assert found["eval/a/events/predicted_events"] == 2
 
 
 def test_options_that_need_others():

@@ -181,14 +181,14 @@ def test_an_evaluation_between_steps(tmp_path: Path, clock, capsys: pytest.Captu
         clock.now += 2
         with report.paused():
             clock.now += 1000
-            report.add_scores(1, {"eval/loss": 1.25})
+            report.add_scores(1, {"eval/loss": 1.25, "eval/a/task/f1": 0.5})
             report.add_samples(1, samples)
             report.add_answers(1, [*samples, ShownSample("last", "a|b*", "<think>\n[0.1]x[0.2]", "`")])
         report.add(2, step_metrics(), host_metrics())
         clock.now += 3
     assert [line["step_seconds"] for line in lines(tmp_path / "metrics.jsonl")] == [2, 3]
-    assert lines(tmp_path / "scores.jsonl") == [{"step": 1, "eval/loss": 1.25}]
-    assert scalars(tmp_path, "eval/loss") == {1: 1.25}
+    assert lines(tmp_path / "scores.jsonl") == [{"step": 1, "eval/loss": 1.25, "eval/a/task/f1": 0.5}]
+    assert scalars(tmp_path, "eval/loss") == {1: 1.25} and scalars(tmp_path, "eval/a/task/f1") == {1: 0.5}
     shown = lines(tmp_path / "samples.jsonl")
     assert shown[0] == {"step": 1} | samples[0]._asdict() | {"figure": "figures/clip.png"}
     assert shown[1] == {"step": 1} | samples[1]._asdict()
