@@ -91,7 +91,7 @@ class LanguageModel(nnx.Module):
 
     frozen: weights are not trained, and lie in memory as they are computed with. Then all layers run in one loop, since
         a second one, for those without DeepStack, would need its own copy of its layers. Trained weights are copied
-        anyway, to be cast; and two loops spare them what one would hold: the gradient of `deepstack` through all layers.
+        anyway, to be cast, and two loops spare them what one holds all the way: the gradient by `deepstack`.
     """
 
     def __init__(self, config: LanguageConfig, *, rngs: nnx.Rngs):
