@@ -20,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 
 from moss_audio_jax.config import CONFIG_FILES, MossAudioConfig
 from moss_audio_jax.errors import MossAudioError
+from moss_audio_jax.int8 import int8_kernels
 from moss_audio_jax.model import MossAudio, adapter_specs, parameter_specs
 from moss_audio_jax.paths import AnyPath, Path, absolute, children, is_inside, to_path, url
 from moss_audio_jax.peft_files import ADAPTER_CONFIG, PeftAdapter, adapted_config, base_of
@@ -106,6 +107,10 @@ def merge_adapter(model: MossAudio) -> MossAudio:
     if lora is None:
         raise MossAudioError("the model has no adapter to merge: load one with load_adapter")
     parameters = parameters_of(model)
+    if int8_kernels(parameters):
+        raise MossAudioError(
+            "the model's kernels are int8, as in training: load its base by load_model, and the adapter onto that"
+        )
     for path in list(parameters):
         if path.endswith(".lora_a"):
             layer, a = path.removesuffix(".lora_a"), parameters.pop(path)

@@ -3,7 +3,7 @@
 Q = round(W / s) and s = max |W| / 127 over the inputs, itself rounded to the compute dtype first. Since s belongs to an
 output it is applied to the product, and Q is exact in bfloat16: the forward pass is that of the kernel Q * s.
 
-(The library qwix quantizes what a layer's call meets. Here that is a slice of a stack inside a scan, as for LoRA.)
+(The library qwix works at a layer's call, which here is inside a scan: `lora` says why that fails.)
 """
 
 from collections.abc import Collection, Sequence

@@ -91,7 +91,7 @@ class LanguageModel(nnx.Module):
 
     frozen: weights are not trained, and lie in memory as they are computed with. Then all layers run in one loop, since
         a second one, for those without DeepStack, would need its own copy of its layers. Trained weights are copied
-        anyway, to be cast, and two loops spare them what one holds all the way: the gradient by `deepstack`.
+        anyway, to be cast; there two loops hold the gradient by `deepstack` through the first layers only.
     """
 
     def __init__(self, config: LanguageConfig, *, rngs: nnx.Rngs):

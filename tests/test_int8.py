@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from moss_audio_jax import LoraConfig, MossAudio, MossAudioConfig, MossAudioError
-from moss_audio_jax.checkpoint import build_model, parameters_of
+from moss_audio_jax.checkpoint import build_model, merge_adapter, parameters_of
 from moss_audio_jax.int8 import LARGEST, int8_kernels, quantize
 from moss_audio_jax.model import parameter_specs
 from tests.conftest import question
@@ -48,6 +48,11 @@ def quantized(lora: LoraConfig, dtype: str = "float32") -> tuple[MossAudio, Moss
         parameters[kernel], parameters[scale] = quantize(parameters[kernel])
         rounded[kernel] = parameters[kernel] * parameters[scale][..., None, :]
     return build_model(with_lora(lora), parameters), build_model(with_lora(dataclasses.replace(lora, int8=())), rounded)
+
+
+def test_an_adapter_is_not_merged_into_int8():
+    with pytest.raises(MossAudioError, match="kernels are int8, as in training: load its base by load_model"):
+        merge_adapter(quantized(EVERYWHERE)[0])
 
 
 def test_the_forward_pass_is_that_of_the_rounded_weights():

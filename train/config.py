@@ -319,7 +319,9 @@ def settle(config: Any, out: AnyPath, *, begun: bool) -> None:
         problems = [
             f"{name} is {after.get(name)!r} and was {before.get(name)!r}"
             for name in sorted(before.keys() | after.keys())
-            if not name.startswith(FREE_TO_CHANGE) and after.get(name) != before.get(name)
+            if not name.startswith(FREE_TO_CHANGE)
+            and after.get(name) != before.get(name)
+            and (name in before or after[name])  # else an option that is newer than the run, and off
         ]
         if problems:
             raise MossAudioError(

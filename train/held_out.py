@@ -59,7 +59,7 @@ class HeldOut:
         self._parts = num_parts("batch", mesh)  # which have to divide a batch
         batch = -(-BATCH // self._parts) * self._parts
         self._answers = AnswerConfig(batch, config.loop.evaluate_tokens, maker.time_markers)
-        self._items, texts = _questions_and_texts(config)
+        self._items, texts = questions_and_texts(config)
         self._batches = _batches(config, _samples(maker, self._items, texts), mesh)
         if config.loop.best_metric is not None:
             unanswered = measure(self._items, [""] * len(self._items))
@@ -112,12 +112,22 @@ def _per_token(loss: float, correct: float, tokens: float) -> dict[str, float | 
     return {"loss": loss_per_token, "token_accuracy": share_correct, "tokens": tokens}
 
 
-def _questions_and_texts(config: RunConfig) -> tuple[list[Item], list[tuple[str, str]]]:
+def questions_and_texts(config: RunConfig) -> tuple[list[Item], list[tuple[str, str]]]:
     """What is asked, and texts of which only the loss is taken, with their names."""
-    paths, count = config.loop.evaluate_data, config.loop.evaluate_count
+    paths, count, objectives = config.loop.evaluate_data, config.loop.evaluate_count, config.loop.evaluate_objectives
+    if objectives and not paths:
+        raise MossAudioError("evaluate_objectives needs evaluate_data: give both, or leave evaluate_objectives out")
     if not paths:
         return scene_items(count, config.mixture.scenes.scenes, seed=config.seed + HELD_OUT_SEED), []
-    items = [item for path in paths for item in manifest_items(path, config.loop.evaluate_objectives, limit=count)]
+    items = []
+    for path in paths:
+        found = manifest_items(path, objectives, limit=count)
+        if objectives and not found:
+            raise MossAudioError(
+                f"{path} has no labels that evaluate_objectives {', '.join(objectives)} could ask about: name others, "
+                "or leave it out"
+            )
+        items += found
     return items, [text for path in paths for text in manifest_texts(path, limit=count)]
 
 

@@ -127,7 +127,7 @@ def first_parameters(
     """All parameters by path, each on its devices.
 
     config: `model_config(source)`, perhaps with LoRA. dtypes: by path; float32 where nothing is said.
-    Kernels whose dtype is int8 are quantized as they come, one by one, from the dtype of their scales.
+    Kernels with scales (`lora.int8`) become int8 as they come, one by one, from the dtype of their scales.
     Of a safetensors directory the host holds one stacked parameter at a time; from Orbax each device's shard is read
     straight onto it. A random parameter depends on the seed and the configuration alone: neither on the mesh nor on
     what else is read.

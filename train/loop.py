@@ -25,7 +25,6 @@ from jax.sharding import Mesh
 
 from moss_audio_jax.checkpoint import RUN_MODEL, abstract_parameters, base_directory, build_model
 from moss_audio_jax.config import MossAudioConfig
-from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.paths import AnyPath, Path, to_path
 from moss_audio_jax.processor import Processor
 from moss_audio_jax.sharding import make_mesh
@@ -213,11 +212,6 @@ def _data(config: RunConfig, mesh: Mesh, order: ExampleOrder, maker: SampleMaker
     require_even_batch(config.data.batch_size, config.microbatches, mesh)
     host, hosts = share_of_batch(mesh)
     batches = TrainingData(order, maker, config.data, host=host, hosts=hosts, workers=config.loop.workers)
-    if config.data.batch_size // hosts % config.microbatches:
-        raise MossAudioError(
-            f"microbatches must divide the {config.data.batch_size // hosts} sequences of each of {hosts} processes, "
-            f"not {config.microbatches}"
-        )
     sharding = batch_sharding(mesh)
 
     def put(batch: TrainingBatch) -> TrainingBatch:

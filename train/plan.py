@@ -350,14 +350,15 @@ def alternatives(config: RunConfig, chips: int) -> Iterator[tuple[str, RunConfig
         said["--step.remat"] = "full"
         config = dataclasses.replace(config, step=dataclasses.replace(config.step, remat="full"))
         yield _written(said), config
-    sequences = config.data.batch_size // config.microbatches
-    while sequences % 2 == 0 and sequences // 2 >= chips:
+    sequences, parts = config.data.batch_size // config.microbatches, chips // max(config.mesh.tensor, 1)
+    while sequences % (2 * parts) == 0:
         sequences //= 2
         said["--microbatches"] = config.data.batch_size // sequences
         config = dataclasses.replace(config, microbatches=said["--microbatches"])
         yield _written(said), config
-    offloaded = dataclasses.replace(config.step, remat="offload")
-    yield _written(said | {"--step.remat": "offload"}), dataclasses.replace(config, step=offloaded)
+    if config.step.remat != "offload":
+        offloaded = dataclasses.replace(config.step, remat="offload")
+        yield _written(said | {"--step.remat": "offload"}), dataclasses.replace(config, step=offloaded)
     for tensor in (2, 4):
         if chips % tensor == 0:
             mesh = dataclasses.replace(config.mesh, tensor=tensor)

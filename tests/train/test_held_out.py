@@ -20,7 +20,7 @@ from train.config import LoopConfig, RunConfig
 from train.data import Manifest, Message, SampleMaker, TimedText
 from train.data.samples import Sample
 from train.evaluate import measure
-from train.held_out import HeldOut, scalars
+from train.held_out import HeldOut, questions_and_texts, scalars
 from train.loop import Outcome, train
 from train.questions import Item, manifest_items
 from train.step import held_out_sums
@@ -208,6 +208,16 @@ def test_a_class_that_nobody_expects_is_no_curve():
     found = dict(scalars("eval", measure([item], ["[0.0]hum[1.0][2.0]mmm[3.0]"])))
     assert {name.split("/")[4] for name in found if "/by_class/" in name} == {"hum"}
     assert found["eval/a/events/predicted_events"] == 2
+
+
+def test_objectives_that_ask_nothing(config: RunConfig, corpus: Path):  # noqa: F811
+    asking = {"evaluate_every": 2, "evaluate_objectives": ("events", "caption")}
+    with pytest.raises(MossAudioError, match="evaluate_objectives needs evaluate_data: give both"):
+        questions_and_texts(until(config, 5, **asking))
+    with pytest.raises(
+        MossAudioError, match=r"clips.jsonl has no labels that evaluate_objectives events, caption could"
+    ):
+        questions_and_texts(until(config, 5, **asking, evaluate_data=(str(corpus / "clips.jsonl"),)))
 
 
 def test_options_that_need_others():

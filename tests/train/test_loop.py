@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from moss_audio_jax import MossAudioConfig, MossAudioError, load_model
+from moss_audio_jax import LoraConfig, MossAudioConfig, MossAudioError, load_model
 from moss_audio_jax.checkpoint import build_model, save_model
 from moss_audio_jax.sharding import make_mesh
 from moss_audio_jax.small_tokenizer import write_small_tokenizer
@@ -312,6 +312,19 @@ def test_another_configuration_is_refused(config: RunConfig, tmp_path: Path):
     with pytest.raises(MossAudioError, match=r"optimizer.learning_rate is 0.002 and was 0.001; seed is 1 and was 0"):
         settle(changed, tmp_path, begun=True)
     settle(changed, tmp_path, begun=False)
+
+
+def test_an_option_that_is_newer_than_the_run(config: RunConfig, tmp_path: Path):
+    config = dataclasses.replace(config, lora=LoraConfig())
+    settle(config, tmp_path, begun=False)
+    file = tmp_path / "config.json"
+    written = json.loads(file.read_text())
+    del written["lora"]["int8"]
+    file.write_text(json.dumps(written))
+    changed = dataclasses.replace(config, lora=LoraConfig(int8=("language_model.layers.*_proj",)))
+    with pytest.raises(MossAudioError, match=r"lora.int8 is .*_proj.* and was None"):
+        settle(changed, tmp_path, begun=True)
+    settle(config, tmp_path, begun=True)  # off, as it was
 
 
 def test_gives_up_after_skipped_steps_in_a_row(copy: Path, config: RunConfig):

@@ -88,6 +88,16 @@ def test_a_batch_that_chips_can_t_share_is_refused(
     assert "can't be cut over 4 data-parallel devices: make data.batch_size a multiple of 4" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("mode", ["generate", "load"])
+def test_int8_is_for_training(mode: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    lora = ["--recipe", "finetune_lora", "--lora.int8", "language_model.layers.*_proj", "--model", "tiny"]
+    monkeypatch.setattr("sys.argv", ["moss-audio-train", "plan", "--topology", "v5e:2x2", "--mode", mode, *lora])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert f"lora.int8 is for training: leave it out of --mode {mode}" in capsys.readouterr().err
+
+
 def test_two_slices_hold_a_replica_each(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     arguments = ["--topology", "v5e:2x2", "--slices", "2", *SIZES, "--json"]
     report = json.loads(run(arguments, monkeypatch, capsys))
@@ -128,6 +138,11 @@ def test_what_needs_less_memory_is_tried_gentlest_first():
         "--step.remat full --microbatches 4 --mesh.tensor 2",
         "--step.remat full --microbatches 4 --mesh.tensor 4",
     ]
+    uneven = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, batch_size=24))
+    assert next(plan.alternatives(uneven, chips=8))[0] == "--step.remat offload"  # 12 can't be cut over 8 chips
+    offloading = dataclasses.replace(recipe, step=dataclasses.replace(recipe.step, remat="offload"))
+    found = [options for options, _ in plan.alternatives(offloading, chips=16)]
+    assert found[0] == "--microbatches 2" and "--step.remat" not in " ".join(found)
     for options, config in alternatives.items():  # and they say what they are
         said = dict(zip(*[iter(options.split())] * 2, strict=True))
         assert (config.step.remat, str(config.microbatches), str(config.mesh.tensor)) == tuple(
