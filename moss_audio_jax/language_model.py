@@ -89,14 +89,14 @@ class DecoderLayer(nnx.Module):
 class LanguageModel(nnx.Module):
     """Embedded tokens -> normed hidden states.
 
-    frozen: weights are not trained, and lie in memory as they are computed with. Then all layers run in one loop, since
-        a second one, for those without DeepStack, would need its own copy of its layers. Trained weights are copied
-        anyway, to be cast; there two loops hold the gradient by `deepstack` through the first layers only.
+    frozen: no gradient by the layers' own weights is taken (`train.step` says when one is). Then all layers run in one
+        loop, since a second one, for those without DeepStack, would need its own copy of its layers. Trained weights
+        are copied anyway, to be cast; there two loops hold the gradient by `deepstack` through the first layers only.
     """
 
     def __init__(self, config: LanguageConfig, *, rngs: nnx.Rngs):
         self.config = config
-        self.frozen = False
+        self.frozen = True
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, config.initializer_range, rngs=rngs)
         self.layers = DecoderLayer(config, layers=config.num_hidden_layers, rngs=rngs)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, rngs=rngs)

@@ -40,7 +40,6 @@ class MossAudio(nnx.Module):
             self.lm_head = Linear(language.hidden_size, language.vocab_size, ("embed", "vocab"), rngs=rngs)
         if config.lora is not None:
             add_adapters(self, config.lora, rngs)
-            self.language_model.frozen = True
 
     def __call__(self, inputs: ModelInputs) -> Float[Array, "b s vocab"]:
         """Logits in float32, compiled once for each shape of `inputs`; those at padding mean nothing."""

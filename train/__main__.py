@@ -246,9 +246,9 @@ def _plan(
     from train import plan
 
     config = plan.with_sizes(config, model, slices, batch, seq, chunks)
-    devices = plan.topology_devices(topology, slices)
     if mode != "train" and config.lora is not None and config.lora.int8:
         raise MossAudioError(f"lora.int8 is for training: leave it out of --mode {mode}, where no kernel is int8")
+    devices = plan.topology_devices(topology, slices)
     named = {"model": config.model.preset, "topology": topology, "slices": slices, "chips": len(devices)}
     if mode == "generate":
         data = config.data

@@ -22,7 +22,7 @@ from jax.tree_util import KeyPath
 from jaxtyping import Array, Float, Int, UInt32
 
 from moss_audio_jax.checkpoint import abstract_parameters, parameters_of, unflatten
-from moss_audio_jax.config import LoraConfig, MossAudioConfig
+from moss_audio_jax.config import ADAPTER_LEAVES, LoraConfig, MossAudioConfig
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.inputs import ModelInputs
 from moss_audio_jax.int8 import int8_kernels
@@ -310,6 +310,7 @@ def loss_and_gradients(
     def objective(trainable: Parameters, microbatch: TrainingBatch, key: jax.Array):
         copies = in_compute_dtype(trainable | frozen, config)
         model, inputs = _model(graphdef, copies), microbatch.inputs
+        model.language_model.frozen = not any(map(_is_of_a_decoder_layer, trainable))
         if model.config.lora is not None and model.config.lora.dropout:
             set_adapter_dropout(model, jax.random.fold_in(key, ADAPTER_DROPOUT))
         x, deepstack = model.embed(inputs, dropout_key=key if config.encoder_dropout else None, remat=config.remat)
@@ -359,6 +360,11 @@ def held_out_sums(graphdef: nnx.GraphDef, config: StepConfig, parameters: Parame
     model = _model(graphdef, parameters)
     hidden = model.hidden_states(batch.inputs)
     return chunked_cross_entropy(hidden, model.head, batch.targets, batch.weights, chunk=config.loss_chunk)[1]
+
+
+def _is_of_a_decoder_layer(path: str) -> bool:
+    """Whether a parameter is a layer's own: an adapter beside it is not."""
+    return path.startswith("language_model.layers.") and not path.endswith(ADAPTER_LEAVES)
 
 
 def _model(graphdef: nnx.GraphDef, parameters: Parameters) -> MossAudio:

@@ -5,6 +5,7 @@ trains is the one compared.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator
 
@@ -18,6 +19,7 @@ from flax import nnx
 
 from moss_audio_jax import MossAudioConfig, MossAudioError, make_inputs
 from moss_audio_jax.checkpoint import build_model
+from moss_audio_jax.language_model import LanguageModel
 from moss_audio_jax.model import parameter_specs
 from moss_audio_jax.sharding import make_mesh
 from tests.conftest import question_parts
@@ -145,6 +147,33 @@ def test_what_is_heard_is_learned_beside_the_answers(parameters, graphdef, one_s
     for path, gradient in gradients.items():
         expected = answers[path] + 0.5 * np.asarray(gradient)
         np.testing.assert_allclose(both[path], expected, atol=1e-5 * np.abs(expected).max(), err_msg=path)
+
+
+@pytest.mark.parametrize(
+    ("trained", "frozen"),
+    [
+        ("audio_adapter.up_proj.kernel", True),  # as in stage one
+        ("language_model.norm.scale", True),  # not of a layer
+        ("language_model.layers.mlp.up_proj.kernel", False),
+    ],
+)
+def test_layers_that_are_not_trained_run_in_one_loop(
+    parameters, graphdef, one_step, trained: str, frozen: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """Where two would copy their weights; the gradients are the same."""
+    found, run_layers = [], LanguageModel.run_layers
+
+    def watched(model, *arguments, **options):
+        found.append(model.frozen)
+        return run_layers(model, *arguments, **options)
+
+    monkeypatch.setattr(LanguageModel, "run_layers", watched)
+    rest = {path: leaf for path, leaf in parameters.items() if path != trained}
+    function = jax.jit(functools.partial(loss_and_gradients, graphdef, EXACT))
+    _, gradients = function({trained: parameters[trained]}, rest, make_batch(), jax.random.key(0))
+    assert set(found) == {frozen}
+    expected = gradients_of(one_step[0])[trained]
+    np.testing.assert_allclose(gradients[trained], expected, atol=1e-5 * np.abs(expected).max(), rtol=0)
 
 
 def test_a_batch_that_does_not_divide_is_refused():
