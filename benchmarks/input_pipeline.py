@@ -45,7 +45,7 @@ from train.flops import Content, step_flops
 
 CONFIG = MossAudioConfig.preset("4b")
 # Sequences as in the recipe, in fewer open bins: what is read and not yet packed when the time ends is little then.
-DATA = replace(RECIPES["pretrain_stage2"].data, batch_size=8, lanes=1, open_bins=2)
+DATA = replace(RECIPES["pretrain_stage2"].data, batch_size=1, open_bins=2)
 OBJECTIVE = {"transcribe": 1.0}
 IGNORED_LABEL = -100
 MEL_TOLERANCE = 2**-7  # a rounding of bfloat16 between 1 and 2
@@ -109,17 +109,17 @@ class Recorded:
         self.read.append(drawn)
         return drawn
 
-    def fingerprint(self) -> dict[str, Any]:
-        return self.order.fingerprint()
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.order, name)
 
 
 @dataclass(frozen=True)
 class Reading:
-    """A timed run of our pipeline: the examples it read, and the figures of its last batch."""
+    """A timed run of our pipeline: the examples it read, and the sums of its last batch."""
 
     cpu_seconds: float
     examples: list[Drawn]
-    metrics: dict[str, float]
+    sums: dict[str, float]
 
 
 def read_ours(order: ExampleOrder, maker: SampleMaker, data: DataConfig, batches: int) -> Reading:
@@ -130,7 +130,7 @@ def read_ours(order: ExampleOrder, maker: SampleMaker, data: DataConfig, batches
     for _ in range(batches):
         next(pipeline)
     pipeline.close()  # and with it Grain's thread, which would read on at PyTorch's expense
-    return Reading(time.process_time() - start, recorded.read, pipeline.metrics)
+    return Reading(time.process_time() - start, recorded.read, pipeline.sums)
 
 
 class PyTorchReader:
@@ -215,7 +215,7 @@ class Measured:
 
     row: Row
     clip_seconds: float
-    metrics: dict[str, float]
+    sums: dict[str, float]
 
 
 def measure(
@@ -236,7 +236,7 @@ def measure(
             ours.append(reading.cpu_seconds / hours)
             pytorch.append(seconds / hours)
     clip_seconds = hours * HOUR / len(reading.examples)
-    return Measured(Row.of_medians(name, ours, pytorch), clip_seconds, reading.metrics)
+    return Measured(Row.of_medians(name, ours, pytorch), clip_seconds, reading.sums)
 
 
 def _length(example: Example) -> float:
@@ -267,12 +267,13 @@ def rows(
             yield measure(name, order, maker, reader, data, batches, runs)
 
 
-def cores_to_feed(measured: Measured, data: DataConfig) -> str:
+def cores_to_feed(measured: Measured) -> str:
     """An estimate: the cores that prepare what a host of CHIPS chips trains on, if only audio is trained on."""
-    flops = step_flops(CONFIG, Content.of_batch(measured.metrics, data), parameter_specs(CONFIG))
+    content = Content.of_sums(measured.sums)
+    flops = step_flops(CONFIG, content, parameter_specs(CONFIG))
     steps_per_second = CHIPS * V5E.peak_flops * MFU / sum(flops.values())
-    tokens = measured.metrics["token_fill"] * data.batch_size * data.tokens
-    audio = measured.metrics["audio_seconds"] * steps_per_second
+    tokens = content.tokens
+    audio = measured.sums["audio_seconds"] * steps_per_second
     cores = measured.row.ours_seconds / HOUR * audio
     return (
         f"ESTIMATE, {measured.row.name}: {cores:.2f} cores feed {CHIPS} {V5E.name} chips that train all of the 4B "
@@ -285,7 +286,7 @@ def cores_to_feed(measured: Measured, data: DataConfig) -> str:
 def run(
     json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
     clips: int = 60,
-    batches: int = 3,
+    batches: int = 24,
     repeats: int = 5,
 ) -> None:
     """Compares the input pipelines on this machine, on one thread each.
@@ -293,7 +294,7 @@ def run(
     Args:
         json_file: Write the rows there as a JSON list.
         clips: How many clips of 1 to 30 s there are; they are read in a shuffled order, again and again.
-        batches: Batches of 8 sequences of 4096 tokens that a run reads.
+        batches: Sequences of 4096 tokens that a run reads.
         repeats: Timed runs of each side.
     """
     done: list[Measured] = []
@@ -315,7 +316,7 @@ def run(
         )
     for one in done:
         if not one.row.name.endswith("torch.stft"):
-            print(cores_to_feed(one, DATA))
+            print(cores_to_feed(one))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ CONFIG = replace(
     audio_config=replace(TINY.audio_config, encoder_layers=2, deepstack_encoder_layer_indexes=(0,)),
     language_config=replace(TINY.language_config, num_hidden_layers=2),
 )
-DATA = DataConfig(batch_size=2, tokens=200, chunks=3, lanes=1, open_bins=2)
+DATA = DataConfig(batch_size=2, tokens=200, chunks=3, open_bins=2)
 CORPUS = {"clips": 4, "longest": 3.0, "batches": 1, "runs": 1}
 
 

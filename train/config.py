@@ -117,6 +117,9 @@ class LoopConfig:
 
     steps: int | None = None
     """Stop after this step; by default where the optimizer's schedule ends."""
+    epochs: int | None = None
+    """Stop when each example was read this many times. The schedule then spans these epochs, and
+    optimizer.total-steps is not used. With several data sets, those of larger shares are read more often."""
     checkpoint_every: int = 500
     """Steps between checkpoints; the last step and a SIGTERM make one too."""
     keep_last: int = 3
@@ -159,6 +162,7 @@ class LoopConfig:
     def __post_init__(self):
         for name in (
             "steps",
+            "epochs",
             "checkpoint_every",
             "keep_last",
             "keep_every",
@@ -217,8 +221,9 @@ class RunConfig:
         return dict.fromkeys(frozen, self.step.compute_dtype) | dict.fromkeys(int8_kernels(frozen), "int8")
 
     @property
-    def last_step(self) -> int:
-        return self.loop.steps or self.optimizer.total_steps
+    def last_step(self) -> int | None:
+        """The step that the run ends with; None if it ends with its data."""
+        return self.loop.steps or (self.optimizer.total_steps if self.loop.epochs is None else None)
 
 
 # Batch, lengths and rates were not published; these are ours.
@@ -255,7 +260,7 @@ RECIPES: dict[str, RunConfig] = {
     # then long ones among them; long ones alone teach it far more slowly.
     "time_events": RunConfig(
         model=ModelSource(preset="small", tokenizer="learned"),
-        data=DataConfig(batch_size=16, tokens=208, chunks=2, lanes=2, open_bins=4),
+        data=DataConfig(batch_size=16, tokens=208, chunks=2, open_bins=2),
         mixture=MixtureConfig(
             easy_scenes=SceneGroupConfig(0.2, SceneConfig(seconds=(4.0, 4.0), events=(1, 2))),
             scenes=SceneGroupConfig(1.0, SceneConfig(seconds=(6.0, 8.0), events=(1, 4)), begin=_EASY_SCENES),

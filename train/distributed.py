@@ -12,21 +12,23 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import jax
 import numpy as np
 from jax._src.clusters import ClusterEnv  # what `jax.distributed.initialize` asks, which does not tell
+from jax._src.distributed import global_state  # its key-value store has no public name
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.sharding import RULES
 from train.data.pipeline import merge_states
 from train.meeting import meet
 
+BATCH_SECONDS = 1800  # for another process to read a batch
 LOST = 75  # exit code, EX_TEMPFAIL: run it again
 # What JAX's errors say of a process that can't be reached any more.
 UNREACHABLE = re.compile(r"gloo|connection|heartbeat|unavailable|coordination service|deadline_exceeded", re.IGNORECASE)
@@ -108,6 +110,19 @@ def share_of_batch(mesh: Mesh) -> tuple[int, int]:
     Processes whose devices hold the same rows, since a layer is cut over both, read the same share. Where a pod's mesh
     doesn't follow the order of its processes the shares lie in other rows than with one process, and add up the same.
     """
+    rows = _rows_of_processes(mesh)
+    shares = sorted(set(rows.values()))
+    all_rows = {row for share in shares for row in share}
+    if len({len(share) for share in shares}) != 1 or sum(map(len, shares)) != len(all_rows):
+        raise MossAudioError(
+            f"a mesh of {dict(mesh.shape)} deals the rows of a batch unevenly to {len(rows)} processes: choose a "
+            "mesh.tensor that divides a process's devices, or that they divide"
+        )
+    return shares.index(rows[jax.process_index()]), len(shares)
+
+
+def _rows_of_processes(mesh: Mesh) -> dict[int, tuple[int, ...]]:
+    """Of each process the places along the data-parallel axes that its devices have."""
     batch = [mesh.axis_names.index(axis) for axis in RULES["batch"] or () if axis in mesh.axis_names]
     by_place = np.moveaxis(mesh.devices, batch, range(len(batch)))
     by_place = by_place.reshape(int(np.prod(by_place.shape[: len(batch)])), -1)
@@ -115,13 +130,65 @@ def share_of_batch(mesh: Mesh) -> tuple[int, int]:
     for place, devices in enumerate(by_place):
         for device in devices:
             places.setdefault(device.process_index, set()).add(place)
-    shares = sorted({tuple(sorted(found)) for found in places.values()})
-    if len({len(share) for share in shares}) != 1 or sum(map(len, shares)) != len(by_place):
-        raise MossAudioError(
-            f"a mesh of {dict(mesh.shape)} deals the rows of a batch unevenly to {len(places)} processes: choose a "
-            "mesh.tensor that divides a process's devices, or that they divide"
+    return {process: tuple(sorted(found)) for process, found in places.items()}
+
+
+def processes_with_this_share(mesh: Mesh) -> int:
+    """How many processes read the same share of a batch as this one."""
+    rows = _rows_of_processes(mesh)
+    return sum(places == rows[jax.process_index()] for places in rows.values())
+
+
+class HostSums:
+    """Figures of this host -> device arrays of those of all hosts: summed, or their greatest. No host waits for them.
+
+    Hosts that read the same share of the batch count as one.
+    """
+
+    def __init__(self, mesh: Mesh):
+        self._weight = 1 / processes_with_this_share(mesh)
+        self._sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        self._reduce = jax.jit(lambda sums, most: (sums.sum(0), most.max(0)), out_shardings=everywhere)
+
+    def __call__(self, sums: Mapping[str, float], greatest: Mapping[str, float]) -> dict[str, Any]:
+        """Both have the same names on all hosts, and no negative values."""
+        if jax.process_count() == 1:
+            return {**sums, **greatest}
+        found = self._reduce(
+            self._put([value * self._weight for value in sums.values()]), self._put(list(greatest.values()))
         )
-    return shares.index(tuple(sorted(places[jax.process_index()]))), len(shares)
+        return {
+            name: value
+            for names, values in zip((sums, greatest), found, strict=True)
+            for name, value in zip(names, values, strict=True)
+        }
+
+    def _put(self, values: Sequence[float]) -> jax.Array:
+        """[devices, values]: this host's in one row, zeros in its others."""
+        rows = np.zeros((jax.local_device_count(), len(values)), np.float32)
+        rows[0] = values
+        return jax.make_array_from_process_local_data(self._sharding, rows)
+
+
+def any_host_has(batch: int, here: bool) -> bool:
+    """Whether any process has data for a batch of this number; each says so for itself, in the order of the batches.
+
+    A process that has some does not wait for the others.
+    """
+    if jax.process_count() == 1:
+        return here
+    client = global_state.client
+    assert client is not None
+    client.key_value_set(_batch_key(jax.process_index(), batch), "1" if here else "0", allow_overwrite=True)
+    return here or any(
+        client.blocking_key_value_get(_batch_key(process, batch), 1000 * BATCH_SECONDS) == "1"
+        for process in range(jax.process_count())
+    )
+
+
+def _batch_key(process: int, batch: int) -> str:
+    return f"moss-audio/batches/{process}/{batch}"
 
 
 def first_process_does(work: Callable[[], None]) -> None:

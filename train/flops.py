@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 from moss_audio_jax.config import DOWNSAMPLE_RATE, MossAudioConfig
 from moss_audio_jax.errors import MossAudioError
-from train.data.pipeline import DataConfig
 
 PARTS: tuple[str, ...] = ("encoder", "adapter", "mergers", "llm_matmuls", "llm_attention", "head")
 CONVENTION = "model FLOPs, forward and backward, with causal attention halved and no recomputation"
@@ -32,15 +31,9 @@ class Content:
     attention_pairs: float
 
     @classmethod
-    def of_batch(cls, metrics: Mapping[str, float], data: DataConfig) -> "Content":
-        """From the figures of `TrainingData.metrics`: a host's, which are taken to hold for the global batch.
-
-        Where they lack `segment_length`, the mean over tokens of the length of a token's segment, attention gets its
-        upper bound: segments as long as a packed sequence.
-        """
-        tokens = metrics["token_fill"] * data.batch_size * data.tokens
-        chunks = metrics["chunk_fill"] * data.batch_size * data.chunks
-        return cls(tokens, chunks, tokens * metrics.get("segment_length", data.tokens))
+    def of_sums(cls, sums: Mapping[str, float]) -> "Content":
+        """From `TrainingData.sums`, of one host or over all."""
+        return cls(sums["packed_tokens"], sums["packed_chunks"], sums["attention_pairs"])
 
 
 def forward_flops(config: MossAudioConfig, content: Content) -> dict[str, float]:

@@ -35,8 +35,15 @@ from train.checkpoints import Checkpoints
 from train.chips import peak_flops
 from train.config import RunConfig, settle
 from train.data import ExampleOrder, Prefetched, SampleMaker, TrainingBatch, TrainingData
-from train.distributed import ended_with_the_others, first_process_does, share_of_batch, state_of_all
-from train.flops import Content, step_flops
+from train.distributed import (
+    HostSums,
+    any_host_has,
+    ended_with_the_others,
+    first_process_does,
+    share_of_batch,
+    state_of_all,
+)
+from train.figures import DataFigures
 from train.held_out import HeldOut
 from train.initial import ModelSource, first_parameters
 from train.model_files import write_model_files
@@ -96,11 +103,12 @@ def train(config: RunConfig, out: AnyPath, *, mesh: Mesh | None = None) -> Outco
         if model.lora is not None:
             source = dataclasses.replace(source, checkpoint=str(base_directory(out / RUN_MODEL)))
         state, start = _first_or_restored_state(config, source, model, mesh, checkpoints, data)
-        report = stack.enter_context(_report(config, out, start, mesh))
+        figures = DataFigures(order, config.data, model, state.trainable, state_of_all(data.get_state()))
+        report = stack.enter_context(_report(config, out, start, mesh, figures))
         profile = stack.enter_context(Profile(out, config.loop.profile_first, config.loop.profile_steps))
         stack.enter_context(jax.set_mesh(mesh))
         stack.enter_context(ended_with_the_others())  # last in, first out: closing checkpoints waits for the others
-        return _run(config, model, state, start, data, checkpoints, report, profile, held_out, stop)
+        return _run(config, model, state, start, data, HostSums(mesh), checkpoints, report, profile, held_out, stop)
 
 
 def _run(
@@ -109,6 +117,7 @@ def _run(
     state: TrainState,
     start: int,
     data: Prefetched,
+    host_sums: HostSums,
     checkpoints: Checkpoints,
     report: Report,
     profile: Profile,
@@ -122,16 +131,20 @@ def _run(
         report.commit()
         checkpoints.save(step, _saved(state, model), state_of_all(data.get_state()), best)
 
-    while step < config.last_step and not _is_exhausted(best, config) and not stop(step):
+    last_step, at_end = config.last_step, False
+    while step != last_step and not _is_exhausted(best, config) and not stop(step):
         began = time.perf_counter()
-        batch = next(data)
+        try:
+            batch = next(data)
+        except StopIteration:
+            at_end = True
+            break
         data_wait = time.perf_counter() - began
-        flops = step_flops(model, Content.of_batch(data.metrics, config.data), state.trainable)
         step += 1
         profile.before(step)
         state, metrics = train_step(graphdef, config.step, config.optimizer, state, batch)
         profile.after(step, metrics)
-        report.add(step, metrics, {"data_wait": data_wait, **data.metrics, "model_flops": sum(flops.values())})
+        report.add(step, metrics, host_sums(data.sums, {"data_wait": data_wait}))
         if evaluated := held_out.is_due(step):
             with report.paused():
                 scores, answers = held_out.ask(step, state.trainable | state.frozen)
@@ -140,13 +153,14 @@ def _run(
                 report.add_answers(step, answers)
             best = best and best.after(step, scores.get(f"eval/{best.metric}"))
         # After the evaluation, whose outcome it holds: one that a kill has come before is made again.
-        if (step % config.loop.checkpoint_every == 0 or (evaluated and best is not None)) and step < config.last_step:
+        if (step % config.loop.checkpoint_every == 0 or (evaluated and best is not None)) and step != last_step:
             save()
     report.commit()
     if step > start and step not in checkpoints.steps:
         save()
-    early = step < config.last_step and _is_exhausted(best, config)
-    return Outcome(step, preempted=step < config.last_step and not early, best=best, stopped_early=early)
+    is_over = at_end or step == last_step
+    early = not is_over and _is_exhausted(best, config)
+    return Outcome(step, preempted=not is_over and not early, best=best, stopped_early=early)
 
 
 def _best_so_far(config: RunConfig, checkpoints: Checkpoints) -> Best | None:
@@ -162,14 +176,14 @@ def _is_exhausted(best: Best | None, config: RunConfig) -> bool:
     return best is not None and config.loop.patience is not None and best.since >= config.loop.patience
 
 
-def _report(config: RunConfig, out: Path, start: int, mesh: Mesh) -> Report:
+def _report(config: RunConfig, out: Path, start: int, mesh: Mesh, figures: DataFigures) -> Report:
     return Report(
         out,
+        figures=figures,
         start=start,
         last_step=config.last_step,
         log_every=config.loop.log_every,
         max_skipped_in_a_row=config.loop.max_skipped_in_a_row,
-        batch_tokens=config.data.batch_size * config.data.tokens,
         peak_flops=peak_flops(mesh.devices.flat),
         wandb=config.loop.wandb,
     )
@@ -211,11 +225,21 @@ def _data(config: RunConfig, mesh: Mesh, order: ExampleOrder, maker: SampleMaker
     """Batches in microbatches, on their devices; every process reads its share of each."""
     require_even_batch(config.data.batch_size, config.microbatches, mesh)
     host, hosts = share_of_batch(mesh)
-    batches = TrainingData(order, maker, config.data, host=host, hosts=hosts, workers=config.loop.workers)
-    sharding = batch_sharding(mesh)
+    batches = TrainingData(
+        order,
+        maker,
+        config.data,
+        host=host,
+        hosts=hosts,
+        workers=config.loop.workers,
+        epochs=config.loop.epochs,
+        exists=any_host_has,
+    )
+    sharding, sequences = batch_sharding(mesh), config.data.batch_size // config.microbatches // hosts
 
     def put(batch: TrainingBatch) -> TrainingBatch:
-        dealt = split_microbatches(_deal(batch, config.microbatches), config.microbatches)
+        microbatches = len(batch.targets) // sequences  # more than configured where the batch has grown
+        dealt = split_microbatches(_deal(batch, microbatches), microbatches)
         return jax.make_array_from_process_local_data(sharding, dealt)
 
     data = Prefetched(batches, put)

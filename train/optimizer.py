@@ -99,11 +99,15 @@ def is_frozen(path: str, freeze: Sequence[str], lora: LoraConfig | None = None) 
     return matches(path, freeze) or (lora is not None and not lora.trains(path))
 
 
-def learning_rate(config: OptimizerConfig, step: jax.Array) -> jax.Array:
-    """The schedule at a step, counted from 0: the first step learns at peak / warmup_steps, not at 0."""
+def learning_rate(config: OptimizerConfig, step: jax.Array, total_steps: jax.Array | int | None = None) -> jax.Array:
+    """The schedule at a step, counted from 0: the first step learns at peak / warmup_steps, not at 0.
+
+    total_steps: as far as they are known, of a run that ends with its data; None takes the configured ones.
+    """
+    total = config.total_steps if total_steps is None else total_steps
     warmup = jnp.minimum(1.0, (step + 1) / max(config.warmup_steps, 1))
-    falling = config.decay_steps if config.schedule == "wsd" else config.total_steps - config.warmup_steps
-    progress = jnp.clip((step - (config.total_steps - falling)) / max(falling, 1), 0.0, 1.0)
+    falling = config.decay_steps if config.schedule == "wsd" else total - config.warmup_steps
+    progress = jnp.clip((step - (total - falling)) / jnp.maximum(falling, 1), 0.0, 1.0)
     share_left = 1 - progress if config.schedule == "wsd" else 0.5 * (1 + jnp.cos(jnp.pi * progress))
     return config.learning_rate * warmup * (config.final_fraction + (1 - config.final_fraction) * share_left)
 

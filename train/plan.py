@@ -95,7 +95,7 @@ def with_sizes(
         chunks = math.ceil(data.chunks * tokens / data.tokens) if chunks is None else chunks
         data = dataclasses.replace(data, tokens=tokens)
     if batch is not None:
-        data = dataclasses.replace(data, batch_size=batch, lanes=None)
+        data = dataclasses.replace(data, batch_size=batch)
     if chunks is not None:
         data = dataclasses.replace(data, chunks=chunks)
     if model is not None:

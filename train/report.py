@@ -21,11 +21,12 @@ import re
 import struct
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
 from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
@@ -71,7 +72,8 @@ class ShownSample(NamedTuple):
 class Report:
     """Takes the metrics of every step. They are fetched while the next step runs, so no step waits for them.
 
-    start: the step the run goes on from. batch_tokens: places for tokens in a global batch, padding included.
+    figures: of a step's sums, what its line says (`figures.DataFigures`).
+    start: the step that the run resumes from. last_step: None if it ends with its data.
     peak_flops: bfloat16 FLOP/s of all devices (`chips.peak_flops`); None shows FLOP/s rather than MFU.
     wandb: a project in Weights & Biases.
     """
@@ -80,22 +82,23 @@ class Report:
         self,
         out: AnyPath,
         *,
+        figures: Callable[[Values], dict[str, float]] = dict,
         start: int,
-        last_step: int,
+        last_step: int | None,
         log_every: int,
         max_skipped_in_a_row: int,
-        batch_tokens: int,
         peak_flops: float | None = None,
         wandb: str | None = None,
     ):
         out = to_path(out)
+        self._figures = figures
         self._out, self._max_skipped, self._peak_flops = out, max_skipped_in_a_row, peak_flops
         self._sinks: list[_Sink] = []
         if jax.process_index() == 0:
             with _writing_into(out):
                 self._sinks += [_WeightsAndBiases(out, wandb)] if wandb else []
                 self._sinks += [_Lines(out, start), _TensorBoard(out, start)]
-            self._sinks.append(_Progress(start, last_step, log_every, batch_tokens, peak_flops))
+            self._sinks.append(_Progress(start, last_step, log_every, peak_flops))
         self._pending: tuple[int, Mapping[str, jax.Array], Values] | None = None
         self._last = time.perf_counter()
 
@@ -110,22 +113,25 @@ class Report:
                 for sink in self._sinks:
                     sink.close()
 
-    def add(self, step: int, metrics: Mapping[str, jax.Array], host: Values) -> None:
+    def add(self, step: int, metrics: Mapping[str, jax.Array], sums: Mapping[str, Any]) -> None:
         """Takes a step that was started, and writes the one before.
 
-        metrics: of `train_step`. host: what the host knows, with `data_wait` (seconds), `token_fill` and, where it is
-        known, `model_flops` (`flops.step_flops`).
+        metrics: of `train_step`. sums: over all hosts (`distributed.HostSums`).
         """
         self.flush()
-        self._pending = step, metrics, host
+        self._pending = step, metrics, sums
 
     def flush(self) -> None:
         """Waits for the last step that was added; raises MossAudioError if too many in a row were skipped."""
         if self._pending is None:
             return
-        step, metrics, host = self._pending
+        step, metrics, sums = self._pending
         self._pending = None
-        values = {name: value.item() for name, value in jax.device_get(metrics).items()}
+        values, sums = (
+            {name: np.asarray(value).item() for name, value in jax.device_get(arrays).items()}
+            for arrays in (metrics, sums)
+        )
+        host = self._figures(sums)
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
         line = {"step_seconds": seconds, **values, **host}
@@ -395,9 +401,9 @@ class _WeightsAndBiases(_Sink):
 class _Progress(_Sink):
     """Lines on stderr. Rates are over the steps since the line before; the first step, which compiles, is left out."""
 
-    def __init__(self, start: int, last_step: int, log_every: int, batch_tokens: int, peak_flops: float | None):
+    def __init__(self, start: int, last_step: int | None, log_every: int, peak_flops: float | None):
         self._first, self._last_step, self._log_every = start + 1, last_step, log_every
-        self._batch_tokens, self._peak_flops = batch_tokens, peak_flops
+        self._peak_flops = peak_flops
         self._unprinted: list[Values] = []
         if peak_flops is None:
             self._print(f"FLOP/s: {CONVENTION}; no peak is known for these devices")
@@ -412,22 +418,27 @@ class _Progress(_Sink):
             self._unprinted.append(line)
         if step % self._log_every == 0 or step == self._last_step:
             figures = self._rates(step) if self._unprinted else [f"{line['step_seconds']:.1f} s with compilation"]
+            place = f"step {step}" if self._last_step is None else f"step {step}/{self._last_step}"
+            epoch = [f"epoch {line['epoch']:.2f}"] if "epoch" in line else []
             loss, skipped = f"loss {line['loss']:.4f}", f"skipped {line['skipped_total']}"
-            self._print("  ".join([f"step {step}/{self._last_step}", loss, skipped, *figures]))
+            self._print("  ".join([place, *epoch, loss, skipped, *figures]))
             self._unprinted = []
 
     def _rates(self, step: int) -> list[str]:
-        seconds, wait, fill, flops = (
+        seconds, wait, tokens, flops = (
             sum(line.get(name, 0.0) for line in self._unprinted)
-            for name in ("step_seconds", "data_wait", "token_fill", "model_flops")
+            for name in ("step_seconds", "data_wait", "packed_tokens", "model_flops")
         )
-        rates = [f"{fill * self._batch_tokens / seconds:,.0f} tokens/s"]
+        rates = [f"{tokens / seconds:,.0f} tokens/s"]
         if flops and self._peak_flops is None:
             rates.append(f"{flops / seconds / 1e9:,.1f} GFLOP/s")
         elif flops and self._peak_flops is not None:
             rates.append(f"MFU {flops / seconds / self._peak_flops:.1%}")
-        left = datetime.timedelta(seconds=round((self._last_step - step) * seconds / len(self._unprinted)))
-        return [*rates, f"data wait {wait / seconds:.0%}", f"{left} left"]
+        rates.append(f"data wait {wait / seconds:.0%}")
+        if self._last_step is not None:
+            left = datetime.timedelta(seconds=round((self._last_step - step) * seconds / len(self._unprinted)))
+            rates.append(f"{left} left")
+        return rates
 
     def write_scores(self, step: int, scores: Values) -> None:
         # Those of each task and class, dozens, are in the file.

@@ -236,7 +236,9 @@ def abstract_batch(
     assert frames is not None  # as `SampleMaker` demands
     audio = array(jnp.bfloat16, chunks, frames, model.audio_config.num_mel_bins)
     inputs = ModelInputs(ids, ids, ids, ids, audio, counts, counts)
-    return TrainingBatch(inputs, targets=ids, weights=array(jnp.float32, tokens), heard=ids)
+    return TrainingBatch(
+        inputs, targets=ids, weights=array(jnp.float32, tokens), heard=ids, group=ids, phase=array(jnp.int32)
+    )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=3)
@@ -260,7 +262,9 @@ def train_step(
     accepted = jnp.isfinite(loss) & jnp.isfinite(norm)
     accepted &= (loss <= state.recent_loss.limit(config)) & (norm <= state.recent_norm.limit(config))
 
-    rate = learning_rate(optimizer, state.step)
+    # In a run that ends with its data, what is behind tells how many steps there will be.
+    total_steps = None if batch.progress is None else (state.step + 1) / batch.progress.mean()
+    rate = learning_rate(optimizer, state.step, total_steps)
     moved = apply_gradients(optimizer, state.trainable, state.moments, gradients, rate)
     trainable, moments = _select(accepted, moved, (state.trainable, state.moments))
 

@@ -14,7 +14,7 @@ from moss_audio_jax.checkpoint import abstract_parameters, build_model, unflatte
 from moss_audio_jax.config import EncoderConfig, LanguageConfig
 from moss_audio_jax.inputs import ModelInputs
 from train.chips import CHIPS, V4, V7X, chip_of, peak_flops
-from train.data import DataConfig, TrainingBatch
+from train.data import TrainingBatch
 from train.flops import PARTS, Content, forward_flops, step_flops
 from train.step import StepConfig, loss_and_gradients
 
@@ -166,10 +166,8 @@ def test_gradients_flow_down_to_what_learns():
 
 
 def test_content_of_a_batch():
-    data = DataConfig(batch_size=4, tokens=100, chunks=5)
-    figures = {"token_fill": 0.5, "chunk_fill": 0.25}
-    assert Content.of_batch(figures, data) == Content(200, 5, 200 * 100)
-    assert Content.of_batch(figures | {"segment_length": 30.0}, data) == Content(200, 5, 6000)
+    sums = {"packed_tokens": 200, "packed_chunks": 5, "attention_pairs": 6000, "examples": 4}
+    assert Content.of_sums(sums) == Content(200, 5, 6000)
     whole_clips = MossAudioConfig(audio_config=EncoderConfig(chunk_frames=None))
     with pytest.raises(MossAudioError, match="chunk_frames is None"):
         forward_flops(whole_clips, Content(1, 1, 1))

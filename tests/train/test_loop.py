@@ -287,7 +287,7 @@ def test_runs_on_a_mesh_and_goes_on_with_one_device(config: RunConfig, tmp_path:
     """Parameters cut over two axes, rows over one. Sums in another order move the curve in its last digits only."""
     wide = dataclasses.replace(
         config,
-        data=dataclasses.replace(config.data, batch_size=4, lanes=2),
+        data=dataclasses.replace(config.data, batch_size=4),
         step=dataclasses.replace(config.step, compute_dtype="float32"),
     )
     mesh = make_mesh(fsdp=2, tensor=2, devices=jax.devices()[:4])
@@ -369,3 +369,28 @@ def test_values_are_checked(config: RunConfig):
         dataclasses.replace(config, microbatches=3)
     with pytest.raises(MossAudioError, match="nothing to train on"):
         MixtureConfig().groups(seed=0)
+
+
+def test_a_run_of_epochs_reads_each_example_as_often_and_resumes_to_the_same_bits(config: RunConfig, tmp_path: Path):
+    """The schedule ends with the data; nothing is lost where the run was stopped, here within the second epoch."""
+    texts = dataclasses.replace(config.mixture.text, paths=())
+    config = dataclasses.replace(config, mixture=dataclasses.replace(config.mixture, text=texts))
+    epochs = until(config, None, epochs=3, checkpoint_every=2)
+    whole = train(epochs, tmp_path / "whole", mesh=one_device())
+    assert not whole.preempted
+    stopped = train(
+        dataclasses.replace(epochs, loop=dataclasses.replace(epochs.loop, steps=4)),
+        tmp_path / "other",
+        mesh=one_device(),
+    )
+    assert stopped.step == 4 < whole.step
+    assert train(epochs, tmp_path / "other", mesh=one_device()).step == whole.step
+    assert_same_end(tmp_path / "other", tmp_path / "whole", config)
+    found = lines(tmp_path / "whole")
+    assert sum(line["examples"] for line in found) == 3 * 12
+    assert found[-1]["epoch"] == 3 and found[-1]["read"] == 36
+    assert [line["epoch"] for line in found] == sorted(line["epoch"] for line in found)
+    assert found[-1]["audio_hours"] == pytest.approx(sum(line["audio_seconds"] for line in found) / 3600)
+    rates = [line["learning_rate"] for line in found]
+    assert rates[-1] == pytest.approx(0.1 * max(rates), rel=0.2)  # final_fraction
+    assert train(epochs, tmp_path / "whole", mesh=one_device()).step == whole.step  # has nothing left to do

@@ -121,7 +121,7 @@ def test_sizes_keep_the_recipe_s_chunks_to_its_tokens():
     recipe = RECIPES["pretrain_stage2"]
     longer = plan.with_sizes(recipe, "8b", slices=2, batch=24, tokens=2 * recipe.data.tokens, chunks=None)
     assert longer.data == dataclasses.replace(
-        recipe.data, batch_size=24, tokens=2 * recipe.data.tokens, chunks=2 * recipe.data.chunks, lanes=None
+        recipe.data, batch_size=24, tokens=2 * recipe.data.tokens, chunks=2 * recipe.data.chunks
     )
     assert longer.model.preset == "8b" and longer.mesh.replica == 2
 

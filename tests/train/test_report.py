@@ -15,7 +15,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from moss_audio_jax import MossAudioError
 from train.report import Profile, Report, ShownSample
 
-OPTIONS = {"last_step": 6, "log_every": 2, "max_skipped_in_a_row": 3, "batch_tokens": 1000}
+OPTIONS = {"last_step": 6, "log_every": 2, "max_skipped_in_a_row": 3}
 PEAK = 1e12
 
 
@@ -36,7 +36,7 @@ def step_metrics(loss: float = 2.5, **changes) -> dict[str, jax.Array]:
 
 
 def host_metrics(**changes) -> dict[str, float]:
-    return {"data_wait": 0.5, "token_fill": 0.5, "model_flops": 1e12} | changes
+    return {"data_wait": 0.5, "packed_tokens": 500, "model_flops": 1e12} | changes
 
 
 def run(out: Path, clock: SimpleNamespace, steps: range, **options) -> None:
@@ -92,7 +92,7 @@ def test_a_line_a_step(tmp_path: Path, clock):
     run(tmp_path, clock, range(1, 4), peak_flops=PEAK)
     assert (tmp_path / "metrics.jsonl").read_text().splitlines()[0] == (
         '{"step": 1, "step_seconds": 62.0, "grad_norm": 0.5, "loss": 1.0, "skipped": 0, "skipped_in_a_row": 0, '
-        '"skipped_total": 0, "tokens": 300.0, "data_wait": 0.5, "token_fill": 0.5, "model_flops": 1000000000000.0, '
+        '"skipped_total": 0, "tokens": 300.0, "data_wait": 0.5, "model_flops": 1000000000000.0, "packed_tokens": 500, '
         f'"mfu": {1 / 62}}}'
     )
     assert [(line["step"], line["step_seconds"]) for line in lines(tmp_path / "metrics.jsonl")[1:]] == [(2, 2), (3, 2)]
@@ -117,6 +117,18 @@ def test_progress(tmp_path: Path, clock, capsys: pytest.CaptureFixture):
         "no peak is known for these devices",
         "step 1/6  loss 1.0000  skipped 0  62.0 s with compilation",
         "step 2/6  loss 2.0000  skipped 0  250 tokens/s  500.0 GFLOP/s  data wait 25%  0:00:08 left",
+    ]
+
+
+def test_progress_of_a_run_that_ends_with_its_data(tmp_path: Path, clock, capsys: pytest.CaptureFixture):
+    with Report(
+        tmp_path, start=0, **OPTIONS | {"last_step": None}, figures=lambda sums: sums | {"epoch": 0.25}
+    ) as report:
+        for step in (1, 2):
+            clock.now += 2
+            report.add(step, step_metrics(), host_metrics())
+    assert capsys.readouterr().err.splitlines()[1:] == [
+        "step 2  epoch 0.25  loss 2.5000  skipped 0  250 tokens/s  500.0 GFLOP/s  data wait 25%"
     ]
 
 

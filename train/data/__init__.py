@@ -9,7 +9,7 @@ from train.data.manifest import Clip, Example, Manifest, Message, TimedText
 from train.data.mixture import ExampleOrder, Group, Source
 from train.data.objectives import OBJECTIVES
 from train.data.packing import TrainingBatch, balanced_chunks
-from train.data.pipeline import DataConfig, Prefetched, TrainingData, merge_states
+from train.data.pipeline import DataConfig, Interrupted, Prefetched, TrainingData, merge_states
 from train.data.samples import SampleMaker
 from train.data.shards import Shards, prepare
 
@@ -20,6 +20,7 @@ __all__ = [
     "Example",
     "ExampleOrder",
     "Group",
+    "Interrupted",
     "Manifest",
     "Message",
     "Prefetched",

@@ -1,11 +1,16 @@
-"""Which examples come in which order: groups with shares, sources in them by the square root of their size.
+"""Order of the examples: groups with shares, sources in them by the square root of their size.
 
 MOSS-Audio's pretraining mixes 30% speech recognition, 40% captions and 30% text, and inside each of these its data
-sets in proportion to the square root of their sizes. The order is one sequence without end that depends on the
-sources and the seed alone; any place of it can be read at once (`ExampleOrder[n]`), so that it can be dealt out to
-any number of readers.
+sets in proportion to the square root of their sizes. The order is one endless sequence that depends on the sources
+and the seed alone. Any place of it can be read directly (`ExampleOrder[n]`), so any number of readers can share it.
 
-A curriculum is a mixture that changes: a group may take part from some example of the order on, or until one.
+    window w of SHUFFLE_WINDOW examples: each source as often as its weight says, shuffled
+    the c-th example of a source:        example c modulo its size, in the shuffle of epoch c // size
+
+So each example of a source comes exactly once in each of the source's epochs, however small the source is.
+
+A curriculum is a mixture that changes: a group may take part from an example of the order on, or until one. Each
+stretch without a change is a phase. A source that takes part in several phases continues its epochs in the next.
 """
 
 import bisect
@@ -22,6 +27,10 @@ from train.data.manifest import Example
 from train.data.objectives import check_shares
 
 SHUFFLE_WINDOW = 4096
+_WINDOWS_KEPT = 4  # the readers of an order are never far apart
+_WEIGHT_BITS = 40  # of the integers that weights are rounded to, so that counts are the same on every machine
+_ORDER_VERSION = 2  # changes when the same sources and seed give another order
+ENDLESS = 2**30  # a source of this size or more is made while it is read: it has no epochs
 
 
 @dataclass(frozen=True)
@@ -107,35 +116,88 @@ class ExampleOrder:
     def __init__(self, groups: Sequence[Group], seed: int):
         if not 0 <= seed < 2**32:
             raise MossAudioError(f"expected a seed of 0 to 2**32 - 1, found {seed}; choose another.")
-        names = [source.name for group in groups for source in group.sources]
+        self._sources = [source for group in groups for source in group.sources]
+        names = [source.name for source in self._sources]
         if not names or len(set(names)) < len(names):
             raise MossAudioError(f"expected sources of different names, found {names}; rename or add some.")
+        self.groups = [group.name for group in groups]
         borders = {group.begin for group in groups} | {group.end for group in groups if group.end is not None}
         self._starts = sorted({0} | borders)
-        seeds = np.random.SeedSequence(seed).spawn(len(self._starts))
-        self._phases = [
-            _Phase([group for group in groups if _takes_part(group, start)], start, phase_seed)
-            for start, phase_seed in zip(self._starts, seeds, strict=True)
-        ]
         self._seed = seed
+        # Epoch e of a shuffle uses its seed + e: seeds of sources must be far apart.
+        seeds = np.random.SeedSequence(seed).generate_state(len(names)).tolist()
+        self._shuffled: dict[str, Any] = {
+            source.name: grain.MapDataset.range(len(source.examples)).shuffle(source_seed).repeat()
+            for source, source_seed in zip(self._sources, seeds, strict=True)
+        }
+        self._phases: list[_Phase] = []
+        read = dict.fromkeys(names, 0)
+        for number, start in enumerate(self._starts):
+            part = [group for group in groups if _takes_part(group, start)]
+            self._phases.append(_Phase(part, start, (seed, number), read))
+            if number + 1 < len(self._starts):
+                read = read | self._phases[-1].read(self._starts[number + 1] - start)
 
     def __getitem__(self, number: int) -> Drawn:
-        phase = bisect.bisect_right(self._starts, number) - 1
-        group, source, index = self._phases[phase][number - self._starts[phase]]
-        return Drawn(number, group, source, index, self._seed)
+        phase = self._phases[self.phase(number)]
+        group, source, count = phase[number - phase.start]
+        return Drawn(number, group.name, source, int(self._shuffled[source.name][count]), self._seed)
+
+    def phase(self, number: int) -> int:
+        """Index of the phase of an example."""
+        return bisect.bisect_right(self._starts, number) - 1
+
+    def epochs(self, number: int) -> dict[str, float]:
+        """How many times each source was read when `number` examples were, by its name; without endless sources."""
+        counts = self._read(number)
+        return {
+            source.name: counts.get(source.name, 0) / len(source.examples)
+            for source in self._sources
+            if len(source.examples) < ENDLESS
+        }
+
+    def examples_of(self, epochs: int) -> int:
+        """Number of examples until every source was read `epochs` times, some of them more often by their weights.
+
+        Raises MossAudioError where a source is endless or takes part only for a time.
+        """
+        last = {source.name for _, source, _ in self._phases[-1].weights}
+        unfit = [source.name for source in self._sources if len(source.examples) >= ENDLESS or source.name not in last]
+        if unfit:
+            raise MossAudioError(
+                f"epochs can't be counted over {unfit[0]}, which has no end or takes part only for a time: "
+                "give a number of steps instead of epochs"
+            )
+        wanted = {source.name: epochs * len(source.examples) for source in self._sources}
+
+        def is_enough(number: int) -> bool:
+            read = self._read(number)
+            return all(read[name] >= count for name, count in wanted.items())
+
+        bound = 1
+        while not is_enough(bound):
+            bound *= 2
+        return bisect.bisect_left(range(bound + 1), True, key=is_enough)
+
+    def _read(self, number: int) -> dict[str, int]:
+        """How many of the first examples are of each source; one whose phase has not begun has no entry."""
+        read: dict[str, int] = {}
+        for phase in self._phases[: self.phase(number) + 1]:
+            read |= phase.read(number - phase.start)  # the counts of a phase include those of earlier ones
+        return read
 
     def fingerprint(self) -> dict[str, Any]:
         """JSON of what decides about the examples to come, which a resumed run compares: the seed and the sources."""
         facts = {
-            f"source {source.name}" + (f" from example {start}" if start else ""): {
+            f"source {source.name}" + (f" from example {phase.start}" if phase.start else ""): {
                 "examples": len(source.examples),
                 "weight": weight,
                 "objectives": None if source.objectives is None else dict(source.objectives),
             }
-            for start, phase in zip(self._starts, self._phases, strict=True)
+            for phase in self._phases
             for _, source, weight in phase.weights
         }
-        return {"seed": self._seed} | facts
+        return {"seed": self._seed, "order": _ORDER_VERSION} | facts
 
 
 def _takes_part(group: Group, number: int) -> bool:
@@ -143,38 +205,56 @@ def _takes_part(group: Group, number: int) -> bool:
 
 
 class _Phase:
-    """The order between two changes of the mixture, counted from the first: (group, source, index) for any number.
+    """The order between two changes of the mixture, counted from the first: (group, source, count) for any number.
 
-    Every source is shuffled anew in each of its epochs, and the sources are interleaved at their weights (to 1%) in a
-    short pattern that repeats. This pattern is shuffled too, in windows, for readers of every k-th example would
-    otherwise see some sources only.
+    count: how many examples of that source come before this one in the whole order.
     """
 
-    def __init__(self, groups: Sequence[Group], start: int, seed: np.random.SeedSequence):
+    def __init__(self, groups: Sequence[Group], start: int, seed: Sequence[int], read: Mapping[str, int]):
+        """read: how many examples of each source come before this phase."""
         if not groups:
             raise MossAudioError(f"from example {start} on no group takes part; let one begin there, or end later.")
+        self.start, self._seed = start, tuple(seed)
         self.weights = source_weights(groups)
-        # Epoch e of a shuffle uses its seed + e: seeds of sources must lie far apart.
-        seeds = seed.generate_state(len(self.weights) + 1)
-        shuffled = [
-            grain.MapDataset.range(len(source.examples)).shuffle(int(source_seed)).repeat().map(_WithSource(number))
-            for number, (source_seed, (_, source, _)) in enumerate(zip(seeds[1:], self.weights, strict=True))
-        ]
-        mixed = grain.MapDataset.mix(shuffled, [weight for _, _, weight in self.weights])
-        # Window w uses its seed + w, which must stay below 2**32.
-        self._order: Any = grain.experimental.WindowShuffleMapDataset(
-            mixed, window_size=SHUFFLE_WINDOW, seed=int(seeds[0]) // 2
-        )
+        self._before = [read[source.name] for _, source, _ in self.weights]
+        sums = np.cumsum([weight for *_, weight in self.weights])
+        # Python's integers: a product with a large number is exact.
+        self._borders = [0, *(round(border * 2**_WEIGHT_BITS) for border in (sums / sums[-1]).tolist())]
+        self._windows: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
-    def __getitem__(self, number: int) -> tuple[str, Source, int]:
-        source_number, index = self._order[number]
-        group, source, _ = self.weights[source_number]
-        return group.name, source, index
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_windows": {}}
 
+    def __getitem__(self, number: int) -> tuple[Group, Source, int]:
+        window, place = divmod(number, SHUFFLE_WINDOW)
+        pattern, counts = self._window(window)
+        group, source, _ = self.weights[pattern[place]]
+        return group, source, int(counts[place])
 
-@dataclass(frozen=True)
-class _WithSource:
-    number: int
+    def read(self, number: int) -> dict[str, int]:
+        """How many of each source's examples come before example `number` of this phase, in the whole order."""
+        window, place = divmod(number, SHUFFLE_WINDOW)
+        here = np.bincount(self._window(window)[0][:place], minlength=len(self.weights)) if place else 0
+        counts = (np.array(self._counts(window)) + here).tolist()
+        return {source.name: count for (_, source, _), count in zip(self.weights, counts, strict=True)}
 
-    def __call__(self, index: int) -> tuple[int, int]:
-        return self.number, index
+    def _counts(self, windows: int) -> list[int]:
+        """How many examples of each source come before this number of windows; their sum is exact, each to 1."""
+        half = 2 ** (_WEIGHT_BITS - 1)
+        ends = [(border * windows * SHUFFLE_WINDOW + half) >> _WEIGHT_BITS for border in self._borders]
+        return [before + end - begin for before, begin, end in zip(self._before, ends[:-1], ends[1:], strict=True)]
+
+    def _window(self, window: int) -> tuple[np.ndarray, np.ndarray]:
+        """Of each place of a window its source, and how many examples of that source come before it."""
+        found = self._windows.get(window)
+        if found is None:
+            first, last = np.array(self._counts(window)), np.array(self._counts(window + 1))
+            sources = np.repeat(np.arange(len(first)), last - first)
+            pattern = np.random.default_rng([*self._seed, window]).permutation(sources)
+            counts = np.empty(SHUFFLE_WINDOW, np.int64)
+            within = np.arange(SHUFFLE_WINDOW) - np.repeat(np.cumsum(last - first) - (last - first), last - first)
+            counts[np.argsort(pattern, kind="stable")] = within + first[sources]
+            while len(self._windows) >= _WINDOWS_KEPT:
+                self._windows.pop(min(self._windows), None)  # of another thread's too
+            found = self._windows[window] = pattern, counts
+        return found

@@ -24,6 +24,10 @@ from train.data.manifest import Example, Message, TimedText
 Rendered = tuple[Message, ...] | str  # turns of a conversation, or plain text
 
 
+class NothingToAsk(MossAudioError):
+    """An example has no labels for any of the objectives."""
+
+
 @dataclass(frozen=True)
 class Objective:
     """applies: whether an example has what it needs. render: the question and its answer, or plain text."""
@@ -41,7 +45,7 @@ def render(example: Example, rng: np.random.Generator, shares: Mapping[str, floa
     shares = dict.fromkeys(OBJECTIVES, 1.0) if shares is None else shares
     possible = [name for name, share in shares.items() if share > 0 and OBJECTIVES[name].applies(example)]
     if not possible:
-        raise MossAudioError(
+        raise NothingToAsk(
             f"{example.name}: expected labels for one of {', '.join(shares)}, found none; "
             "add labels or choose other objectives."
         )

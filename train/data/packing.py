@@ -4,12 +4,14 @@ A packed sequence is a row of `ModelInputs`: segment ids 1, 2, ..., positions th
 chunks of the whole row. Samples wait in a bounded number of open bins; a bin is closed when a sample fits none of them.
 """
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import jax
+import ml_dtypes
 import numpy as np
 
 from moss_audio_jax.config import DOWNSAMPLE_RATE
@@ -30,12 +32,18 @@ class TrainingBatch:
     targets: int32 [b, s], the id to predict at each position: the next one of the same segment.
     weights: float32 [b, s], 1 where the target is to be learned; 0 elsewhere, and there the target means nothing.
     heard: int32 [b, s], at audio tokens of clips with timed labels what is heard there (`SampleMaker`); -1 elsewhere.
+    group: int32 [b, s], index of the mixture's group that each token is of.
+    phase: int32 [b], of the mixture (`mixture.ExampleOrder.phase`).
+    progress: float32 [b], the share of a run's examples that is behind; None where the run has steps, not epochs.
     """
 
     inputs: ModelInputs
     targets: Any
     weights: Any
     heard: Any = None
+    group: Any = None
+    phase: Any = None
+    progress: Any = None
 
 
 class Sized(Protocol):
@@ -81,7 +89,7 @@ class Packer(Generic[Item]):
             raise MossAudioError(f"expected the strategy best_fit or first_fit, found {strategy!r}; correct it.")
         self.budget = budget
         self.bins: list[Bin[Item]] = []
-        self._open_bins = open_bins
+        self.open_bins = open_bins
         self._strategy = strategy
 
     def add(self, item: Item) -> Bin[Item] | None:
@@ -94,7 +102,7 @@ class Packer(Generic[Item]):
             min(candidates, key=self._left).add(item)
             return None
         closed = None
-        if len(self.bins) == self._open_bins:
+        if len(self.bins) >= self.open_bins:
             # By tokens alone: where text and clips are mixed, a bin out of chunks still waits for text.
             closed = min(self.bins, key=lambda bin: bin.free_tokens)
             self.bins.remove(closed)
@@ -126,29 +134,39 @@ def balanced_chunks(samples: Sequence[Sized], tokens: int) -> int:
 Row = dict[str, np.ndarray]  # the arrays of a TrainingBatch without the batch axis
 
 
-def pack_row(samples: Sequence[Sample], budget: Budget) -> Row:
-    """One packed sequence: arrays of `budget` sizes by their names in ModelInputs and TrainingBatch."""
-    first = samples[0].inputs
-    frames, mel_bins = first.audio_chunks.shape[2:]
-    row: Row = {
+def empty_row(budget: Budget, frames: int, mel_bins: int) -> Row:
+    """A packed sequence with nothing in it; of which chunks have so many frames and mel bins."""
+    return {
         "tokens": np.zeros(budget.tokens, np.int32),
         "positions": np.zeros(budget.tokens, np.int32),
         "segment_ids": np.zeros(budget.tokens, np.int32),
         "audio_slots": np.full(budget.tokens, -1, np.int32),
-        "audio_chunks": np.zeros((budget.chunks, frames, mel_bins), first.audio_chunks.dtype),
+        "audio_chunks": np.zeros((budget.chunks, frames, mel_bins), ml_dtypes.bfloat16),
         "chunk_frames": np.zeros(budget.chunks, np.int32),
         "stem_frames": np.zeros(budget.chunks, np.int32),
         "targets": np.zeros(budget.tokens, np.int32),
         "weights": np.zeros(budget.tokens, np.float32),
         "heard": np.full(budget.tokens, -1, np.int32),
+        "group": np.zeros(budget.tokens, np.int32),
+        "phase": np.zeros((), np.int32),
     }
+
+
+def pack_row(samples: Sequence[Sample], budget: Budget, groups: Sequence[int] | None = None) -> Row:
+    """One packed sequence: arrays of `budget` sizes by their names in ModelInputs and TrainingBatch.
+
+    groups: of each sample, the index of its group in the mixture; None takes 0.
+    """
+    frames, mel_bins = samples[0].inputs.audio_chunks.shape[2:]
+    row = empty_row(budget, frames, mel_bins)
     token, chunk = 0, 0
-    for segment, sample in enumerate(samples, start=1):
+    for segment, (sample, group) in enumerate(zip(samples, groups or [0] * len(samples), strict=True), start=1):
         length, count, inputs = sample.num_tokens, sample.num_chunks, sample.inputs
         here, ids = slice(token, token + length), inputs.tokens[0, :length]
         row["tokens"][here] = ids
         row["positions"][here] = inputs.positions[0, :length]
         row["segment_ids"][here] = segment
+        row["group"][here] = group
         slots = inputs.audio_slots[0, :length]
         row["audio_slots"][here] = np.where(slots >= 0, slots + chunk * (frames // DOWNSAMPLE_RATE), -1)
         for name in ("audio_chunks", "chunk_frames", "stem_frames"):
@@ -161,8 +179,18 @@ def pack_row(samples: Sequence[Sample], budget: Budget) -> Row:
     return row
 
 
+def stacked(rows: Sequence[Row]) -> Row:
+    """The arrays of several rows with a first axis for the rows."""
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def batch_of_rows(arrays: Row) -> TrainingBatch:
+    """A batch out of `stacked` rows."""
+    names = {field.name for field in dataclasses.fields(ModelInputs)}
+    inputs = ModelInputs(**{name: array for name, array in arrays.items() if name in names})
+    return TrainingBatch(inputs, **{name: array for name, array in arrays.items() if name not in names})
+
+
 def stack_rows(rows: Sequence[Row]) -> TrainingBatch:
     """A batch of packed sequences."""
-    arrays = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-    others = {name: arrays.pop(name) for name in ("targets", "weights", "heard")}
-    return TrainingBatch(ModelInputs(**arrays), **others)
+    return batch_of_rows(stacked(rows))

@@ -135,6 +135,22 @@ class SampleMaker:
         sample = sample.within(budget, truncate=truncate)
         return sample if cut is rendered else replace(sample, truncated=True)
 
+    def fitting_all(
+        self,
+        example: Example,
+        rng: np.random.Generator,
+        objectives: Mapping[str, float] | None,
+        budget: Budget,
+        *,
+        truncate: bool,
+    ) -> list[Sample]:
+        return [self.fitting(example, rng, objectives, budget, truncate=truncate)]
+
+    @property
+    def chunk_shape(self) -> tuple[int, int]:
+        """Frames and mel bins of a chunk of audio."""
+        return self._chunk_frames, self._config.audio_config.num_mel_bins
+
     def extent(self, name: str, rendered: Rendered) -> Extent:
         """That of the sample of `rendered`, as the headers of its clips tell; nothing is decoded."""
         mel_bins, chunk_frames = self._config.audio_config.num_mel_bins, self._chunk_frames

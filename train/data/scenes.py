@@ -19,6 +19,7 @@ import scipy.fft
 from moss_audio_jax.audio import SAMPLE_RATE
 from moss_audio_jax.errors import MossAudioError
 from train.data.manifest import Clip, Example, Message, TimedText
+from train.data.mixture import ENDLESS
 from train.data.objectives import EVENT_DECIMALS, PROMPTS, TIME_QUESTIONS, timeline
 
 LABELS = ("tone", "chirp", "click", "noise", "dial", "hum")
@@ -136,7 +137,7 @@ class SceneExamples(Sequence[Example]):
 
     config: SceneConfig
     seed: int
-    count: int = 2**30  # none is met twice
+    count: int = ENDLESS  # none is met twice
 
     def __len__(self) -> int:
         return self.count

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moss_audio_jax.audio import round_bfloat16
 from moss_audio_jax.config import MossAudioConfig
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.inputs import make_inputs
@@ -111,7 +112,7 @@ def sample(seed: int, clips: list[int], learned: int) -> Sample:
     for frames in clips:
         ids += [511] * -(-frames // 8)
     ids += rng.integers(0, 500, 6).tolist()
-    mels = [rng.normal(size=(128, frames)).astype(np.float32) for frames in clips]
+    mels = [round_bfloat16(rng.normal(size=(128, frames)).astype(np.float32)) for frames in clips]
     inputs = make_inputs([ids], [mels], config=MossAudioConfig.preset("tiny"))
     mask = np.arange(len(ids)) >= len(ids) - learned
     heard = np.where(inputs.audio_slots[0, : len(ids)] >= 0, rng.integers(0, 500, len(ids)), -1)

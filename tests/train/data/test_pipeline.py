@@ -2,23 +2,34 @@
 
 import json
 import logging
+import multiprocessing
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
+from moss_audio_jax.config import MossAudioConfig
 from moss_audio_jax.errors import MossAudioError
+from moss_audio_jax.small_tokenizer import write_small_tokenizer
+from moss_audio_jax.tokens import Tokenizer
 from tests.train.data.conftest import write_lines
-from train.data.manifest import Manifest
+from train.data.manifest import Example, Manifest
 from train.data.mixture import ExampleOrder, Group, Source
+from train.data.objectives import NothingToAsk
 from train.data.packing import TrainingBatch
-from train.data.pipeline import DataConfig, Prefetched, TrainingData, merge_states
+from train.data.pipeline import DataConfig, Interrupted, Prefetched, TrainingData, merge_states, total_counts
 from train.data.samples import SampleMaker
 
-CONFIG = DataConfig(batch_size=8, tokens=400, chunks=4, lanes=4, open_bins=3)
+CONFIG = DataConfig(batch_size=8, tokens=400, chunks=4, open_bins=3)
 
 
 def take(data, count: int) -> list[TrainingBatch]:
@@ -45,13 +56,16 @@ def test_shapes_and_figures(order: ExampleOrder, maker: SampleMaker):
     batch = next(data)
     assert batch.inputs.tokens.shape == batch.targets.shape == (8, 400)
     assert batch.inputs.audio_chunks.shape == (8, 4, 400, 128)
-    metrics, inputs = data.metrics, batch.inputs
-    assert metrics["token_fill"] == pytest.approx((inputs.segment_ids > 0).mean())
-    assert metrics["chunk_fill"] == pytest.approx((inputs.chunk_frames > 0).mean())
-    assert metrics["examples"] == inputs.segment_ids.max(1).sum()
-    assert metrics["audio_seconds"] == pytest.approx(inputs.chunk_frames.sum() / 100)
-    assert metrics["tokens/audio"] + metrics["tokens/text"] == (inputs.segment_ids > 0).sum()
-    assert metrics["read"] >= metrics["examples"] and metrics["unreadable"] == metrics["too_long"] == 0
+    sums, inputs = data.sums, batch.inputs
+    assert sums["rows"] == 8
+    assert sums["packed_tokens"] == (inputs.segment_ids > 0).sum()
+    assert sums["packed_chunks"] == (inputs.chunk_frames > 0).sum()
+    assert sums["examples"] == inputs.segment_ids.max(1).sum()
+    assert sums["audio_seconds"] == pytest.approx(inputs.chunk_frames.sum() / 100)
+    for number, group in enumerate(("audio", "text")):
+        assert sums[f"tokens/{group}"] == ((inputs.segment_ids > 0) & (batch.group == number)).sum() > 0
+    assert ((inputs.audio_slots >= 0) <= (batch.group == 0)).all()
+    assert sums["read"] >= sums["examples"] and sums["unreadable"] == sums["too_long"] == 0
 
 
 def test_same_seed_same_batches(order: ExampleOrder, maker: SampleMaker, corpus: Path, expected: list[TrainingBatch]):
@@ -60,7 +74,7 @@ def test_same_seed_same_batches(order: ExampleOrder, maker: SampleMaker, corpus:
     assert not np.array_equal(other.inputs.tokens, expected[0].inputs.tokens)
 
 
-@pytest.mark.parametrize("hosts", [2, 4])
+@pytest.mark.parametrize("hosts", [2, 8])
 def test_hosts_read_their_rows_of_the_same_batches(
     order: ExampleOrder, maker: SampleMaker, expected: list[TrainingBatch], hosts: int
 ):
@@ -72,21 +86,16 @@ def test_hosts_read_their_rows_of_the_same_batches(
 def test_lanes_read_the_order_without_gaps(order: ExampleOrder, maker: SampleMaker):
     """Together they have read what comes first in the order, but for how far each has come."""
     read: list[int] = []
+    order = ExampleOrder(
+        [Group("texts", 1, (Source("texts", [Example(str(n), text="some text") for n in range(999)]),))], 0
+    )
 
-    class Recorded:
-        def __getitem__(self, number: int):
-            read.append(number)
-            return order[number]
-
-        def fingerprint(self):
-            return order.fingerprint()
-
-    data = TrainingData(Recorded(), maker, CONFIG)  # type: ignore[arg-type]
+    data = TrainingData(order, Recorded(maker, read), CONFIG)
     take(data, 3)
     data.close()
-    for lane in range(4):
-        numbers = [number for number in read if number % 4 == lane]
-        assert numbers == list(range(lane, lane + 4 * len(numbers), 4))
+    for lane in range(8):
+        places = [place for place in read if place % 8 == lane]
+        assert places == list(range(lane, lane + 8 * len(places), 8))
 
 
 def test_goes_on_exactly_from_any_step(order: ExampleOrder, maker: SampleMaker, expected: list[TrainingBatch]):
@@ -115,7 +124,7 @@ def test_goes_on_with_another_number_of_hosts(order: ExampleOrder, maker: Sample
     last = TrainingData(order, maker, CONFIG, host=3, hosts=4)
     last.set_state(merged)
     assert_equal(take(last, 1), [jax.tree.map(lambda rows: rows[6:], expected[2])])
-    with pytest.raises(MossAudioError, match="found no lane 2"):
+    with pytest.raises(MossAudioError, match="found no row 4"):
         one.set_state(two[0].get_state())
     next(two[0])
     with pytest.raises(MossAudioError, match="of one step of one run, found batches 3 and 2"):
@@ -141,7 +150,7 @@ def test_prefetching_changes_nothing(order: ExampleOrder, maker: SampleMaker, ex
     assert_equal(take(data, 2), expected[:2])
     state = data.get_state()
     assert state["batches"] == 2
-    assert data.metrics["token_fill"] == pytest.approx((expected[1].inputs.segment_ids > 0).mean())
+    assert data.sums["packed_tokens"] == (expected[1].inputs.segment_ids > 0).sum()
     assert_equal(take(data, 2), expected[2:4])
     data.set_state(state)
     assert_equal(take(data, 1), expected[2:3])
@@ -151,7 +160,7 @@ def test_prefetching_changes_nothing(order: ExampleOrder, maker: SampleMaker, ex
 
 def test_state_is_of_this_data(order: ExampleOrder, maker: SampleMaker, corpus: Path):
     state = TrainingData(order, maker, CONFIG).get_state()
-    wider = DataConfig(batch_size=8, tokens=500, chunks=4, lanes=4, open_bins=3)
+    wider = DataConfig(batch_size=8, tokens=500, chunks=4, open_bins=3)
     with pytest.raises(MossAudioError, match="expected tokens=400 as in the run it is from, found 500"):
         TrainingData(order, maker, wider).set_state(state)
     with pytest.raises(MossAudioError, match=r"expected source all=None as in .* found \{'examples': 24"):
@@ -171,61 +180,275 @@ def damaged(corpus: Path, tmp_path: Path) -> Path:
 def test_unreadable_clips_are_skipped_counted_and_named(
     damaged: Path, maker: SampleMaker, caplog: pytest.LogCaptureFixture
 ):
-    data = TrainingData(one_source(damaged), maker, CONFIG)
+    data, counted = TrainingData(one_source(damaged), maker, CONFIG), 0
     with caplog.at_level(logging.WARNING, "train.data"):
-        take(data, 4)
+        for _ in range(4):
+            next(data)
+            counted += data.sums["unreadable"]
     named = [record.getMessage() for record in caplog.records]
     assert {"3.wav" in line for line in named if "7.wav" not in line} == {True}
-    assert any("line 8: 7.wav: expected wav, flac, ogg or mp3" in line for line in named)
-    assert data.metrics["unreadable"] == len(named) > 0
+    assert any("skipped (unreadable)" in line and "line 8: 7.wav: expected wav, flac" in line for line in named)
+    assert counted == len(named) == total_counts(data.get_state())["unreadable"] > 0
     state = data.get_state()
     resumed = TrainingData(one_source(damaged), maker, CONFIG)
     resumed.set_state(state)
     assert_equal(take(resumed, 1), take(data, 1))
-    assert resumed.metrics == data.metrics
+    assert resumed.sums == data.sums
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_too_many_unreadable_clips_stop_the_run(corpus: Path, tmp_path: Path, maker: SampleMaker, workers: int):
+def test_too_many_unreadable_clips_stop_the_run(
+    tmp_path: Path, maker: SampleMaker, workers: int, capfd: pytest.CaptureFixture
+):
     absent = write_lines(tmp_path / "absent.jsonl", [{"audio": "absent.wav", "text": "hi"}])
     data = TrainingData(one_source(absent), maker, CONFIG, workers=workers)
     with pytest.raises(MossAudioError, match=r"at most 5\.0% of the examples to be unreadable, found 11 of 11"):
         next(data)
     data.close()
+    if workers:  # logs to the run's stderr, as each happens
+        assert capfd.readouterr().err.count("skipped (unreadable): ") == 11
 
 
 def with_oversize(**options) -> DataConfig:
-    return DataConfig(batch_size=2, tokens=120, chunks=1, lanes=1, open_bins=2, **options)
+    return DataConfig(batch_size=2, tokens=120, chunks=1, open_bins=2, max_unused_rate=1.0, **options)
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [({"audio": "long.wav", "text": "hi"}, "too long"), ({"audio": "0.wav", "caption": "Hi."}, "without labels")],
+)
+def test_a_group_of_which_nothing_can_be_used_stops_the_run(
+    corpus: Path, maker: SampleMaker, line: dict, named: str, caplog: pytest.LogCaptureFixture
+):
+    unfit = write_lines(corpus / f"{named}.jsonl", [line])
+    groups = [
+        Group("good", 4, (Source("texts", Manifest(corpus / "texts.jsonl")),)),
+        Group("bad", 1, (Source("unfit", Manifest(unfit), {"transcribe": 1.0}),)),
+    ]
+    data = TrainingData(ExampleOrder(groups, 0), maker, with_oversize(max_skips_in_a_row=20))
+    with pytest.raises(MossAudioError, match=f"none of 20 examples in a row of group bad .* last ones were {named}"):
+        take(data, 1000)
+    assert caplog.text.count("skipped") >= 20
 
 
 def test_oversized_examples(corpus: Path, tmp_path: Path, maker: SampleMaker, caplog: pytest.LogCaptureFixture):
-    lines = [{"text": "short"}, {"text": "long " * 40}, {"audio": str(corpus / "long.wav"), "text": "hi"}]
+    lines = [
+        {"text": "short"},
+        {"audio": str(corpus / "long.wav"), "text": "hi"},
+        {"conversation": [turn("user", "long " * 40), turn("assistant", "yes")]},
+        {"conversation": [turn("user", "hi"), turn("assistant", "long " * 40)]},
+    ]
     order = one_source(write_lines(tmp_path / "m.jsonl", lines))
     data = TrainingData(order, maker, with_oversize())
-    batch = next(data)
-    assert data.metrics["too_long"] > 0 and data.metrics["unreadable"] == data.metrics["truncated"] == 0
-    assert not (batch.inputs.tokens == maker.sample("a", "long").inputs.tokens[0, 0]).any()  # no "l" was read
-    assert "line 2: expected at most 120 tokens and 1 chunks of audio, found 201 and 0" in caplog.text
+    take(data, 3)
+    counts = total_counts(data.get_state())
+    assert counts["too_long"] > 0 and counts["unreadable"] == counts["truncated"] == 0
+    assert "skipped (too long): " in caplog.text and "line 2: expected at most 120 tokens and 1 chunks" in caplog.text
 
     data = TrainingData(order, maker, with_oversize(oversize="truncate"))
-    batch = next(data)
-    long = np.resize(maker.sample("a", "long ").inputs.tokens[0, :5], 120)
-    assert any(np.array_equal(row, long) for row in batch.inputs.tokens)
-    for _ in range(6):  # until the clip has come
-        next(data)
-    assert data.metrics["too_long"] > 0  # the clip has more than one chunk
-    assert data.metrics["truncated"] > 0
+    take(data, 6)
+    counts = total_counts(data.get_state())
+    assert counts["too_long"] > 0  # the clip has more than one chunk
+    assert counts["truncated"] > 0
 
     data = TrainingData(order, maker, with_oversize(oversize="refuse"))
-    with pytest.raises(MossAudioError, match=r"line [23]: expected at most 120 tokens"):
-        next(data)
+    with pytest.raises(MossAudioError, match=r"line [234]: expected at most 120 tokens"):
+        take(data, 2)
+
+
+def turn(role: str, text: str) -> dict:
+    return {"role": role, "message_type": "text", "content": text}
 
 
 def test_options_are_checked(order: ExampleOrder, maker: SampleMaker):
-    assert [DataConfig(size, 64, 1).num_lanes for size in (1, 6, 7, 32, 22)] == [1, 6, 7, 8, 2]
-    for options in ({"lanes": 3}, {"oversize": "cut"}, {"max_skip_rate": 2.0}):
+    for options in ({"oversize": "cut"}, {"max_skip_rate": 2.0}, {"open_bins": 0}):
         with pytest.raises(MossAudioError, match="expected"):
             DataConfig(8, 64, 1, **options)
-    for options in ({"hosts": 3}, {"host": 2, "hosts": 2}, {"workers": 3}):
-        with pytest.raises(MossAudioError, match="hosts that divide the 4 lanes"):
+    for grow in (("5",), ("5=0",), ("9=2", "5=4")):
+        with pytest.raises(MossAudioError, match=r"data\.grow must"):
+            DataConfig(8, 64, 1, grow=grow)
+    for options in ({"hosts": 3}, {"host": 2, "hosts": 2}, {"workers": -1}):
+        with pytest.raises(MossAudioError, match="hosts that divide the batch of 8"):
             TrainingData(order, maker, CONFIG, **options)
+
+
+# Reading ahead
+
+
+class Recorded(SampleMaker):
+    """Writes down the numbers of the examples that are decoded."""
+
+    def __init__(self, maker: SampleMaker, numbers: list[int]):
+        vars(self).update(vars(maker))
+        self._numbers = numbers
+
+    def fitting_all(self, example, rng, *arguments, **options):
+        self._numbers.append(rng.bit_generator.seed_seq.entropy[1])
+        return super().fitting_all(example, rng, *arguments, **options)
+
+
+def test_the_first_batch_and_a_resumed_one_read_little_ahead(order: ExampleOrder, maker: SampleMaker):
+    read: list[int] = []
+    data = TrainingData(order, Recorded(maker, read), CONFIG)
+    examples, ahead = [], []
+    for _ in range(6):
+        next(data)
+        examples.append(data.sums["examples"])
+        ahead.append(len(read) - sum(examples))
+    batch = sum(examples) / 6
+    assert len(set(read)) == len(read)
+    assert ahead[0] <= 1.5 * batch and max(ahead) <= CONFIG.open_bins * batch
+
+    resumed_read: list[int] = []
+    resumed = TrainingData(order, Recorded(maker, resumed_read), CONFIG)
+    resumed.set_state(data.get_state())
+    assert not resumed_read  # no open bin is decoded to resume
+    next(resumed)
+    next(data)
+    again = set(resumed_read) & set(read[: int(sum(examples) + ahead[5])])
+    assert len(set(resumed_read)) == len(resumed_read)
+    assert len(again) <= data.sums["examples"]  # only what the batch holds
+
+
+# Epochs
+
+
+@pytest.mark.parametrize("hosts", [1, 2])
+def test_an_epoch_has_each_example_once(corpus: Path, maker: SampleMaker, hosts: int):
+    """Also where the last batches are not full, and one host has no more rows than the other."""
+    found: list[int] = []
+    left: list[list[bool]] = [[] for _ in range(hosts)]
+
+    def exists(batch: int, here: bool) -> bool:
+        return here or batch <= 4  # as if another host had four batches
+
+    order, config = one_source(corpus / "clips.jsonl"), DataConfig(batch_size=4, tokens=400, chunks=4, open_bins=2)
+    for host in range(hosts):
+        recorded = Recorded(maker, found)
+        data = TrainingData(order, recorded, config, host=host, hosts=hosts, epochs=2, exists=exists)
+        progress, examples = [], 0
+        for batch in data:
+            progress.append(batch.progress)
+            examples += data.sums["examples"]
+            left[host].append(data.sums["examples"] > 0)
+        assert examples == total_counts(data.get_state())["read"] == 48 / hosts
+        assert (np.diff(progress, axis=0) >= 0).all() and (progress[-1] == 1).all()
+        assert next(data, None) is None and next(data, None) is None
+        resumed = TrainingData(order, maker, config, host=host, hosts=hosts, epochs=2)
+        resumed.set_state(data.get_state())
+        assert next(resumed, None) is None
+    assert sorted(found) == list(range(48))
+    for epoch in range(2):
+        assert len({order[number].index for number in range(24 * epoch, 24 * (epoch + 1))}) == 24
+
+
+def test_a_batch_that_grows_has_the_next_sequences(
+    order: ExampleOrder, maker: SampleMaker, expected: list[TrainingBatch]
+):
+    config = replace(CONFIG, grow=("2=2", "3=3"))
+    data = TrainingData(order, maker, config)
+    batches = take(data, 4)
+    assert [len(batch.targets) for batch in batches] == [8, 8, 16, 24]
+    assert_equal(batches[:2], expected[:2])
+    two = jax.tree.map(lambda *rows: np.stack(rows, 1).reshape(-1, *rows[0].shape[1:]), *expected[2:4])
+    assert_equal(batches[2:3], [two])
+    assert data.sums["rows"] == 24
+    resumed = TrainingData(order, maker, config)
+    resumed.set_state(data.get_state())
+    assert_equal(take(resumed, 1), take(data, 1))
+
+
+# Processes
+
+
+def test_any_number_of_hosts_and_workers_makes_the_same_batch(order: ExampleOrder, maker: SampleMaker):
+    config = DataConfig(batch_size=16, tokens=400, chunks=4, open_bins=2)
+    expected = take(TrainingData(order, maker, config), 2)
+    by_host = [take(TrainingData(order, maker, config, host=host, hosts=16), 2) for host in range(16)]
+    for number in range(2):
+        rows = [batches[number] for batches in by_host]
+        assert_equal([jax.tree.map(lambda *arrays: np.concatenate(arrays), *rows)], expected[number : number + 1])
+    data = TrainingData(order, maker, config, host=1, hosts=2, workers=3)  # that do not divide its eight rows
+    try:
+        assert_equal(take(data, 2), [jax.tree.map(lambda rows: rows[8:], batch) for batch in expected])
+    finally:
+        data.close()
+
+
+ORPHANS = """
+import os, signal, sys
+from tests.train.data.test_pipeline import CONFIG, texts_and_maker
+from train.data.pipeline import TrainingData
+
+if __name__ == "__main__":
+    data = TrainingData(*texts_and_maker(sys.argv[1]), CONFIG, workers=2)
+    next(data)
+    import multiprocessing
+    print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+    {end}
+"""
+
+
+def texts_and_maker(directory: str) -> tuple[ExampleOrder, SampleMaker]:
+    examples = [Example(str(number), text=f"some text {number}") for number in range(50)]
+    maker = SampleMaker(Tokenizer.from_dir(directory), MossAudioConfig.preset("tiny"))
+    return ExampleOrder([Group("texts", 1, (Source("texts", examples),))], 0), maker
+
+
+@pytest.mark.parametrize("end", ["os._exit(1)", "os.kill(os.getpid(), signal.SIGKILL)", "os.abort()"])
+def test_workers_end_with_their_parent(end: str, tmp_path: Path):
+    write_small_tokenizer(tmp_path)
+    script = tmp_path / "parent.py"
+    script.write_text(ORPHANS.replace("{end}", end))
+    run = subprocess.run(
+        [sys.executable, str(script), str(tmp_path)],
+        env=os.environ | {"PYTHONPATH": os.getcwd()},
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=120,
+    )
+    workers = [int(word) for word in run.stdout.split()]
+    assert len(workers) >= 2
+    deadline = time.monotonic() + 10
+    while any(map(is_running, workers)):
+        assert time.monotonic() < deadline, "a worker has outlived its parent"
+        time.sleep(0.05)
+
+
+def is_running(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_workers_leave_signals_to_the_run(order: ExampleOrder, maker: SampleMaker, expected: list[TrainingBatch]):
+    """A terminal sends Ctrl-C to all processes, a machine that shuts down SIGTERM: the run still saves."""
+    data = TrainingData(order, maker, CONFIG, workers=2)
+    try:
+        take(data, 1)
+        for worker in multiprocessing.active_children():
+            assert worker.pid is not None
+            for number in (signal.SIGINT, signal.SIGTERM):
+                os.kill(worker.pid, number)
+        assert_equal(take(data, 4), expected[1:5])  # more than was prepared
+    finally:
+        data.close()
+
+
+def test_a_wait_for_data_can_be_ended(maker: SampleMaker):
+    class Slow(SampleMaker):
+        def __init__(self):
+            vars(self).update(vars(maker))
+
+        def fitting_all(self, *arguments, **options):
+            time.sleep(0.01)
+            raise NothingToAsk("nothing")
+
+    order = ExampleOrder([Group("texts", 1, (Source("texts", [Example("one", text="text")]),))], 0)
+    config = replace(CONFIG, max_unused_rate=1.0, max_skips_in_a_row=10**9)
+    data = Prefetched(TrainingData(order, Slow(), config), lambda batch: batch)
+    asked = []
+    with pytest.raises(Interrupted):
+        data.take(lambda: len(asked) == 2 or bool(asked.append(None)))
+    data.close()
