@@ -5,7 +5,7 @@ export JAX_PLATFORMS ?= cpu
 # Tests start processes that need the same programs: each is compiled once.
 test: export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.venv/compiled
 
-.PHONY: demo test gates check format clean
+.PHONY: demo test gates soak check format clean
 
 demo: .venv/core
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash runs/demo.sh demo-out
@@ -18,6 +18,10 @@ test: check
 # The released sizes, compiled for TPUs: all of them take an hour or two.
 gates: .venv/test
 	$(BIN)/python -m pytest -m tpu -v tests/train/test_gates.py
+
+# Runs under kills and faults, about an hour: docs/soak.md.
+soak: .venv/test
+	PYTHONPATH=. $(BIN)/python tests/soak.py
 
 check: .venv/test
 	$(BIN)/ruff check .
