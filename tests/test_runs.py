@@ -16,9 +16,17 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+import train.__main__
+from moss_audio_jax import MossAudioConfig
+from moss_audio_jax.small_tokenizer import write_small_tokenizer
+from moss_audio_jax.tokens import Tokenizer
 from train.__main__ import PREEMPTED
+from train.config import RunConfig
+from train.data import ExampleOrder, Group, SampleMaker, Source, TrainingData
+from train.data.manifest import Example
 from train.distributed import LOST
 
 REPOSITORY = Path(__file__).parents[1]
@@ -253,3 +261,38 @@ def test_a_command_that_no_door_takes_is_found(monkeypatch):
         ["convert", "to-orbax", "x"],
     ):
         assert "exit code 2" in refusal(mistaken, monkeypatch)
+
+
+def config_of(command: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> RunConfig:
+    """What `train run` would train by these arguments."""
+    found: list[RunConfig] = []
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "argv", list(command))
+        patched.setattr(train.__main__, "_train", lambda config, *_, **__: found.append(config))
+        patched.setattr("train.distributed.join", lambda config: None)
+        patched.setattr(train.__main__.app, "_subcommands", {})
+        train.__main__.main()
+    return found[0]
+
+
+@pytest.mark.parametrize("script", [script for script in VERBS if script != "tpu_vm.sh"])
+def test_sixteen_hosts_share_the_batch_of_a_script(script: str, bin_directory: Path, tmp_path: Path, monkeypatch):
+    """The run command of each script for pods, as it is, with the batch of docs/tpu.md: no host is refused."""
+    end, calls = called(script, "run", "--data.batch-size", "64", bin_directory=bin_directory, tmp_path=tmp_path)
+    assert end.returncode == 0
+    config = config_of(next(run for call in calls for word in call for run in commands(word)), monkeypatch)
+    assert config.loop.workers == 8 and config.data.batch_size == 64
+    write_small_tokenizer(tmp_path)
+    maker = SampleMaker(Tokenizer.from_dir(tmp_path), MossAudioConfig.preset("tiny"))
+    texts = [Example(str(number), text=f"some text {number}") for number in range(30)]
+    order = ExampleOrder([Group("texts", 1, (Source("texts", texts),))], seed=0)
+    small = dataclasses.replace(config.data, tokens=60, chunks=1)
+    for hosts in (1, 2, 4, 8, 16, 32, 64):
+        for host in range(hosts):
+            TrainingData(order, maker, small, host=host, hosts=hosts, workers=config.loop.workers).close()
+    if script == "tpu_queued.sh":
+        rows = [next(TrainingData(order, maker, small, host=host, hosts=16)).targets for host in range(16)]
+        np.testing.assert_array_equal(np.concatenate(rows), next(TrainingData(order, maker, small)).targets)
+        data = TrainingData(order, maker, small, host=3, hosts=16, workers=config.loop.workers)
+        np.testing.assert_array_equal(next(data).targets, rows[3])
+        data.close()
