@@ -182,12 +182,13 @@ def run_command(arguments: list[str]) -> Callable[..., None]:
 
 
 def _named_recipe(arguments: list[str], default: str) -> "RunConfig":
-    """The recipe that `--recipe` names; the default if none or an unknown one is named."""
-    from train.config import RECIPES
+    """The recipe that `--recipe` names, or else the default, with the groups of new names that the arguments have."""
+    from train.config import RECIPES, with_named_groups
 
     scan = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     scan.add_argument("--recipe")
-    return RECIPES.get(scan.parse_known_args(arguments)[0].recipe, RECIPES[default])
+    recipe = RECIPES.get(scan.parse_known_args(arguments)[0].recipe, RECIPES[default])
+    return with_named_groups(recipe, arguments)
 
 
 def plan_command(arguments: list[str]) -> Callable[..., None]:

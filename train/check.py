@@ -138,11 +138,11 @@ def require_usable(config: RunConfig) -> None:
     That an example is too long is a reason where the run would be stopped by it, and else a line in the log, for which
     texts are not tokenised.
     """
-    mixture = config.mixture
-    for group in (mixture.speech, mixture.captions, mixture.text, mixture.conversations):
+    for name, group in config.mixture.manifest_groups().items():
+        objectives = tuple(objective for objective, share in group.shares(name).items() if share > 0)
         for path in group.paths:
             if not to_path(path).is_dir():  # shards were decoded when they were made
-                check = replace(check_of(config, path), objectives=group.objectives, fetch=False)
+                check = replace(check_of(config, path), objectives=objectives, fetch=False)
                 _require_usable(check if config.data.oversize == "refuse" else replace(check, maker=None))
 
 

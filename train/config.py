@@ -6,8 +6,9 @@ Every field is an option of `python -m train run`. What changes the parameters t
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -16,6 +17,7 @@ from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.int8 import int8_kernels
 from moss_audio_jax.paths import AnyPath, to_path, write_whole
 from train.data.mixture import Group, Source
+from train.data.objectives import OBJECTIVES, check_shares
 from train.data.pipeline import DataConfig
 from train.data.scenes import SceneConfig, SceneExamples
 from train.initial import ModelSource, model_config
@@ -30,12 +32,15 @@ FREE_TO_CHANGE = ("loop.", "mesh.", "data.max_skip_rate")
 class GroupConfig:
     """Data sets that share a purpose."""
 
-    share: float
+    share: float = 0.0
     """Of all examples, relative to the groups that have paths."""
-    objectives: tuple[str, ...]
-    """What is asked, each alike often where an example has the labels for it."""
+    objectives: tuple[str, ...] = ()
+    """What is asked where an example has the labels for it. A name may have a weight, as in `transcribe=2`; a bare one
+    weighs 1. Without any, all objectives weigh 1."""
     paths: tuple[str, ...] = ()
-    """Manifests, and directories of shards; each is drawn in proportion to the square root of its size."""
+    """Manifests, and directories of shards."""
+    weights: tuple[float, ...] = ()
+    """How often each of the paths is drawn, relative to the others; by default the square root of its size."""
     begin: int = 0
     """The group takes part from this example of the run on."""
     end: int | None = None
@@ -43,9 +48,41 @@ class GroupConfig:
 
     def group(self, name: str, seed: int) -> Group | None:
         """The group, opened; None if it is given nothing."""
+        from train.data.shards import open_examples
+
         if not self.paths:
             return None
-        return Group(name, self.share, tuple(_open(path, self.objectives) for path in self.paths), self.begin, self.end)
+        if self.weights and len(self.weights) != len(self.paths):
+            raise MossAudioError(
+                f"mixture.{name}.weights must be as many as its {len(self.paths)} paths, found {len(self.weights)}"
+            )
+        shares, weights = self.shares(name), self.weights or (None,) * len(self.paths)
+        # Groups of one's own may ask different things about one data set.
+        prefix = "" if name in _OWN_GROUPS else f"{name}: "
+        sources = tuple(
+            Source(prefix + path, open_examples(path), shares, weight)
+            for path, weight in zip(self.paths, weights, strict=True)
+        )
+        return Group(name, self.share, sources, self.begin, self.end)
+
+    def shares(self, name: str) -> dict[str, float]:
+        """The weight of each objective. Raises MossAudioError that names the option of the group `name`."""
+        option, shares = f"mixture.{name}.objectives", {}
+        for entry in self.objectives:
+            objective, equals, weight = entry.partition("=")
+            if objective in shares:
+                raise MossAudioError(f"{option} names {objective} twice: give it once, with one weight")
+            try:
+                shares[objective] = float(weight) if equals else 1.0
+            except ValueError as error:
+                raise MossAudioError(
+                    f"{option} must be names, or names with weights such as transcribe=2, found {entry!r}"
+                ) from error
+        try:
+            check_shares(shares or dict.fromkeys(OBJECTIVES, 1.0))
+        except MossAudioError as error:
+            raise MossAudioError(f"{option}: {error}") from error
+        return shares or dict.fromkeys(OBJECTIVES, 1.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +106,7 @@ class SceneGroupConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MixtureConfig:
-    """MOSS-Audio's published mixture, and sound scenes."""
+    """MOSS-Audio's published mixture, sound scenes, and groups of any other names."""
 
     speech: GroupConfig = GroupConfig(0.3, ("transcribe", "transcribe_words", "transcribe_sentences"))
     captions: GroupConfig = GroupConfig(0.4, ("caption", "events", "time_qa", "conversation"))
@@ -79,24 +116,51 @@ class MixtureConfig:
     scenes: SceneGroupConfig = SceneGroupConfig()
     easy_scenes: SceneGroupConfig = SceneGroupConfig()
     """Apart from the others, for a curriculum."""
+    named: Annotated[dict[str, GroupConfig], tyro.conf.arg(name="")] = dataclasses.field(default_factory=dict)
+    """Groups of other names, each with the options of `speech`; see `with_named_groups`."""
+
+    def manifest_groups(self) -> dict[str, GroupConfig]:
+        """The groups of data sets by name."""
+        return {name: group for name, group in self._by_name().items() if isinstance(group, GroupConfig)}
 
     def groups(self, seed: int) -> list[Group]:
         """The groups that are given something, opened. seed: of the scenes."""
-        named = [(field.name, getattr(self, field.name)) for field in dataclasses.fields(self)]
-        opened = [group.group(name, seed) for name, group in named]
+        for name, group in self.named.items():
+            _require_complete(name, group)
+        opened = [group.group(name, seed) for name, group in self._by_name().items()]
         used = [group for group in opened if group is not None]
         if not used:
-            options = ", ".join(f"mixture.{name}.paths" for name, group in named if isinstance(group, GroupConfig))
+            options = ", ".join(f"mixture.{name}.paths" for name in self.manifest_groups())
             raise MossAudioError(f"there is nothing to train on: give one of {options}, or mixture.scenes.share")
         return used
 
+    def _by_name(self) -> dict[str, "GroupConfig | SceneGroupConfig"]:
+        """All groups. The order of examples depends on theirs, which is therefore not that of the command line."""
+        return {name: getattr(self, name) for name in _OWN_GROUPS} | dict(sorted(self.named.items()))
 
-def _open(path: str, objectives: tuple[str, ...]) -> Source:
-    from train.data.manifest import Manifest
-    from train.data.shards import Shards
 
-    examples = Shards(path) if to_path(path).is_dir() else Manifest(path)
-    return Source(path, examples, dict.fromkeys(objectives, 1.0))
+_OWN_GROUPS = tuple(field.name for field in dataclasses.fields(MixtureConfig) if field.name != "named")
+_GROUP_OPTION = re.compile(r"--mixture\.([^.=]+)\.")
+
+
+def with_named_groups(config: "RunConfig", arguments: Iterable[str]) -> "RunConfig":
+    """The configuration with an empty group for each new name in arguments such as `--mixture.NAME.paths`."""
+    found = (match[1].replace("-", "_") for match in map(_GROUP_OPTION.match, arguments) if match)
+    named = {name: GroupConfig() for name in found if name not in (*_OWN_GROUPS, "named")}
+    mixture = dataclasses.replace(config.mixture, named=named | config.mixture.named)
+    return dataclasses.replace(config, mixture=mixture)
+
+
+def _require_complete(name: str, group: GroupConfig) -> None:
+    """Of a group with a name of the user's, where nothing has a default."""
+    if not re.fullmatch("[a-z0-9_]+", name):
+        raise MossAudioError(f"mixture.{name} must be named with a-z, 0-9 and _, as its metrics are: rename it")
+    missing = [option for option in ("paths", "share") if not getattr(group, option)]
+    if missing:
+        raise MossAudioError(
+            f"mixture.{name} is a new group without mixture.{name}.{missing[0]}: give it, or name one of the groups "
+            f"{', '.join(_OWN_GROUPS)}"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -333,8 +397,9 @@ def settle(config: Any, out: AnyPath, *, begun: bool) -> None:
 
 
 def _by_path(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts to one by dotted path."""
+    """Nested dicts to one by dotted path, which is that of options: groups of new names stand beside the others."""
     flat: dict[str, Any] = {}
     for name, value in content.items():
-        flat |= _by_path(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+        path = prefix + ("" if name == "named" else f"{name}.")
+        flat |= _by_path(value, path) if isinstance(value, dict) else {f"{prefix}{name}": value}
     return flat

@@ -77,11 +77,11 @@ def train(config: RunConfig, out: AnyPath, *, mesh: Mesh | None = None) -> Outco
     out = to_path(out)
     mesh = make_mesh(**dataclasses.asdict(config.mesh)) if mesh is None else mesh
     model = config.trained_model()
+    order = ExampleOrder(config.mixture.groups(config.seed), config.seed)
     with ExitStack() as stack:
         stop = stack.enter_context(_termination())
         checkpoints = Checkpoints(out, keep_last=config.loop.keep_last, keep_every=config.loop.keep_every)
         stack.enter_context(checkpoints)
-        order = ExampleOrder(config.mixture.groups(config.seed), config.seed)
 
         def write_files() -> None:
             settle(config, out, begun=bool(checkpoints.steps))
