@@ -16,6 +16,7 @@ from moss_audio_jax.config import LoraConfig, MossAudioConfig, read_json
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.int8 import int8_kernels
 from moss_audio_jax.paths import AnyPath, to_path, write_whole
+from train.data.augment import AugmentConfig
 from train.data.mixture import Group, Source
 from train.data.objectives import OBJECTIVES, check_shares
 from train.data.pipeline import DataConfig
@@ -26,6 +27,7 @@ from train.step import StepConfig
 
 CONFIG_FILE = "config.json"
 FREE_TO_CHANGE = ("loop.", "mesh.", "data.max_skip_rate")
+NEWER = {"augment": dataclasses.asdict(AugmentConfig())}  # what older runs were begun with, not all of it empty
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,6 +255,7 @@ class RunConfig:
     loop: tyro.conf.OmitArgPrefixes[LoopConfig] = LoopConfig()
     model: ModelSource = dataclasses.field(default_factory=ModelSource)
     mixture: MixtureConfig = MixtureConfig()
+    augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
     step: StepConfig = dataclasses.field(default_factory=StepConfig)
     lora: tyro.conf.AvoidSubcommands[LoraConfig | None] = None
     mesh: MeshConfig = MeshConfig()
@@ -376,10 +379,10 @@ def settle(config: Any, out: AnyPath, *, begun: bool) -> None:
     Raises MossAudioError, naming what differs, if that is another one.
     """
     path = to_path(out) / CONFIG_FILE
-    now = json.loads(json.dumps(dataclasses.asdict(config)))
+    now, newer = (json.loads(json.dumps(content)) for content in (dataclasses.asdict(config), NEWER))
     if begun:
-        then = read_json(path)
-        before, after = _by_path(then), _by_path(now)
+        after = _by_path(now)
+        before = {name: value for name, value in _by_path(newer).items() if name in after} | _by_path(read_json(path))
         problems = [
             f"{name} is {after.get(name)!r} and was {before.get(name)!r}"
             for name in sorted(before.keys() | after.keys())

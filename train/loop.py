@@ -35,6 +35,7 @@ from train.checkpoints import Checkpoints
 from train.chips import peak_flops
 from train.config import RunConfig, settle
 from train.data import ExampleOrder, Prefetched, SampleMaker, TrainingBatch, TrainingData
+from train.data.augment import Augmentation
 from train.distributed import ended_with_the_others, first_process_does, share_of_batch, state_of_all
 from train.flops import Content, step_flops
 from train.held_out import HeldOut
@@ -78,6 +79,7 @@ def train(config: RunConfig, out: AnyPath, *, mesh: Mesh | None = None) -> Outco
     mesh = make_mesh(**dataclasses.asdict(config.mesh)) if mesh is None else mesh
     model = config.trained_model()
     order = ExampleOrder(config.mixture.groups(config.seed), config.seed)
+    augmentation = Augmentation(config.augment)
     with ExitStack() as stack:
         stop = stack.enter_context(_termination())
         checkpoints = Checkpoints(out, keep_last=config.loop.keep_last, keep_every=config.loop.keep_every)
@@ -89,7 +91,13 @@ def train(config: RunConfig, out: AnyPath, *, mesh: Mesh | None = None) -> Outco
 
         first_process_does(write_files)
         tokenizer = Tokenizer.from_dir(out / RUN_MODEL)
-        maker = SampleMaker(tokenizer, model, answers=config.data.answers, thoughts=config.data.thoughts)
+        maker = SampleMaker(
+            tokenizer,
+            model,
+            answers=config.data.answers,
+            thoughts=config.data.thoughts,
+            augmentation=augmentation,
+        )
         held_out = HeldOut(config, Processor(tokenizer, model), maker, mesh, out)
         data = stack.enter_context(_data(config, mesh, order, maker))
         source = config.model

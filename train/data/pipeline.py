@@ -314,7 +314,7 @@ class TrainingData(grain.DatasetIterator[TrainingBatch]):
         self._batches = state["batches"]
 
     def _content_options(self) -> dict[str, Any]:
-        options = asdict(self._config) | {"lanes": self._config.num_lanes, "time_markers": self._maker.time_markers}
+        options = asdict(self._config) | {"lanes": self._config.num_lanes} | self._maker.content_options()
         del options["max_skip_rate"]  # changes no batch
         return options
 

@@ -9,10 +9,11 @@ prompt that the model will see. Where all answers are learned, a sequence holds 
 later turn then reads the thoughts of earlier ones, in training alone.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
@@ -23,7 +24,8 @@ from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.inputs import ModelInputs, make_inputs
 from moss_audio_jax.paths import is_remote
 from moss_audio_jax.tokens import Tokenizer, Turn, build_conversation
-from train.data.budget import Budget, Extent
+from train.data.augment import Augmentation, AugmentConfig, VariedClip
+from train.data.budget import Budget, Extent, TooLong
 from train.data.manifest import THOUGHT_END, Clip, Example, Message, TimedText
 from train.data.objectives import Rendered, render
 
@@ -94,8 +96,12 @@ class SampleMaker:
         time_markers: bool | None = None,
         answers: Answers = "all",
         thoughts: Thoughts = "learn",
+        augmentation: Augmentation | None = None,
     ):
-        """time_markers: None takes the checkpoint's `enable_time_marker`. answers, thoughts: see above."""
+        """time_markers: None takes the checkpoint's `enable_time_marker`. answers, thoughts: see above.
+
+        augmentation: of the audio of examples, but not of `sample`, which evaluation calls.
+        """
         if config.audio_config.chunk_frames is None:
             raise MossAudioError(
                 "expected an encoder with chunks of a fixed length to train on packed sequences, "
@@ -106,6 +112,7 @@ class SampleMaker:
         self._config = config
         self._answers: Answers = answers
         self._thoughts: Thoughts = thoughts
+        self._augmentation = augmentation or Augmentation(AugmentConfig())
         self.time_markers = config.processor.enable_time_marker if time_markers is None else time_markers
         self._quiet, self._begins, self._ends = (tokenizer.encode(mark)[0] for mark in ".[]")
         self._digits = np.array([tokenizer.encode(str(digit))[0] for digit in range(10)], np.int32)
@@ -114,7 +121,12 @@ class SampleMaker:
         self, example: Example, rng: np.random.Generator, objectives: Mapping[str, float] | None = None
     ) -> Sample:
         """Raises MossAudioError that names the example if a clip can't be read or nothing can be asked about it."""
-        return self.sample(example.name, render(example, rng, objectives), example.events or example.words, rng)
+        varied = self._augmentation.versions(example, rng)[0]
+        return self.sample(varied.name, render(varied, rng, objectives), varied.events or varied.words, rng)
+
+    def content_options(self) -> dict[str, Any]:
+        """JSON of what samples depend on beside the data's own options, which a resumed run compares."""
+        return {"time_markers": self.time_markers} | self._augmentation.content_options()
 
     def fitting(
         self,
@@ -127,8 +139,28 @@ class SampleMaker:
     ) -> Sample:
         """The same within a budget, perhaps without its end (`Sample.within`); raises TooLong if it can't be.
 
-        A clip whose header says that it goes beyond the budget is not decoded.
+        A clip whose header says that it goes beyond the budget is not decoded. One that is slowed down is not, where
+        only that makes the sample too long.
         """
+        *slower, own = self._augmentation.versions(example, rng)
+        for version in slower:
+            try:
+                sample = self._fitting(version, copy.deepcopy(rng), objectives, budget, truncate=truncate)
+            except TooLong:
+                continue
+            if not sample.truncated:
+                return sample
+        return self._fitting(own, rng, objectives, budget, truncate=truncate)
+
+    def _fitting(
+        self,
+        example: Example,
+        rng: np.random.Generator,
+        objectives: Mapping[str, float] | None,
+        budget: Budget,
+        *,
+        truncate: bool,
+    ) -> Sample:
         rendered = render(example, rng, objectives)
         cut = audible(example.name, rendered, budget, self._chunk_frames, truncate=truncate, answers=self._answers)
         sample = self.sample(example.name, cut, example.events or example.words, rng)
@@ -311,6 +343,7 @@ def _mel(clip: Clip) -> np.ndarray:
     """Log-mel [mel bins, frames] as `Processor.mel` makes it."""
     wave = clip.wave()
     try:
-        return round_bfloat16(log_mel(wave))
+        mel = log_mel(wave)
     except MossAudioError as error:
         raise MossAudioError(f"{clip.name}: {error}") from error
+    return round_bfloat16(clip.masked(mel) if isinstance(clip, VariedClip) else mel)
