@@ -7,8 +7,11 @@ learned with the rest, or only read (`thoughts`).
 Qwen3's template leaves the thoughts of earlier turns out of a prompt. So does `answers="last"`, whose sequence is the
 prompt that the model will see. Where all answers are learned, a sequence holds them all and their thoughts with them: a
 later turn then reads the thoughts of earlier ones, in training alone.
+
+A plain text that is longer than a sequence becomes several samples, which learn all of it (`SampleMaker.fitting_all`).
 """
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -23,7 +26,7 @@ from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.inputs import ModelInputs, make_inputs
 from moss_audio_jax.paths import is_remote
 from moss_audio_jax.tokens import Tokenizer, Turn, build_conversation
-from train.data.budget import Budget, Extent
+from train.data.budget import Budget, Extent, split_text
 from train.data.manifest import THOUGHT_END, Clip, Example, Message, TimedText
 from train.data.objectives import Rendered, render
 
@@ -113,8 +116,11 @@ class SampleMaker:
     def __call__(
         self, example: Example, rng: np.random.Generator, objectives: Mapping[str, float] | None = None
     ) -> Sample:
-        """Raises MossAudioError that names the example if a clip can't be read or nothing can be asked about it."""
-        return self.sample(example.name, render(example, rng, objectives), example.events or example.words, rng)
+        """Raises MossAudioError that names the example if a clip can't be read or its labels go beyond its end.
+
+        It is NothingToAsk if the example has nothing for the objectives.
+        """
+        return self._labelled(example, render(example, rng, objectives), rng)
 
     def fitting(
         self,
@@ -129,11 +135,51 @@ class SampleMaker:
 
         A clip whose header says that it goes beyond the budget is not decoded.
         """
+        return self._fitting(example, render(example, rng, objectives), rng, budget, truncate)
+
+    def fitting_all(
+        self,
+        example: Example,
+        rng: np.random.Generator,
+        objectives: Mapping[str, float] | None,
+        budget: Budget,
+        *,
+        truncate: bool,
+    ) -> list[Sample]:
+        """That sample alone; of a plain text beyond the budget all its pieces (`text_samples`), in order.
+
+        They depend on the arguments alone, so each of them can be made again. Raises as `fitting` does.
+        """
         rendered = render(example, rng, objectives)
+        if isinstance(rendered, str):
+            return self.text_samples(example.name, rendered, budget)
+        return [self._fitting(example, rendered, rng, budget, truncate)]
+
+    def text_samples(self, name: str, text: str, budget: Budget) -> list[Sample]:
+        """A plain text and the mark of its end as samples within a budget, cut where `split_text` says.
+
+        Each id is learned once; the first id of a later sample, the last of the one before, is only read.
+        """
+        ids, learned, _ = self._encode(name, text, _mel)
+        spell = functools.partial(self._tokenizer.decode_bytes, skip_special_tokens=False)
+        samples = [self._sample(name, ids[piece], learned[piece]) for piece in split_text(ids, budget.tokens, spell)]
+        for later in samples[1:]:
+            later.learned[0] = False
+        return samples
+
+    def _fitting(
+        self, example: Example, rendered: Rendered, rng: np.random.Generator, budget: Budget, truncate: bool
+    ) -> Sample:
         cut = audible(example.name, rendered, budget, self._chunk_frames, truncate=truncate, answers=self._answers)
-        sample = self.sample(example.name, cut, example.events or example.words, rng)
-        sample = sample.within(budget, truncate=truncate)
+        sample = self._labelled(example, cut, rng).within(budget, truncate=truncate)
         return sample if cut is rendered else replace(sample, truncated=True)
+
+    def _labelled(self, example: Example, rendered: Rendered, rng: np.random.Generator) -> Sample:
+        """The sample of `rendered`, whose clip, if it has labels, is its only one."""
+        sample = self.sample(example.name, rendered, example.events or example.words, rng)
+        if sample.num_chunks:
+            example.require_labels_within(sample.audio_seconds)
+        return sample
 
     def extent(self, name: str, rendered: Rendered) -> Extent:
         """That of the sample of `rendered`, as the headers of its clips tell; nothing is decoded."""
@@ -160,7 +206,17 @@ class SampleMaker:
 
         labels: what is heard in its only clip, and when. rng: decides what is said of each of its audio tokens.
         """
-        ids, learned, mels = self._encode(name, rendered, _mel)
+        return self._sample(name, *self._encode(name, rendered, _mel), labels, rng)
+
+    def _sample(
+        self,
+        name: str,
+        ids: list[int],
+        learned: list[bool],
+        mels: Sequence[np.ndarray] = (),
+        labels: Sequence[TimedText] = (),
+        rng: np.random.Generator | None = None,
+    ) -> Sample:
         with _naming(name):
             inputs = make_inputs([ids], [mels], config=self._config)
         num_chunks = int((inputs.chunk_frames > 0).sum())
