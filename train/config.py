@@ -213,7 +213,7 @@ class RunConfig:
         return dataclasses.replace(model_config(self.model), lora=self.lora)
 
     def require_no_random_frozen(self, model: MossAudioConfig) -> None:
-        """Raises MossAudioError if a parameter is frozen that no checkpoint gives, unless the model's source allows it."""
+        """Raises MossAudioError if a frozen parameter is given by no checkpoint, unless that is allowed."""
         if self.lora is not None and self.model.checkpoint is None:
             raise MossAudioError("lora adapts a checkpoint: name it with --init or --model.checkpoint")
         self.model.require_given(self.frozen_dtypes(parameter_specs(model)))

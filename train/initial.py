@@ -119,8 +119,8 @@ class ModelSource:
             if any(f"{part}.".startswith(prefixes) for part in parts)
         ]
         raise MossAudioError(
-            f"{' and '.join(parts)} would stay random: optimizer.freeze freezes parameters of theirs that no checkpoint "
-            f"gives; name checkpoints with {', '.join(options)}, or give --model.allow-random-frozen to train so"
+            f"the frozen parameters of {', '.join(parts)} would stay random, as no checkpoint gives them: name one by "
+            f"{', '.join(options)}, or give --model.allow-random-frozen to train so"
         )
 
 
