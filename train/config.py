@@ -15,6 +15,7 @@ import tyro
 from moss_audio_jax.config import LoraConfig, MossAudioConfig, read_json
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.int8 import int8_kernels
+from moss_audio_jax.model import parameter_specs
 from moss_audio_jax.paths import AnyPath, to_path, write_whole
 from train.data.augment import AugmentConfig
 from train.data.mixture import Group, Source
@@ -26,7 +27,7 @@ from train.optimizer import OptimizerConfig, is_frozen
 from train.step import StepConfig
 
 CONFIG_FILE = "config.json"
-FREE_TO_CHANGE = ("loop.", "mesh.", "data.max_skip_rate")
+FREE_TO_CHANGE = ("loop.", "mesh.", "data.max_skip_rate", "model.allow_random_frozen")
 NEWER = {"augment": dataclasses.asdict(AugmentConfig())}  # what older runs were begun with, not all of it empty
 
 
@@ -37,8 +38,8 @@ class GroupConfig:
     share: float = 0.0
     """Of all examples, relative to the groups that have paths."""
     objectives: tuple[str, ...] = ()
-    """What is asked where an example has the labels for it. A name may have a weight, as in `transcribe=2`; a bare one
-    weighs 1. Without any, all objectives weigh 1."""
+    """What is asked where an example has the labels for it (`train/data/objectives.py` has them). A name may have a
+    weight, as in `transcribe=2`; a bare one weighs 1. Without any, all weigh 1."""
     paths: tuple[str, ...] = ()
     """Manifests, and directories of shards."""
     weights: tuple[float, ...] = ()
@@ -113,8 +114,8 @@ class MixtureConfig:
     speech: GroupConfig = GroupConfig(0.3, ("transcribe", "transcribe_words", "transcribe_sentences"))
     captions: GroupConfig = GroupConfig(0.4, ("caption", "events", "time_qa", "conversation"))
     text: GroupConfig = GroupConfig(0.3, ("plain_text",))
-    conversations: GroupConfig = GroupConfig(1.0, ("conversation",))
-    """To fine-tune on: `--data` is short for its paths."""
+    conversations: GroupConfig = GroupConfig(1.0, ("conversation", "labels"))
+    """To fine-tune on: `--data` is short for its paths. Of a clip without a conversation its labels are asked."""
     scenes: SceneGroupConfig = SceneGroupConfig()
     easy_scenes: SceneGroupConfig = SceneGroupConfig()
     """Apart from the others, for a curriculum."""
@@ -277,6 +278,12 @@ class RunConfig:
     def trained_model(self) -> MossAudioConfig:
         """Of the model that is trained, with its adapters if it has any."""
         return dataclasses.replace(model_config(self.model), lora=self.lora)
+
+    def require_no_random_frozen(self, model: MossAudioConfig) -> None:
+        """Raises MossAudioError if a frozen parameter is given by no checkpoint, unless that is allowed."""
+        if self.lora is not None and self.model.checkpoint is None:
+            raise MossAudioError("lora adapts a checkpoint: name it with --init or --model.checkpoint")
+        self.model.require_given(self.frozen_dtypes(parameter_specs(model)))
 
     def frozen_dtypes(self, paths: Iterable[str]) -> dict[str, str]:
         """The type of each of these parameters that is frozen: masters are float32, these need no more to compute."""

@@ -73,11 +73,12 @@ def train(config: RunConfig, out: AnyPath, *, mesh: Mesh | None = None) -> Outco
     Raises MossAudioError for a configuration other than the one the run was begun with, too many skipped steps in a
     row, data that can't be used and checkpoints that can't be written or read.
     """
+    model = config.trained_model()
+    config.require_no_random_frozen(model)
     if config.loop.check_data:
         require_usable(config)
     out = to_path(out)
     mesh = make_mesh(**dataclasses.asdict(config.mesh)) if mesh is None else mesh
-    model = config.trained_model()
     order = ExampleOrder(config.mixture.groups(config.seed), config.seed)
     augmentation = Augmentation(config.augment)
     with ExitStack() as stack:

@@ -232,20 +232,27 @@ def _clips(example: Example) -> list[Clip]:
     return list({id(piece): piece for piece in pieces if isinstance(piece, Clip)}.values())
 
 
+def in_own_time(example: Example, seconds: float) -> tuple[Example, float]:
+    """A version of an example with the times that its labels have in the file, and a time of the version likewise."""
+    speed = example.clip.speed if isinstance(example.clip, VariedClip) else 1.0
+    return _labels_at(example, 1 / speed), seconds * speed
+
+
 def _at_speed(example: Example, varied: Mapping[int, VariedClip], speed: float) -> Example:
     """The example with these clips, by the id of its own, and with the times of its labels at that speed."""
-
-    def at_speed(labels: Sequence[TimedText]) -> tuple[TimedText, ...]:
-        return tuple(replace(label, start=label.start / speed, end=label.end / speed) for label in labels)
 
     def clip(piece: Any) -> Any:
         return replace(varied[id(piece)], speed=speed) if isinstance(piece, Clip) else piece
 
-    return replace(
-        example,
-        conversation=tuple(replace(turn, content=tuple(map(clip, turn.content))) for turn in example.conversation),
-        clip=clip(example.clip),
-        words=at_speed(example.words),
-        segments=at_speed(example.segments),
-        events=at_speed(example.events),
-    )
+    conversation = tuple(replace(turn, content=tuple(map(clip, turn.content))) for turn in example.conversation)
+    return replace(_labels_at(example, speed), conversation=conversation, clip=clip(example.clip))
+
+
+def _labels_at(example: Example, speed: float) -> Example:
+    def scaled(labels: Sequence[TimedText]) -> tuple[TimedText, ...]:
+        return tuple(replace(label, start=label.start / speed, end=label.end / speed) for label in labels)
+
+    if speed == 1:
+        return example
+    words, segments, events = map(scaled, (example.words, example.segments, example.events))
+    return replace(example, words=words, segments=segments, events=events)

@@ -7,9 +7,12 @@ learned with the rest, or only read (`thoughts`).
 Qwen3's template leaves the thoughts of earlier turns out of a prompt. So does `answers="last"`, whose sequence is the
 prompt that the model will see. Where all answers are learned, a sequence holds them all and their thoughts with them: a
 later turn then reads the thoughts of earlier ones, in training alone.
+
+A plain text that is longer than a sequence becomes several samples, which learn all of it (`SampleMaker.fitting_all`).
 """
 
 import copy
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -24,8 +27,8 @@ from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.inputs import ModelInputs, make_inputs
 from moss_audio_jax.paths import is_remote
 from moss_audio_jax.tokens import Tokenizer, Turn, build_conversation
-from train.data.augment import Augmentation, AugmentConfig, VariedClip
-from train.data.budget import Budget, Extent, TooLong
+from train.data.augment import Augmentation, AugmentConfig, VariedClip, in_own_time
+from train.data.budget import Budget, Extent, TooLong, split_text
 from train.data.manifest import THOUGHT_END, Clip, Example, Message, TimedText
 from train.data.objectives import Rendered, render
 
@@ -120,9 +123,12 @@ class SampleMaker:
     def __call__(
         self, example: Example, rng: np.random.Generator, objectives: Mapping[str, float] | None = None
     ) -> Sample:
-        """Raises MossAudioError that names the example if a clip can't be read or nothing can be asked about it."""
+        """Raises MossAudioError that names the example if a clip can't be read or its labels go beyond its end.
+
+        It is NothingToAsk if the example has nothing for the objectives.
+        """
         varied = self._augmentation.versions(example, rng)[0]
-        return self.sample(varied.name, render(varied, rng, objectives), varied.events or varied.words, rng)
+        return self._labelled(varied, render(varied, rng, objectives), rng)
 
     def content_options(self) -> dict[str, Any]:
         """JSON of what samples depend on beside the data's own options, which a resumed run compares."""
@@ -142,17 +148,13 @@ class SampleMaker:
         A clip whose header says that it goes beyond the budget is not decoded. One that is slowed down is not, where
         only that makes the sample too long.
         """
-        *slower, own = self._augmentation.versions(example, rng)
-        for version in slower:
-            try:
-                sample = self._fitting(version, copy.deepcopy(rng), objectives, budget, truncate=truncate)
-            except TooLong:
-                continue
-            if not sample.truncated:
-                return sample
-        return self._fitting(own, rng, objectives, budget, truncate=truncate)
 
-    def _fitting(
+        def make(version: Example, rng: np.random.Generator) -> list[Sample]:
+            return [self._fitting(version, render(version, rng, objectives), rng, budget, truncate)]
+
+        return self._varied(example, rng, make)[0]
+
+    def fitting_all(
         self,
         example: Example,
         rng: np.random.Generator,
@@ -160,12 +162,63 @@ class SampleMaker:
         budget: Budget,
         *,
         truncate: bool,
+    ) -> list[Sample]:
+        """That sample alone; of a plain text beyond the budget all its pieces (`text_samples`), in order.
+
+        They depend on the arguments alone, so each of them can be made again. Raises as `fitting` does.
+        """
+
+        def make(version: Example, rng: np.random.Generator) -> list[Sample]:
+            rendered = render(version, rng, objectives)
+            if isinstance(rendered, str):
+                return self.text_samples(version.name, rendered, budget)
+            return [self._fitting(version, rendered, rng, budget, truncate)]
+
+        return self._varied(example, rng, make)
+
+    def _varied(
+        self,
+        example: Example,
+        rng: np.random.Generator,
+        make: Callable[[Example, np.random.Generator], list[Sample]],
+    ) -> list[Sample]:
+        """What is made of the example with its audio varied, at its own speed where a slower one is too long."""
+        *slower, own = self._augmentation.versions(example, rng)
+        for version in slower:
+            try:
+                samples = make(version, copy.deepcopy(rng))
+            except TooLong:
+                continue
+            if not any(sample.truncated for sample in samples):
+                return samples
+        return make(own, rng)
+
+    def text_samples(self, name: str, text: str, budget: Budget) -> list[Sample]:
+        """A plain text and the mark of its end as samples within a budget, cut where `split_text` says.
+
+        Each id is learned once; the first id of a later sample, the last of the one before, is only read.
+        """
+        ids, learned, _ = self._encode(name, text, _mel)
+        spell = functools.partial(self._tokenizer.decode_bytes, skip_special_tokens=False)
+        samples = [self._sample(name, ids[piece], learned[piece]) for piece in split_text(ids, budget.tokens, spell)]
+        for later in samples[1:]:
+            later.learned[0] = False
+        return samples
+
+    def _fitting(
+        self, example: Example, rendered: Rendered, rng: np.random.Generator, budget: Budget, truncate: bool
     ) -> Sample:
-        rendered = render(example, rng, objectives)
         cut = audible(example.name, rendered, budget, self._chunk_frames, truncate=truncate, answers=self._answers)
-        sample = self.sample(example.name, cut, example.events or example.words, rng)
-        sample = sample.within(budget, truncate=truncate)
+        sample = self._labelled(example, cut, rng).within(budget, truncate=truncate)
         return sample if cut is rendered else replace(sample, truncated=True)
+
+    def _labelled(self, example: Example, rendered: Rendered, rng: np.random.Generator) -> Sample:
+        """The sample of `rendered`, whose clip, if it has labels, is its only one."""
+        sample = self.sample(example.name, rendered, example.events or example.words, rng)
+        if sample.num_chunks:
+            example, seconds = in_own_time(example, sample.audio_seconds)
+            example.require_labels_within(seconds)
+        return sample
 
     def extent(self, name: str, rendered: Rendered) -> Extent:
         """That of the sample of `rendered`, as the headers of its clips tell; nothing is decoded."""
@@ -192,7 +245,17 @@ class SampleMaker:
 
         labels: what is heard in its only clip, and when. rng: decides what is said of each of its audio tokens.
         """
-        ids, learned, mels = self._encode(name, rendered, _mel)
+        return self._sample(name, *self._encode(name, rendered, _mel), labels, rng)
+
+    def _sample(
+        self,
+        name: str,
+        ids: list[int],
+        learned: list[bool],
+        mels: Sequence[np.ndarray] = (),
+        labels: Sequence[TimedText] = (),
+        rng: np.random.Generator | None = None,
+    ) -> Sample:
         with _naming(name):
             inputs = make_inputs([ids], [mels], config=self._config)
         num_chunks = int((inputs.chunk_frames > 0).sum())

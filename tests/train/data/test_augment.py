@@ -227,6 +227,18 @@ def test_audio_is_not_slowed_down_beyond_its_budget(tokenizer: Tokenizer, monkey
         made(maker, Budget(tokens - 1, 2), False)
 
 
+def test_labels_at_the_end_are_judged_by_the_times_of_the_file(tokenizer: Tokenizer):
+    maker, rng = maker_of(tokenizer, AugmentConfig(speeds=(0.5,))), np.random.default_rng(0)
+    for end, fits in ((2.08, True), (2.2, False)):
+        late = dataclasses.replace(example(), events=(TimedText("tone", 1.5, end),))
+        if fits:
+            [sample] = maker.fitting_all(late, rng, {"events": 1.0}, WHOLE, truncate=False)
+            assert sample.audio_seconds == 4
+        else:
+            with pytest.raises(MossAudioError, match=r"which ends at 2\.00 s, found 'tone' from 1\.5 to 2\.2 s"):
+                maker.fitting_all(late, rng, {"events": 1.0}, WHOLE, truncate=False)
+
+
 def test_a_run_goes_on_with_the_same_batches_and_no_other_augmentation(order: ExampleOrder, tokenizer: Tokenizer):
     config = DataConfig(batch_size=2, tokens=160, chunks=2, open_bins=2)
 
