@@ -93,10 +93,7 @@ def num_samples(
     with _open_sound(source, name) as sound:
         first, last = _cut(sound, start, end, name)
         rate = sound.samplerate
-    if rate == sample_rate:
-        return last - first
-    divisor = math.gcd(rate, sample_rate)
-    return _resampled_length(last - first, rate // divisor, sample_rate // divisor)
+    return resampled_length(last - first, rate, sample_rate)
 
 
 def _name(source: AnyPath | bytes) -> str:
@@ -210,6 +207,12 @@ def resample(wave: np.ndarray, orig_rate: int, new_rate: int) -> np.ndarray:
     resampled = scipy.signal.upfirdn(taps, wave, up=new, down=orig)[delay : delay + length]
     missing = length - len(resampled)  # rounding may ask for samples past the filter's reach
     return np.pad(resampled, (0, missing)) if missing else resampled
+
+
+def resampled_length(samples: int, orig_rate: int, new_rate: int) -> int:
+    """How many samples `resample` makes of so many."""
+    divisor = math.gcd(orig_rate, new_rate)
+    return samples if orig_rate == new_rate else _resampled_length(samples, orig_rate // divisor, new_rate // divisor)
 
 
 def _resampled_length(samples: int, orig: int, new: int) -> int:

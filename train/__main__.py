@@ -111,31 +111,35 @@ def check_command(arguments: list[str]) -> Callable[..., None]:
         manifest: tyro.conf.Positional[PathArgument],
         /,
         *,
+        group: str | None = None,
         recipe: RecipeName = "finetune",
         init: str | None = None,
         config: Annotated[RunConfig, tyro.conf.arg(name="")] = recipe_config,
     ) -> None:
         """Says what is wrong with each line of a manifest, as far as can be told without decoding its audio.
 
-        Writes nothing. Exits with 1 if an example can't be trained on: its line is invalid, its audio is missing, empty
-        or no audio, or it is too long.
+        Writes nothing. Exits with 1 if an example can't be trained on: its line is invalid or has nothing for the
+        objectives of its group, its audio is missing, empty or no audio, its labels go beyond the clip, or it is too
+        long.
 
         Args:
             manifest: JSON lines; `train/data/manifest.py` says what a line may hold.
+            group: The group of the mixture that it is for, such as speech; by default the one that names it (as with
+                --mixture.speech.paths), or else that of --data. The group's objectives are what is asked.
             recipe: Where the other options get their defaults; of them, the data's say what is too long.
             init: The checkpoint to train, short for --model.checkpoint: with its tokenizer, texts count too.
             config: What the recipe says, and may be said otherwise.
         """
-        _check(manifest, config, init)
+        _check(manifest, config, init, group)
 
     return check
 
 
-def _check(manifest: Path, config: "RunConfig", init: str | None) -> None:
+def _check(manifest: Path, config: "RunConfig", init: str | None, group: str | None) -> None:
     from train.check import check_of
     from train.config import with_paths
 
-    check = check_of(with_paths(config, init), manifest)
+    check = check_of(with_paths(config, init), manifest, group)
     for problem in check.problems():
         print(problem)
     print(check.summary())
@@ -169,7 +173,7 @@ def run_command(arguments: list[str]) -> Callable[..., None]:
             recipe: Where the other options get their defaults.
             out: The directory of the run: config.json, metrics.jsonl, checkpoints/.
             init: The checkpoint to begin with, short for --model.checkpoint.
-            data: Conversations to learn, short for --mixture.conversations.paths.
+            data: Conversations or labelled clips to learn, short for --mixture.conversations.paths.
             eval_data: What to evaluate on, short for --evaluate-data; at each checkpoint if nothing says how often.
             config: What the recipe says, and may be said otherwise.
             processes: How the processes of a run find each other, if there are several.
@@ -182,12 +186,13 @@ def run_command(arguments: list[str]) -> Callable[..., None]:
 
 
 def _named_recipe(arguments: list[str], default: str) -> "RunConfig":
-    """The recipe that `--recipe` names; the default if none or an unknown one is named."""
-    from train.config import RECIPES
+    """The recipe that `--recipe` names, or else the default, with the groups of new names that the arguments have."""
+    from train.config import RECIPES, with_named_groups
 
     scan = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     scan.add_argument("--recipe")
-    return RECIPES.get(scan.parse_known_args(arguments)[0].recipe, RECIPES[default])
+    recipe = RECIPES.get(scan.parse_known_args(arguments)[0].recipe, RECIPES[default])
+    return with_named_groups(recipe, arguments)
 
 
 def plan_command(arguments: list[str]) -> Callable[..., None]:

@@ -1,12 +1,13 @@
 """What can be said against training data before it is trained on: everything but what decoding audio would show.
 
-Of each line of a manifest: whether it is valid, whether its audio is there and has a header that makes sense, and, by
-that header and the tokens of its texts, whether it is within a run's budget. A file that is damaged after its header,
+Of each line of a manifest: whether it is valid and has something for the objectives of its group, whether its audio is
+there and has a header that makes sense, and, by that header and the tokens of its texts, whether its labels are within
+the clip and all of it within a run's budget. A file that is damaged after its header,
 or cut short, is found when it is decoded: training skips it and counts it.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -20,7 +21,7 @@ from moss_audio_jax.tokens import Tokenizer
 from train.config import RunConfig
 from train.data.budget import TooLong
 from train.data.manifest import Clip, Example, Message, checked_lines
-from train.data.objectives import OBJECTIVES, render
+from train.data.objectives import OBJECTIVES, applying, nothing_to_ask
 from train.data.pipeline import DataConfig
 from train.data.samples import SampleMaker, audible
 from train.model_files import LEARNED
@@ -28,29 +29,34 @@ from train.model_files import LEARNED
 log = logging.getLogger(__name__)
 
 SHOWN = 5  # problems in the refusal of a run
+DATA_GROUP = "conversations"  # of `--data`
 
 
 @dataclass
 class Check:
     """Of one manifest; `problems` does the work, and the counts are complete when it is at its end.
 
-    maker: makes samples as the run does; None counts clips alone, for want of a tokenizer.
-    objectives: what may be asked; every one that applies to an example has to be within the budget.
+    group: of the mixture, that the manifest is for. objectives: of every group; each of this one's that applies to an
+        example has to be within the budget.
+    maker: makes samples as the run does; None counts clips alone, where there is no tokenizer.
     fetch: also look at audio on gs://, whose files are fetched whole for it.
-    unusable: lines that are invalid and those whose audio can't be used. too_long, truncated: what becomes of examples
-        beyond the budget. audio_seconds: of all clips, as cut.
+    unusable: lines that are invalid, have nothing for the objectives, or whose audio or labels can't be used.
+    too_long, truncated: what becomes of examples beyond the budget. split: texts that become several sequences.
+    audio_seconds: of all clips, as cut.
     """
 
     path: AnyPath
     data: DataConfig
     chunk_frames: int
+    group: str
+    objectives: Mapping[str, Mapping[str, float]]
     maker: SampleMaker | None = None
-    objectives: tuple[str, ...] = tuple(OBJECTIVES)
     fetch: bool = True
     examples: int = field(default=0, init=False)
     unusable: int = field(default=0, init=False)
     too_long: int = field(default=0, init=False)
     truncated: int = field(default=0, init=False)
+    split: int = field(default=0, init=False)
     audio_seconds: float = field(default=0.0, init=False)
 
     def problems(self) -> Iterator[str]:
@@ -61,7 +67,10 @@ class Check:
             try:
                 if isinstance(read, MossAudioError):
                     raise read
-                self.truncated += self._is_truncated(self._without_audio(read))
+                objectives, silent = self._objectives(read), self._without_audio(read)
+                if silent.clip is not None and self._is_known(read.clip):
+                    read.require_labels_within(silent.clip.num_samples() / SAMPLE_RATE)
+                self.truncated += self._is_truncated(silent, objectives)
             except TooLong as error:
                 self.too_long += 1
                 yield str(error)
@@ -74,17 +83,30 @@ class Check:
         counted = "" if self.maker else " (by their audio alone, without the tokens of texts)"
         return (
             f"{self.path}: {self.examples} examples, {self.audio_seconds / 3600:.2f} hours of audio; {self.unusable} "
-            f"can't be used, {self.too_long} are too long and would be {beyond}, {self.truncated} truncated{counted}"
+            f"can't be used, {self.too_long} are too long and would be {beyond}, {self.truncated} truncated, "
+            f"{self.split} texts split{counted}; read as {_option(self.group)}"
         )
 
-    def _is_truncated(self, example: Example) -> bool:
+    def _objectives(self, example: Example) -> list[str]:
+        """The objectives of the group that apply; raises NothingToAsk, which names the groups that have others."""
+        shares = self.objectives[self.group]
+        found = list(applying(example, shares))
+        if not found:
+            others = [_option(name) for name, theirs in self.objectives.items() if applying(example, theirs)]
+            advice = f"give the manifest as {' or '.join(others)}" if others else "add labels"
+            raise nothing_to_ask(example, shares, advice)
+        return found
+
+    def _is_truncated(self, example: Example, objectives: list[str]) -> bool:
         """Whether an example loses its end in one of the objectives; raises TooLong if it can't be trained on."""
-        applying = [name for name in self.objectives if OBJECTIVES[name].applies(example)]
-        if not applying:
-            render(example, np.random.default_rng(0), dict.fromkeys(self.objectives, 1.0))  # says so
         budget, truncate, truncated = self.data.budget, self.data.oversize == "truncate", False
-        for name in applying:
+        for name in objectives:
             whole = OBJECTIVES[name].render(example, np.random.default_rng(0))
+            if isinstance(whole, str):
+                self.split += (
+                    self.maker is not None and len(self.maker.extent(example.name, whole).learned) > budget.tokens
+                )
+                continue
             cut = audible(example.name, whole, budget, self.chunk_frames, truncate=truncate, answers=self.data.answers)
             truncated |= cut is not whole
             if self.maker is not None:
@@ -109,19 +131,35 @@ class Check:
 
     def _silence(self, clip: Clip) -> Clip:
         assert isinstance(clip.audio, str)  # a manifest holds paths
-        known = self.fetch or not is_remote(clip.audio)
-        samples = clip.num_samples() if known else RELEASED_MEL.mel_hop_length
+        samples = clip.num_samples() if self._is_known(clip) else RELEASED_MEL.mel_hop_length
         self.audio_seconds += samples / SAMPLE_RATE
         return Clip(np.broadcast_to(np.float32(0), samples), name=clip.name)
 
+    def _is_known(self, clip: Clip | None) -> bool:
+        """Whether the clip's header may be read."""
+        return clip is not None and (self.fetch or not is_remote(str(clip.audio)))
 
-def check_of(config: RunConfig, path: AnyPath) -> Check:
-    """The check of a manifest for a run: its budget, its model's chunks and, if it names one, its tokenizer."""
+
+def _option(group: str) -> str:
+    return f"--mixture.{group}.paths"
+
+
+def check_of(config: RunConfig, path: AnyPath, group: str | None = None) -> Check:
+    """The check of a manifest for a run: its budget, its model's chunks and, if it names one, its tokenizer.
+
+    group: by default the one that names the manifest among its paths, or else that of `--data`.
+    """
+    groups = config.mixture.manifest_groups()
+    named = [name for name, their in groups.items() if to_path(path) in map(to_path, their.paths)]
+    group = group or next(iter(named), DATA_GROUP)
+    if group not in groups:
+        raise MossAudioError(f"--group must be one of {', '.join(groups)}, not {group!r}")
     model = config.trained_model()
     chunk_frames = model.audio_config.chunk_frames
     if chunk_frames is None:
         raise MossAudioError(f"{path} can't be checked for a model without chunks, which does not train")
-    return Check(path, config.data, chunk_frames, _maker(config, model))
+    objectives = {name: their.shares(name) for name, their in groups.items()}
+    return Check(path, config.data, chunk_frames, group, objectives, _maker(config, model))
 
 
 def _maker(config: RunConfig, model: MossAudioConfig) -> SampleMaker | None:
@@ -138,11 +176,10 @@ def require_usable(config: RunConfig) -> None:
     That an example is too long is a reason where the run would be stopped by it, and else a line in the log, for which
     texts are not tokenised.
     """
-    mixture = config.mixture
-    for group in (mixture.speech, mixture.captions, mixture.text, mixture.conversations):
+    for name, group in config.mixture.manifest_groups().items():
         for path in group.paths:
             if not to_path(path).is_dir():  # shards were decoded when they were made
-                check = replace(check_of(config, path), objectives=group.objectives, fetch=False)
+                check = replace(check_of(config, path, name), fetch=False)
                 _require_usable(check if config.data.oversize == "refuse" else replace(check, maker=None))
 
 
@@ -156,7 +193,7 @@ def _require_usable(check: Check) -> None:
     if count:
         raise MossAudioError(
             f"{count} of {check.examples} examples can't be trained on, and nothing was begun: {' '.join(shown)} "
-            f"`python -m train check {check.path}` lists all; repair the data."
+            f"`python -m train check {check.path} --group {check.group}` lists all; repair the data."
         )
     if check.too_long == check.examples:
         raise MossAudioError(f"every example is too long: {check.summary()}; raise the budget.")

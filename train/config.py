@@ -6,16 +6,20 @@ Every field is an option of `python -m train run`. What changes the parameters t
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from moss_audio_jax.config import LoraConfig, MossAudioConfig, read_json
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.int8 import int8_kernels
+from moss_audio_jax.model import parameter_specs
 from moss_audio_jax.paths import AnyPath, to_path, write_whole
+from train.data.augment import AugmentConfig
 from train.data.mixture import Group, Source
+from train.data.objectives import OBJECTIVES, check_shares
 from train.data.pipeline import DataConfig
 from train.data.scenes import SceneConfig, SceneExamples
 from train.initial import ModelSource, model_config
@@ -23,19 +27,23 @@ from train.optimizer import OptimizerConfig, is_frozen
 from train.step import StepConfig
 
 CONFIG_FILE = "config.json"
-FREE_TO_CHANGE = ("loop.", "mesh.", "data.max_skip_rate")
+FREE_TO_CHANGE = ("loop.", "mesh.", "data.max_skip_rate", "model.allow_random_frozen")
+NEWER = {"augment": dataclasses.asdict(AugmentConfig())}  # what older runs were begun with, not all of it empty
 
 
 @dataclasses.dataclass(frozen=True)
 class GroupConfig:
     """Data sets that share a purpose."""
 
-    share: float
+    share: float = 0.0
     """Of all examples, relative to the groups that have paths."""
-    objectives: tuple[str, ...]
-    """What is asked, each alike often where an example has the labels for it."""
+    objectives: tuple[str, ...] = ()
+    """What is asked where an example has the labels for it (`train/data/objectives.py` has them). A name may have a
+    weight, as in `transcribe=2`; a bare one weighs 1. Without any, all weigh 1."""
     paths: tuple[str, ...] = ()
-    """Manifests, and directories of shards; each is drawn in proportion to the square root of its size."""
+    """Manifests, and directories of shards."""
+    weights: tuple[float, ...] = ()
+    """How often each of the paths is drawn, relative to the others; by default the square root of its size."""
     begin: int = 0
     """The group takes part from this example of the run on."""
     end: int | None = None
@@ -43,9 +51,41 @@ class GroupConfig:
 
     def group(self, name: str, seed: int) -> Group | None:
         """The group, opened; None if it is given nothing."""
+        from train.data.shards import open_examples
+
         if not self.paths:
             return None
-        return Group(name, self.share, tuple(_open(path, self.objectives) for path in self.paths), self.begin, self.end)
+        if self.weights and len(self.weights) != len(self.paths):
+            raise MossAudioError(
+                f"mixture.{name}.weights must be as many as its {len(self.paths)} paths, found {len(self.weights)}"
+            )
+        shares, weights = self.shares(name), self.weights or (None,) * len(self.paths)
+        # Groups of one's own may ask different things about one data set.
+        prefix = "" if name in _OWN_GROUPS else f"{name}: "
+        sources = tuple(
+            Source(prefix + path, open_examples(path), shares, weight)
+            for path, weight in zip(self.paths, weights, strict=True)
+        )
+        return Group(name, self.share, sources, self.begin, self.end)
+
+    def shares(self, name: str) -> dict[str, float]:
+        """The weight of each objective. Raises MossAudioError that names the option of the group `name`."""
+        option, shares = f"mixture.{name}.objectives", {}
+        for entry in self.objectives:
+            objective, equals, weight = entry.partition("=")
+            if objective in shares:
+                raise MossAudioError(f"{option} names {objective} twice: give it once, with one weight")
+            try:
+                shares[objective] = float(weight) if equals else 1.0
+            except ValueError as error:
+                raise MossAudioError(
+                    f"{option} must be names, or names with weights such as transcribe=2, found {entry!r}"
+                ) from error
+        try:
+            check_shares(shares or dict.fromkeys(OBJECTIVES, 1.0))
+        except MossAudioError as error:
+            raise MossAudioError(f"{option}: {error}") from error
+        return shares or dict.fromkeys(OBJECTIVES, 1.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,34 +109,61 @@ class SceneGroupConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MixtureConfig:
-    """MOSS-Audio's published mixture, and sound scenes."""
+    """MOSS-Audio's published mixture, sound scenes, and groups of any other names."""
 
     speech: GroupConfig = GroupConfig(0.3, ("transcribe", "transcribe_words", "transcribe_sentences"))
     captions: GroupConfig = GroupConfig(0.4, ("caption", "events", "time_qa", "conversation"))
     text: GroupConfig = GroupConfig(0.3, ("plain_text",))
-    conversations: GroupConfig = GroupConfig(1.0, ("conversation",))
-    """To fine-tune on: `--data` is short for its paths."""
+    conversations: GroupConfig = GroupConfig(1.0, ("conversation", "labels"))
+    """To fine-tune on: `--data` is short for its paths. Of a clip without a conversation its labels are asked."""
     scenes: SceneGroupConfig = SceneGroupConfig()
     easy_scenes: SceneGroupConfig = SceneGroupConfig()
     """Apart from the others, for a curriculum."""
+    named: Annotated[dict[str, GroupConfig], tyro.conf.arg(name="")] = dataclasses.field(default_factory=dict)
+    """Groups of other names, each with the options of `speech`; see `with_named_groups`."""
+
+    def manifest_groups(self) -> dict[str, GroupConfig]:
+        """The groups of data sets by name."""
+        return {name: group for name, group in self._by_name().items() if isinstance(group, GroupConfig)}
 
     def groups(self, seed: int) -> list[Group]:
         """The groups that are given something, opened. seed: of the scenes."""
-        named = [(field.name, getattr(self, field.name)) for field in dataclasses.fields(self)]
-        opened = [group.group(name, seed) for name, group in named]
+        for name, group in self.named.items():
+            _require_complete(name, group)
+        opened = [group.group(name, seed) for name, group in self._by_name().items()]
         used = [group for group in opened if group is not None]
         if not used:
-            options = ", ".join(f"mixture.{name}.paths" for name, group in named if isinstance(group, GroupConfig))
+            options = ", ".join(f"mixture.{name}.paths" for name in self.manifest_groups())
             raise MossAudioError(f"there is nothing to train on: give one of {options}, or mixture.scenes.share")
         return used
 
+    def _by_name(self) -> dict[str, "GroupConfig | SceneGroupConfig"]:
+        """All groups. The order of examples depends on theirs, which is therefore not that of the command line."""
+        return {name: getattr(self, name) for name in _OWN_GROUPS} | dict(sorted(self.named.items()))
 
-def _open(path: str, objectives: tuple[str, ...]) -> Source:
-    from train.data.manifest import Manifest
-    from train.data.shards import Shards
 
-    examples = Shards(path) if to_path(path).is_dir() else Manifest(path)
-    return Source(path, examples, dict.fromkeys(objectives, 1.0))
+_OWN_GROUPS = tuple(field.name for field in dataclasses.fields(MixtureConfig) if field.name != "named")
+_GROUP_OPTION = re.compile(r"--mixture\.([^.=]+)\.")
+
+
+def with_named_groups(config: "RunConfig", arguments: Iterable[str]) -> "RunConfig":
+    """The configuration with an empty group for each new name in arguments such as `--mixture.NAME.paths`."""
+    found = (match[1].replace("-", "_") for match in map(_GROUP_OPTION.match, arguments) if match)
+    named = {name: GroupConfig() for name in found if name not in (*_OWN_GROUPS, "named")}
+    mixture = dataclasses.replace(config.mixture, named=named | config.mixture.named)
+    return dataclasses.replace(config, mixture=mixture)
+
+
+def _require_complete(name: str, group: GroupConfig) -> None:
+    """Of a group with a name of the user's, where nothing has a default."""
+    if not re.fullmatch("[a-z0-9_]+", name):
+        raise MossAudioError(f"mixture.{name} must be named with a-z, 0-9 and _, as its metrics are: rename it")
+    missing = [option for option in ("paths", "share") if not getattr(group, option)]
+    if missing:
+        raise MossAudioError(
+            f"mixture.{name} is a new group without mixture.{name}.{missing[0]}: give it, or name one of the groups "
+            f"{', '.join(_OWN_GROUPS)}"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,6 +260,7 @@ class RunConfig:
     loop: tyro.conf.OmitArgPrefixes[LoopConfig] = LoopConfig()
     model: ModelSource = dataclasses.field(default_factory=ModelSource)
     mixture: MixtureConfig = MixtureConfig()
+    augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
     step: StepConfig = dataclasses.field(default_factory=StepConfig)
     lora: tyro.conf.AvoidSubcommands[LoraConfig | None] = None
     mesh: MeshConfig = MeshConfig()
@@ -214,6 +282,12 @@ class RunConfig:
     def trained_model(self) -> MossAudioConfig:
         """Of the model that is trained, with its adapters if it has any."""
         return dataclasses.replace(model_config(self.model), lora=self.lora)
+
+    def require_no_random_frozen(self, model: MossAudioConfig) -> None:
+        """Raises MossAudioError if a frozen parameter is given by no checkpoint, unless that is allowed."""
+        if self.lora is not None and self.model.checkpoint is None:
+            raise MossAudioError("lora adapts a checkpoint: name it with --init or --model.checkpoint")
+        self.model.require_given(self.frozen_dtypes(parameter_specs(model)))
 
     def frozen_dtypes(self, paths: Iterable[str]) -> dict[str, str]:
         """The type of each of these parameters that is frozen: masters are float32, these need no more to compute."""
@@ -317,10 +391,10 @@ def settle(config: Any, out: AnyPath, *, begun: bool) -> None:
     Raises MossAudioError, naming what differs, if that is another one.
     """
     path = to_path(out) / CONFIG_FILE
-    now = json.loads(json.dumps(dataclasses.asdict(config)))
+    now, newer = (json.loads(json.dumps(content)) for content in (dataclasses.asdict(config), NEWER))
     if begun:
-        then = read_json(path)
-        before, after = _by_path(then), _by_path(now)
+        after = _by_path(now)
+        before = {name: value for name, value in _by_path(newer).items() if name in after} | _by_path(read_json(path))
         problems = [
             f"{name} is {after.get(name)!r} and was {before.get(name)!r}"
             for name in sorted(before.keys() | after.keys())
@@ -338,8 +412,9 @@ def settle(config: Any, out: AnyPath, *, begun: bool) -> None:
 
 
 def _by_path(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts to one by dotted path."""
+    """Nested dicts to one by dotted path, which is that of options: groups of new names stand beside the others."""
     flat: dict[str, Any] = {}
     for name, value in content.items():
-        flat |= _by_path(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+        path = prefix + ("" if name == "named" else f"{name}.")
+        flat |= _by_path(value, path) if isinstance(value, dict) else {f"{prefix}{name}": value}
     return flat

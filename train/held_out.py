@@ -24,7 +24,7 @@ from moss_audio_jax.sharding import num_parts, partition_spec
 from train.best import Measured, overall, require_metric
 from train.config import RunConfig
 from train.data import Message, SampleMaker, TrainingBatch
-from train.data.budget import TooLong
+from train.data.budget import Budget, TooLong
 from train.data.packing import Packer, pack_row, stack_rows
 from train.data.samples import Sample
 from train.distributed import share_of_batch
@@ -60,7 +60,7 @@ class HeldOut:
         batch = -(-BATCH // self._parts) * self._parts
         self._answers = AnswerConfig(batch, config.loop.evaluate_tokens, maker.time_markers)
         self._items, texts = questions_and_texts(config)
-        self._batches = _batches(config, _samples(maker, self._items, texts), mesh)
+        self._batches = _batches(config, _samples(maker, self._items, texts, config.data.budget), mesh)
         if config.loop.best_metric is not None:
             unanswered = measure(self._items, [""] * len(self._items))
             require_metric(config.loop.best_metric, overall([_per_token(0, 0, 0), *_tasks(unanswered)]))
@@ -131,11 +131,13 @@ def questions_and_texts(config: RunConfig) -> tuple[list[Item], list[tuple[str, 
     return items, [text for path in paths for text in manifest_texts(path, limit=count)]
 
 
-def _samples(maker: SampleMaker, items: Sequence[Item], texts: Sequence[tuple[str, str]]) -> Iterator[Sample]:
+def _samples(
+    maker: SampleMaker, items: Sequence[Item], texts: Sequence[tuple[str, str]], budget: Budget
+) -> Iterator[Sample]:
     for item in items:
         yield maker.sample(item.name, (*item.turns, Message("assistant", (item.reference,))))
     for name, text in texts:
-        yield maker.sample(name, text)
+        yield from maker.text_samples(name, text, budget)
 
 
 def _batches(config: RunConfig, samples: Iterable[Sample], mesh: Mesh) -> list[TrainingBatch]:

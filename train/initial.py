@@ -9,7 +9,7 @@ Every parameter is made or read where it will lie, in the dtype it will have, an
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -45,6 +45,13 @@ HEAD = "lm_head.kernel"
 # Path -> shape, dtype and place of a parameter that is to be read or made.
 Wanted = dict[str, jax.ShapeDtypeStruct]
 
+# Option of ModelSource -> how the paths of the parameters begin that it gives.
+GIVES: dict[str, tuple[str, ...]] = {
+    "checkpoint": ("",),
+    "encoder": ("audio_encoder.",),
+    "language_model": ("language_model.", "lm_head."),
+}
+
 # A part may differ in these from the model it becomes part of: its parameters mean the same. (Dropout is the run's
 # choice, the taps are the mergers' affair, Qwen3's longest position limits nothing here.)
 UNCOMPARED = (
@@ -76,6 +83,8 @@ class ModelSource:
     """Seconds written between the audio tokens; by default as the checkpoint or the preset says."""
     deepstack: int | None = None
     """How many encoder taps reach the language model, of those of the preset: 0 trains a model without DeepStack."""
+    allow_random_frozen: bool = False
+    """Train even where parameters are frozen that no checkpoint gives, which are random and stay so."""
 
     def __post_init__(self):
         if self.preset not in PRESETS:
@@ -96,6 +105,23 @@ class ModelSource:
     def tokenizer_source(self) -> str | None:
         """What `tokenizer` says, or the directory that has one; None if nothing names any."""
         return self.tokenizer or self.checkpoint or self.language_model
+
+    def require_given(self, frozen: Iterable[str]) -> None:
+        """Raises MossAudioError if a checkpoint gives not all of these parameters, unless that is allowed."""
+        given = [prefix for option, prefixes in GIVES.items() if getattr(self, option) for prefix in prefixes]
+        random = [path for path in frozen if not path.startswith(tuple(given))]
+        if not random or self.allow_random_frozen:
+            return
+        parts = dict.fromkeys(path.partition(".")[0] for path in random)
+        options = [
+            f"--model.{option.replace('_', '-')}"
+            for option, prefixes in GIVES.items()
+            if any(f"{part}.".startswith(prefixes) for part in parts)
+        ]
+        raise MossAudioError(
+            f"the frozen parameters of {', '.join(parts)} would stay random, as no checkpoint gives them: name one by "
+            f"{', '.join(options)}, or give --model.allow-random-frozen to train so"
+        )
 
 
 def model_config(source: ModelSource) -> MossAudioConfig:
@@ -201,17 +227,17 @@ def _open_parts(source: ModelSource) -> list[Part]:
     """Those that a run names, a parameter belonging to the first that has it; headers are read and no tensors."""
     parts = []
     if source.encoder is not None:
-        part = _open_moss_audio("encoder", source.encoder, ("audio_encoder.",))
+        part = _open_moss_audio("encoder", source.encoder, GIVES["encoder"])
         parts.append(dataclasses.replace(part, language_config=None))
     if source.language_model is not None:
         parts.append(_open_language_model(source.language_model))
     if source.checkpoint is not None:
-        parts.append(_open_moss_audio("checkpoint", source.checkpoint, ("",)))
+        parts.append(_open_moss_audio("checkpoint", source.checkpoint, GIVES["checkpoint"]))
     return parts
 
 
 def _open_language_model(directory: str) -> Part:
-    prefixes = ("language_model.", "lm_head.")
+    prefixes = GIVES["language_model"]
     layout_of(directory)
     config = files_directory(directory) / "config.json"
     kind = read_json(config).get("model_type") if config.exists() else None

@@ -35,6 +35,7 @@ from train.checkpoints import Checkpoints
 from train.chips import peak_flops
 from train.config import RunConfig, settle
 from train.data import ExampleOrder, Prefetched, SampleMaker, TrainingBatch, TrainingData
+from train.data.augment import Augmentation
 from train.distributed import (
     HostSums,
     any_host_has,
@@ -79,16 +80,18 @@ def train(config: RunConfig, out: AnyPath, *, mesh: Mesh | None = None) -> Outco
     Raises MossAudioError for a configuration other than the one the run was begun with, too many skipped steps in a
     row, data that can't be used and checkpoints that can't be written or read.
     """
+    model = config.trained_model()
+    config.require_no_random_frozen(model)
     if config.loop.check_data:
         require_usable(config)
     out = to_path(out)
     mesh = make_mesh(**dataclasses.asdict(config.mesh)) if mesh is None else mesh
-    model = config.trained_model()
+    order = ExampleOrder(config.mixture.groups(config.seed), config.seed)
+    augmentation = Augmentation(config.augment)
     with ExitStack() as stack:
         stop = stack.enter_context(_termination())
         checkpoints = Checkpoints(out, keep_last=config.loop.keep_last, keep_every=config.loop.keep_every)
         stack.enter_context(checkpoints)
-        order = ExampleOrder(config.mixture.groups(config.seed), config.seed)
 
         def write_files() -> None:
             settle(config, out, begun=bool(checkpoints.steps))
@@ -96,7 +99,13 @@ def train(config: RunConfig, out: AnyPath, *, mesh: Mesh | None = None) -> Outco
 
         first_process_does(write_files)
         tokenizer = Tokenizer.from_dir(out / RUN_MODEL)
-        maker = SampleMaker(tokenizer, model, answers=config.data.answers, thoughts=config.data.thoughts)
+        maker = SampleMaker(
+            tokenizer,
+            model,
+            answers=config.data.answers,
+            thoughts=config.data.thoughts,
+            augmentation=augmentation,
+        )
         held_out = HeldOut(config, Processor(tokenizer, model), maker, mesh, out)
         data = stack.enter_context(_data(config, mesh, order, maker))
         source = config.model

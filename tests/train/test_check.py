@@ -56,6 +56,32 @@ BAD = {
         line("a.wav", "a.wav", question=f"{SPAN}What?"),
         "no placeholder in a text, found 2 clips, 1 placeholders",
     ),
+    "a label past the end": (
+        {"audio": "a.wav", "events": [{"text": "tone", "start": 0, "end": 99}]},
+        "expected labels within the clip, which ends at 1.00 s, found 'tone' from 0 to 99 s",
+    ),
+    "a label past the end of a cut": (
+        {"audio": "a.wav", "start": 0.5, "words": [{"text": "a", "start": 0.75, "end": 1.25}]},
+        "expected labels within the clip, which ends at 1.00 s, found 'a' from 0.75 to 1.25 s",
+    ),
+    "labels beside a conversation past the end": (
+        line("a.wav") | {"segments": [{"text": "a", "start": 80, "end": 85}]},
+        "which ends at 1.00 s, found 'a' from 80 to 85 s",
+    ),
+    "times that run backwards": (
+        {"audio": "a.wav", "words": [{"text": "a", "start": 0.7, "end": 0.8}, {"text": "b", "start": 0.2, "end": 0.3}]},
+        "expected words in the order in which they begin, found words[2] at 0.2 s after one at 0.7 s",
+    ),
+    "a repeated key": (
+        b'{"audio": "a.wav", "text": "first", "text": "second"}',
+        "expected each key once in an object, found 'text' twice",
+    ),
+    "a URL": (
+        line("https://example.com/0.wav"),
+        "expected the path of a file or gs://bucket/file (nothing is fetched from elsewhere: download it first), "
+        "found the URL 'https://example.com/0.wav'",
+    ),
+    "text alone": ({"text": "fine"}, "found only 'text'; give the manifest as --mixture.text.paths."),
     "half a placeholder": (line("a.wav", question="<|AUDIO|>What?"), "found 1 clips, 1 placeholders"),
 }
 TOO_LONG = {
@@ -113,7 +139,9 @@ def files(directory: Path) -> dict[Path, int]:
 
 def test_all_problems_are_listed_by_line(directory: Path):
     cases = list((BAD | TOO_LONG).values())
-    path = write(directory, "all.jsonl", [line("a.wav"), *(content for content, _ in cases), {"text": "fine"}])
+    path = write(
+        directory, "all.jsonl", [line("a.wav"), *(content for content, _ in cases), {"audio": "a.wav", "text": "hi"}]
+    )
     check = check_of(config_of(directory), path)
     problems = list(check.problems())
     for number, (problem, (_, complaint)) in enumerate(zip(problems, cases, strict=True), start=2):
@@ -159,6 +187,47 @@ def test_a_run_is_begun_without_what_is_too_long_unless_told_otherwise(
         require_usable(with_paths(config_of(directory), data=(str(path),)))
 
 
+def test_labels_may_end_a_little_after_the_clip_and_events_may_be_in_any_order(directory: Path):
+    events = [{"text": "tone", "start": 0.5, "end": 1.08}, {"text": "hum", "start": 0, "end": 0.7}]
+    path = write(directory, "fine.jsonl", [{"audio": "a.wav", "events": events}])
+    assert not list(check_of(config_of(directory), path).problems())
+
+
+def test_long_texts_are_split(directory: Path):
+    path = write(directory, "texts.jsonl", [{"text": "a word " * 20}, {"text": "a word " * 100}])
+    for oversize in ("skip", "truncate", "refuse"):
+        config = config_of(directory, oversize=oversize)
+        check = check_of(config, path, "text")
+        assert not list(check.problems()) and (check.split, check.truncated, check.examples) == (1, 0, 2)
+        assert "1 texts split; read as --mixture.text.paths" in check.summary()
+
+
+def test_the_objectives_are_those_of_the_group_that_the_manifest_is_for(directory: Path):
+    lines = [{"audio": "a.wav", "caption": "A hum."}, {"audio": "a.wav", "text": "hi"}, line("a.wav"), {"text": "fine"}]
+    path = write(directory, "kinds.jsonl", lines)
+    config = config_of(directory)
+    conversation = "--mixture.captions.paths or --mixture.conversations.paths."
+    unasked = {
+        "conversations": {4: "--mixture.text.paths."},
+        "speech": {1: conversation, 3: conversation, 4: "--mixture.text.paths."},
+        "text": {1: conversation, 2: "--mixture.speech.paths or --mixture.conversations.paths.", 3: conversation},
+    }
+    for group, others in unasked.items():
+        named = dataclasses.replace(getattr(config.mixture, group), paths=(str(path),))
+        mixed = dataclasses.replace(config, mixture=dataclasses.replace(config.mixture, **{group: named}))
+        for check in (check_of(config, path, group), check_of(mixed, path)):
+            problems = list(check.problems())
+            assert len(problems) == len(others) == check.unusable
+            for problem, (number, advice) in zip(problems, others.items(), strict=True):
+                assert problem.startswith(f"{path} line {number}: ") and problem.endswith(f"the manifest as {advice}")
+        with pytest.raises(
+            MossAudioError, match=rf"{len(others)} of 4 examples can't be .* --group {group}` lists all"
+        ):
+            require_usable(mixed)
+    with pytest.raises(MossAudioError, match=r"--group must be one of speech, captions, .*, not 'music'"):
+        check_of(config, path, "music")
+
+
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     monkeypatch.setattr("sys.argv", ["moss-audio-train", *map(str, arguments)])
     with pytest.raises(SystemExit) as end:
@@ -193,6 +262,17 @@ def test_short_options_are_those_they_are_short_for(
     for others in (("moss-8b",), (None, ("b.jsonl",)), (None, (), ("c.jsonl",))):
         with pytest.raises(MossAudioError, match="name different things: give one of them"):
             with_paths(config, *others)
+
+
+def test_the_command_takes_the_group(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    path = write(directory, "speech.jsonl", [{"audio": "a.wav", "text": "hi"}, line("a.wav")])
+    for options in (("--group", "speech"), ("--mixture.speech.paths", path)):
+        assert run(monkeypatch, "check", path, *options) == 1
+        out = capsys.readouterr().out.splitlines()
+        assert len(out) == 2 and out[0].startswith(f"{path} line 2: expected what the objectives transcribe, ")
+        assert out[1].endswith("; read as --mixture.speech.paths")
 
 
 def test_clips_know_their_length(directory: Path):

@@ -97,6 +97,13 @@ def held_out(config: RunConfig, mesh: jax.sharding.Mesh, out: Path, **loop) -> H
     return HeldOut(config, processor, SampleMaker(processor.tokenizer, processor.config), mesh, out)
 
 
+def test_the_loss_is_of_all_of_a_long_text(config: RunConfig, tmp_path: Path):  # noqa: F811
+    text, path = "a word " * 100, tmp_path / "long.jsonl"
+    path.write_text(json.dumps({"text": text}))
+    batches = held_out(config, one_device(), tmp_path, evaluate_data=(str(path),))._batches
+    assert sum(float(batch.weights.sum()) for batch in batches) == len(text)  # of bytes and an end, all but the first
+
+
 @pytest.mark.alone
 def test_the_loss_is_of_all_tokens_and_the_same_on_a_mesh(
     config: RunConfig,  # noqa: F811

@@ -19,7 +19,9 @@ from moss_audio_jax.model import parameter_specs
 from moss_audio_jax.released import INDEX_FILE, SINGLE_FILE, SafetensorsCheckpoint, released_leaves
 from moss_audio_jax.sharding import make_mesh
 from train import initial
+from train.config import RECIPES, settle
 from train.initial import ModelSource, first_parameters, model_config, random_parameters
+from train.loop import train
 from train.step import initial_parameters
 
 TINY = MossAudioConfig.preset("tiny")
@@ -302,6 +304,46 @@ def test_the_tokenizer_is_the_one_named_or_the_checkpoints_or_the_language_model
     del named["checkpoint"]
     assert options(checkpoints, named).tokenizer_source == str(checkpoints / "qwen3")
     assert ModelSource(encoder="anywhere").tokenizer_source is None
+
+
+ALL_OPTIONS = "--model.checkpoint, --model.encoder, --model.language-model"
+
+
+@pytest.mark.parametrize(
+    ("given", "parts", "named"),
+    [
+        ({}, "audio_encoder, language_model, lm_head", ALL_OPTIONS),
+        ({"encoder": "a"}, "language_model, lm_head", "--model.checkpoint, --model.language-model"),
+        ({"language_model": "a"}, "audio_encoder", "--model.checkpoint, --model.encoder"),
+    ],
+)
+def test_random_parts_are_not_frozen_unless_asked_for(given: dict, parts: str, named: str, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(jax, "jit", lambda *_, **__: pytest.fail("something was compiled"))
+    config = RECIPES["pretrain_stage1"]
+    for allowed in (False, True):
+        source = ModelSource(preset="tiny", tokenizer="learned", allow_random_frozen=allowed, **given)
+        config = dataclasses.replace(config, model=source)
+        # Where that is allowed, the run goes on to look for its data.
+        message = "there is nothing to train on" if allowed else f"the frozen parameters of {parts} would stay random, "
+        with pytest.raises(MossAudioError) as caught:
+            train(config, tmp_path / "run")
+        assert str(caught.value).startswith(message)
+        assert allowed or f"name one by {named}, or give --model.allow-random-frozen" in str(caught.value)
+    assert not list((tmp_path / "run").rglob("*.json"))
+
+
+def test_what_a_checkpoint_gives_may_be_frozen(tmp_path: Path):
+    stage1, lora = RECIPES["pretrain_stage1"], RECIPES["finetune_lora"]
+    for given in ({"checkpoint": "a"}, {"encoder": "a", "language_model": "b"}):
+        dataclasses.replace(stage1, model=ModelSource(**given)).require_no_random_frozen(TINY)
+    for recipe in ("pretrain_stage2", "finetune", "time_events"):
+        RECIPES[recipe].require_no_random_frozen(TINY)
+    with pytest.raises(MossAudioError, match="lora adapts a checkpoint: name it with --init"):
+        lora.require_no_random_frozen(TINY)
+    # A run that was begun before there was the option may go on with it.
+    old = dataclasses.replace(stage1, model=ModelSource(preset="tiny"))
+    settle(old, tmp_path, begun=False)
+    settle(dataclasses.replace(old, model=ModelSource(preset="tiny", allow_random_frozen=True)), tmp_path, begun=True)
 
 
 def test_deepstack_is_the_presets_or_the_checkpoints():

@@ -3,6 +3,7 @@
 manifest   JSON lines -> checked examples           shards    the same out of a few large files
 objectives an example -> question and answer        samples   that -> token ids, mel chunks
 mixture    sources -> one endless order             packing   samples -> sequences within a budget
+augment    audio that varies in training
 """
 
 from train.data.manifest import Clip, Example, Manifest, Message, TimedText

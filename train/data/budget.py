@@ -1,5 +1,6 @@
 """What one packed sequence holds, and what becomes of an example that is longer."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,3 +62,37 @@ class Extent:
         learned = np.flatnonzero(self.learned[: min(budget.tokens, *beyond[:1].tolist(), total)])
         # Nothing comes before the first token that could predict it.
         return int(learned[-1]) + 1 if truncate and learned.max(initial=0) > 0 else None
+
+
+def split_text(ids: Sequence[int], limit: int, spell: Callable[[Sequence[int]], bytes]) -> list[slice]:
+    """Pieces of at most `limit` ids (2 or more) that together hold all ids of a text, in order.
+
+    A piece begins with the last id of the one before, which predicts its first id. It ends in the last quarter of its
+    length, where there is a line's end, else a sentence's, else a word's, else a character's: the last of the best.
+
+    spell: the bytes of some ids.
+    """
+    pieces, begin = [], 0
+    while len(ids) - begin > limit:
+        ends = range(begin + max(2, limit - limit // 4), begin + limit + 1)
+        # Four ids spell the last character, even where each is a byte.
+        end = max(ends, key=lambda end: (_border(spell(ids[max(end - 4, 0) : end]), spell(ids[end : end + 1])), end))
+        pieces.append(slice(begin, end))
+        begin = end - 1
+    return [*pieces, slice(begin, len(ids))]
+
+
+_SENTENCE_ENDS = tuple(mark.encode() for mark in ".!?…")  # before a blank
+_WIDE_SENTENCE_ENDS = tuple(mark.encode() for mark in "。！？")
+
+
+def _border(before: bytes, after: bytes) -> int:
+    """How good a place between two texts is to cut at; 0 is within a character."""
+    if after and 0x80 <= after[0] < 0xC0:  # UTF-8's continuation bytes
+        return 0
+    if before.endswith(b"\n"):
+        return 4
+    between_words = before[-1:].isspace() or after[:1].isspace()
+    if before.endswith(_WIDE_SENTENCE_ENDS) or (between_words and before.rstrip().endswith(_SENTENCE_ENDS)):
+        return 3
+    return 2 if between_words else 1

@@ -16,12 +16,14 @@ An answer may begin with a thought, `<think>...</think>`. Clips stand in the ord
 placeholder for them.
 
 Or text without audio: {"text": "..."}. Labels may also stand beside a conversation about one clip. All times are
-seconds from the start of the file, also those of labels of a cut clip. Keys that are none of these are an error,
-since they are mostly misspelled; `id` and `meta` may hold anything and are ignored.
+seconds from the start of the file, also those of labels of a cut clip. Words and segments stand in the order in which
+they begin; events may be in any order. Keys that are none of these are an error, since they are mostly misspelled, and
+so is a key that is given twice; `id` and `meta` may hold anything and are ignored.
 
-Paths are relative to the manifest's directory, or gs://bucket/file. Absolute ones and those with `..` are followed:
-the released format has them, and a manifest is its user's own list of files. So look at the paths of a manifest from
-strangers before `prepare` copies what they name. Shards hold the audio itself and follow no path.
+Paths are relative to the manifest's directory, or gs://bucket/file; other URLs are refused. Absolute paths and those
+with `..` are followed: the released format has them, and a manifest is its user's own list of files. So look at the
+paths of a manifest from strangers before `prepare` copies what they name. Shards hold the audio itself and follow no
+path.
 """
 
 import json
@@ -36,11 +38,12 @@ import numpy as np
 
 from moss_audio_jax.audio import SAMPLE_RATE, load_audio, num_samples
 from moss_audio_jax.errors import MossAudioError
-from moss_audio_jax.paths import AnyPath, Path, join, local_copy, reason, to_path
+from moss_audio_jax.paths import AnyPath, Path, is_remote, join, local_copy, reason, to_path
 from moss_audio_jax.tokens import AUDIO_SPAN, ROLES
 
 THOUGHT_BEGIN, THOUGHT_END = "<think>", "</think>"  # what a Thinking model's answer begins with
 AUDIO_MARKS = ("<|audio_bos|>", "<|AUDIO|>", "<|audio_eos|>")
+TIME_TOLERANCE = 0.1  # seconds that times may be off by rounding, about one encoder token
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,6 +110,17 @@ class Example:
     words: tuple[TimedText, ...] = ()
     segments: tuple[TimedText, ...] = ()
     events: tuple[TimedText, ...] = ()
+
+    def require_labels_within(self, seconds: float) -> None:
+        """Raises MossAudioError if a label ends beyond the end of the clip, which has so many seconds."""
+        labels = (*self.words, *self.segments, *self.events)
+        latest = max(labels, key=lambda label: label.end, default=None)
+        if latest is not None and latest.end > seconds + TIME_TOLERANCE:
+            first = (self.clip and self.clip.start) or 0.0
+            raise MossAudioError(
+                f"{self.name}: expected labels within the clip, which ends at {first + seconds:.2f} s, found "
+                f"{latest.text!r} from {first + latest.start:g} to {first + latest.end:g} s; correct the times."
+            )
 
 
 class Manifest(Sequence[Example]):
@@ -182,16 +196,32 @@ def parse_line(line: bytes, name: str, directory: str) -> Example:
     """An example out of a line of a manifest in `directory`. Raises MossAudioError that begins with `name`."""
     try:
         text = line.decode("utf-8-sig")
-        content = json.loads(text)
+        content = json.loads(text, object_pairs_hook=_without_repeats)
         if "\\u" in text:  # an escape may be half a character
             json.dumps(content, ensure_ascii=False).encode()
     except UnicodeError as error:
         raise MossAudioError(
             f"{name}: expected text in UTF-8, found none ({error}); save the file as UTF-8."
         ) from error
+    except _RepeatedKey as error:
+        raise MossAudioError(
+            f"{name}: expected each key once in an object, found {error}; correct the line."
+        ) from error
     except (ValueError, RecursionError) as error:
         raise MossAudioError(f"{name}: expected a JSON object, found none ({error}); correct the line.") from error
     return _Line(name, directory).example(content)
+
+
+class _RepeatedKey(ValueError):
+    """JSON that gives a key of an object twice, of which Python would keep the last value alone."""
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise _RepeatedKey(f"{next(key for key in keys if keys.count(key) > 1)!r} twice")
+    return content
 
 
 class _PathText:
@@ -208,6 +238,8 @@ _TEXT_LINE = {"text": str, **_IGNORED}
 _TIMED_TEXT = {"text": str, **_CUT}
 _TEXT_MESSAGE = {"role": str, "message_type": str, "content": str}
 _AUDIO_MESSAGE = {**_TEXT_MESSAGE, "content": _PathText, **_CUT}
+_IN_ORDER = ("words", "segments")  # what is said; events are often listed by kind
+_DATA_URL = re.compile(r"data:[^,]*;base64,")
 _PLACEHOLDER = re.compile(f"{AUDIO_SPAN.pattern}|{'|'.join(map(re.escape, AUDIO_MARKS))}")
 
 _TYPE_NAMES = {
@@ -310,6 +342,11 @@ class _Line:
         path = content[key]
         if "\0" in path:
             self.fail("a path", repr(path))
+        if (is_remote(path) and not path.startswith("gs://")) or _DATA_URL.match(path):
+            self.fail(
+                "the path of a file or gs://bucket/file (nothing is fetched from elsewhere: download it first)",
+                f"the URL {_shortened(path)}",
+            )
         return Clip(join(self.directory, path), start, end, name=f"{self.name}: {path}")
 
     def timed_texts(self, content: dict, key: str, clip: Clip | None) -> Iterator[TimedText]:
@@ -322,6 +359,9 @@ class _Line:
             if not first <= label["start"] <= label["end"] <= last:
                 self.fail(f"times in order and within the clip, {first} to {last} s", f"{key}[{number}] {label}")
             labels.append(TimedText(label["text"].strip(), label["start"] - first, label["end"] - first))
+            if key in _IN_ORDER and number > 1 and labels[-1].start < labels[-2].start - TIME_TOLERANCE:
+                times = f"{label['start']:g} s after one at {labels[-2].start + first:g} s"
+                self.fail(f"{key} in the order in which they begin", f"{key}[{number}] at {times}")
         return iter(sorted(labels, key=lambda label: (label.start, label.end)))
 
     def check(self, content: Any, where: str, types: dict[str, type], required: Sequence[str] | dict) -> None:

@@ -1,8 +1,9 @@
-"""Order of the examples: groups with shares, sources in them by the square root of their size.
+"""Order of the examples: groups with shares, sources in them by their weights.
 
 MOSS-Audio's pretraining mixes 30% speech recognition, 40% captions and 30% text, and inside each of these its data
-sets in proportion to the square root of their sizes. The order is one endless sequence that depends on the sources
-and the seed alone. Any place of it can be read directly (`ExampleOrder[n]`), so any number of readers can share it.
+sets in proportion to the square root of their sizes; a source may have another weight. The order is one endless
+sequence that depends on the sources and the seed alone. Any place of it can be read directly (`ExampleOrder[n]`), so any
+number of readers can share it.
 
     window w of SHUFFLE_WINDOW examples: each source as often as its weight says, shuffled
     the c-th example of a source:        example c modulo its size, in the shuffle of epoch c // size
@@ -39,17 +40,25 @@ class Source:
 
     examples: a Manifest, Shards, or anything with a length and an Example at each index, cheap to pickle.
     objectives: how often each objective is drawn where it applies (see `objectives.render`).
+    weight: how often the source is drawn, relative to the others of its group; None is the square root of its size.
     """
 
     name: str
     examples: Sequence[Example]
     objectives: Mapping[str, float] | None = None
+    weight: float | None = None
 
     def __post_init__(self):
         if not len(self.examples):
             raise MossAudioError(f"source {self.name}: expected examples, found none; leave it out.")
         if self.objectives is not None:
             check_shares(self.objectives)
+        if self.weight is not None and not 0 < self.weight < math.inf:
+            raise MossAudioError(f"source {self.name}: expected a weight above 0, found {self.weight}; correct it.")
+
+    @property
+    def relative_weight(self) -> float:
+        return math.sqrt(len(self.examples)) if self.weight is None else self.weight
 
 
 @dataclass(frozen=True)
@@ -83,10 +92,9 @@ def source_weights(groups: Sequence[Group]) -> list[tuple[Group, Source, float]]
     total = sum(group.share for group in groups)
     weights = []
     for group in groups:
-        roots = [math.sqrt(len(source.examples)) for source in group.sources]
+        of_group = sum(source.relative_weight for source in group.sources)
         weights += [
-            (group, source, group.share / total * root / sum(roots))
-            for source, root in zip(group.sources, roots, strict=True)
+            (group, source, group.share / total * source.relative_weight / of_group) for source in group.sources
         ]
     return weights
 

@@ -9,11 +9,13 @@
     conversation          the example's own turns
     plain_text            the example's text, not as a conversation
 
+In a mixture, `labels` stands for all of the first five that a clip without a conversation has labels for.
+
 Several prompts stand for each; which one is drawn is up to the random generator of the example.
 """
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,10 +24,11 @@ from moss_audio_jax.errors import MossAudioError
 from train.data.manifest import Example, Message, TimedText
 
 Rendered = tuple[Message, ...] | str  # turns of a conversation, or plain text
+LABELS = "labels"
 
 
 class NothingToAsk(MossAudioError):
-    """An example has no labels for any of the objectives."""
+    """An example has nothing for any of the objectives."""
 
 
 @dataclass(frozen=True)
@@ -40,25 +43,45 @@ def render(example: Example, rng: np.random.Generator, shares: Mapping[str, floa
     """One of the objectives that the example has labels for.
 
     shares: how often each objective is drawn, relative to the others that apply; None draws all alike. Raises
-        MossAudioError if none applies.
+        NothingToAsk if none applies.
     """
     shares = dict.fromkeys(OBJECTIVES, 1.0) if shares is None else shares
-    possible = [name for name, share in shares.items() if share > 0 and OBJECTIVES[name].applies(example)]
+    possible = applying(example, shares)
     if not possible:
-        raise NothingToAsk(
-            f"{example.name}: expected labels for one of {', '.join(shares)}, found none; "
-            "add labels or choose other objectives."
-        )
-    weights = np.array([shares[name] for name in possible])
-    name = possible[rng.choice(len(possible), p=weights / weights.sum())]
+        raise nothing_to_ask(example, shares, "add labels or choose other objectives")
+    weights = np.array(list(possible.values()))
+    name = list(possible)[rng.choice(len(possible), p=weights / weights.sum())]
     return OBJECTIVES[name].render(example, rng)
+
+
+def applying(example: Example, shares: Mapping[str, float]) -> dict[str, float]:
+    """The shares of the objectives that an example has what they need for; that of `labels` is divided evenly."""
+    found: dict[str, float] = {}
+    for name, share in shares.items():
+        asked: Iterable[str] = (name,)
+        if name == LABELS:
+            asked = () if example.conversation else PROMPTS
+        possible = [one for one in asked if share > 0 and OBJECTIVES[one].applies(example)]
+        found |= {one: found.get(one, 0.0) + share / len(possible) for one in possible}
+    return found
+
+
+def nothing_to_ask(example: Example, objectives: Iterable[str], advice: str) -> NothingToAsk:
+    """The error for an example that none of the objectives applies to; says what it has."""
+    keys = {"audio": example.clip and not example.conversation, **vars(example)}
+    kinds = ("conversation", "audio", "text", "caption", "words", "segments", "events")
+    found = ", ".join(repr(kind) for kind in kinds if keys[kind])
+    return NothingToAsk(
+        f"{example.name}: expected what the objectives {', '.join(objectives)} ask about, found only {found}; {advice}."
+    )
 
 
 def check_shares(shares: Mapping[str, float]) -> None:
     """Raises MossAudioError unless `shares` names objectives and gives at least one of them a share."""
-    unknown = sorted(set(shares) - set(OBJECTIVES))
+    known = (*OBJECTIVES, LABELS)
+    unknown = sorted(set(shares) - set(known))
     if unknown:
-        raise MossAudioError(f"expected objectives out of {', '.join(OBJECTIVES)}, found {unknown[0]!r}; correct it.")
+        raise MossAudioError(f"expected objectives out of {', '.join(known)}, found {unknown[0]!r}; correct it.")
     if not all(0 <= share < np.inf for share in shares.values()) or sum(shares.values()) == 0:
         raise MossAudioError(
             f"expected shares of objectives of 0 or more, and one above 0, found {dict(shares)}; correct them."

@@ -504,7 +504,7 @@ class TrainingData(grain.DatasetIterator[TrainingBatch]):
         return None
 
     def _content_options(self) -> dict[str, Any]:
-        options = asdict(self._config) | {"time_markers": self._maker.time_markers}
+        options = asdict(self._config) | self._maker.content_options()
         for name in ("max_skip_rate", "max_unused_rate", "max_skips_in_a_row", "grow"):
             del options[name]  # changes no sequence
         return options

@@ -7,12 +7,16 @@ learned with the rest, or only read (`thoughts`).
 Qwen3's template leaves the thoughts of earlier turns out of a prompt. So does `answers="last"`, whose sequence is the
 prompt that the model will see. Where all answers are learned, a sequence holds them all and their thoughts with them: a
 later turn then reads the thoughts of earlier ones, in training alone.
+
+A plain text that is longer than a sequence becomes several samples, which learn all of it (`SampleMaker.fitting_all`).
 """
 
+import copy
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
@@ -23,7 +27,8 @@ from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.inputs import ModelInputs, make_inputs
 from moss_audio_jax.paths import is_remote
 from moss_audio_jax.tokens import Tokenizer, Turn, build_conversation
-from train.data.budget import Budget, Extent
+from train.data.augment import Augmentation, AugmentConfig, VariedClip, in_own_time
+from train.data.budget import Budget, Extent, TooLong, split_text
 from train.data.manifest import THOUGHT_END, Clip, Example, Message, TimedText
 from train.data.objectives import Rendered, render
 
@@ -94,8 +99,12 @@ class SampleMaker:
         time_markers: bool | None = None,
         answers: Answers = "all",
         thoughts: Thoughts = "learn",
+        augmentation: Augmentation | None = None,
     ):
-        """time_markers: None takes the checkpoint's `enable_time_marker`. answers, thoughts: see above."""
+        """time_markers: None takes the checkpoint's `enable_time_marker`. answers, thoughts: see above.
+
+        augmentation: of the audio of examples, but not of `sample`, which evaluation calls.
+        """
         if config.audio_config.chunk_frames is None:
             raise MossAudioError(
                 "expected an encoder with chunks of a fixed length to train on packed sequences, "
@@ -106,6 +115,7 @@ class SampleMaker:
         self._config = config
         self._answers: Answers = answers
         self._thoughts: Thoughts = thoughts
+        self._augmentation = augmentation or Augmentation(AugmentConfig())
         self.time_markers = config.processor.enable_time_marker if time_markers is None else time_markers
         self._quiet, self._begins, self._ends = (tokenizer.encode(mark)[0] for mark in ".[]")
         self._digits = np.array([tokenizer.encode(str(digit))[0] for digit in range(10)], np.int32)
@@ -113,8 +123,21 @@ class SampleMaker:
     def __call__(
         self, example: Example, rng: np.random.Generator, objectives: Mapping[str, float] | None = None
     ) -> Sample:
-        """Raises MossAudioError that names the example if a clip can't be read or nothing can be asked about it."""
-        return self.sample(example.name, render(example, rng, objectives), example.events or example.words, rng)
+        """Raises MossAudioError that names the example if a clip can't be read or its labels go beyond its end.
+
+        It is NothingToAsk if the example has nothing for the objectives.
+        """
+        varied = self._augmentation.versions(example, rng)[0]
+        return self._labelled(varied, render(varied, rng, objectives), rng)
+
+    @property
+    def chunk_shape(self) -> tuple[int, int]:
+        """Frames and mel bins of a chunk of audio."""
+        return self._chunk_frames, self._config.audio_config.num_mel_bins
+
+    def content_options(self) -> dict[str, Any]:
+        """JSON of what samples depend on beside the data's own options, which a resumed run compares."""
+        return {"time_markers": self.time_markers} | self._augmentation.content_options()
 
     def fitting(
         self,
@@ -127,13 +150,14 @@ class SampleMaker:
     ) -> Sample:
         """The same within a budget, perhaps without its end (`Sample.within`); raises TooLong if it can't be.
 
-        A clip whose header says that it goes beyond the budget is not decoded.
+        A clip whose header says that it goes beyond the budget is not decoded. One that is slowed down is not, where
+        only that makes the sample too long.
         """
-        rendered = render(example, rng, objectives)
-        cut = audible(example.name, rendered, budget, self._chunk_frames, truncate=truncate, answers=self._answers)
-        sample = self.sample(example.name, cut, example.events or example.words, rng)
-        sample = sample.within(budget, truncate=truncate)
-        return sample if cut is rendered else replace(sample, truncated=True)
+
+        def make(version: Example, rng: np.random.Generator) -> list[Sample]:
+            return [self._fitting(version, render(version, rng, objectives), rng, budget, truncate)]
+
+        return self._varied(example, rng, make)[0]
 
     def fitting_all(
         self,
@@ -144,12 +168,62 @@ class SampleMaker:
         *,
         truncate: bool,
     ) -> list[Sample]:
-        return [self.fitting(example, rng, objectives, budget, truncate=truncate)]
+        """That sample alone; of a plain text beyond the budget all its pieces (`text_samples`), in order.
 
-    @property
-    def chunk_shape(self) -> tuple[int, int]:
-        """Frames and mel bins of a chunk of audio."""
-        return self._chunk_frames, self._config.audio_config.num_mel_bins
+        They depend on the arguments alone, so each of them can be made again. Raises as `fitting` does.
+        """
+
+        def make(version: Example, rng: np.random.Generator) -> list[Sample]:
+            rendered = render(version, rng, objectives)
+            if isinstance(rendered, str):
+                return self.text_samples(version.name, rendered, budget)
+            return [self._fitting(version, rendered, rng, budget, truncate)]
+
+        return self._varied(example, rng, make)
+
+    def _varied(
+        self,
+        example: Example,
+        rng: np.random.Generator,
+        make: Callable[[Example, np.random.Generator], list[Sample]],
+    ) -> list[Sample]:
+        """What is made of the example with its audio varied, at its own speed where a slower one is too long."""
+        *slower, own = self._augmentation.versions(example, rng)
+        for version in slower:
+            try:
+                samples = make(version, copy.deepcopy(rng))
+            except TooLong:
+                continue
+            if not any(sample.truncated for sample in samples):
+                return samples
+        return make(own, rng)
+
+    def text_samples(self, name: str, text: str, budget: Budget) -> list[Sample]:
+        """A plain text and the mark of its end as samples within a budget, cut where `split_text` says.
+
+        Each id is learned once; the first id of a later sample, the last of the one before, is only read.
+        """
+        ids, learned, _ = self._encode(name, text, _mel)
+        spell = functools.partial(self._tokenizer.decode_bytes, skip_special_tokens=False)
+        samples = [self._sample(name, ids[piece], learned[piece]) for piece in split_text(ids, budget.tokens, spell)]
+        for later in samples[1:]:
+            later.learned[0] = False
+        return samples
+
+    def _fitting(
+        self, example: Example, rendered: Rendered, rng: np.random.Generator, budget: Budget, truncate: bool
+    ) -> Sample:
+        cut = audible(example.name, rendered, budget, self._chunk_frames, truncate=truncate, answers=self._answers)
+        sample = self._labelled(example, cut, rng).within(budget, truncate=truncate)
+        return sample if cut is rendered else replace(sample, truncated=True)
+
+    def _labelled(self, example: Example, rendered: Rendered, rng: np.random.Generator) -> Sample:
+        """The sample of `rendered`, whose clip, if it has labels, is its only one."""
+        sample = self.sample(example.name, rendered, example.events or example.words, rng)
+        if sample.num_chunks:
+            example, seconds = in_own_time(example, sample.audio_seconds)
+            example.require_labels_within(seconds)
+        return sample
 
     def extent(self, name: str, rendered: Rendered) -> Extent:
         """That of the sample of `rendered`, as the headers of its clips tell; nothing is decoded."""
@@ -176,7 +250,17 @@ class SampleMaker:
 
         labels: what is heard in its only clip, and when. rng: decides what is said of each of its audio tokens.
         """
-        ids, learned, mels = self._encode(name, rendered, _mel)
+        return self._sample(name, *self._encode(name, rendered, _mel), labels, rng)
+
+    def _sample(
+        self,
+        name: str,
+        ids: list[int],
+        learned: list[bool],
+        mels: Sequence[np.ndarray] = (),
+        labels: Sequence[TimedText] = (),
+        rng: np.random.Generator | None = None,
+    ) -> Sample:
         with _naming(name):
             inputs = make_inputs([ids], [mels], config=self._config)
         num_chunks = int((inputs.chunk_frames > 0).sum())
@@ -327,6 +411,7 @@ def _mel(clip: Clip) -> np.ndarray:
     """Log-mel [mel bins, frames] as `Processor.mel` makes it."""
     wave = clip.wave()
     try:
-        return round_bfloat16(log_mel(wave))
+        mel = log_mel(wave)
     except MossAudioError as error:
         raise MossAudioError(f"{clip.name}: {error}") from error
+    return round_bfloat16(clip.masked(mel) if isinstance(clip, VariedClip) else mel)

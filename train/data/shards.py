@@ -112,6 +112,11 @@ class Shards(Sequence[Example]):
             ) from error
 
 
+def open_examples(path: AnyPath) -> Sequence[Example]:
+    """Those of a manifest or of a directory of shards."""
+    return Shards(path) if to_path(path).is_dir() else Manifest(path)
+
+
 def _examples_in(shard: int, shards: int, examples: int) -> int:
     return len(range(shard, examples, shards))
 

@@ -57,11 +57,37 @@ def test_system_message_several_turns_and_clips():
 
 
 def test_labels_count_from_the_start_of_the_cut_and_are_sorted():
-    words = [{"text": "there", "start": 3.5, "end": 4}, {"text": "hello", "start": 3, "end": 3.25}]
-    example = parse({"audio": "a.wav", "start": 2, "end": 4, "words": words, "text": "hello there", "id": 7})
-    assert example.words == (TimedText("hello", 1, 1.25), TimedText("there", 1.5, 2))
-    beside = parse(RELEASED | {"words": words})
-    assert beside.clip is beside.conversation[0].content[0] and beside.words[0].start == 3
+    events = [{"text": "tone", "start": 3.5, "end": 4}, {"text": "hum", "start": 3, "end": 3.75}]
+    example = parse({"audio": "a.wav", "start": 2, "end": 4, "events": events, "text": "hello there", "id": 7})
+    assert example.events == (TimedText("hum", 1, 1.75), TimedText("tone", 1.5, 2))
+    beside = parse(RELEASED | {"events": events})
+    assert beside.clip is beside.conversation[0].content[0] and beside.events[0].start == 3
+
+
+@pytest.mark.parametrize("key", ["words", "segments"])
+def test_what_is_said_stands_in_its_order(key: str):
+    def said(*starts: float) -> dict:
+        return {"audio": "a.wav", key: [{"text": "a", "start": start, "end": start + 1} for start in starts]}
+
+    assert [label.start for label in getattr(parse(said(0, 2, 1.95, 2.5)), key)] == [0, 1.95, 2, 2.5]  # of rounding
+    with pytest.raises(
+        MossAudioError, match=rf"line 3: expected {key} in the order .* found {key}\[3\] at 1.8 s after "
+    ):
+        parse(said(0, 2, 1.8, 2.5))
+
+
+@pytest.mark.parametrize("path", ["http://a.org/a.wav", "s3://b/a.wav", "file:///a.wav", "data:audio/wav;base64,UklG"])
+def test_nothing_is_fetched(path: str):
+    for line in ({"audio": path, "text": "hi"}, {"conversation": [message("audio", path), *RELEASED["conversation"]]}):
+        with pytest.raises(
+            MossAudioError, match=r"line 3: expected the path of a file or gs://bucket/file .*found the URL"
+        ):
+            parse(line)
+    assert parse({"audio": "gs://b/a.wav", "text": "hi"}).clip is not None
+
+
+def message(kind: str, content: str) -> dict:
+    return {"role": "user", "message_type": kind, "content": content}
 
 
 @pytest.mark.parametrize(
@@ -74,6 +100,11 @@ def test_labels_count_from_the_start_of_the_cut_and_are_sorted():
         ),
         (b'{"text": "\\ud800"}', "expected text in UTF-8, found none"),
         (b"[" * 100_000, "expected a JSON object, found none"),
+        (
+            b'{"audio": "a.wav", "text": "one", "text": "two"}',
+            "expected each key once in an object, found 'text' twice",
+        ),
+        (b'{"audio": "a.wav", "words": [{"text": "a", "start": 1, "end": 2, "end": 3}]}', "found 'end' twice"),
         ([1], "expected a JSON object, found [1]"),
         ({}, "'conversation', 'audio' or 'text'"),
         ({"text": "  "}, "'text' in a line without audio to be a text that is not blank, found '  '"),

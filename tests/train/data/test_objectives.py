@@ -8,7 +8,7 @@ import pytest
 
 from moss_audio_jax.errors import MossAudioError
 from train.data.manifest import Clip, Example, Message, TimedText
-from train.data.objectives import OBJECTIVES, PROMPTS, TIME_QUESTIONS, check_shares, render
+from train.data.objectives import OBJECTIVES, PROMPTS, TIME_QUESTIONS, NothingToAsk, check_shares, render
 
 CLIP = Clip("a.wav")
 LABELLED = Example(
@@ -100,7 +100,10 @@ def test_shares_decide_among_what_applies():
     assert kinds(spoken, {"caption": 1, "events": 5, "transcribe": 0}) == {"Speech."}
     assert kinds(Example("line 3", text="plain"), None) == {"plain"}
     assert render(LABELLED, np.random.default_rng(0), {"conversation": 1}) == LABELLED.conversation
-    with pytest.raises(MossAudioError, match="line 2: expected labels for one of events"):
+    with pytest.raises(
+        NothingToAsk,
+        match="line 2: expected what the objectives events ask about, found only 'audio', 'text', 'caption'; add",
+    ):
         render(spoken, np.random.default_rng(0), {"events": 1})
 
 
@@ -109,6 +112,23 @@ def test_a_share_of_two_thirds_is_one():
     spoken = Example("line 2", clip=CLIP, text="hello", caption="Speech.")
     answers = [render(spoken, rng, {"caption": 2, "transcribe": 1})[1].content[0] for _ in range(900)]  # type: ignore[union-attr]
     assert 0.62 < answers.count("Speech.") / 900 < 0.71
+
+
+def test_labels_are_asked_of_clips_without_a_conversation():
+    shares = {"conversation": 1.0, "labels": 1.0}
+    alone = dataclasses.replace(LABELLED, conversation=())
+
+    def asked(example: Example, seed: int) -> object:
+        return render(example, np.random.default_rng(seed), shares)
+
+    assert all(asked(LABELLED, seed) == LABELLED.conversation for seed in range(20))
+    questions = {asked(alone, seed)[0].content[1] for seed in range(300)}  # type: ignore[index]
+    assert questions == {wording for wordings in PROMPTS.values() for wording in wordings}
+    spoken = Example("line 2", clip=CLIP, text="hello")
+    assert {asked(spoken, seed)[1].content for seed in range(20)} == {("hello",)}  # type: ignore[index]
+    for nothing in (Example("line 3", text="plain"), dataclasses.replace(spoken, text="")):
+        with pytest.raises(NothingToAsk):
+            asked(nothing, 0)
 
 
 def test_shares_are_checked():

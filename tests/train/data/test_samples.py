@@ -12,6 +12,7 @@ from moss_audio_jax.config import EncoderConfig, MossAudioConfig
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.processor import Processor
 from moss_audio_jax.tokens import Tokenizer
+from train.config import RECIPES, with_paths
 from train.data.budget import Budget, TooLong
 from train.data.manifest import Clip, Example, Message, TimedText
 from train.data.packing import pack_row
@@ -113,6 +114,67 @@ def test_headers_tell_the_extent(rate: int, maker: SampleMaker, tmp_path: Path):
         assert extent.chunks(sample.num_tokens) == sample.num_chunks
 
 
+TEXT = "One two. Three four?\nFive ü 東京が好き。音楽を聴く😀😀😀 " * 9
+
+
+@pytest.mark.parametrize("tokens", [2, 5, 40, 100, 10_000])
+def test_a_long_text_is_split_into_samples_that_learn_all_of_it(tokens: int, tokenizer: Tokenizer, maker: SampleMaker):
+    example, budget = Example("line 1", text=TEXT), Budget(tokens, 1)
+    samples = maker.fitting_all(example, RNG, {"plain_text": 1}, budget, truncate=False)
+    ids = [sample.inputs.tokens[0, : sample.num_tokens] for sample in samples]
+    whole = maker.sample("line 1", TEXT)
+    assert max(map(len, ids)) <= tokens and not any(sample.truncated for sample in samples)
+    learned = [part[sample.learned] for part, sample in zip(ids, samples, strict=True)]
+    np.testing.assert_array_equal(np.concatenate(learned), whole.inputs.tokens[0, : whole.num_tokens])
+    for before, after, sample in zip(ids, ids[1:], samples[1:], strict=False):
+        assert before[-1] == after[0] and not sample.learned[0] and sample.learned[1:].all()
+    rows = [pack_row([sample], budget) for sample in samples]
+    assert sum(row["weights"].sum() for row in rows) == whole.num_tokens - 1  # nothing predicts a text's first id
+    if tokens >= 40:
+        for part in learned:
+            tokenizer.decode_bytes(part).decode()  # no character is cut
+    again = maker.fitting_all(example, np.random.default_rng(9), {"plain_text": 1}, budget, truncate=True)
+    for sample, other in zip(samples, again, strict=True):
+        np.testing.assert_array_equal(sample.inputs.tokens, other.inputs.tokens)
+
+
+def test_a_conversation_is_one_sample_as_before(corpus: Path, maker: SampleMaker):
+    example = Example("line 1", conversation=conversation(Clip(str(corpus / "1.wav"))))
+    for budget in (Budget(300, 3), Budget(100, 3)):
+        if budget.tokens == 100:
+            with pytest.raises(TooLong):
+                maker.fitting_all(example, RNG, None, budget, truncate=False)
+            continue
+        (sample,) = maker.fitting_all(example, RNG, None, budget, truncate=False)
+        expected = maker.fitting(example, RNG, None, budget, truncate=False)
+        np.testing.assert_array_equal(sample.inputs.tokens, expected.inputs.tokens)
+        np.testing.assert_array_equal(sample.learned, expected.learned)
+
+
+def test_labels_beyond_the_clip_are_not_learned(maker: SampleMaker):
+    clip = Clip(np.full(32000, 0.1, np.float32), name="line 1: a.wav")
+    for end, learned in ((2.05, True), (2.5, False)):
+        example = Example("line 1", clip=clip, text="a word", words=(TimedText("word", 0.5, end),))
+        for objective in ("transcribe", "transcribe_words"):
+            if learned:
+                assert maker.fitting_all(example, RNG, {objective: 1}, Budget(200, 2), truncate=False)
+                continue
+            with pytest.raises(
+                MossAudioError, match=r"^line 1: expected labels within the clip, which ends at 2\.00 s"
+            ):
+                maker.fitting_all(example, RNG, {objective: 1}, Budget(200, 2), truncate=False)
+
+
+def test_data_of_a_fine_tune_may_be_clips_with_their_text(corpus: Path, tokenizer: Tokenizer, maker: SampleMaker):
+    group = with_paths(RECIPES["finetune"], data=(str(corpus / "clips.jsonl"),)).mixture.conversations.group("a", 0)
+    assert group is not None
+    (source,) = group.sources
+    sample = maker(source.examples[0], RNG, source.objectives)  # a cut whose only label is its text
+    assert learned_text(tokenizer, sample) == "a cut<|im_end|>" and sample.audio_seconds == pytest.approx(
+        2.25, abs=0.02
+    )
+
+
 THOUGHT = "<think>\nA dog barks, <think> twice.\n</think>\n\nA dog."
 
 
@@ -147,7 +209,7 @@ def test_errors_name_the_example(corpus: Path, maker: SampleMaker):
             read("line 4", conversation(short))
     with pytest.raises(MossAudioError, match=r"^line 5: "):
         maker.sample("line 5", conversation(answer="<|audio_bos|><|AUDIO|><|audio_eos|>"))
-    with pytest.raises(MossAudioError, match=r"^line 6: expected labels"):
+    with pytest.raises(MossAudioError, match=r"^line 6: expected what the objectives caption ask"):
         maker(Example("line 6", text="hi"), np.random.default_rng(0), {"caption": 1})
 
 

@@ -1,0 +1,258 @@
+"""Audio that varies each time it is trained on: its speed, its level, noise over it, and masks in its log-mel.
+
+Speed is changed by resampling, as Kaldi does: pitch and timbre move with it, and the times of labels follow before
+answers are made of them. A conversation's own text may hold times, so audio with one keeps its speed.
+
+Masks are those of SpecAugment (Park et al., 2019), without its time warping: blocks of mel bins and of frames, each
+of a width drawn from 0 to its most, are set to one value. That is the clip's mean, to which zero corresponds in the
+normalised features of the paper and of NeMo (`mask_value=0.0` after per-feature normalisation). Whisper in
+transformers sets its log-mel to 0 instead, which is no mean, since it isn't normalised.
+
+What happens to an example depends on its place in the order alone. It is drawn by a generator of its own, so what is
+asked about the example does not depend on whether it is augmented.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import scipy.fft
+
+from moss_audio_jax.audio import RELEASED_MEL, SAMPLE_RATE, resample, resampled_length
+from moss_audio_jax.errors import MossAudioError
+from train.data.manifest import Clip, Example, TimedText
+
+NOISE_SLOPES = {"white": 0.0, "pink": -0.5}  # exponents of frequency, in amplitude
+LONGEST_SHARE = 0.2  # of a clip, of one time mask; the paper's p on Switchboard
+MASKED_SECONDS = 10.0  # of a clip, for which it gets `time_masks`
+_SPEED_STEPS = 100  # speeds are multiples of 1/100, so that filters stay short
+_FRAMES_PER_SECOND = SAMPLE_RATE // RELEASED_MEL.mel_hop_length
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """How audio varies in training, never in evaluation. Nothing varies by default."""
+
+    speeds: tuple[float, ...] = ()
+    """Factors from 0.5 to 2, such as 0.9 1.0 1.1; each example's audio is played at one of them, all alike often. Times
+    of labels follow. Audio beside a conversation keeps its speed, as does audio that would be too long if slower."""
+    gain_db: tuple[float, float] = (0.0, 0.0)
+    """Bounds of the change of level, drawn for each clip, in dB."""
+    noise: tuple[str, ...] = ()
+    """What is laid over clips: `white`, `pink`, manifests and directories of shards, all alike often. Of the clips of a
+    manifest each is as likely; a short one is repeated, of a long one a piece is taken."""
+    noise_probability: float = 0.5
+    """Of an example to get noise, if there is any."""
+    snr_db: tuple[float, float] = (5.0, 20.0)
+    """Bounds of the level of a clip over its noise, both as their mean power, in dB."""
+    frequency_masks: int = 0
+    """Masks over mel bins for each clip; SpecAugment's LD policy has 2."""
+    frequency_width: int = 27
+    """The widest of them, in mel bins of 128."""
+    time_masks: int = 0
+    """Masks over time for each 10 s of a clip, or what is left of them; SpecAugment's LD policy comes to 1."""
+    time_width: float = 1.0
+    """The longest of them, in seconds; also at most a fifth of the clip."""
+    mask_probability: float = 1.0
+    """Of an example to get masks, if there are any."""
+
+    def __post_init__(self):
+        for speed in self.speeds:
+            if not (0.5 <= speed <= 2 and math.isclose(speed * _SPEED_STEPS, round(speed * _SPEED_STEPS))):
+                raise MossAudioError(f"augment.speeds must be hundredths from 0.5 to 2, such as 0.95, not {speed}")
+        for name in ("gain_db", "snr_db"):
+            low, high = getattr(self, name)
+            if not -100 <= low <= high <= 100:
+                raise MossAudioError(f"augment.{name} must be a lower and an upper bound in dB, not {low} and {high}")
+        for name in ("noise_probability", "mask_probability"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise MossAudioError(f"augment.{name} must be from 0 to 1, not {getattr(self, name)}")
+        for name in ("frequency_masks", "frequency_width", "time_masks", "time_width"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise MossAudioError(f"augment.{name} must be 0 or more, not {getattr(self, name)}")
+
+    @property
+    def masks(self) -> bool:
+        return bool(self.frequency_masks or self.time_masks)
+
+    @property
+    def on(self) -> bool:
+        return bool(self.speeds or self.gain_db != (0, 0) or self.noise or self.masks)
+
+
+class Augmentation:
+    """Draws what happens to an example. Cheap to send to worker processes."""
+
+    def __init__(self, config: AugmentConfig):
+        """Opens what noise is taken from; raises MossAudioError if that can't be read."""
+        from train.data.shards import open_examples
+
+        self.config = config
+        self._noises: dict[str, Sequence[Example]] = {}
+        for name in config.noise:
+            if name not in NOISE_SLOPES:
+                try:
+                    self._noises[name] = open_examples(name)
+                except MossAudioError as error:
+                    raise MossAudioError(f"augment.noise must be white, pink or of files: {error}") from error
+
+    def content_options(self) -> dict[str, Any]:
+        """JSON of what the samples depend on, which a resumed run compares; empty if nothing varies."""
+        if not self.config.on:
+            return {}
+        sizes = {name: len(examples) for name, examples in self._noises.items()}
+        return {"augment": json.loads(json.dumps(dataclasses.asdict(self.config) | {"noise_clips": sizes}))}
+
+    def versions(self, example: Example, rng: np.random.Generator) -> tuple[Example, ...]:
+        """The example as it is to be trained on; where that is slower, also at its own speed, if it is too long then.
+
+        It is the same example where nothing varies, or without audio. rng: is not advanced.
+        """
+        clips = _clips(example)
+        if not (self.config.on and clips):
+            return (example,)
+        rng = rng.spawn(1)[0]
+        speed = 1.0 if example.conversation else float(rng.choice(self.config.speeds or (1.0,)))
+        noisy, masked = rng.random(2) < (self.config.noise_probability, self.config.mask_probability)
+        varied = {id(clip): self._varied(clip, bool(noisy), bool(masked), rng) for clip in clips}
+        return tuple(_at_speed(example, varied, each) for each in ((speed, 1.0) if speed < 1 else (speed,)))
+
+    def _varied(self, clip: Clip, noisy: bool, masked: bool, rng: np.random.Generator) -> "VariedClip":
+        config = self.config
+        return VariedClip(
+            **vars(clip),
+            own=clip,
+            gain_db=float(rng.uniform(*config.gain_db)),
+            noise=self._noise(clip, rng) if noisy and config.noise else None,
+            snr_db=float(rng.uniform(*config.snr_db)),
+            masks=config if masked and config.masks else None,
+            seed=int(rng.integers(2**63)),
+        )
+
+    def _noise(self, clip: Clip, rng: np.random.Generator) -> "str | Clip":
+        name = self.config.noise[rng.integers(len(self.config.noise))]
+        if name in NOISE_SLOPES:
+            return name
+        noise = self._noises[name][int(rng.integers(len(self._noises[name])))]
+        if not (clips := _clips(noise)):
+            raise MossAudioError(f"{clip.name}: its noise, {noise.name}, has no audio; leave that line out.")
+        return clips[0]
+
+
+@dataclass(frozen=True, eq=False)
+class VariedClip(Clip):
+    """A clip that is decoded with what was drawn for it, the same each time.
+
+    own: the clip as it is. speed: factor of its own. gain_db: change of level. noise: a colour, or the clip laid over
+    it, or None. snr_db: its level over that noise. masks: how its mel is masked; None leaves it alone. seed: of the
+    noise and the masks.
+    """
+
+    own: Clip = field(kw_only=True)
+    speed: float = 1.0
+    gain_db: float = 0.0
+    noise: str | Clip | None = None
+    snr_db: float = 0.0
+    masks: AugmentConfig | None = None
+    seed: int = 0
+
+    def wave(self) -> np.ndarray:
+        wave = resample(self.own.wave(), *self._rates)
+        if self.noise is not None:
+            rng = np.random.default_rng([self.seed, 0])
+            if isinstance(self.noise, str):
+                noise = _colored(len(wave), self.noise, rng)
+            else:
+                noise = _piece(self.noise.wave(), len(wave), rng)
+            wave = wave + noise * _scale(wave, noise, self.snr_db)
+        return wave * np.float32(10 ** (self.gain_db / 20)) if self.gain_db else wave
+
+    def num_samples(self) -> int:
+        return resampled_length(self.own.num_samples(), *self._rates)
+
+    def masked(self, mel: np.ndarray) -> np.ndarray:
+        """The log-mel [bins, frames] of `wave`, masked."""
+        return mel if self.masks is None else masked(mel, self.masks, np.random.default_rng([self.seed, 1]))
+
+    @property
+    def _rates(self) -> tuple[int, int]:
+        return round(self.speed * _SPEED_STEPS), _SPEED_STEPS
+
+
+def masked(mel: np.ndarray, config: AugmentConfig, rng: np.random.Generator) -> np.ndarray:
+    """A copy of a log-mel [bins, frames] in which blocks of bins and of frames are its mean."""
+    bins, frames = mel.shape
+    longest = min(round(config.time_width * _FRAMES_PER_SECOND), int(frames * LONGEST_SHARE))
+    time_masks = config.time_masks * math.ceil(frames / (MASKED_SECONDS * _FRAMES_PER_SECOND))
+    result, mean = mel.copy(), mel.mean()
+    for _ in range(config.frequency_masks):
+        result[_block(bins, min(config.frequency_width, bins), rng)] = mean
+    for _ in range(time_masks):
+        result[:, _block(frames, longest, rng)] = mean
+    return result
+
+
+def _block(length: int, widest: int, rng: np.random.Generator) -> slice:
+    """Of a width from 0 to `widest`, anywhere in a length."""
+    width = int(rng.integers(widest + 1))
+    first = int(rng.integers(length - width + 1))
+    return slice(first, first + width)
+
+
+def _scale(wave: np.ndarray, noise: np.ndarray, snr_db: float) -> np.float32:
+    """The factor of a noise that a wave is so much louder than; 0 where one of them is silent."""
+    power, noise_power = (float(np.mean(np.square(part, dtype=np.float64))) for part in (wave, noise))
+    return np.float32(math.sqrt(power / noise_power * 10 ** (-snr_db / 10)) if noise_power else 0)
+
+
+def _colored(samples: int, color: str, rng: np.random.Generator) -> np.ndarray:
+    """Noise whose amplitude is proportional to a power of the frequency: float32 [samples], of any level."""
+    slope = NOISE_SLOPES[color]
+    if not slope:
+        return rng.standard_normal(samples, np.float32)
+    length = 1 << (samples - 1).bit_length()  # fast to transform
+    spectrum = rng.standard_normal((length // 2 + 1, 2), np.float32).view(np.complex64)[:, 0]
+    spectrum *= np.maximum(np.arange(len(spectrum), dtype=np.float32), 1) ** np.float32(slope)
+    return np.asarray(scipy.fft.irfft(spectrum, length))[:samples]
+
+
+def _piece(noise: np.ndarray, samples: int, rng: np.random.Generator) -> np.ndarray:
+    """So many samples of a noise from anywhere in it; repeated if it is shorter."""
+    first = int(rng.integers(len(noise) - samples + 1 if len(noise) >= samples else len(noise)))
+    return np.take(noise, np.arange(first, first + samples), mode="wrap")
+
+
+def _clips(example: Example) -> list[Clip]:
+    """Each once, though that of the labels is mostly one of the conversation too."""
+    pieces = [example.clip, *(piece for turn in example.conversation for piece in turn.content)]
+    return list({id(piece): piece for piece in pieces if isinstance(piece, Clip)}.values())
+
+
+def in_own_time(example: Example, seconds: float) -> tuple[Example, float]:
+    """A version of an example with the times that its labels have in the file, and a time of the version likewise."""
+    speed = example.clip.speed if isinstance(example.clip, VariedClip) else 1.0
+    return _labels_at(example, 1 / speed), seconds * speed
+
+
+def _at_speed(example: Example, varied: Mapping[int, VariedClip], speed: float) -> Example:
+    """The example with these clips, by the id of its own, and with the times of its labels at that speed."""
+
+    def clip(piece: Any) -> Any:
+        return replace(varied[id(piece)], speed=speed) if isinstance(piece, Clip) else piece
+
+    conversation = tuple(replace(turn, content=tuple(map(clip, turn.content))) for turn in example.conversation)
+    return replace(_labels_at(example, speed), conversation=conversation, clip=clip(example.clip))
+
+
+def _labels_at(example: Example, speed: float) -> Example:
+    def scaled(labels: Sequence[TimedText]) -> tuple[TimedText, ...]:
+        return tuple(replace(label, start=label.start / speed, end=label.end / speed) for label in labels)
+
+    if speed == 1:
+        return example
+    words, segments, events = map(scaled, (example.words, example.segments, example.events))
+    return replace(example, words=words, segments=segments, events=events)
