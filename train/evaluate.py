@@ -206,7 +206,7 @@ def measure(items: Sequence[Item], answers: Sequence[str]) -> dict[str, dict[str
 
 
 def _measure_text(items: Sequence[Item], answers: Sequence[str]) -> Measured:
-    return _error_rates(map(final_answer, answers), [item.reference for item in items])
+    return _error_rates(map(final_answer, answers), [final_answer(item.reference) for item in items])
 
 
 def _error_rates(texts: Iterable[str], references: Sequence[str]) -> Measured:
@@ -224,7 +224,7 @@ def _error_rates(texts: Iterable[str], references: Sequence[str]) -> Measured:
 
 def _measure_timed_text(items: Sequence[Item], answers: Sequence[str]) -> Measured:
     texts = (without_times(final_answer(answer)) for answer in answers)
-    references = [" ".join(label.text for label in item.labels) for item in items]
+    references = [final_answer(" ".join(label.text for label in item.labels)) for item in items]
     return _timestamps(items, answers) | _error_rates(texts, references)
 
 
@@ -252,7 +252,7 @@ def _event_counts(counts: EventCounts) -> Measured:
 
 
 def _measure_seconds(items: Sequence[Item], answers: Sequence[str]) -> Measured:
-    score = score_seconds(answers, [float(item.reference) for item in items], SECONDS_TOLERANCE)
+    score = score_seconds(answers, [float(final_answer(item.reference)) for item in items], SECONDS_TOLERANCE)
     return {
         "mean_error_s": score.mean_error,
         "share_within": score.share_within,
@@ -262,7 +262,7 @@ def _measure_seconds(items: Sequence[Item], answers: Sequence[str]) -> Measured:
 
 
 def _measure_label(items: Sequence[Item], answers: Sequence[str]) -> Measured:
-    score = score_matches(map(final_answer, answers), [item.reference for item in items])
+    score = score_matches(map(final_answer, answers), [final_answer(item.reference) for item in items])
     return {"accuracy": score.accuracy, "correct": score.correct}
 
 
