@@ -5,7 +5,8 @@
     out/checkpoints/     see `checkpoints`
 
 A run that was killed and is started again ends with the same parameters, bit for bit, as one that never stopped: a
-step depends on the state and its batch alone, the data's iterator goes on exactly, and both are saved together.
+step depends on the state and its batch alone, the data's iterator goes on exactly, and both are saved together. The
+checkpoint of a step comes before its evaluation, which a resumed run makes if `scores.jsonl` does not hold it.
 Several processes (`distributed`) make the same batches as one, and may be others in number each time it is resumed.
 """
 
@@ -14,7 +15,7 @@ import functools
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
 import jax
@@ -116,12 +117,37 @@ def _run(
     stop: Callable[[int], bool],
 ) -> Outcome:
     graphdef = nnx.split(build_model(model, dict(abstract_parameters(model, jnp.float32))))[0]
-    step, best = start, _best_so_far(config, checkpoints)
+    step, saved, best = start, start, _best_so_far(config, checkpoints)
 
     def save() -> None:
+        nonlocal saved
         report.commit()
         checkpoints.save(step, _saved(state, model), state_of_all(data.get_state()), best)
+        saved = step
 
+    def evaluate() -> None:
+        with report.paused():
+            scores, answers = held_out.ask(step, state.trainable | state.frozen)
+            report.add_samples(step, answers[: config.loop.show_samples])
+            report.add_answers(step, answers)
+            report.add_scores(step, scores)  # the last of it, by which a resumed run knows that it was made
+        report.commit()
+        count(scores)
+
+    def count(scores: Mapping[str, float | None]) -> None:
+        nonlocal best
+        if best is not None:
+            best = best.after(step, scores.get(f"eval/{best.metric}"))
+            checkpoints.publish(best)
+
+    if best is not None and best.evaluated is not None:
+        checkpoints.publish(best)  # as of this step, which the run may have gone beyond
+    if held_out.is_due(step) and (best is None or best.evaluated != step):
+        scores = report.scores_of(step)
+        if scores is None:
+            evaluate()
+        else:
+            count(scores)
     while step < config.last_step and not _is_exhausted(best, config) and not stop(step):
         began = time.perf_counter()
         batch = next(data)
@@ -132,18 +158,15 @@ def _run(
         state, metrics = train_step(graphdef, config.step, config.optimizer, state, batch)
         profile.after(step, metrics)
         report.add(step, metrics, {"data_wait": data_wait, **data.metrics, "model_flops": sum(flops.values())})
-        if evaluated := held_out.is_due(step):
-            with report.paused():
-                scores, answers = held_out.ask(step, state.trainable | state.frozen)
-                report.add_scores(step, scores)
-                report.add_samples(step, answers[: config.loop.show_samples])
-                report.add_answers(step, answers)
-            best = best and best.after(step, scores.get(f"eval/{best.metric}"))
-        # After the evaluation, whose outcome it holds: one that a kill has come before is made again.
-        if (step % config.loop.checkpoint_every == 0 or (evaluated and best is not None)) and step < config.last_step:
+        evaluated = held_out.is_due(step)
+        # The first evaluation may find too little memory: what was trained until then is to be saved.
+        before_evaluation = evaluated and (best is not None or not held_out.has_asked)
+        if step % config.loop.checkpoint_every == 0 or step == config.last_step or before_evaluation:
             save()
+        if evaluated:
+            evaluate()
     report.commit()
-    if step > start and step not in checkpoints.steps:
+    if step > saved:
         save()
     early = step < config.last_step and _is_exhausted(best, config)
     return Outcome(step, preempted=step < config.last_step and not early, best=best, stopped_early=early)

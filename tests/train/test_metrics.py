@@ -476,7 +476,7 @@ def test_phrasings_that_public_scorers_meet(text, letter):
         ("答案是C大调", ("C大调", "D大调", "E大调"), "A"),
         ("A dog barks", ("dog", "cat"), "A"),
         ("I pick a cat", ("dog", "cat"), "B"),
-        ("I think it is a cat.", tuple("lmnopqrs") + ("cat",), "I"),
+        ("I think it is a cat.", (*"lmnopqrs", "cat"), "I"),
     ],
 )
 def test_words_of_the_rules_among_the_options(text, choices, letter):
