@@ -51,7 +51,8 @@ FIGURES = "figures"
 class HeldOut:
     """What a run's evaluations ask, the same each time; the packed sequences of the loss stay in the host's memory.
 
-    Of several processes each reads all of it, holds its share of the sequences and gets all results.
+    Of several processes each reads all of it for the loss and holds its share of the sequences; of the questions it
+    decodes its share at each evaluation. All of them get all results.
     Raises MossAudioError, before anything is trained, for audio that can't be read, where there is nothing to evaluate
     on, and for a `best_metric` that the data can't be measured by.
     """

@@ -52,6 +52,8 @@ from train.step import (
     train_step,
 )
 
+Scores = Mapping[str, float | None]
+
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
@@ -125,17 +127,9 @@ def _run(
         checkpoints.save(step, _saved(state, model), state_of_all(data.get_state()), best)
         saved = step
 
-    def evaluate() -> None:
-        with report.paused():
-            scores, answers = held_out.ask(step, state.trainable | state.frozen)
-            report.add_samples(step, answers[: config.loop.show_samples])
-            report.add_answers(step, answers)
-            report.add_scores(step, scores)  # the last of it, by which a resumed run knows that it was made
-        report.commit()
-        count(scores)
-
-    def count(scores: Mapping[str, float | None]) -> None:
+    def evaluate(recorded: Scores | None = None) -> None:
         nonlocal best
+        scores = recorded or _evaluated(config, held_out, report, step, state)
         if best is not None:
             best = best.after(step, scores.get(f"eval/{best.metric}"))
             checkpoints.publish(best)
@@ -143,11 +137,7 @@ def _run(
     if best is not None and best.evaluated is not None:
         checkpoints.publish(best)  # as of this step, which the run may have gone beyond
     if held_out.is_due(step) and (best is None or best.evaluated != step):
-        scores = report.scores_of(step)
-        if scores is None:
-            evaluate()
-        else:
-            count(scores)
+        evaluate(report.scores_of(step))
     while step < config.last_step and not _is_exhausted(best, config) and not stop(step):
         began = time.perf_counter()
         batch = next(data)
@@ -170,6 +160,17 @@ def _run(
         save()
     early = step < config.last_step and _is_exhausted(best, config)
     return Outcome(step, preempted=step < config.last_step and not early, best=best, stopped_early=early)
+
+
+def _evaluated(config: RunConfig, held_out: HeldOut, report: Report, step: int, state: TrainState) -> Scores:
+    """Makes and records an evaluation; the scores last, by which a resumed run knows that it was made."""
+    with report.paused():
+        scores, answers = held_out.ask(step, state.trainable | state.frozen)
+        report.add_samples(step, answers[: config.loop.show_samples])
+        report.add_answers(step, answers)
+        report.add_scores(step, scores)
+    report.commit()
+    return scores
 
 
 def _best_so_far(config: RunConfig, checkpoints: Checkpoints) -> Best | None:
