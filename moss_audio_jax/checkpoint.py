@@ -18,7 +18,7 @@ import tensorstore as ts
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 
-from moss_audio_jax.config import CONFIG_FILES, MossAudioConfig
+from moss_audio_jax.config import CONFIG_FILES, MossAudioConfig, read_json
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.int8 import int8_kernels
 from moss_audio_jax.model import MossAudio, adapter_specs, parameter_specs
@@ -36,7 +36,8 @@ from moss_audio_jax.sharding import check_heads, named_sharding
 PARAMS = "params"
 # A training run has many checkpoints, each with `params/`, and one directory of the files that go with all of them.
 RUN_CHECKPOINTS, RUN_MODEL = "checkpoints", "model"
-RUN_BEST = "best"  # of a run's checkpoint: which one was the best by then
+RUN_BEST = "best"  # of a run's checkpoint: which one was the best before its own evaluation
+RUN_BEST_FILE = "best.json"  # of a run: which one is the best by its last evaluation
 # What travels beside the weights and the configuration, where it is there; names or patterns of them.
 TOKENIZER_FILES = (
     "vocab.json",
@@ -173,7 +174,7 @@ class OrbaxPaths:
 def orbax_paths(path: AnyPath) -> OrbaxPaths | None:
     """Of a directory that `convert to-orbax` wrote, a training run or one of its checkpoints; else None.
 
-    RUN/best stands for the run's best checkpoint, though no directory has that name: the newest one knows which it is.
+    RUN/best stands for the run's best checkpoint, though no directory has that name.
     """
     path = to_path(path)
     if (path / PARAMS).is_dir():
@@ -201,13 +202,12 @@ def _newest_checkpoint(run: Path) -> Path | None:
 
 def _best_checkpoint(run: Path) -> Path:
     newest = _newest_checkpoint(run)
-    if newest is None or not (newest / RUN_BEST).is_dir():
+    best = newest and _best_evaluation(run, newest)
+    if not best or best["step"] is None:
         raise MossAudioError(
             f"{run} does not know its best checkpoint, since it trained without loop.best_metric or has not evaluated "
             "yet: name the run, whose newest is taken, or one of its checkpoints"
         )
-    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
-        best = checkpointer.restore(newest / RUN_BEST)
     checkpoint = run / RUN_CHECKPOINTS / str(best["step"])
     if not checkpoint.is_dir():
         raise MossAudioError(
@@ -215,6 +215,20 @@ def _best_checkpoint(run: Path) -> Path:
             f"another in {RUN_CHECKPOINTS}/"
         )
     return checkpoint
+
+
+def _best_evaluation(run: Path, newest: Path) -> dict[str, Any] | None:
+    """JSON of the best evaluation, by the run's own file or by its newest checkpoint.
+
+    That file is not there in runs of older versions, and is ahead if newer checkpoints have been taken away.
+    """
+    file = run / RUN_BEST_FILE
+    if file.exists() and (best := read_json(file))["evaluated"] <= int(newest.name):
+        return best
+    if not (newest / RUN_BEST).is_dir():
+        return None
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+        return checkpointer.restore(newest / RUN_BEST)
 
 
 def files_directory(path: AnyPath) -> Path:

@@ -147,11 +147,11 @@ def _steps(
 ) -> Iterator[Int[np.ndarray, "b piece"]]:
     if max_new_tokens < 1:
         raise MossAudioError(f"max_new_tokens must be 1 or more, not {max_new_tokens}")
-    if np.asarray(inputs.segment_ids).max() > 1:
+    if _is_packed(inputs.segment_ids):
         raise MossAudioError("inputs to generate hold several packed examples a row: give one prompt a row")
     eos = tuple(model.config.eos_ids if eos_ids is None else eos_ids)
     graphdef, state = nnx.split(model)
-    with _mesh_of(state):
+    with _on_mesh_of(state):
         loop = prefill_prompts(graphdef, state, inputs, bucket(max_new_tokens, MIN_NEW_TOKENS), sampling, eos, seed)
         done = 0
         while True:
@@ -244,9 +244,22 @@ def _on_host(array: jax.Array) -> np.ndarray:
     return np.asarray(array if whole else multihost_utils.process_allgather(array, tiled=True))
 
 
-def _mesh_of(state: nnx.State) -> contextlib.AbstractContextManager:
-    """Makes the mesh that the parameters lie on the current one, so that activations are placed on it too."""
-    sharding = jax.tree.leaves(state)[0].sharding
+def _is_packed(segment_ids: np.ndarray | jax.Array) -> bool:
+    """Whether a row holds several examples, among those that this process has."""
+    if isinstance(segment_ids, jax.Array):
+        return any(np.asarray(shard.data).max() > 1 for shard in segment_ids.addressable_shards)
+    return bool(segment_ids.max() > 1)
+
+
+def mesh_of(model: MossAudio | nnx.State) -> jax.sharding.Mesh | None:
+    """The mesh that the parameters are sharded over, if there is one."""
+    sharding = jax.tree.leaves(nnx.state(model) if isinstance(model, nnx.Module) else model)[0].sharding
     if isinstance(sharding, jax.sharding.NamedSharding) and isinstance(sharding.mesh, jax.sharding.Mesh):
-        return jax.set_mesh(sharding.mesh)
-    return contextlib.nullcontext()
+        return sharding.mesh
+    return None
+
+
+def _on_mesh_of(state: nnx.State) -> contextlib.AbstractContextManager:
+    """Makes the mesh that the parameters lie on the current one, so that activations are placed on it too."""
+    mesh = mesh_of(state)
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)

@@ -79,6 +79,27 @@ def make_inputs(
     return ModelInputs(tokens, positions, segment_ids, slots, chunks, chunk_frames, stem_frames)
 
 
+def padded(inputs: ModelInputs, tokens: int, chunks: int) -> ModelInputs:
+    """A batch, NumPy arrays, with so many tokens and chunks a sequence, which are no fewer than it has."""
+
+    def pad(array: np.ndarray, length: int, value: int = 0) -> np.ndarray:
+        return np.pad(
+            array,
+            [(0, length - n) if axis == 1 else (0, 0) for axis, n in enumerate(array.shape)],
+            constant_values=value,
+        )
+
+    return ModelInputs(
+        tokens=pad(inputs.tokens, tokens),
+        positions=pad(inputs.positions, tokens),
+        segment_ids=pad(inputs.segment_ids, tokens),
+        audio_slots=pad(inputs.audio_slots, tokens, -1),
+        audio_chunks=pad(inputs.audio_chunks, chunks),
+        chunk_frames=pad(inputs.chunk_frames, chunks),
+        stem_frames=pad(inputs.stem_frames, chunks),
+    )
+
+
 def bucket(size: int, smallest: int) -> int:
     """The next of smallest * (1, 1.5, 2, 3, 4, 6, 8, ...): at most half is padding, and there are few of them."""
     power = smallest

@@ -300,9 +300,10 @@ def _train(config: "RunConfig", out: Path) -> None:
 
 def evaluate_command() -> Callable[..., None]:
     """The command `evaluate`."""
+    from train.distributed import DistributedConfig, join
     from train.evaluate import EvaluationConfig
 
-    defaults = EvaluationConfig()
+    defaults, one_process = EvaluationConfig(), DistributedConfig()
 
     def evaluate(
         checkpoint: tyro.conf.Positional[PathArgument],
@@ -312,6 +313,7 @@ def evaluate_command() -> Callable[..., None]:
         predictions: PathArgument | None = None,
         plot: PathArgument | None = None,
         config: Annotated[EvaluationConfig, tyro.conf.arg(name="")] = defaults,
+        processes: Annotated[DistributedConfig, tyro.conf.arg(name="")] = one_process,
     ) -> None:
         """Asks a checkpoint questions whose answers are known, and prints how right it is.
 
@@ -322,7 +324,9 @@ def evaluate_command() -> Callable[..., None]:
             predictions: A JSON-lines file for every question, its reference and the model's answer.
             plot: A PNG file for the first clips whose events were asked for: spectrogram, true and predicted events.
             config: What is asked, and how.
+            processes: How the processes find each other, if there are several; the first one prints and writes.
         """
+        join(processes)  # before anything else of JAX
         _evaluate(checkpoint, config, out, predictions, plot)
 
     return evaluate
@@ -331,6 +335,9 @@ def evaluate_command() -> Callable[..., None]:
 def _evaluate(
     checkpoint: Path, config: "EvaluationConfig", out: Path | None, predictions: Path | None, plot: Path | None
 ) -> None:
+    import jax
+
+    from train.distributed import ended_with_the_others, first_process_does
     from train.evaluate import evaluate, has_events, read_items, table
     from train.plots import require_matplotlib
 
@@ -339,9 +346,17 @@ def _evaluate(
         require_matplotlib()
         if not any(map(has_events, items)):
             raise MossAudioError("--plot draws timelines of events, but no question asks for one: leave it out")
-    for path in filter(None, (out, predictions, plot)):
-        require_writable(path)
-    evaluation = evaluate(checkpoint, items, config, progress=True)
+
+    def require_all_writable() -> None:
+        for path in filter(None, (out, predictions, plot)):
+            require_writable(path)
+
+    first_process_does(require_all_writable)
+    first = jax.process_index() == 0
+    with ended_with_the_others():
+        evaluation = evaluate(checkpoint, items, config, progress=first)
+    if not first:
+        return
     print(table(evaluation.results["measures"]))
     if unfinished := evaluation.results["unfinished"]:
         limit = config.answers.max_new_tokens

@@ -64,18 +64,20 @@ class Best:
 
     value, step: None before there was one; a metric that is not finite, or of nothing, is none.
     since: how many evaluations came after it.
+    evaluated: the step of the last evaluation that is counted here.
     """
 
     metric: str
     value: float | None = None
     step: int | None = None
     since: int = 0
+    evaluated: int | None = None
 
     def after(self, step: int, value: float | None) -> "Best":
         """The best when one more evaluation has found this value."""
         if value is not None and math.isfinite(value) and self._is_beaten_by(value):
-            return Best(self.metric, value, step)
-        return dataclasses.replace(self, since=self.since + 1)
+            return Best(self.metric, value, step, evaluated=step)
+        return dataclasses.replace(self, since=self.since + 1, evaluated=step)
 
     def _is_beaten_by(self, value: float) -> bool:
         if self.value is None:

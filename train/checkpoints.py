@@ -3,13 +3,15 @@
     checkpoints/<step>/params   the parameters as a tree, laid out as `load_model` reads them
     checkpoints/<step>/state    step, moments, dropout key, counts of skipped steps
     checkpoints/<step>/data     JSON of the data's iterator, of all processes
-    checkpoints/<step>/best     JSON of the best evaluation so far, where the run looks for one
+    checkpoints/<step>/best     JSON of the best evaluation before it, where the run looks for one
+    best.json                   the same after the last evaluation, which follows the checkpoint of its step
 
 A checkpoint appears under its name only when all of it is whole, so a killed run leaves none that is half written. On
 gs://, where nothing can be renamed at once, it counts only when `commit_success.txt` is in it, which is written last.
 """
 
 import dataclasses
+import json
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -18,7 +20,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from moss_audio_jax.checkpoint import PARAMS, RUN_BEST, RUN_CHECKPOINTS, flatten, unflatten
+from moss_audio_jax.checkpoint import PARAMS, RUN_BEST, RUN_BEST_FILE, RUN_CHECKPOINTS, flatten, unflatten
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.paths import AnyPath, absolute, children, write_whole
 from train.best import Best
@@ -31,7 +33,7 @@ DAMAGED = "damaged_checkpoints"
 class Checkpoints:
     """The checkpoints in a run's directory. Saving goes on in the background; `close` waits for it.
 
-    best: the best evaluation as of the checkpoint that was saved or restored last, which no rule deletes. It travels
+    best: the best evaluation before the checkpoint that was saved or restored last, which no rule deletes. It travels
         in every checkpoint, so that a run that goes on from any of them knows what one that never stopped knew there.
     """
 
@@ -83,6 +85,14 @@ class Checkpoints:
         except (OSError, ValueError) as error:
             raise self._unwritable(error) from error
 
+    def publish(self, best: Best) -> None:
+        """Writes which checkpoint `RUN/best` stands for after an evaluation; raises MossAudioError if it can't."""
+        if jax.process_index() == 0:
+            try:
+                write_whole(self._run / RUN_BEST_FILE, json.dumps(dataclasses.asdict(best), allow_nan=False) + "\n")
+            except OSError as error:
+                raise self._unwritable(error) from error
+
     def restore(self, target: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
         """The newest state and the data's; None if there is no checkpoint.
 
@@ -124,7 +134,8 @@ class Checkpoints:
         if (self._directory / str(step) / RUN_BEST).is_dir():
             items[RUN_BEST] = ocp.args.JsonRestore()
         restored = self._manager.restore(step, args=ocp.args.Composite(**items))
-        self.best = Best(**restored[RUN_BEST]) if RUN_BEST in items else None
+        # In runs of older versions an evaluation came before the checkpoint of its step, and was counted in it.
+        self.best = Best(**({"evaluated": step} | restored[RUN_BEST])) if RUN_BEST in items else None
         flat = flatten(restored[PARAMS])
         leaves = [restored[STATE][name] for name in rest]
         state = jax.tree.unflatten(jax.tree.structure(_without_parameters(target)), leaves)

@@ -213,6 +213,9 @@ class LoopConfig:
     """Examples of each to evaluate on."""
     evaluate_tokens: int = 256
     """The longest answer."""
+    evaluate_batch: int = 16
+    """Questions answered at once, and the most sequences in a batch of eval/loss (which has no more than a microbatch);
+    rounded up to what the devices share evenly. Lower it if an evaluation runs out of device memory."""
     best_metric: str | None = None
     """Keep the checkpoint whose evaluation is best by this metric: loss, wer, cer, aas, f1, accuracy or another one of
     `train/best.py`, over all that is asked. Each evaluation makes a checkpoint then; another metric begins anew."""
@@ -238,6 +241,7 @@ class LoopConfig:
             "evaluate_every",
             "evaluate_count",
             "evaluate_tokens",
+            "evaluate_batch",
             "patience",
         ):
             value = getattr(self, name)

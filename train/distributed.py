@@ -209,6 +209,16 @@ def first_process_does(work: Callable[[], None]) -> None:
         raise MossAudioError("process 0 of the run has refused: its message says why")
 
 
+def of_first_process(value: Any) -> Any:
+    """What process 0 gives, which is JSON, handed to all; every process has to call it."""
+    if jax.process_count() == 1:
+        return value
+    mine = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(mine.size)))
+    text = multihost_utils.broadcast_one_to_all(np.resize(mine, size))
+    return json.loads(np.asarray(text, np.uint8).tobytes())
+
+
 def state_of_all(state: dict[str, Any]) -> dict[str, Any]:
     """The data's states of all processes, merged; every process has to call it, with one of the same step."""
     if jax.process_count() == 1:

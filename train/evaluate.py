@@ -10,9 +10,10 @@ docs/evaluation.md defines every number.
 import io
 import itertools
 import json
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Annotated, Any, Literal, NamedTuple
@@ -22,23 +23,26 @@ import numpy as np
 import soundfile
 import tyro
 from flax import nnx
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
 from tqdm import tqdm
 
 from moss_audio_jax.audio import SAMPLE_RATE
 from moss_audio_jax.checkpoint import load_model
 from moss_audio_jax.cli import PathArgument
 from moss_audio_jax.errors import MossAudioError
-from moss_audio_jax.generate import Sampling, generate
-from moss_audio_jax.inputs import ModelInputs, make_inputs
+from moss_audio_jax.generate import Sampling, generate, mesh_of
+from moss_audio_jax.inputs import ModelInputs, make_inputs, padded
 from moss_audio_jax.model import MossAudio
 from moss_audio_jax.paths import AnyPath, open_binary, write_whole
 from moss_audio_jax.processor import Processor, load_processor
-from moss_audio_jax.sharding import make_mesh
+from moss_audio_jax.sharding import make_mesh, num_parts, partition_spec
 from moss_audio_jax.tokens import build_conversation
 from train.benchmarks import LAYOUTS
 from train.data.manifest import Clip
-from train.data.samples import TOKENS_PER_SECOND, turns_and_mels
+from train.data.samples import FRAMES_PER_SECOND, TOKENS_PER_SECOND, turns_and_mels
 from train.data.scenes import SceneConfig
+from train.distributed import share_of_batch
 from train.metrics import (
     EventCounts,
     character_error_rate,
@@ -66,7 +70,7 @@ class AnswerConfig:
     """How a model is asked."""
 
     batch_size: int = 8
-    """Questions answered at once; the devices that a batch is cut over should divide it."""
+    """Questions answered at once, rounded up to what the devices share evenly."""
     max_new_tokens: int = 512
     """Cut an answer off after so many tokens; how many were is reported."""
     time_markers: bool | None = None
@@ -109,12 +113,13 @@ def answer_items(
     Items of like length share a batch, longest first, so that little is padded, one program serves each bucket of
     lengths and a lack of memory shows at once. The next batch is decoded while the device answers this one.
     A greedy answer does not depend on what it is batched with; a sampled one does, through its random keys.
+    Of several processes, whose devices the model is sharded over, each reads its share of a batch and gets all answers.
     Raises MossAudioError that names the clip if one can't be read, mostly before the first batch.
     """
     answers: dict[int, Answer] = {}
     eos = model.config.eos_ids
     with tqdm(total=len(items), unit="item", disable=not progress) as bar:
-        for number, (indices, inputs) in enumerate(_batches(processor, items, config)):
+        for number, (indices, inputs) in enumerate(_batches(processor, items, config, mesh_of(model))):
             rows = generate(
                 model,
                 inputs,
@@ -122,33 +127,66 @@ def answer_items(
                 seed=seed + number,
                 **asdict(config.sampling),
             )
-            for index, row in zip(indices, rows, strict=False):  # rows that fill up the batch come last
-                answers[index] = Answer(processor.decode(row), bool(np.isin(row, eos).any()))
-            bar.update(len(indices))
+            before = len(answers)
+            for index, row in zip(indices, rows, strict=True):
+                answers.setdefault(index, Answer(processor.decode(row), bool(np.isin(row, eos).any())))
+            bar.update(len(answers) - before)
     return [answers[index] for index in range(len(items))]
 
 
+def whole_batch(size: int, parts: int) -> int:
+    """A size, rounded up so that as many parts share it evenly."""
+    return -(-size // parts) * parts
+
+
 def _batches(
-    processor: Processor, items: Sequence[Item], config: AnswerConfig
+    processor: Processor, items: Sequence[Item], config: AnswerConfig, mesh: Mesh | None
 ) -> Iterator[tuple[Sequence[int], ModelInputs]]:
-    """Indices of items, and their prompts; every batch is of one size, the last one filled up with its first prompt."""
-    size = min(config.batch_size, len(items))
+    """The index of the item in each row, and the prompts; all batches have as many rows, the last some items twice."""
+    if not items:
+        return
+    parts = 1 if mesh is None else num_parts("batch", mesh)
+    size = whole_batch(min(config.batch_size, len(items)), parts)
+    host, hosts = (0, 1) if mesh is None or jax.process_count() == 1 else share_of_batch(mesh)
+    mine = slice(host * size // hosts, (host + 1) * size // hosts)
 
     def make(indices: Sequence[int]) -> ModelInputs:
-        prompts = [_encode(processor, items[index], config.time_markers) for index in indices]
-        prompts += prompts[:1] * (size - len(prompts))
-        ids, mels = zip(*prompts, strict=True)
+        encoded = {index: _encode(processor, items[index], config.time_markers) for index in dict.fromkeys(indices)}
+        ids, mels = zip(*(encoded[index] for index in indices), strict=True)
         return make_inputs(ids, mels, config=processor.config)
 
     with ThreadPoolExecutor() as pool:
         lengths = list(pool.map(_length, items))
         order = sorted(range(len(items)), key=lengths.__getitem__, reverse=True)
-        batches = [order[start : start + size] for start in range(0, len(order), size or 1)]
-        coming = [pool.submit(make, batch) for batch in batches[:1]]
+        batches = [order[start : start + size] for start in range(0, len(order), size)]
+        batches = [batch + batch[:1] * (size - len(batch)) for batch in batches]
+        coming = [pool.submit(make, batch[mine]) for batch in batches[:1]]
         for number, indices in enumerate(batches):
-            inputs = coming.pop().result()
-            coming += [pool.submit(make, batch) for batch in batches[number + 1 : number + 2]]
-            yield indices, inputs
+            inputs = coming.pop()
+            coming += [pool.submit(make, batch[mine]) for batch in batches[number + 1 : number + 2]]
+            if mesh is None or jax.process_count() == 1:
+                yield indices, inputs.result()
+            else:
+                yield _of_all_processes(indices[mine], inputs, mesh)
+
+
+def _of_all_processes(indices: Sequence[int], inputs: Future[ModelInputs], mesh: Mesh) -> tuple[list[int], ModelInputs]:
+    """One batch of the rows that each process has read, on the devices of all; and which item is in which row of it.
+
+    Raises MossAudioError in all processes if one of them can't read its share.
+    """
+    error = inputs.exception()
+    shape = (0, 0) if error else (inputs.result().tokens.shape[1], inputs.result().audio_chunks.shape[1])
+    shapes = multihost_utils.process_allgather(np.array([error is not None, *shape], np.int32)).reshape(-1, 3)
+    failed, tokens, chunks = shapes.max(0).tolist()
+    if error is not None:
+        raise error
+    if failed:
+        raise MossAudioError("another process of the evaluation has failed: its message says why")
+    rows = padded(inputs.result(), tokens, chunks), np.asarray(indices, np.int32)
+    sharding = NamedSharding(mesh, partition_spec(("batch",), mesh))
+    batch, places = jax.make_array_from_process_local_data(sharding, rows)
+    return np.asarray(multihost_utils.process_allgather(places, tiled=True)).tolist(), batch
 
 
 def _encode(processor: Processor, item: Item, time_markers: bool | None) -> tuple[list[int], list[np.ndarray]]:
@@ -167,6 +205,15 @@ def _named(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 _CHARACTERS_PER_TOKEN = 4
+_TOKENS_AROUND = 32  # the roles, the marks of a clip, the system message
+_MARKERS_PER_SECOND = 1.0  # digits of time markers
+
+
+def prompt_length(item: Item, chunk_frames: int) -> tuple[int, int]:
+    """About how many tokens and chunks a prompt has; no audio is decoded for it."""
+    seconds = list(map(_seconds, item.clips))
+    tokens = _length(item) + _MARKERS_PER_SECOND * sum(seconds) + _TOKENS_AROUND
+    return math.ceil(tokens), sum(math.ceil(FRAMES_PER_SECOND * clip / chunk_frames) for clip in seconds)
 
 
 def _length(item: Item) -> float:
@@ -206,7 +253,7 @@ def measure(items: Sequence[Item], answers: Sequence[str]) -> dict[str, dict[str
 
 
 def _measure_text(items: Sequence[Item], answers: Sequence[str]) -> Measured:
-    return _error_rates(map(final_answer, answers), [item.reference for item in items])
+    return _error_rates(map(final_answer, answers), [final_answer(item.reference) for item in items])
 
 
 def _error_rates(texts: Iterable[str], references: Sequence[str]) -> Measured:
@@ -224,7 +271,7 @@ def _error_rates(texts: Iterable[str], references: Sequence[str]) -> Measured:
 
 def _measure_timed_text(items: Sequence[Item], answers: Sequence[str]) -> Measured:
     texts = (without_times(final_answer(answer)) for answer in answers)
-    references = [" ".join(label.text for label in item.labels) for item in items]
+    references = [final_answer(" ".join(label.text for label in item.labels)) for item in items]
     return _timestamps(items, answers) | _error_rates(texts, references)
 
 
@@ -252,7 +299,7 @@ def _event_counts(counts: EventCounts) -> Measured:
 
 
 def _measure_seconds(items: Sequence[Item], answers: Sequence[str]) -> Measured:
-    score = score_seconds(answers, [float(item.reference) for item in items], SECONDS_TOLERANCE)
+    score = score_seconds(answers, [float(final_answer(item.reference)) for item in items], SECONDS_TOLERANCE)
     return {
         "mean_error_s": score.mean_error,
         "share_within": score.share_within,
@@ -262,7 +309,7 @@ def _measure_seconds(items: Sequence[Item], answers: Sequence[str]) -> Measured:
 
 
 def _measure_label(items: Sequence[Item], answers: Sequence[str]) -> Measured:
-    score = score_matches(map(final_answer, answers), [item.reference for item in items])
+    score = score_matches(map(final_answer, answers), [final_answer(item.reference) for item in items])
     return {"accuracy": score.accuracy, "correct": score.correct}
 
 

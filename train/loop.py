@@ -5,7 +5,8 @@
     out/checkpoints/     see `checkpoints`
 
 A run that was killed and is started again ends with the same parameters, bit for bit, as one that never stopped: a
-step depends on the state and its batch alone, the data's iterator goes on exactly, and both are saved together.
+step depends on the state and its batch alone, the data's iterator goes on exactly, and both are saved together. The
+checkpoint of a step comes before its evaluation, which a resumed run makes if `scores.jsonl` does not hold it.
 Several processes (`distributed`) make the same batches as one, and may be others in number each time it is resumed.
 """
 
@@ -14,7 +15,7 @@ import functools
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
 import jax
@@ -58,6 +59,8 @@ from train.step import (
     split_microbatches,
     train_step,
 )
+
+Scores = Mapping[str, float | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,12 +137,25 @@ def _run(
     stop: Callable[[int], bool],
 ) -> Outcome:
     graphdef = nnx.split(build_model(model, dict(abstract_parameters(model, jnp.float32))))[0]
-    step, best = start, _best_so_far(config, checkpoints)
+    step, saved, best = start, start, _best_so_far(config, checkpoints)
 
     def save() -> None:
+        nonlocal saved
         report.commit()
         checkpoints.save(step, _saved(state, model), state_of_all(data.get_state()), best)
+        saved = step
 
+    def evaluate(recorded: Scores | None = None) -> None:
+        nonlocal best
+        scores = recorded or _evaluated(config, held_out, report, step, state)
+        if best is not None:
+            best = best.after(step, scores.get(f"eval/{best.metric}"))
+            checkpoints.publish(best)
+
+    if best is not None and best.evaluated is not None:
+        checkpoints.publish(best)  # as of this step, which the run may have gone beyond
+    if held_out.is_due(step) and (best is None or best.evaluated != step):
+        evaluate(report.scores_of(step))
     last_step, at_end = config.last_step, False
     while step != last_step and not _is_exhausted(best, config) and not stop(step):
         began = time.perf_counter()
@@ -154,22 +170,32 @@ def _run(
         state, metrics = train_step(graphdef, config.step, config.optimizer, state, batch)
         profile.after(step, metrics)
         report.add(step, metrics, host_sums(data.sums, {"data_wait": data_wait}))
-        if evaluated := held_out.is_due(step):
-            with report.paused():
-                scores, answers = held_out.ask(step, state.trainable | state.frozen)
-                report.add_scores(step, scores)
-                report.add_samples(step, answers[: config.loop.show_samples])
-                report.add_answers(step, answers)
-            best = best and best.after(step, scores.get(f"eval/{best.metric}"))
-        # After the evaluation, whose outcome it holds: one that a kill has come before is made again.
-        if (step % config.loop.checkpoint_every == 0 or (evaluated and best is not None)) and step != last_step:
+        evaluated = held_out.is_due(step)
+        # The first evaluation may find too little memory: what was trained until then is to be saved.
+        before_evaluation = evaluated and (best is not None or not held_out.has_asked)
+        if step % config.loop.checkpoint_every == 0 or step == last_step or before_evaluation:
             save()
+        if evaluated:
+            evaluate()
     report.commit()
-    if step > start and step not in checkpoints.steps:
+    if step > saved:
         save()
+    if at_end and held_out.is_on and report.scores_of(step) is None:
+        evaluate()
     is_over = at_end or step == last_step
     early = not is_over and _is_exhausted(best, config)
     return Outcome(step, preempted=not is_over and not early, best=best, stopped_early=early)
+
+
+def _evaluated(config: RunConfig, held_out: HeldOut, report: Report, step: int, state: TrainState) -> Scores:
+    """Makes and records an evaluation; the scores last, by which a resumed run knows that it was made."""
+    with report.paused():
+        scores, answers = held_out.ask(step, state.trainable | state.frozen)
+        report.add_samples(step, answers[: config.loop.show_samples])
+        report.add_answers(step, answers)
+        report.add_scores(step, scores)
+    report.commit()
+    return scores
 
 
 def _best_so_far(config: RunConfig, checkpoints: Checkpoints) -> Best | None:

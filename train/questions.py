@@ -15,6 +15,7 @@ from moss_audio_jax.paths import AnyPath, to_path
 from train.benchmarks import read_benchmark
 from train.data.manifest import Clip, Example, Manifest, Message, TimedText
 from train.data.objectives import OBJECTIVES, PROMPTS, TIME_QUESTIONS
+from train.data.samples import Answers, without_thought
 from train.data.scenes import SceneConfig, make_task
 from train.data.shards import Shards
 
@@ -80,18 +81,24 @@ _TIMELINES: dict[str, Callable[[Example], tuple[TimedText, ...]]] = {
 
 
 def manifest_items(
-    path: AnyPath, objectives: Sequence[str] = (), *, seed: int = 0, limit: int | None = None
+    path: AnyPath,
+    objectives: Sequence[str] = (),
+    *,
+    seed: int = 0,
+    limit: int | None = None,
+    answers: Answers = "last",
 ) -> list[Item]:
     """Every objective that applies to the examples of a manifest or a directory of shards.
 
     objectives: ask these only. seed: of the questions about a time; the others are asked in their first wording.
-    limit: only so many examples, the first ones.
+    limit: only so many examples, the first ones. answers: of a conversation's earlier turns, "last" leaves out the
+    thoughts, as Qwen3's chat template does, and "all" shows them, as a sequence whose answers are all learned does.
     """
     require_askable(objectives)
     return [
         item
         for index, example in enumerate(_examples(path, limit))
-        for item in example_items(example, str(path), objectives, (seed, index))
+        for item in example_items(example, str(path), objectives, (seed, index), answers)
     ]
 
 
@@ -107,7 +114,11 @@ def _examples(path: AnyPath, limit: int | None) -> Iterator[Example]:
 
 
 def example_items(
-    example: Example, source: str, objectives: Sequence[str] = (), seed: Sequence[int] = (0,)
+    example: Example,
+    source: str,
+    objectives: Sequence[str] = (),
+    seed: Sequence[int] = (0,),
+    answers: Answers = "last",
 ) -> Iterator[Item]:
     """Every objective, or those given, that applies to one example; see `manifest_items`."""
     for name in objectives or ASKABLE:
@@ -118,6 +129,8 @@ def example_items(
         *turns, answer = rendered
         if name in PROMPTS:
             turns = [Message("user", (*turns[0].content[:-1], PROMPTS[name][0]))]
+        if answers == "last":
+            turns = [without_thought(turn) for turn in turns]
         task, judged_by = _task(name, turns[-1].content[-1])
         reference = "\n".join(piece for piece in answer.content if isinstance(piece, str))
         labels = _TIMELINES[name](example) if name in _TIMELINES else ()

@@ -46,6 +46,7 @@ from moss_audio_jax.paths import (
     written_whole,
 )
 from train.config import CONFIG_FILE
+from train.distributed import of_first_process
 from train.flops import CONVENTION
 
 METRICS_FILE = "metrics.jsonl"
@@ -168,6 +169,13 @@ class Report:
             for sink in self._sinks:
                 sink.write_scores(step, scores)
 
+    def scores_of(self, step: int) -> Mapping[str, float | None] | None:
+        """What `add_scores` has recorded of this step, perhaps before the run was resumed; None if it has not.
+
+        Every process has to call it, and gets the same.
+        """
+        return of_first_process(_scores_of(self._out, step) if jax.process_index() == 0 else None)
+
     def add_samples(self, step: int, samples: Sequence[ShownSample]) -> None:
         """Shows answers of the model after this step."""
         with _writing_into(self._out):
@@ -213,7 +221,10 @@ class _Lines(_Sink):
 
     def __init__(self, out: Path, start: int):
         self._out = out
-        self._files = {name: _open_after(out / name, start) for name in (METRICS_FILE, SCORES_FILE, SAMPLES_FILE)}
+        # An evaluation writes its scores last: without them it is made again, and its samples are not its own.
+        of_samples = start if _scores_of(out, start) else start - 1
+        last = {METRICS_FILE: start, SCORES_FILE: start, SAMPLES_FILE: of_samples}
+        self._files = {name: _open_after(out / name, step) for name, step in last.items()}
 
     def _write(self, name: str, lines: Iterable[Mapping[str, Any]]) -> None:
         for line in lines:
@@ -279,6 +290,16 @@ def _open_after(path: Path, step: int) -> GrowingFile:
         with path.open("rb") as file, written_whole(path) as partial, partial.open("wb") as kept:
             kept.writelines(_lines_until(file, step, path))
     return GrowingFile(path)
+
+
+def _scores_of(out: Path, step: int) -> dict[str, float | None] | None:
+    path = out / SCORES_FILE
+    if not path.exists():
+        return None
+    with path.open("rb") as file:
+        lines = list(_lines_until(file, step, path))
+    last = json.loads(lines[-1]) if lines else {}
+    return last if last.get("step") == step else None
 
 
 def _lines_until(file: Iterable[bytes], step: int, path: Path) -> Iterator[bytes]:

@@ -20,7 +20,7 @@ from train.config import LoopConfig, RunConfig
 from train.data import Manifest, Message, SampleMaker, TimedText
 from train.data.samples import Sample
 from train.evaluate import measure
-from train.held_out import HeldOut, questions_and_texts, scalars
+from train.held_out import HeldOut, evaluation_shapes, questions_and_texts, scalars
 from train.loop import Outcome, train
 from train.questions import Item, manifest_items
 from train.step import held_out_sums
@@ -36,9 +36,10 @@ def test_the_best_is_kept_and_a_run_ends_that_gets_no_better(
     corpus: Path,  # noqa: F811
     tmp_path: Path,
 ):
-    """It is stopped after step 4, and told to go on further than its patience lasts. Nothing else is changed by it.
+    """It ends after step 5, and is told to go on further than its patience lasts. Nothing else is changed by it.
 
-    No word is right at steps 2, 4 and 6, so the first of these is the best, and at 6 two in a row were not better.
+    No word is right at steps 2, 4 and 6, so the first of these is the best, and at 6 two in a row were not better. The
+    evaluation of step 5, which was the last then, counts no more.
     """
     out = tmp_path / "run"
     asked = {
@@ -54,7 +55,7 @@ def test_the_best_is_kept_and_a_run_ends_that_gets_no_better(
     }
     programs = held_out_sums._cache_size()
     assert not train(until(config, 5, **asked), out, mesh=one_device()).stopped_early
-    ended = Outcome(6, preempted=False, best=Best("wer", 1.0, step=2, since=2), stopped_early=True)
+    ended = Outcome(6, preempted=False, best=Best("wer", 1.0, step=2, since=2, evaluated=6), stopped_early=True)
     assert train(until(config, 10, **asked), out, mesh=one_device()) == ended
     assert held_out_sums._cache_size() == programs + 1
     assert_same_end(out, straight, config)
@@ -62,11 +63,11 @@ def test_the_best_is_kept_and_a_run_ends_that_gets_no_better(
     assert sorted(path.name for path in kept.iterdir()) == ["2", "6"]
 
     scores, samples = written(out, "scores"), written(out, "samples")
-    assert [line["step"] for line in scores] == [line["step"] for line in samples] == [2, 4, 6]
+    assert [line["step"] for line in scores] == [line["step"] for line in samples] == [2, 4, 5, 6]
     name = f"eval/{corpus / 'clips.jsonl'}"
     for line in scores:
         items = [value for key, value in line.items() if key.startswith(name) and key.endswith("/items")]
-        assert items == [3]
+        assert items == [3] and line["eval/unfinished"] == 3
     assert len({(line["name"], line["reference"]) for line in samples}) == 1 and samples[0]["reference"]
     assert scores[0]["eval/loss"] > scores[1]["eval/loss"] > scores[2]["eval/loss"]
     table = (out / "answers" / "4.md").read_text().splitlines()
@@ -84,6 +85,112 @@ def test_the_best_is_kept_and_a_run_ends_that_gets_no_better(
     shutil.rmtree(kept / "2")
     with pytest.raises(MossAudioError, match="its best checkpoint by wer is that of step 2, which is not there"):
         load_model(out / "best")
+
+
+@pytest.fixture(scope="module")
+def evaluated(config: RunConfig, corpus: Path) -> RunConfig:  # noqa: F811
+    """A run whose loss falls from one evaluation to the next."""
+    asked = {"evaluate_every": 2, "evaluate_data": (str(corpus / "clips.jsonl"),), "evaluate_count": 3}
+    return until(config, 5, **asked, evaluate_tokens=4, best_metric="loss", keep_last=1, checkpoint_every=10)
+
+
+@pytest.fixture(scope="module")
+def unstopped(evaluated: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outcome]:
+    out = tmp_path_factory.mktemp("unstopped")
+    return out, train(evaluated, out, mesh=one_device())
+
+
+def failing_after(step: int, error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The evaluation after that step reads its data and ends with the error, once."""
+    ask = HeldOut._loss_sums
+
+    def fail(self: HeldOut, model: MossAudio, parameters: dict) -> dict:
+        found = ask(self, model, parameters)
+        failing.append(len(failing) + 1)
+        if 2 * failing[-1] == step:
+            raise error
+        return found
+
+    failing: list[int] = []
+    monkeypatch.setattr(HeldOut, "_loss_sums", fail)
+
+
+def assert_same_outcome(found: Path, expected: Path, evaluated: RunConfig) -> None:
+    assert_same_end(found, expected, evaluated)
+    for name in ("scores", "samples"):
+        assert written(found, name) == written(expected, name)
+    assert json.loads((found / "best.json").read_text()) == json.loads((expected / "best.json").read_text())
+    assert sorted(path.name for path in (found / "checkpoints").iterdir()) == sorted(
+        path.name for path in (expected / "checkpoints").iterdir()
+    )
+
+
+def test_the_last_step_is_saved_evaluated_and_the_best(unstopped: tuple[Path, Outcome]):
+    out, outcome = unstopped
+    assert outcome.best is not None and (outcome.best.step, outcome.best.evaluated) == (5, 5)
+    assert [line["step"] for line in written(out, "scores")] == [2, 4, 5]
+    newest, best = parameters_of(load_model(out)), parameters_of(load_model(out / "best"))
+    jax.tree.map(np.testing.assert_array_equal, newest, best)
+
+
+@pytest.mark.parametrize("step", [2, 4])
+def test_an_evaluation_without_enough_memory_comes_after_the_checkpoint(
+    step: int,
+    evaluated: RunConfig,
+    unstopped: tuple[Path, Outcome],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    out = tmp_path / "run"
+    failing_after(step, jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 1.2G of 1.0G"), monkeypatch)
+    message = f"after step {step} runs out of device memory .*1.2G of 1.0G.*--evaluate-batch below 16, which resumes"
+    with pytest.raises(MossAudioError, match=message):
+        train(evaluated, out, mesh=one_device())
+    assert (out / "checkpoints" / str(step)).is_dir()
+    monkeypatch.undo()
+    smaller = until(evaluated, 5, evaluate_batch=2)
+    assert train(smaller, out, mesh=one_device()) == unstopped[1]
+    assert_same_outcome(out, unstopped[0], evaluated)
+
+
+def test_a_first_evaluation_is_saved_before_though_no_best_is_looked_for(
+    evaluated: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    failing_after(2, RuntimeError("killed"), monkeypatch)
+    with pytest.raises(RuntimeError, match="killed"):
+        train(until(evaluated, 5, best_metric=None), tmp_path / "run", mesh=one_device())
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["2"]
+
+
+@pytest.mark.parametrize("written_by", ["a kill after the scores", "a kill before the scores", "an older version"])
+def test_what_an_evaluation_found_survives(
+    written_by: str, evaluated: RunConfig, unstopped: tuple[Path, Outcome], tmp_path: Path
+):
+    """A run stopped with the evaluation of its newest checkpoint, 4, recorded or not, ends like one that never was."""
+    out = tmp_path / "run"
+    train(until(evaluated, 4), out, mesh=one_device())
+    best, of_checkpoint = out / "best.json", out / "checkpoints" / "4" / "best" / "metadata"
+    if written_by == "an older version":  # it evaluated before it saved, and so counted the evaluation in it
+        now = json.loads(best.read_text())
+        assert json.loads(of_checkpoint.read_text()) != now
+        of_checkpoint.write_text(json.dumps({name: now[name] for name in ("metric", "value", "step", "since")}))
+        best.unlink()
+        load_model(out / "best")
+    else:
+        shutil.copy(of_checkpoint, best)  # of step 2
+        if written_by == "a kill before the scores":
+            lines = (out / "scores.jsonl").read_text().splitlines(keepends=True)
+            (out / "scores.jsonl").write_text(lines[0] + lines[1][:50])
+    assert train(evaluated, out, mesh=one_device()) == unstopped[1]
+    assert_same_outcome(out, unstopped[0], evaluated)
+
+
+def test_the_shapes_of_an_evaluation(config: RunConfig, corpus: Path):  # noqa: F811
+    asking = until(config, 5, evaluate_every=1, evaluate_batch=3, evaluate_tokens=20)
+    assert evaluation_shapes(asking, parts=2) == (4, 192, 2, 24, 1)
+    items = manifest_items(corpus / "clips.jsonl", limit=2)
+    prompts, tokens, chunks, new_tokens, _ = evaluation_shapes(asking, 1, items)
+    assert (prompts, chunks, new_tokens) == (2, 1, 24) and 64 <= tokens < 160
 
 
 def test_a_run_that_looks_for_no_best_has_none(straight: Path):  # noqa: F811
@@ -131,10 +238,13 @@ def test_the_loss_is_of_all_tokens_and_the_same_on_a_mesh(
     samples = [maker.sample(item.name, (*item.turns, Message("assistant", (item.reference,)))) for item in items]
     samples += [maker.sample(example.name, example.text) for example in Manifest(data[1])][:5]
     alone = load_model(corpus / "model")
-    sums = np.sum([by_hand(alone, sample) for sample in samples], axis=0)
-    assert scores["eval/tokens"] == sums[2]
-    np.testing.assert_allclose(scores["eval/loss"], sums[0] / sums[2], rtol=1e-5)
-    np.testing.assert_allclose(scores["eval/token_accuracy"], sums[1] / sums[2], rtol=1e-6)
+    of_each = [by_hand(alone, sample) for sample in samples]
+    found = {"eval": of_each, f"eval/{data[0]}": of_each[: len(items)], f"eval/{data[1]}": of_each[len(items) :]}
+    for name, parts in found.items():
+        sums = np.sum(parts, axis=0)
+        assert scores[f"{name}/tokens"] == sums[2]
+        np.testing.assert_allclose(scores[f"{name}/loss"], sums[0] / sums[2], rtol=1e-5)
+        np.testing.assert_allclose(scores[f"{name}/token_accuracy"], sums[1] / sums[2], rtol=1e-6)
 
 
 def by_hand(model: MossAudio, sample: Sample) -> tuple[float, int, int]:
@@ -173,15 +283,15 @@ def test_what_is_too_long_is_cut_as_in_training(config: RunConfig, tmp_path: Pat
     (tmp_path / "long.jsonl").write_text(json.dumps({"text": "far too long " * 100}))
     truncating = dataclasses.replace(config, data=dataclasses.replace(config.data, oversize="truncate"))
     cut = held_out(truncating, one_device(), tmp_path, evaluate_data=(str(tmp_path / "long.jsonl"),))
-    assert sum(int(batch.weights.sum()) for batch in cut._batches) == config.data.tokens - 1
+    assert sum(int(batch.weights.sum()) for _, batch in cut._batches) == config.data.tokens - 1
 
 
 @pytest.mark.parametrize(
     ("metric", "values", "best"),
     [
-        ("loss", [3.0, math.nan, 2.0, 2.0, None], Best("loss", 2.0, step=3, since=2)),
-        ("accuracy", [0.0, 0.0, 0.5, 0.25], Best("accuracy", 0.5, step=3, since=1)),
-        ("aas", [None, math.inf], Best("aas", None, step=None, since=2)),
+        ("loss", [3.0, math.nan, 2.0, 2.0, None], Best("loss", 2.0, step=3, since=2, evaluated=5)),
+        ("accuracy", [0.0, 0.0, 0.5, 0.25], Best("accuracy", 0.5, step=3, since=1, evaluated=4)),
+        ("aas", [None, math.inf], Best("aas", None, step=None, since=2, evaluated=2)),
     ],
 )
 def test_the_best_so_far(metric: str, values: list[float | None], best: Best):

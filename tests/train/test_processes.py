@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 from test_loop import ENVIRONMENT, corpus, lines  # noqa: F401 - a fixture
 
 from moss_audio_jax import MossAudioError
@@ -197,6 +198,43 @@ def test_processes_end_their_epochs_together(start: Callable[..., Run], tmp_path
     for name in ("examples", "tokens", "epoch", "read"):
         assert [line[name] for line in found[0]] == [line[name] for line in found[1]], name
     assert found[1][-1]["epoch"] >= 2
+
+
+def test_processes_share_an_evaluation(corpus: Path, tmp_path: Path):  # noqa: F811
+    """Three clips, two at once, so that one row of the last batch is filled up."""
+    environment = os.environ | ENVIRONMENT | {"JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo"}
+    question = ["--data", str(corpus / "clips.jsonl"), "--limit", "3", "--batch-size", "2", "--max-new-tokens", "4"]
+    found = {}
+    for count in (1, 2):
+        out, predictions = tmp_path / f"{count}.json", tmp_path / f"{count}.jsonl"
+        arguments = ["evaluate", str(corpus / "model"), *question, "--predictions", str(predictions)]
+        (tmp_path / str(count)).mkdir()
+        run = Run(arguments, out, count, environment, tmp_path / str(count))
+        try:
+            assert run.wait() == [0] * count, run.log(0) + run.log(count - 1)
+        finally:
+            run.kill()
+        results = json.loads(out.read_text())
+        found[count] = results["measures"], results["unfinished"], predictions.read_text()
+        assert results["devices"] == count and "transcribe" in run.log(0)
+    assert found[2] == found[1]
+    assert "transcribe" not in run.log(1)
+
+
+def test_a_clip_that_one_process_can_t_read_ends_the_evaluation(corpus: Path, tmp_path: Path):  # noqa: F811
+    """Its header is whole; only the process that decodes it meets the mistake, and all end at once."""
+    shutil.copytree(corpus, tmp_path / "corpus")
+    clip = tmp_path / "corpus" / "0.wav"
+    soundfile.write(clip, np.zeros(100), 16000)  # too short to be read
+    environment = os.environ | ENVIRONMENT | {"JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo"}
+    question = ["--data", str(tmp_path / "corpus" / "clips.jsonl"), "--limit", "2", "--max-new-tokens", "4"]
+    run = Run(["evaluate", str(corpus / "model"), *question], tmp_path / "r.json", 2, environment, tmp_path)
+    try:
+        assert run.wait() == [2, 2], run.log(0) + run.log(1)
+    finally:
+        run.kill()
+    logs = sorted((run.log(0), run.log(1)), key=lambda log: "another process" in log)
+    assert "0.wav" in logs[0] and "another process of the evaluation has failed" in logs[1]
 
 
 @pytest.mark.slow

@@ -10,10 +10,10 @@ import soundfile
 from moss_audio_jax.errors import MossAudioError
 from train.data.manifest import Clip, TimedText
 from train.data.objectives import PROMPTS, TIME_QUESTIONS
-from train.data.scenes import SceneConfig, make_task
+from train.data.scenes import TASKS, SceneConfig, make_task
 from train.data.shards import prepare
-from train.evaluate import MEASURES
-from train.questions import Item, benchmark_items, manifest_items, scene_items
+from train.evaluate import MEASURES, measure
+from train.questions import ASKABLE, Item, benchmark_items, manifest_items, scene_items
 
 WORDS = [{"text": "hello", "start": 0.5, "end": 0.75}, {"text": "there", "start": 1.0, "end": 1.25}]
 LABELLED = {
@@ -77,6 +77,58 @@ def test_a_conversation_is_asked_for_its_last_turn(manifest):
     assert [turn.role for turn in item.turns] == ["system", "user", "assistant", "user"]
     assert (item.question, item.reference, item.measure) == ("Where?", "At sea.\nI think.", "reply")
     assert len(item.clips) == 1
+
+
+THINKING = {
+    "conversation": [
+        {"role": "user", "message_type": "audio", "content": "a.wav"},
+        {"role": "user", "message_type": "text", "content": "Who?"},
+        {"role": "assistant", "message_type": "text", "content": "<think>\nDeep.\n</think>\n\nA man."},
+        {"role": "user", "message_type": "text", "content": "Where?"},
+        {"role": "assistant", "message_type": "text", "content": "<think>\nWaves.\n</think>\n\nAt sea."},
+    ]
+}
+
+
+def test_thoughts_of_earlier_turns_are_shown_as_in_training(tmp_path: Path):
+    soundfile.write(tmp_path / "a.wav", np.full(32000, 0.1), 16000)
+    path = tmp_path / "thinking.jsonl"
+    path.write_text(json.dumps(THINKING))
+    for answers, earlier in (("last", "A man."), ("all", THINKING["conversation"][2]["content"])):
+        (item,) = manifest_items(path, answers=answers)
+        assert item.turns[1].content == (earlier,)
+        assert item.reference == "<think>\nWaves.\n</think>\n\nAt sea."
+
+
+PERFECT = {"wer": 0.0, "cer": 0.0, "f1": 1.0, "accuracy": 1.0, "mean_error_s": 0.0, "share_within": 1.0, "malformed": 0}
+PERFECT |= {"aas_ms": 0.0, "missing_slots": 0, "surplus_slots": 0, "unreadable": 0, "unanswered": 0, "ambiguous": 0}
+
+
+def test_the_references_themselves_score_perfectly(tmp_path: Path):
+    """Of every measure, objective and task of scenes, with thoughts and without."""
+    soundfile.write(tmp_path / "a.wav", np.full(32000, 0.1), 16000)
+    times = {"words": WORDS, "segments": LABELLED["segments"]}
+    labelled = {"audio": "a.wav", "text": "<think>Hm.</think>Hello there.", "caption": "<think>So.</think>A greeting."}
+    labelled |= times | {"events": [{"text": "tone", "start": 0.5, "end": 0.8}]}
+    lines = [labelled, CONVERSATION, THINKING] + [{"audio": "a.wav", "words": WORDS}] * 10
+    (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    question = {"audio_path": "a.wav", "question": "What?", "modality": "x", "category": "x", "sub-category": "x"}
+    questions = [{"id": n, "choices": ["dog", "cat"], "answer": answer} for n, answer in enumerate(("cat", "dog"))]
+    (tmp_path / "mmar.json").write_text(json.dumps([question | fields for fields in questions]))
+    scenes = SceneConfig(events=(2, 3), labels=("tone", "hum"), tasks=tuple(TASKS), questions=1)
+    items = [
+        *manifest_items(tmp_path / "test.jsonl"),
+        *scene_items(60, scenes, seed=3),
+        *benchmark_items("mmar", tmp_path / "mmar.json", tmp_path),
+    ]
+    assert {item.measure for item in items} == set(MEASURES)
+    assert {item.task for item in items} >= set(TASKS) | set(ASKABLE) - {"time_qa"}
+    for source, tasks in measure(items, [item.reference for item in items]).items():
+        for task, measured in tasks.items():
+            rounded = {"aas_ms": 50.0} if source == "scenes" and task == "timeline" else {}  # to tenths of a second
+            for name in PERFECT.keys() & measured.keys():
+                assert measured[name] == pytest.approx(PERFECT[name], abs=rounded.get(name, 1e-9)), (task, name)
+            assert PERFECT.keys() & measured.keys() or task == "caption"
 
 
 def test_questions_about_times_follow_the_seed(tmp_path):

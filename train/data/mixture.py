@@ -2,8 +2,8 @@
 
 MOSS-Audio's pretraining mixes 30% speech recognition, 40% captions and 30% text, and inside each of these its data
 sets in proportion to the square root of their sizes; a source may have another weight. The order is one endless
-sequence that depends on the sources and the seed alone. Any place of it can be read directly (`ExampleOrder[n]`), so any
-number of readers can share it.
+sequence that depends on the sources and the seed alone. Any place of it can be read directly (`ExampleOrder[n]`), so
+any number of readers can share it.
 
     window w of SHUFFLE_WINDOW examples: each source as often as its weight says, shuffled
     the c-th example of a source:        example c modulo its size, in the shuffle of epoch c // size

@@ -306,7 +306,7 @@ class SampleMaker:
         self, messages: tuple[Message, ...], mel: Callable[[Clip], np.ndarray]
     ) -> tuple[list[int], list[bool], list[np.ndarray]]:
         if self._answers == "last":
-            messages = (*map(_without_thought, messages[:-1]), messages[-1])
+            messages = (*map(without_thought, messages[:-1]), messages[-1])
         turns, mels = turns_and_mels(messages, mel)
         ids, learned = build_conversation(
             self._tokenizer, turns, time_markers=self.time_markers, processor=self._config.processor
@@ -386,7 +386,7 @@ def turns_and_mels(
     return turns, mels
 
 
-def _without_thought(message: Message) -> Message:
+def without_thought(message: Message) -> Message:
     """An answer without its thought and the line breaks after it, as Qwen3's template has it in a later prompt."""
     if message.role != "assistant":
         return message
