@@ -61,7 +61,7 @@ class Compiled:
 
 
 def topology_devices(topology: str, slices: int = 1) -> list[Any]:
-    """The devices of a TPU such as `v5e:4x4`, which need not be there; of several slices, one after the other.
+    """The devices of a TPU such as `v5e:4x4`, no TPU needed; of several slices, one after the other.
 
     topology: either name of `chips.topology_of`.
     """
@@ -380,7 +380,8 @@ def alternatives(config: RunConfig, chips: int) -> Iterator[tuple[str, RunConfig
     while fewer % (2 * parts) == 0:
         fewer //= 2
         data = dataclasses.replace(config.data, batch_size=fewer)
-        yield _written({"--batch": fewer}), dataclasses.replace(config, data=data, microbatches=1)
+        remat = {name: value for name, value in said.items() if name == "--step.remat"}
+        yield _written(remat | {"--batch": fewer}), dataclasses.replace(config, data=data, microbatches=1)
     if config.step.remat != "offload":
         offloaded = dataclasses.replace(config.step, remat="offload")
         yield _written(said | {"--step.remat": "offload"}), dataclasses.replace(config, step=offloaded)

@@ -2,7 +2,6 @@
 
 import fnmatch
 import math
-import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +14,7 @@ from moss_audio_jax import MossAudioConfig, MossAudioError
 from moss_audio_jax.checkpoint import abstract_parameters, build_model, unflatten
 from moss_audio_jax.config import EncoderConfig, LanguageConfig
 from moss_audio_jax.inputs import ModelInputs
-from train.chips import CHIPS, V4, V7X, chip_of, peak_flops
+from train.chips import CHIPS, V4, V7X, chip_of, peak_flops, shown_topology, topology_of
 from train.data import DataConfig, TrainingBatch
 from train.flops import PARTS, Content, forward_flops, moved_bytes, recomputed_flops, step_flops
 from train.step import StepConfig, loss_and_gradients
@@ -253,6 +252,13 @@ def test_chips():
         "TPU v6e": 800,
         "TPU7x": 1200,
     }
+    assert {chip.name: chip.dcn_bandwidth * 8 / 1e9 for chip in CHIPS.values()} == {
+        "TPU v4": 50,
+        "TPU v5e": 25,
+        "TPU v5p": 50,
+        "TPU v6e": 100,
+        "TPU7x": 100,
+    }
     assert chip_of("cpu") is None and peak_flops(jax.devices()) is None
 
     def devices(kind: str, cores: int, count: int) -> list:
@@ -262,3 +268,28 @@ def test_chips():
     assert peak_flops(devices("TPU v4", 2, 4)) == peak_flops(devices("TPU v4", 1, 8)) == 4 * V4.peak_flops
     assert peak_flops(devices("TPU7x", 1, 8)) == 4 * V7X.peak_flops
     assert peak_flops(devices("TPU v5 lite", 1, 8)) == 8 * 197e12
+
+
+@pytest.mark.parametrize(
+    ("name", "topology"),
+    [
+        ("v5p-8", "v5p:2x2x1"),
+        ("v5p-64", "v5p:2x4x4"),
+        ("v4-128", "v4:4x4x4"),
+        ("v6e-8", "v6e:2x4"),
+        ("v5litepod-16", "v5e:4x4"),
+        ("v5e-256", "v5e:16x16"),
+        ("v5p:2x4x4", "v5p:2x4x4"),
+    ],
+)
+def test_the_names_that_slices_are_rented_by(name: str, topology: str):
+    assert topology_of(name) == topology
+    assert name.startswith("v5e-") or name in (topology, shown_topology(topology).partition(" (")[2].rstrip(")"))
+
+
+@pytest.mark.parametrize(
+    ("name", "near"), [("v5p-60", "v5p-64, v5p-32,"), ("v6e-100", "v6e-128, v6e-64,"), ("h100", "v5litepod-8, v5p-64,")]
+)
+def test_an_unknown_slice_names_its_neighbours(name: str, near: str):
+    with pytest.raises(MossAudioError, match=f"or be a name that Google Cloud rents by, such as {near}.*not '{name}'"):
+        topology_of(name)
