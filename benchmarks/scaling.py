@@ -1,7 +1,8 @@
 """How a pretraining step of the 8B scales from 8 to 1024 chips, on paper: `python -m benchmarks.scaling`.
 
 The same global batch of 1024 sequences of 8192 tokens on ever more v5p chips, compiled ahead of time; no TPU is needed,
-only libtpu, and some minutes for each program. Time and MFU are the estimates of `python -m train plan`.
+only libtpu, and some minutes for each program. benchmarks/scaling.json keeps memory and bytes sent of the compiled
+programs; time and MFU are the estimates that `python -m train plan` makes of them.
 """
 
 import dataclasses
@@ -10,60 +11,78 @@ from pathlib import Path
 from typing import Any
 
 import tyro
+from jax.sharding import Mesh
 
+from benchmarks.plan_tables import exchange
 from moss_audio_jax.cli import run_door
 from moss_audio_jax.info import align
 from moss_audio_jax.paths import write_whole
-from train.chips import GIB
-from train.config import RECIPES
-from train.plan import plan_step, topology_devices, with_sizes
+from moss_audio_jax.sharding import make_mesh
+from train.chips import GIB, V5P
+from train.config import RECIPES, RunConfig
+from train.plan import Compiled, plan_step, report_step, topology_devices, with_sizes
 from train.plots import require_matplotlib
 
 SEQUENCES, TOKENS = 1024, 8192
 # Microbatches as memory asks for, and replicas: 256 is the most parts that all dimensions can be cut into.
 LAYOUTS = {"v5p:2x2x2": (16, 1), "v5p:4x4x4": (2, 1), "v5p:4x8x8": (1, 1), "v5p:8x8x16": (1, 4)}
 COLUMNS = ("chips", "replicas", "microbatches", "sequences a chip", "HBM, GiB", "a chip sends, GiB", "step, s", "MFU")
+RESULTS = Path(__file__).with_name("scaling.json")
 
 
-def compiled(topology: str, microbatches: int, replicas: int) -> dict[str, Any]:
-    """What stands in the table of one topology."""
+def program(microbatches: int, replicas: int) -> RunConfig:
     config = with_sizes(RECIPES["pretrain_stage2"], "8b", slices=1, batch=SEQUENCES, tokens=TOKENS, chunks=None)
     mesh = dataclasses.replace(config.mesh, replica=replicas)
-    devices = topology_devices(topology)
-    report = plan_step(dataclasses.replace(config, microbatches=microbatches, mesh=mesh), devices)
-    return {
-        "chips": len(devices),
+    return dataclasses.replace(config, microbatches=microbatches, mesh=mesh)
+
+
+def compiled(topology: str) -> dict[str, float]:
+    """Memory and bytes sent of one topology's program."""
+    report = plan_step(program(*LAYOUTS[topology]), topology_devices(topology))
+    sent = sum(sums["sent_bytes_per_chip"] for sums in report["collectives"].values())
+    return {"hbm_gib": report["hbm_bytes_per_chip"] / GIB, "sent_gib": sent / GIB}
+
+
+def estimated(topology: str, found: dict[str, float]) -> dict[str, Any]:
+    """What stands in the table of one topology, from what was compiled."""
+    microbatches, replicas = LAYOUTS[topology]
+    mesh: Mesh = make_mesh(replica=replicas, devices=topology_devices(topology))
+    sent = exchange(found["sent_gib"] * GIB, mesh)
+    report = report_step(program(microbatches, replicas), mesh, Compiled(None, 0, 0, 0, (), sent, 0.0))
+    return found | {
+        "chips": mesh.size,
         "replicas": replicas,
         "microbatches": microbatches,
-        "hbm_gib": report["hbm_bytes_per_chip"] / GIB,
-        "sent_gib": sum(sums["sent_bytes_per_chip"] for sums in report["collectives"].values()) / GIB,
         "computing": report["estimated_compute_seconds"],
+        "updating": report["estimated_update_seconds"],
         "communicating": report["estimated_communication_seconds"],
+        "step": report["estimated_step_seconds"],
         "mfu": report["estimated_mfu"],
+        "calibrated": report["calibrated_mfu"],
     }
 
 
-def run(results: Path = Path("scaling.json"), plot: Path = Path("scaling.png")) -> None:
+def run(results: Path = RESULTS, plot: Path = Path("scaling.png")) -> None:
     """Compiles what `results` does not hold yet, prints the table and draws it.
 
     Args:
-        results: Figures by topology, read and added to.
+        results: Figures of compiled programs by topology, read and added to.
         plot: A PNG file.
     """
     require_matplotlib()
     found = json.loads(results.read_text()) if results.exists() else {}
-    for topology, layout in LAYOUTS.items():
+    for topology in LAYOUTS:
         if topology not in found:
             print(f"compiling for {topology}", flush=True)
-            found[topology] = compiled(topology, *layout)
+            found[topology] = compiled(topology)
             write_whole(results, json.dumps(found, indent=2) + "\n")
-    rows = [found[topology] for topology in LAYOUTS]
+    rows = [estimated(topology, found[topology]) for topology in LAYOUTS]
     print(align([COLUMNS, *map(cells, rows)]))
     draw(rows, plot)
 
 
 def cells(row: dict[str, Any]) -> tuple[str, ...]:
-    step = row["computing"] + row["communicating"]
+    least, most = row["calibrated"]
     return (
         str(row["chips"]),
         str(row["replicas"]),
@@ -71,30 +90,38 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
         f"{SEQUENCES / row['chips']:g}",
         f"{row['hbm_gib']:.1f}",
         f"{row['sent_gib']:.1f}",
-        f"{step:.2f}",
-        f"{row['mfu']:.1%}",
+        f"{row['step']:.2f}",
+        f"{row['mfu']:.1%} ({100 * least:.0f} to {100 * most:.0f})",
     )
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Four panels over the number of chips: seconds, MFU, memory with its limit, and bytes sent."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     chips = [row["chips"] for row in rows]
-    figure, (times, mfu, memory) = pyplot.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
+    figure, panels = pyplot.subplots(1, 4, figsize=(14, 3.2), layout="constrained")
+    times, mfu, memory, sent = panels
     for part, color in (("computing", "#0072B2"), ("communicating", "#D55E00")):
         times.loglog(chips, [row[part] for row in rows], "o-", color=color, label=part)
     times.set_title("seconds of a step (estimate)")
-    times.legend(frameon=False)
-    mfu.semilogx(chips, [100 * row["mfu"] for row in rows], "o-", color="#009E73")
-    mfu.set(title="MFU, % (estimate)", ylim=(0, 70))
-    memory.semilogx(chips, [row["hbm_gib"] for row in rows], "o-", color="#CC79A7", label="HBM")
-    memory.semilogx(chips, [row["sent_gib"] for row in rows], "o-", color="#D55E00", label="sent in a step")
-    memory.set(title="GiB a chip")
-    memory.legend(frameon=False)
-    for axes in (times, mfu, memory):
+    times.legend(frameon=False, loc="upper right")
+    ends = [[100 * row["calibrated"][end] for row in rows] for end in (0, 1)]
+    mfu.fill_between(chips, *ends, color="#009E73", alpha=0.2, linewidth=0, label="calibrated")
+    mfu.semilogx(chips, [100 * row["mfu"] for row in rows], "o-", color="#009E73", label="estimate")
+    mfu.set(title="MFU, %", ylim=(0, 75))
+    mfu.legend(frameon=False, loc="lower left")
+    memory.semilogx(chips, [row["hbm_gib"] for row in rows], "o-", color="#CC79A7")
+    limit = V5P.usable_hbm_bytes / GIB
+    memory.axhline(limit, color="black", linestyle="--", linewidth=1)
+    memory.annotate(f"usable: {limit:.1f}", (chips[-1], limit), ha="right", va="bottom")
+    memory.set(title="HBM, GiB a chip", ylim=(0, 1.15 * limit))
+    sent.semilogx(chips, [row["sent_gib"] for row in rows], "o-", color="#D55E00")
+    sent.set(title="sent in a step, GiB a chip", ylim=(0, None))
+    for axes in panels:
         axes.set_xticks(chips, [str(count) for count in chips])
         axes.minorticks_off()
         axes.set_xlabel("v5p chips")

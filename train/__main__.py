@@ -4,7 +4,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -211,53 +211,65 @@ def plan_command(arguments: list[str]) -> Callable[..., None]:
         batch: int | None = None,
         seq: int | None = None,
         chunks: int | None = None,
+        segments: int = 1,
+        propose_batch: bool = False,
         json: bool = False,
         config: Annotated[RunConfig, tyro.conf.arg(name="")] = recipe_config,
     ) -> None:
-        """Compiles a recipe's step for a TPU that need not be there: whether it fits, and how fast it might be.
+        """Compiles a recipe's step for a TPU, on any machine; no TPU needed. Says whether it fits, and how fast it
+        might be.
 
         Exits with 1 if it does not fit, having tried what would.
 
         Args:
-            topology: Kind and shape of the TPU, such as v5e:2x4, v5p:4x4x4 or v6e:8x8.
+            topology: Kind and shape of the TPU, such as v5e:2x4, v5p:4x4x4 or v6e:8x8, or the name that it is rented
+                by, such as v5litepod-8, v5p-128 or v6e-64.
             recipe: Where the other options get their defaults.
             mode: A step of training; answering (prompts read, a token decoded), in bfloat16; or loading alone.
             model: Size, short for --model.preset.
-            slices: How many such TPUs, each with a replica; the estimate takes the network between them for ICI.
+            slices: How many such TPUs, each with a replica.
             batch: Sequences of a step (or prompts) in all, short for --data.batch-size.
             seq: Tokens of a sequence (of a prompt and its answer), short for --data.tokens.
             chunks: Audio chunks of a sequence, short for --data.chunks; by default in the recipe's proportion.
+            segments: Clips packed into a sequence, of equal length: attention within them is less work that counts.
+            propose_batch: If it fits, find the largest batch that does, the batch doubled again and again. Compiles
+                two more programs or three.
             json: Print one JSON object instead of a table.
             config: What the recipe says, and may be said otherwise.
         """
-        _plan(config, topology, mode, model, slices, batch, seq, chunks, json)
+        from json import dumps
+
+        from train.plan import table, with_sizes
+
+        config = with_sizes(config, model, slices, batch, seq, chunks)
+        report = _plan(config, topology, mode, slices, segments, propose_batch)
+        print(dumps(report, indent=2) if json else table(report))
+        if not report["fits"]:
+            sys.exit(1)
 
     return plan
 
 
 def _plan(
-    config: "RunConfig",
-    topology: str,
-    mode: str,
-    model: str | None,
-    slices: int,
-    batch: int | None,
-    seq: int | None,
-    chunks: int | None,
-    as_json: bool,
-) -> None:
-    import json
-
+    config: "RunConfig", topology: str, mode: str, slices: int, segments: int, propose_batch: bool
+) -> dict[str, Any]:
     from train import plan
+    from train.chips import topology_of
 
-    config = plan.with_sizes(config, model, slices, batch, seq, chunks)
     if mode != "train" and config.lora is not None and config.lora.int8:
         raise MossAudioError(f"lora.int8 is for training: leave it out of --mode {mode}, where no kernel is int8")
+    if mode != "train" and (segments != 1 or propose_batch):
+        raise MossAudioError(f"--segments and --propose-batch are for training: leave them out of --mode {mode}")
+    if not 1 <= segments <= config.data.tokens:
+        raise MossAudioError(
+            f"--segments must be from 1 to the {config.data.tokens} tokens of a sequence, not {segments}"
+        )
+    topology = topology_of(topology)
     devices = plan.topology_devices(topology, slices)
     named = {"model": config.model.preset, "topology": topology, "slices": slices, "chips": len(devices)}
     if mode == "generate":
         data = config.data
-        report = named | plan.plan_generation(
+        return named | plan.plan_generation(
             config.trained_model(),
             devices,
             tensor=config.mesh.tensor,
@@ -265,15 +277,14 @@ def _plan(
             slots=data.tokens,
             chunks=data.chunks,
         )
-    elif mode == "load":
-        report = named | plan.plan_load(config.trained_model(), devices, tensor=config.mesh.tensor)
-    else:
-        report = named | plan.plan_step(config, devices)
-        if not report["fits"]:
-            report["would_fit"] = plan.what_would_fit(config, devices)
-    print(json.dumps(report, indent=2) if as_json else plan.table(report))
+    if mode == "load":
+        return named | plan.plan_load(config.trained_model(), devices, tensor=config.mesh.tensor)
+    report = named | plan.plan_step(config, devices, segments)
     if not report["fits"]:
-        sys.exit(1)
+        report["would_fit"] = plan.what_would_fit(config, devices)
+    elif propose_batch:
+        report["largest_batch"] = plan.propose_batch(config, devices, report)
+    return report
 
 
 def _train(config: "RunConfig", out: Path) -> None:

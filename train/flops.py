@@ -7,10 +7,12 @@ whole, as the encoder reads it.
 
 The backward pass of y = x W has two products of the same size: one by W, if that is trained, and one by x, if anything
 is trained that x depends on. So frozen parts cost their forward pass, and no more than that where nothing below learns.
+What rematerialization computes a second time, and what all products move through memory, follow from the same table.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from moss_audio_jax.config import DOWNSAMPLE_RATE, MossAudioConfig
 from moss_audio_jax.errors import MossAudioError
@@ -47,17 +49,75 @@ def step_flops(config: MossAudioConfig, content: Content, trainable: Iterable[st
     trainable: paths of the parameters that learn, such as `TrainState.trainable` has; all others are frozen. The small
     products with adapters of LoRA are left out, but gradients are counted all the way to them.
     """
+    flops = dict.fromkeys(PARTS, 0.0)
+    for operation, times in _step(config, content, trainable):
+        flops[operation.part] += operation.flops * times.products
+    return flops
+
+
+def recomputed_flops(
+    config: MossAudioConfig, content: Content, trainable: Iterable[str], remat: str
+) -> dict[str, float]:
+    """FLOPs that a step's backward pass computes a second time, by part (`PARTS`), which model FLOPs leave out.
+
+    remat: a key of `layers.REMAT_POLICIES`. Nothing is recomputed where no gradient goes, nor the last product of a
+    layer, whose result no gradient needs. The loss computes the logits twice whatever is trained.
+    """
+    flops = dict.fromkeys(PARTS, 0.0)
+    for operation, times in _step(config, content, trainable, remat):
+        flops[operation.part] += operation.flops * times.again
+    return flops
+
+
+def moved_bytes(
+    config: MossAudioConfig,
+    content: Content,
+    trainable: Iterable[str],
+    remat: str = "none",
+    *,
+    microbatches: int = 1,
+    data_parallel: int = 1,
+    tensor: int = 1,
+) -> dict[str, float]:
+    """Bytes that the products of a step read and write in one chip's memory, by part (`PARTS`).
+
+    Each product reads its operands and writes its result once, in bfloat16. Kernels are gathered, so that each chip
+    reads the whole of them (or its part of `tensor`) in every microbatch; activations are shared by all chips. What
+    stands between products (norms, activation functions) is fused into them and left out.
+    """
+    moved = dict.fromkeys(PARTS, 0.0)
+    for operation, times in _step(config, content, trainable, remat):
+        elements = operation.activations / (data_parallel * tensor) + operation.kernel * microbatches / tensor
+        moved[operation.part] += 2.0 * elements * (times.products + times.again)
+    return moved
+
+
+class _Times(NamedTuple):
+    """How often a step computes a product: forward and backward, and again for the backward pass."""
+
+    products: int
+    again: int
+
+
+def _step(
+    config: MossAudioConfig, content: Content, trainable: Iterable[str], remat: str = "none"
+) -> Iterator[tuple["_Operation", _Times]]:
     trained = frozenset(trainable)
 
     def any_learns(prefixes: Iterable[str]) -> bool:
         return any(path.startswith(f"{prefix}.") for prefix in prefixes for path in trained)
 
-    flops = dict.fromkeys(PARTS, 0.0)
     for operation in _operations(config, content):
         by_input = any_learns(operation.below)
         by_other = by_input if operation.weight is None else operation.weight in trained
-        flops[operation.part] += operation.flops * (1 + by_input + by_other)
-    return flops
+        twice = operation.part == "head" and bool(trained)
+        again = twice or ((by_input or by_other) and remat in operation.recomputed)
+        yield operation, _Times(1 + by_input + by_other, int(again))
+
+
+# The policies of `layers.REMAT_POLICIES` under which the backward pass recomputes a product.
+_IN_LAYERS = ("attention", "full", "offload")
+_STEM = ("dots", *_IN_LAYERS)
 
 
 @dataclass(frozen=True)
@@ -67,12 +127,17 @@ class _Operation:
     weight: the parameter's path; None for attention, whose products have two activations each.
     below: prefixes of the paths of all parameters that the input depends on. Layers of a stack count alike, as a scan
         runs them: the stack is below its own operations.
+    activations, kernel: elements of the operands and the result.
+    recomputed: the policies of rematerialization under which the backward pass needs it a second time.
     """
 
     part: str
     weight: str | None
     flops: float
     below: tuple[str, ...]
+    activations: float
+    kernel: float = 0.0
+    recomputed: tuple[str, ...] = ()
 
 
 def _operations(config: MossAudioConfig, content: Content) -> Iterator[_Operation]:
@@ -83,12 +148,26 @@ def _operations(config: MossAudioConfig, content: Content) -> Iterator[_Operatio
     yield from _stem(config, content.chunks, chunk_frames)
     yield from _encoder(config, audio_tokens, chunk_frames // DOWNSAMPLE_RATE)
     yield from _bridge("adapter", "audio_adapter", config, audio_tokens)
-    yield from _bridge("mergers", "deepstack_audio_merger_list", config, audio_tokens * config.num_deepstack)
+    yield from _bridge("mergers", "deepstack_audio_merger_list", config, audio_tokens, config.num_deepstack)
     yield from _language_model(config, content)
 
 
-def _linear(part: str, name: str, rows: float, inputs: int, outputs: int, below: tuple[str, ...]) -> _Operation:
-    return _Operation(part, f"{name}.kernel", 2.0 * rows * inputs * outputs, below)
+def _linear(
+    part: str,
+    name: str,
+    rows: float,
+    inputs: int,
+    outputs: int,
+    below: tuple[str, ...],
+    *,
+    layers: int = 1,
+    recomputed: tuple[str, ...] = (),
+) -> _Operation:
+    """rows: of one layer."""
+    flops, activations = 2.0 * rows * inputs * outputs, rows * (inputs + outputs)
+    return _Operation(
+        part, f"{name}.kernel", layers * flops, below, layers * activations, layers * inputs * outputs, recomputed
+    )
 
 
 def _stem(config: MossAudioConfig, chunks: float, frames: int) -> Iterator[_Operation]:
@@ -98,7 +177,11 @@ def _stem(config: MossAudioConfig, chunks: float, frames: int) -> Iterator[_Oper
     for number, inputs in enumerate((1, channels, channels), start=1):
         name = f"audio_encoder.conv{number}"
         positions = chunks * (frames >> number) * (audio.num_mel_bins >> number)
-        yield _linear("encoder", name, positions, 3 * 3 * inputs, channels, below)
+        kernel = 3 * 3 * inputs * channels
+        activations = positions * (4 * inputs + channels)  # strides of 2 by 2
+        yield _Operation(
+            "encoder", f"{name}.kernel", 2.0 * positions * kernel, below, activations, kernel, recomputed=_STEM
+        )
         below = (*below, name)
     tokens = chunks * (frames // DOWNSAMPLE_RATE)
     yield _linear("encoder", "audio_encoder.stem_proj", tokens, audio.stem_features, audio.d_model, below)
@@ -106,27 +189,29 @@ def _stem(config: MossAudioConfig, chunks: float, frames: int) -> Iterator[_Oper
 
 def _encoder(config: MossAudioConfig, tokens: float, chunk_tokens: int) -> Iterator[_Operation]:
     audio = config.audio_config
-    width, hidden = audio.d_model, audio.encoder_ffn_dim
-    rows = tokens * audio.encoder_layers
+    width, hidden, layers = audio.d_model, audio.encoder_ffn_dim, audio.encoder_layers
     below = ("audio_encoder",)
     for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-        yield _linear("encoder", f"audio_encoder.layers.self_attn.{name}", rows, width, width, below)
-    yield _Operation("encoder", None, 4.0 * rows * chunk_tokens * width, below)
-    yield _linear("encoder", "audio_encoder.layers.fc1", rows, width, hidden, below)
-    yield _linear("encoder", "audio_encoder.layers.fc2", rows, hidden, width, below)
+        path = f"audio_encoder.layers.self_attn.{name}"
+        yield _linear("encoder", path, tokens, width, width, below, layers=layers, recomputed=_IN_LAYERS)
+    flops, activations = 4.0 * tokens * chunk_tokens * width, 4.0 * tokens * width
+    yield _Operation("encoder", None, layers * flops, below, layers * activations, recomputed=_STEM)
+    first, second = (f"audio_encoder.layers.{name}" for name in ("fc1", "fc2"))
+    yield _linear("encoder", first, tokens, width, hidden, below, layers=layers, recomputed=_IN_LAYERS)
+    yield _linear("encoder", second, tokens, hidden, width, below, layers=layers)
     if audio.output_dim != width:  # of the features and of every tap
         rows = tokens * (1 + len(audio.deepstack_encoder_layer_indexes))
         yield _linear("encoder", "audio_encoder.out_proj", rows, width, audio.output_dim, below)
 
 
-def _bridge(part: str, name: str, config: MossAudioConfig, rows: float) -> Iterator[_Operation]:
+def _bridge(part: str, name: str, config: MossAudioConfig, rows: float, count: int = 1) -> Iterator[_Operation]:
     """The adapter's or the mergers' gated MLP, from the encoder to the language model."""
     inputs, hidden = config.audio_config.output_dim, config.adapter_hidden_size
     outputs = config.language_config.hidden_size
     first = (f"{name}.gate_proj", f"{name}.up_proj")
     for projection in first:
-        yield _linear(part, projection, rows, inputs, hidden, ("audio_encoder",))
-    yield _linear(part, f"{name}.down_proj", rows, hidden, outputs, ("audio_encoder", *first))
+        yield _linear(part, projection, rows, inputs, hidden, ("audio_encoder",), layers=count)
+    yield _linear(part, f"{name}.down_proj", rows, hidden, outputs, ("audio_encoder", *first), layers=count)
 
 
 def _language_model(config: MossAudioConfig, content: Content) -> Iterator[_Operation]:
@@ -145,12 +230,16 @@ def _language_model(config: MossAudioConfig, content: Content) -> Iterator[_Oper
         "mlp.up_proj": (width, hidden),
         "mlp.down_proj": (hidden, width),
     }
+    layers = language.num_hidden_layers
     for name, (inputs, outputs) in shapes.items():
-        rows = content.tokens * language.num_hidden_layers
-        yield _linear("llm_matmuls", f"language_model.layers.{name}", rows, inputs, outputs, below)
-    causal_pairs = content.attention_pairs / 2 * language.num_hidden_layers
-    yield _Operation("llm_attention", None, 4.0 * causal_pairs * queries, below)
+        again = () if name == "mlp.down_proj" else _IN_LAYERS
+        path = f"language_model.layers.{name}"
+        yield _linear("llm_matmuls", path, content.tokens, inputs, outputs, below, layers=layers, recomputed=again)
+    flops, activations = 4.0 * content.attention_pairs / 2 * queries, 2.0 * content.tokens * (queries + keys)
+    kept = ("dots", "full", "offload")  # by all but "attention"
+    yield _Operation("llm_attention", None, layers * flops, below, layers * activations, recomputed=kept)
 
     tied = config.tie_word_embeddings
-    head = "language_model.embed_tokens.embedding" if tied else "lm_head.kernel"
-    yield _Operation("head", head, 2.0 * content.tokens * width * language.vocab_size, (*audio, "language_model"))
+    head = "language_model.embed_tokens" if tied else "lm_head"
+    product = _linear("head", head, content.tokens, width, language.vocab_size, (*audio, "language_model"))
+    yield replace(product, weight="language_model.embed_tokens.embedding") if tied else product

@@ -1,13 +1,17 @@
 """What a compiled program communicates, read from the text of its optimised HLO.
 
 Each collective is counted as often as it runs: loops multiply what is in their bodies, which XLA's own cost analysis
-counts once. On TPU an all-gather may have been made an all-reduce over zeros; it is reported as what it is.
+counts once. On TPU an all-gather may have been made an all-reduce over zeros; it is reported as what it is. What slices
+exchange over the data centre's network is no collective of the program of one slice: it sends to and receives from
+Megascale, on its host, and the instruction says what Megascale does with it.
 """
 
 import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+
+import numpy as np
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2}
@@ -17,6 +21,9 @@ _OPERATION = re.compile(r"^\s+(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<shape>.+?) (?
 _ARRAY = re.compile(r"\b([a-z]+[0-9]*[a-z0-9]*)\[([0-9,]*)\]")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition|branch_computations)=(?:\{([^}]*)\}|%?([\w.\-]+))")
 _CHANNEL = re.compile(r"\bchannel_id=(\d+)")
+_PARTITIONS = re.compile(r"\bnum_partitions=(\d+)")
+_TRANSFER = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
+_TARGET = re.compile(r'_xla_megascale_target="\{([^}]*)\}')
 _CONSTANT = re.compile(r"s32\[\]\S* constant\((\d+)\)")
 
 
@@ -26,6 +33,8 @@ class Collective:
 
     payload: bytes on one device: what an all-gather gives, a reduce-scatter takes, the others give as they take.
     devices: how many take part. shapes: of the arrays it gives.
+    groups: of devices, by their place in the mesh, that exchange with each other; () where one sends to one.
+    between_slices: over the data centre's network; then `devices` counts slices.
     """
 
     kind: str
@@ -34,6 +43,8 @@ class Collective:
     payload: float
     devices: int
     times: int
+    groups: tuple[tuple[int, ...], ...] = ()
+    between_slices: bool = False
 
     @property
     def sent(self) -> float:
@@ -44,7 +55,10 @@ class Collective:
 
 
 def collectives(hlo: str, devices: int) -> list[Collective]:
-    """All collectives of a program. devices: of the whole mesh, for instructions that don't say how many take part."""
+    """All collectives of a program. devices: of the whole mesh, for instructions that don't say which take part; of the
+    program's slice, if it says how many those are."""
+    if stated := _PARTITIONS.search(hlo[: hlo.find("\n")]):
+        devices = int(stated[1])
     computations = dict(_computations(hlo))
     entry = next(name for name, (is_entry, _) in computations.items() if is_entry)
     found: list[Collective] = []
@@ -53,6 +67,8 @@ def collectives(hlo: str, devices: int) -> list[Collective]:
     def visit(name: str, times: int) -> None:
         for operation in computations[name][1]:
             kind = operation["opcode"].removesuffix("-start")
+            if kind == "send" and _TRANSFER.search(operation["rest"]):
+                found.append(_between_slices(operation, times))
             if kind in KINDS:
                 # One that runs beside matmuls stands in each fusion that moves it on, always with the same channel.
                 channel = _CHANNEL.search(operation["rest"])
@@ -98,20 +114,53 @@ def _collective(operation: re.Match, kind: str, devices: int, times: int) -> Col
     if operation["opcode"].endswith("-start") and kind != "all-reduce":
         arrays = [array for array in arrays if array[1]]  # without the semaphores
         arrays = arrays[len(arrays) // 2 :]  # the first half are the operands
-    group = _group_size(operation["rest"], devices)
-    given = sum(_BYTES[dtype] * math.prod(map(int, filter(None, dims.split(",")))) for dtype, dims in arrays)
-    payload = given * group if kind == "reduce-scatter" else given
+    groups = () if kind == "collective-permute" else _groups(operation["rest"], devices)
+    size = len(groups[0]) if groups else devices
+    given = _bytes_of(arrays)
+    payload = given * size if kind == "reduce-scatter" else given
     shapes = tuple(f"{dtype}[{dims}]" for dtype, dims in arrays)
-    return Collective(kind, operation["name"], shapes, payload, group, times)
+    return Collective(kind, operation["name"], shapes, payload, size, times, groups)
 
 
-def _group_size(rest: str, devices: int) -> int:
-    """From `replica_groups={{0,1},{2,3}}`, `[2,4]<=[8]` or `mesh['a'=2,'b'=4] {'b'}`."""
-    if listed := re.search(r"replica_groups=\{\{([0-9,]+)\}", rest):
-        return listed[1].count(",") + 1
-    if iota := re.search(r"replica_groups=\[(?:\d+,)*(\d+)\]<=", rest):
-        return int(iota[1])
+def _bytes_of(arrays: list[tuple[str, str]]) -> float:
+    return sum(_BYTES[dtype] * math.prod(map(int, filter(None, dims.split(",")))) for dtype, dims in arrays)
+
+
+def _between_slices(operation: re.Match, times: int) -> Collective:
+    """Of an instruction such as `send(%x), ..._megascale_target="{1,2}x{0:3}",..._transfer_type="ALL_REDUCE"`: slices 1
+    and 2 (`{1:2}` if they are many), and in each the devices 0 to 3."""
+    transfer, target = _TRANSFER.search(operation["rest"]), _TARGET.search(operation["rest"])
+    assert transfer is not None
+    slices = 2
+    if target is not None:
+        bounds = [part.split(":") for part in target[1].split(",")]
+        slices = sum(int(part[-1]) - int(part[0]) + 1 for part in bounds)
+    kind = transfer[1].lower().replace("_", "-")
+    array = next(found for found in _ARRAY.findall(operation["shape"]) if found[0] in _BYTES)
+    payload = _bytes_of([array]) * (slices if kind == "all-gather" else 1)
+    return Collective(
+        kind, operation["name"], (f"{array[0]}[{array[1]}]",), payload, slices, times, between_slices=True
+    )
+
+
+def _groups(rest: str, devices: int) -> tuple[tuple[int, ...], ...]:
+    """From `replica_groups={{0,1},{2,3}}`, `[2,4]<=[4,2]T(1,0)` or `mesh['a'=2,'b'=4] {'b'}`; all devices else."""
+    if listed := re.search(r"replica_groups=\{(\{[0-9,{}]+\})\}", rest):
+        return tuple(tuple(map(int, group.split(","))) for group in re.findall(r"\{([0-9,]+)\}", listed[1]))
+    if iota := re.search(r"replica_groups=\[([0-9,]+)\]<=\[([0-9,]+)\](?:T\(([0-9,]+)\))?", rest):
+        shape, reshaped, order = (None if part is None else _integers(part) for part in iota.groups())
+        assert shape is not None and reshaped is not None
+        ids = np.arange(math.prod(reshaped)).reshape(reshaped).transpose(order).reshape(-1, shape[-1])
+        return tuple(map(tuple, ids.tolist()))
     if named := re.search(r"replica_groups=\S*mesh\[([^\]]*)\]\s*\{([^}]*)\}", rest):
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
-        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", named[2]) if axis in sizes)
-    return devices
+        sizes = {axis: int(size) for axis, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
+        taken = [axis for axis in sizes if f"'{axis}'" in named[2]]
+        order = [axis for axis in sizes if axis not in taken] + taken
+        ids = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
+        ids = ids.transpose([list(sizes).index(axis) for axis in order])
+        return tuple(map(tuple, ids.reshape(-1, math.prod(sizes[axis] for axis in taken)).tolist()))
+    return (tuple(range(devices)),)
+
+
+def _integers(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split(",")))

@@ -1,10 +1,10 @@
-"""Will it fit, and how fast might it be? The real program of a recipe, compiled for a TPU that need not be there.
+"""Will it fit, and how fast might it be? The real program of a recipe, compiled for a TPU on any machine.
 
-topology   "v5p:4x4x4": libtpu's compiler lays the step out for those chips, on any machine
+topology   "v5p:4x4x4" or "v5p-128": libtpu's compiler lays the step out for those chips; no TPU is needed
 memory     what that compiler allots: exact for this program
 traffic    the collectives of the compiled program, each as often as its loop runs it
 FLOPs      counted from the model (`flops`), since XLA counts the body of a loop once
-time, MFU  an estimate: a roofline over the three, with the assumptions of `ASSUMPTIONS`
+time, MFU  an estimate (`estimate`), and what measurements of like models make of it (`calibration`)
 """
 
 import contextlib
@@ -15,7 +15,7 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +29,14 @@ from moss_audio_jax.config import MossAudioConfig
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.generate import MIN_NEW_TOKENS, Sampling, decode_until, prefill_prompts
 from moss_audio_jax.sharding import make_mesh
-from train.chips import GIB, Chip, chip_of
+from train.calibration import calibrated
+from train.chips import GIB, Chip, chip_of, shown_topology, topology_of
 from train.config import RunConfig
-from train.flops import Content, forward_flops, step_flops
+from train.estimate import Slice, by_kind, speed
+from train.flops import Content, forward_flops, moved_bytes, recomputed_flops, step_flops
 from train.hlo import Collective, collectives
-from train.step import abstract_batch, abstract_state, train_step
-
-ASSUMPTIONS = {
-    "matmul_efficiency": 0.85,  # share of the peak that large bfloat16 matmuls reach
-    "attention_efficiency": 0.5,  # and that of attention kernels
-}
+from train.interconnect import slice_shape
+from train.step import TrainState, abstract_batch, abstract_state, train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +61,11 @@ class Compiled:
 
 
 def topology_devices(topology: str, slices: int = 1) -> list[Any]:
-    """The devices of a TPU that need not be there, such as `v5e:4x4`; of several slices, one after the other."""
+    """The devices of a TPU such as `v5e:4x4`, no TPU needed; of several slices, one after the other.
+
+    topology: either name of `chips.topology_of`.
+    """
+    topology = topology_of(topology)
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # asks a machine on Google Cloud what it is
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")  # or libtpu complains of what it did not ask
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
@@ -76,7 +78,9 @@ def topology_devices(topology: str, slices: int = 1) -> list[Any]:
         ) from error
     from jax.experimental import topologies
 
-    options = {} if slices == 1 else {"num_slices": slices}
+    options: dict[str, Any] = {} if slices == 1 else {"num_slices": slices}
+    if topology.startswith("v4:"):
+        options["chip_config_name"] = "megacore"  # both cores are one device, as on a v4 pod; meshes serve no other
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices)
     except (RuntimeError, ValueError, jax.errors.JaxRuntimeError) as error:
@@ -105,43 +109,81 @@ def with_sizes(
     return dataclasses.replace(config, data=data)
 
 
-def plan_step(config: RunConfig, devices: Sequence[Any]) -> dict[str, Any]:
-    """The report of a training step of this recipe on those devices, ready for JSON."""
+def plan_step(config: RunConfig, devices: Sequence[Any], segments: int = 1) -> dict[str, Any]:
+    """The report of a training step of this recipe on those devices, ready for JSON. segments: see `report_step`."""
     mesh = make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
-    model = config.trained_model()
-    dtypes = config.frozen_dtypes(abstract_parameters(model, jnp.float32))
-    state = abstract_state(model, config.optimizer, frozen_dtypes=dtypes, mesh=mesh)
-    data = config.data
+    model, data = config.trained_model(), config.data
     batch = abstract_batch(
         model, data.batch_size, data.tokens, data.chunks, microbatches=config.microbatches, mesh=mesh
     )
     graphdef = nnx.split(build_model(model, dict(abstract_parameters(model, jnp.float32))))[0]
     with jax.set_mesh(mesh):
-        traced = train_step.trace(graphdef, config.step, config.optimizer, state, batch)
-        compiled = compile_for_memory(traced, mesh)
-    content = Content(
+        state = _state(config, mesh)
+        compiled = compile_for_memory(train_step.trace(graphdef, config.step, config.optimizer, state, batch), mesh)
+    return report_step(config, mesh, compiled, segments)
+
+
+def _state(config: RunConfig, mesh: Mesh) -> TrainState:
+    model = config.trained_model()
+    dtypes = config.frozen_dtypes(abstract_parameters(model, jnp.float32))
+    return abstract_state(model, config.optimizer, frozen_dtypes=dtypes, mesh=mesh)
+
+
+def report_step(config: RunConfig, mesh: Mesh, compiled: Compiled, segments: int = 1) -> dict[str, Any]:
+    """The report of a training step that was compiled.
+
+    segments: of equal length, that are packed into a sequence. A token attends within its own, so model FLOPs are
+        fewer; the attention kernel computes whole sequences all the same.
+    """
+    model, data, state, place = config.trained_model(), config.data, _state(config, mesh), _slice(mesh)
+    whole = Content(
         tokens=data.batch_size * data.tokens,
         chunks=data.batch_size * data.chunks,
         attention_pairs=data.batch_size * data.tokens**2,
     )
-    model_flops = step_flops(model, content, state.trainable)
-    recomputed = _recomputed(model, content, config.step.remat)
-    chip = _chip(devices)
+    packed = dataclasses.replace(whole, attention_pairs=whole.attention_pairs / segments)
+    again = recomputed_flops(model, whole, state.trainable, config.step.remat)
+    executed = step_flops(model, whole, state.trainable)
+    moved = moved_bytes(
+        model,
+        whole,
+        state.trainable,
+        config.step.remat,
+        microbatches=config.microbatches,
+        data_parallel=mesh.size // mesh.shape["tensor"],
+        tensor=mesh.shape["tensor"],
+    )
+    masters, optimizer = _bytes_on_chip(state.trainable), _bytes_on_chip(state.moments)
+    gradients = masters * jnp.dtype(config.step.gradient_dtype).itemsize // 4
     by_kind = {
-        "parameters": _bytes_on_chip(state.trainable | state.frozen),
-        "optimizer": _bytes_on_chip(state.moments),
-        "gradients": _bytes_on_chip(state.trainable) * jnp.dtype(config.step.gradient_dtype).itemsize // 4,
+        "parameters": masters + _bytes_on_chip(state.frozen),
+        "optimizer": optimizer,
+        "gradients": gradients,
     }
+    # Gradients are read and written as each microbatch is added, and read for the norm and the update; masters are
+    # read to be cast and updated, and written, as moments are.
+    updated = (2 * config.microbatches + 2) * gradients + 3 * masters + 2 * optimizer
+    estimate = speed(
+        place,
+        compiled.collectives,
+        model_flops=step_flops(model, packed, state.trainable),
+        executed_flops={part: flops + again[part] for part, flops in executed.items()},
+        moved=moved,
+        updated=updated,
+    )
     return {
         "mode": "train",
         "parameters": sum(leaf.size for leaf in (state.trainable | state.frozen).values()),
         "mesh": dict(mesh.shape),
         "sequences": data.batch_size,
-        "sequences_per_chip": data.batch_size / len(devices),
+        "sequences_per_chip": data.batch_size / mesh.size,
         "tokens_per_sequence": data.tokens,
+        "segments_per_sequence": segments,
         "chunks_per_sequence": data.chunks,
-        **_memory(compiled, chip, by_kind),
-        **_speed(compiled, chip, len(devices), model_flops, recomputed),
+        **_memory(compiled, place.chip, by_kind),
+        "recomputed_flops": sum(again.values()),
+        **estimate,
+        **calibrated(place.chip, estimate["estimated_mfu"]),
     }
 
 
@@ -166,26 +208,44 @@ def plan_generation(
         if prefill.problem is None:  # decoding goes on with what was read, where that lies
             loop = jax.tree.map(_placed, reading.out_info, prefill.outputs)
             decode = compile_for_memory(decode_until.trace(graphdef, state, loop, slots, greedy, model.eos_ids), mesh)
-    chip = _chip(devices)
-    weights = _bytes_on_chip(parameters)
     cache = 0 if prefill.problem else _bytes_on_chip((loop.cache.keys, loop.cache.values))
+    return report_generation(model, mesh, prefill, decode, prompts=prompts, slots=slots, chunks=chunks, cache=cache)
+
+
+def report_generation(
+    model: MossAudioConfig,
+    mesh: Mesh,
+    prefill: Compiled,
+    decode: Compiled,
+    *,
+    prompts: int,
+    slots: int,
+    chunks: int,
+    cache: int,
+) -> dict[str, Any]:
+    """The report of answering, whose two programs were compiled. cache: bytes of keys and values on one device."""
+    place, prompt = _slice(mesh), slots - MIN_NEW_TOKENS
+    parameters = abstract_parameters(model, jnp.bfloat16, mesh)
+    weights = _bytes_on_chip(parameters)
     worst = max((prefill, decode), key=lambda compiled: (compiled.problem is not None, compiled.total))
-    by_kind = {"parameters": weights, "cache": cache}
     content = Content(prompts * prompt, prompts * chunks, prompts * prompt**2)
-    # Every step reads all weights and the cache once.
-    step = (weights + cache) / chip.hbm_bandwidth
+    flops = forward_flops(model, content)
+    data_parallel, tensor = mesh.size // mesh.shape["tensor"], mesh.shape["tensor"]
+    moved = moved_bytes(model, content, (), data_parallel=data_parallel, tensor=tensor)
     return {
         "mode": "generate",
         "parameters": sum(leaf.size for leaf in parameters.values()),
         "mesh": dict(mesh.shape),
         "sequences": prompts,
-        "sequences_per_chip": prompts / len(devices),
+        "sequences_per_chip": prompts / mesh.size,
         "tokens_per_sequence": slots,
         "chunks_per_sequence": chunks,
-        **_memory(worst, chip, by_kind),
-        **_speed(prefill, chip, len(devices), forward_flops(model, content), {}),
-        "decode_collectives": _by_kind(decode.collectives),
-        "estimated_decode_seconds_per_token": step,
+        **_memory(worst, place.chip, {"parameters": weights, "cache": cache}),
+        "recomputed_flops": 0.0,
+        **speed(place, prefill.collectives, model_flops=flops, executed_flops=flops, moved=moved),
+        "decode_collectives": by_kind(decode.collectives),
+        # Every step reads all weights and the cache once.
+        "estimated_decode_seconds_per_token": (weights + cache) / (place.share * place.chip.hbm_bandwidth),
     }
 
 
@@ -281,11 +341,12 @@ def _chip(devices: Sequence[Any]) -> Chip:
     return chip
 
 
-def _recomputed(model: MossAudioConfig, content: Content, remat: str) -> dict[str, float]:
-    """FLOPs of what is computed twice, by part: what the backward pass of a layer does not find, and the logits."""
-    forward = forward_flops(model, content)
-    found = {"none": forward.keys(), "dots": forward.keys() - {"llm_attention"}, "attention": {"llm_attention"}}
-    return {part: flops for part, flops in forward.items() if part == "head" or part not in found.get(remat, ())}
+def _slice(mesh: Mesh) -> Slice:
+    """Of its devices those of the first slice, which come first: a slice holds whole replicas."""
+    devices = list(mesh.devices.flat)
+    first = [device for device in devices if getattr(device, "slice_index", 0) == getattr(devices[0], "slice_index", 0)]
+    coordinates = tuple(tuple(device.coords) for device in first)
+    return Slice(_chip(devices), slice_shape(first), coordinates, len(devices), devices[0].num_cores)
 
 
 def _memory(compiled: Compiled, chip: Chip, by_kind: dict[str, int]) -> dict[str, Any]:
@@ -302,47 +363,6 @@ def _memory(compiled: Compiled, chip: Chip, by_kind: dict[str, int]) -> dict[str
     }
 
 
-def _speed(
-    compiled: Compiled, chip: Chip, chips: int, model_flops: dict[str, float], recomputed: dict[str, float]
-) -> dict[str, Any]:
-    """Estimates. Computing: FLOPs at the assumed share of the peak. Communication: bytes over all links of a chip."""
-    executed = {part: flops + recomputed.get(part, 0.0) for part, flops in model_flops.items()}
-    peak = chip.peak_flops * chips
-
-    def seconds(part: str) -> float:
-        kind = "attention_efficiency" if part == "llm_attention" else "matmul_efficiency"
-        return executed[part] / (peak * ASSUMPTIONS[kind])
-
-    computing = sum(map(seconds, executed))
-    sent = sum(collective.sent for collective in compiled.collectives)
-    communicating = sent / (chip.ici_links * chip.ici_link_bandwidth)
-    step = computing + communicating  # most collectives in these programs are synchronous, so none is taken as hidden
-    total = sum(model_flops.values())
-    return {
-        "model_flops": total,
-        "model_flops_by_part": model_flops,
-        "recomputed_flops": sum(recomputed.values()),
-        "collectives": _by_kind(compiled.collectives),
-        "estimated_compute_seconds": computing,
-        "estimated_communication_seconds": communicating,
-        "estimated_step_seconds": step,
-        "estimated_mfu": total / (peak * step),
-        "assumptions": ASSUMPTIONS,
-    }
-
-
-def _by_kind(found: Sequence[Collective]) -> dict[str, dict[str, Any]]:
-    """Of each kind how many run, the bytes they hold, those that a chip sends, and which arrays make most of them."""
-    kinds: dict[str, dict[str, Any]] = {}
-    for collective in sorted(found, key=lambda collective: -collective.sent):
-        sums = kinds.setdefault(collective.kind, {"count": 0, "bytes": 0, "sent_bytes_per_chip": 0, "arrays": []})
-        sums["count"] += collective.times
-        sums["bytes"] += collective.times * collective.payload
-        sums["sent_bytes_per_chip"] += collective.sent
-        sums["arrays"] += [shape for shape in collective.shapes if shape not in sums["arrays"]]
-    return kinds
-
-
 def alternatives(config: RunConfig, chips: int) -> Iterator[tuple[str, RunConfig]]:
     """Changes that need less memory, the gentlest first, with the options that make them."""
     said: dict[str, Any] = {}
@@ -356,6 +376,12 @@ def alternatives(config: RunConfig, chips: int) -> Iterator[tuple[str, RunConfig
         said["--microbatches"] = config.data.batch_size // sequences
         config = dataclasses.replace(config, microbatches=said["--microbatches"])
         yield _written(said), config
+    fewer = config.data.batch_size
+    while fewer % (2 * parts) == 0:
+        fewer //= 2
+        data = dataclasses.replace(config.data, batch_size=fewer)
+        remat = {name: value for name, value in said.items() if name == "--step.remat"}
+        yield _written(remat | {"--batch": fewer}), dataclasses.replace(config, data=data, microbatches=1)
     if config.step.remat != "offload":
         offloaded = dataclasses.replace(config.step, remat="offload")
         yield _written(said | {"--step.remat": "offload"}), dataclasses.replace(config, step=offloaded)
@@ -378,15 +404,49 @@ def what_would_fit(config: RunConfig, devices: Sequence[Any]) -> str | None:
     return None
 
 
+def largest_batch(config: RunConfig, used: int, usable: int, compiled: Callable[[int], int | None]) -> int:
+    """The largest batch that fits, of the recipe's doubled any number of times, which itself fits.
+
+    used: its bytes on a chip. compiled: a batch's bytes on a chip, None if it does not fit. What the second batch takes
+    more than the first, every sequence more is expected to take; the batch so found is compiled, and those below it
+    until one fits.
+    """
+    first = config.data.batch_size
+    second = compiled(2 * first)
+    if second is None:
+        return first
+    steps = 1
+    while used + (second - used) * (2 ** (steps + 1) - 1) <= usable and second > used:
+        steps += 1
+    while steps > 1 and compiled(first * 2**steps) is None:
+        steps -= 1
+    return first * 2**steps
+
+
+def propose_batch(config: RunConfig, devices: Sequence[Any], report: dict[str, Any]) -> int:
+    """The largest batch of a recipe that fits, as `report` says it does: see `largest_batch`."""
+
+    def compiled(batch: int) -> int | None:
+        print(f"trying --batch {batch}", file=sys.stderr)
+        data = dataclasses.replace(config.data, batch_size=batch)
+        larger = plan_step(dataclasses.replace(config, data=data), devices)
+        return larger["hbm_bytes_per_chip"] if larger["fits"] else None
+
+    return largest_batch(config, report["hbm_bytes_per_chip"], report["hbm_usable_bytes_per_chip"], compiled)
+
+
 def table(report: dict[str, Any]) -> str:
     """The report for people."""
     gib = {kind: size / GIB for kind, size in report["hbm_bytes_by_kind"].items()}
     used, usable = report["hbm_bytes_per_chip"] / GIB, report["hbm_usable_bytes_per_chip"] / GIB
     mesh = ", ".join(f"{axis} {size}" for axis, size in report["mesh"].items())
-    lines = [f"{report['topology']} ({report['chips']} chips; {mesh}), compiled in {report['compile_seconds']} s"]
+    topology = f"{shown_topology(report['topology'])}, {report['chips']} chips ({mesh})"
+    lines = [f"{topology}, compiled in {report['compile_seconds']} s"]
     if "sequences" in report:
+        packed = report.get("segments_per_sequence", 1)
         lines += [
-            f"{report['sequences']} sequences of {report['tokens_per_sequence']} tokens and "
+            f"{report['sequences']} sequences of {report['tokens_per_sequence']} tokens"
+            f"{f' in {packed} segments' if packed > 1 else ''} and "
             f"{report['chunks_per_sequence']} chunks of audio: {report['sequences_per_chip']:g} a chip"
         ]
     lines += [f"{'FITS' if report['fits'] else 'DOES NOT FIT'}: {used:.2f} of {usable:.2f} GiB of HBM a chip"]
@@ -396,21 +456,34 @@ def table(report: dict[str, Any]) -> str:
         lines += [f"  {row['bytes'] / GIB:8.2f} GiB  {row['shapes'][:90]}" for row in report["largest_buffers"]]
     if "would_fit" in report:
         lines += [f"would fit: {report['would_fit'] or 'nothing that was tried; take more chips'}"]
+    if "largest_batch" in report:
+        lines += [f"largest batch that fits: {report['largest_batch']}"]
     if report["mode"] == "load":
         return "\n".join([*lines, f"{report['host_bytes'] / GIB:.2f} GiB pass through a host"])
     total = report["model_flops"]
-    lines += [f"model FLOPs {total:.3e}; {report['recomputed_flops'] / total:.0%} of that again for want of memory"]
+    lines += [f"model FLOPs {total:.3e}; {report['recomputed_flops'] / total:.0%} of that recomputed to save memory"]
     lines += [f"  {part:<14}{flops / total:8.1%}" for part, flops in report["model_flops_by_part"].items()]
     lines += ["collectives, a step:"]
     lines += [
-        f"  {kind:<20}{sums['count']:6.0f}  {sums['bytes'] / GIB:9.2f} GiB, a chip sends "
+        f"  {kind:<26}{sums['count']:6.0f}  {sums['bytes'] / GIB:9.2f} GiB, a chip sends "
         f"{sums['sent_bytes_per_chip'] / GIB:.2f}"
         for kind, sums in report["collectives"].items()
     ]
+    return "\n".join([*lines, *_estimate(report)])
+
+
+def _estimate(report: dict[str, Any]) -> list[str]:
     assumed = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in report["assumptions"].items())
-    lines += [
-        f"ESTIMATE: {report['estimated_step_seconds']:.2f} s a step (computing "
-        f"{report['estimated_compute_seconds']:.2f}, communicating {report['estimated_communication_seconds']:.2f}), "
-        f"MFU {report['estimated_mfu']:.1%}; assumed: {assumed}"
-    ]
-    return "\n".join(lines)
+    seconds = {
+        "computing": report["estimated_compute_seconds"],
+        "updating": report["estimated_update_seconds"],
+        "communicating": report["estimated_communication_seconds"],
+    }
+    if between := report["estimated_seconds_between_slices"]:
+        seconds["of that between slices"] = between
+    parts = ", ".join(f"{name} {value:.2f}" for name, value in seconds.items())
+    mfu = f"MFU {report['estimated_mfu']:.1%}"
+    if "calibrated_mfu" in report:
+        least, most = report["calibrated_mfu"]
+        mfu += f", calibrated {least:.0%} to {most:.0%}"
+    return [f"ESTIMATE: {report['estimated_step_seconds']:.2f} s a step ({parts}), {mfu}; assumed: {assumed}"]

@@ -3,6 +3,7 @@
 import fnmatch
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +14,9 @@ from moss_audio_jax import MossAudioConfig, MossAudioError
 from moss_audio_jax.checkpoint import abstract_parameters, build_model, unflatten
 from moss_audio_jax.config import EncoderConfig, LanguageConfig
 from moss_audio_jax.inputs import ModelInputs
-from train.chips import CHIPS, V4, V7X, chip_of, peak_flops
+from train.chips import CHIPS, V4, V7X, chip_of, peak_flops, shown_topology, topology_of
 from train.data import TrainingBatch
-from train.flops import PARTS, Content, forward_flops, step_flops
+from train.flops import PARTS, Content, forward_flops, moved_bytes, recomputed_flops, step_flops
 from train.step import StepConfig, loss_and_gradients
 
 ROWS, CHUNKS, TOKENS = 2, 2, 256
@@ -81,6 +82,18 @@ def select(paths, *patterns: str) -> set[str]:
     return {path for path in paths if any(fnmatch.fnmatch(path, pattern) for pattern in patterns)}
 
 
+def traced_step(trained: tuple[str, ...], remat: str = "none"):
+    """A step that trains what these patterns name, traced; and the paths that learn."""
+    config = StepConfig(compute_dtype="float32", remat=remat, encoder_dropout=False)
+    all_parameters, graph = parameters(CONFIG), graphdef(CONFIG)
+    learning = select(all_parameters, *trained)
+    trainable = {path: all_parameters[path] for path in learning}
+    frozen = {path: leaf for path, leaf in all_parameters.items() if path not in learning}
+    key = jax.ShapeDtypeStruct((2,), jnp.uint32)
+    step = jax.jit(lambda t, f, b, key: loss_and_gradients(graph, config, t, f, b, key))
+    return step.trace(trainable, frozen, batch(), key), learning
+
+
 @pytest.mark.parametrize(
     "trained",
     [
@@ -94,17 +107,68 @@ def select(paths, *patterns: str) -> set[str]:
 )
 def test_a_step_costs_what_xla_counts(unrolled, trained: tuple[str, ...]):
     """XLA counts what is no matmul too: 0.3 to 0.6% at these widths."""
-    config = StepConfig(compute_dtype="float32", remat="none", encoder_dropout=False)
-    all_parameters, graph = parameters(CONFIG), graphdef(CONFIG)
-    learning = select(all_parameters, *trained)
-    trainable = {path: all_parameters[path] for path in learning}
-    frozen = {path: leaf for path, leaf in all_parameters.items() if path not in learning}
-    key = jax.ShapeDtypeStruct((2,), jnp.uint32)
-    step = jax.jit(lambda t, f, b, key: loss_and_gradients(graph, config, t, f, b, key))
-    counted = step.lower(trainable, frozen, batch(), key).cost_analysis()["flops"]
+    traced, learning = traced_step(trained)
+    counted = traced.lower().cost_analysis()["flops"]
     flops = sum(step_flops(CONFIG, WHOLE_ATTENTION, learning).values())
     flops += forward_flops(CONFIG, WHOLE_ATTENTION)["head"]  # the loss computes the logits twice
     assert 1.0 < counted / flops < 1.01
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize(
+    "trained",
+    [
+        ("*",),
+        ("audio_adapter.*", "deepstack_audio_merger_list.*"),  # no gradient goes into the encoder
+        ("language_model.layers.*",),  # as adapters of LoRA: the encoder and what follows it are computed once
+        ("lm_head.*",),
+    ],
+)
+def test_what_is_computed_again_is_what_xla_adds(unrolled, trained: tuple[str, ...], remat: str):
+    traced, learning = traced_step(trained, remat)
+    counted = traced.lower().cost_analysis()["flops"]
+    flops = step_flops(CONFIG, WHOLE_ATTENTION, learning)
+    again = recomputed_flops(CONFIG, WHOLE_ATTENTION, learning, remat)
+    assert 1.0 < counted / (sum(flops.values()) + sum(again.values())) < 1.01
+    if trained != ("*",):
+        assert again["encoder"] == again["adapter"] == again["mergers"] == 0
+
+
+def elements_of_products(jaxpr: Any, rows: tuple[int, int]) -> int:
+    """Elements of operands and results of all products of a kernel and activations [*rows, features]; loops count
+    their rounds. Attention is left out, and the head: their products have batch dimensions, or the vocabulary's."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            shapes = [array.aval.shape for array in (*equation.invars, *equation.outvars)]
+            kernel_only = not equation.params["dimension_numbers"][1][0] and all(len(shape) < 4 for shape in shapes)
+            if kernel_only and any(shape[:2] == rows for shape in shapes):
+                total += sum(map(math.prod, shapes))
+            continue
+        inner = [value for value in equation.params.values() if hasattr(value, "eqns") or hasattr(value, "jaxpr")]
+        rounds = equation.params.get("length", 1)
+        total += rounds * sum(elements_of_products(getattr(sub, "jaxpr", sub), rows) for sub in inner)
+    return total
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_products_move_their_operands_and_results(remat: str):
+    """As the shapes in the traced step have it."""
+    traced, learning = traced_step(("*",), remat)
+    counted = moved_bytes(CONFIG, WHOLE_ATTENTION, learning, remat)
+    program = traced.jaxpr.jaxpr
+    assert 2 * elements_of_products(program, (ROWS, TOKENS)) == counted["llm_matmuls"]
+    assert 2 * elements_of_products(program, (ROWS, CHUNKS * 50)) == counted["adapter"]
+
+
+def test_microbatches_read_the_kernels_again():
+    config = MossAudioConfig.preset("8b")
+    shapes = parameters(config)
+    content = Content(tokens=8 * 4096, chunks=0, attention_pairs=0)
+    one = moved_bytes(config, content, shapes, data_parallel=8)["llm_matmuls"]
+    four = moved_bytes(config, content, shapes, data_parallel=8, microbatches=4)["llm_matmuls"]
+    kernels = sum(math.prod(shapes[path].shape) for path in select(shapes, "language_model.layers.*.kernel"))
+    assert four - one == 3 * 3 * 2 * kernels
 
 
 def test_a_forward_pass_costs_what_xla_counts(unrolled):
@@ -186,6 +250,13 @@ def test_chips():
         "TPU v6e": 800,
         "TPU7x": 1200,
     }
+    assert {chip.name: chip.dcn_bandwidth * 8 / 1e9 for chip in CHIPS.values()} == {
+        "TPU v4": 50,
+        "TPU v5e": 25,
+        "TPU v5p": 50,
+        "TPU v6e": 100,
+        "TPU7x": 100,
+    }
     assert chip_of("cpu") is None and peak_flops(jax.devices()) is None
 
     def devices(kind: str, cores: int, count: int) -> list:
@@ -195,3 +266,28 @@ def test_chips():
     assert peak_flops(devices("TPU v4", 2, 4)) == peak_flops(devices("TPU v4", 1, 8)) == 4 * V4.peak_flops
     assert peak_flops(devices("TPU7x", 1, 8)) == 4 * V7X.peak_flops
     assert peak_flops(devices("TPU v5 lite", 1, 8)) == 8 * 197e12
+
+
+@pytest.mark.parametrize(
+    ("name", "topology"),
+    [
+        ("v5p-8", "v5p:2x2x1"),
+        ("v5p-64", "v5p:2x4x4"),
+        ("v4-128", "v4:4x4x4"),
+        ("v6e-8", "v6e:2x4"),
+        ("v5litepod-16", "v5e:4x4"),
+        ("v5e-256", "v5e:16x16"),
+        ("v5p:2x4x4", "v5p:2x4x4"),
+    ],
+)
+def test_the_names_that_slices_are_rented_by(name: str, topology: str):
+    assert topology_of(name) == topology
+    assert name.startswith("v5e-") or name in (topology, shown_topology(topology).partition(" (")[2].rstrip(")"))
+
+
+@pytest.mark.parametrize(
+    ("name", "near"), [("v5p-60", "v5p-64, v5p-32,"), ("v6e-100", "v6e-128, v6e-64,"), ("h100", "v5litepod-8, v5p-64,")]
+)
+def test_an_unknown_slice_names_its_neighbours(name: str, near: str):
+    with pytest.raises(MossAudioError, match=f"or be a name that Google Cloud rents by, such as {near}.*not '{name}'"):
+        topology_of(name)

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import pytest
 
+from benchmarks.plan_tables import recomputed, row
 from moss_audio_jax import MossAudioConfig
 from moss_audio_jax.paths import write_whole
 from train.__main__ import main
@@ -21,6 +22,7 @@ from train.__main__ import main
 pytest.importorskip("libtpu", reason="compiles for TPUs")
 FILE = Path(__file__).with_name("gates.json")
 GATES: dict[str, dict[str, Any]] = json.loads(FILE.read_text())
+DOCS = Path(__file__).parents[2] / "docs" / "tpu.md"
 GROWTH = 1.03  # more than this is a regression
 MEASURED = ("hbm_bytes_per_chip", "sent_bytes_per_chip", "estimated_mfu", "compile_seconds")
 
@@ -50,6 +52,16 @@ def test_a_program_keeps_its_budget(name: str, monkeypatch: pytest.MonkeyPatch, 
     for figure in ("hbm_bytes_per_chip", "sent_bytes_per_chip"):
         assert report[figure] <= GROWTH * gate[figure], f"{figure}: {report[figure]:,} after {gate[figure]:,}"
     assert report["hbm_bytes_per_chip"] <= report["hbm_usable_bytes_per_chip"]
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize("name", GATES)
+def test_estimates_follow_from_the_figures(name: str):
+    """And stand so in docs/tpu.md."""
+    gate = GATES[name]
+    report = recomputed(gate)
+    assert report["estimated_mfu"] == pytest.approx(gate["estimated_mfu"], rel=0.01)
+    assert row(gate, report) in DOCS.read_text()
 
 
 def whole_vocabularies(report: dict[str, Any]) -> list[str]:

@@ -7,7 +7,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moss_audio_jax.sharding import make_mesh
-from train.hlo import Collective, collectives
+from train.hlo import Collective, _groups, collectives
 
 PROGRAM = """HloModule jit_step, is_scheduled=true
 
@@ -52,13 +52,62 @@ ENTRY %main (x: bf16[8,128]) -> f32[] {
 """
 
 
+EIGHT = (tuple(range(8)),)
+FOURS = ((0, 1, 2, 3), (4, 5, 6, 7))
+
+
 def test_a_program_s_collectives():
     assert collectives(PROGRAM, devices=8) == [
-        Collective("all-gather", "gather", ("bf16[64,128]",), payload=64 * 128 * 2, devices=8, times=33),
-        Collective("reduce-scatter", "scattered", ("bf16[8,16]",), payload=4 * 8 * 16 * 2, devices=4, times=33),
-        Collective("all-reduce", "both", ("f32[4]", "bf16[2,3]"), payload=4 * 4 + 6 * 2, devices=4, times=1),
+        Collective("all-gather", "gather", ("bf16[64,128]",), payload=64 * 128 * 2, devices=8, times=33, groups=EIGHT),
+        Collective("reduce-scatter", "scattered", ("bf16[8,16]",), 4 * 8 * 16 * 2, devices=4, times=33, groups=FOURS),
+        Collective("all-reduce", "both", ("f32[4]", "bf16[2,3]"), 4 * 4 + 6 * 2, devices=4, times=1, groups=FOURS),
         Collective("collective-permute", "moved", ("f32[10]",), payload=40, devices=8, times=1),
     ]
+
+
+@pytest.mark.parametrize(
+    ("written", "groups"),
+    [
+        ("replica_groups={{0,2},{1,3}}, dimensions={0}", ((0, 2), (1, 3))),
+        ("replica_groups=[2,4]<=[4,2]T(1,0)", ((0, 2, 4, 6), (1, 3, 5, 7))),
+        ("replica_groups=[4,2]<=[2,2,2]T(2,1,0)", ((0, 4), (2, 6), (1, 5), (3, 7))),
+        ("replica_groups=[1,4]<=[4]", ((0, 1, 2, 3),)),
+        ("replica_groups=mesh['x'=4,'y'=2] {'x'}", ((0, 2, 4, 6), (1, 3, 5, 7))),
+        ("replica_groups=mesh['x'=2,'y'=2] {'y','x'}", ((0, 1, 2, 3),)),
+        ("dimensions={0}", ((0, 1, 2, 3),)),
+    ],
+)
+def test_who_takes_part(written: str, groups: tuple[tuple[int, ...], ...]):
+    assert _groups(written, devices=4) == groups
+
+
+BETWEEN = """HloModule jit_step, is_scheduled=true, num_partitions=4
+
+ENTRY %main (x: bf16[8,128]) -> bf16[8,128] {
+  %x = bf16[8,128]{1,0} parameter(0)
+  %after-all = token[] after-all()
+  %gather = bf16[32,128]{1,0} all-gather(%x), channel_id=1, dimensions={0}
+  %send.1 = (bf16[8,128]{1,0:T(8,128)}, u32[]{:S(2)}, token[]) send(%x, %after-all), channel_id=4, \
+is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",\
+_xla_megascale_reduce_operation="SUM",_xla_megascale_target="{1:3,5}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %recv.1 = (bf16[8,128]{1,0:T(8,128)}, u32[]{:S(2)}, token[]) recv(%after-all), channel_id=3, \
+is_host_transfer=true, frontend_attributes={_xla_megascale_target="{1:3,5}x{0:3}",\
+_xla_megascale_transfer_type="ALL_REDUCE"}
+  %sent = token[] send-done(%send.1), channel_id=4, is_host_transfer=true
+  %offloaded = (bf16[8,128]{1,0}, u32[], token[]) send(%x, %after-all), channel_id=9, is_host_transfer=true
+  ROOT %received = bf16[8,128]{1,0} get-tuple-element(%recv.1), index=0
+}
+""".replace("\\\n", "")
+
+
+def test_what_slices_exchange_goes_through_their_hosts():
+    """Four slices, each a program of four devices; other transfers to the host stay there."""
+    gather, between = collectives(BETWEEN, devices=16)
+    assert gather.groups == ((0, 1, 2, 3),)
+    assert between == Collective(
+        "all-reduce", "send.1", ("bf16[8,128]",), 2048, devices=4, times=1, between_slices=True
+    )
+    assert between.sent == 2 * 3 / 4 * 2048
 
 
 def test_bytes_sent_in_a_ring():

@@ -99,9 +99,17 @@ def test_int8_is_for_training(mode: str, monkeypatch: pytest.MonkeyPatch, capsys
 
 
 def test_two_slices_hold_a_replica_each(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    arguments = ["--topology", "v5e:2x2", "--slices", "2", *SIZES, "--json"]
+    arguments = ["--topology", "v5litepod-4", "--slices", "2", *SIZES, "--json"]
     report = json.loads(run(arguments, monkeypatch, capsys))
-    assert report["chips"] == 8 and report["mesh"] == {"replica": 2, "fsdp": 4, "tensor": 1}
+    assert report["topology"] == "v5e:2x2" and report["chips"] == 8
+    assert report["mesh"] == {"replica": 2, "fsdp": 4, "tensor": 1}
+    # Each chip sends the gradients of its part of the parameters to the other slice, once, in bfloat16 or float32.
+    gradients = report["parameters"] / 4
+    sent = report["collectives"]["all-reduce between slices"]["sent_bytes_per_chip"]
+    assert 2 * gradients < sent < 1.2 * 4 * gradients
+    assert report["estimated_seconds_between_slices"] == pytest.approx(sent / 3.125e9)
+    assert report["estimated_communication_seconds"] > report["estimated_seconds_between_slices"]
+    assert "v5e:2x2 (v5litepod-4), 8 chips" in plan.table(report) and "between slices" in plan.table(report)
     with pytest.raises(MossAudioError, match="replica=1 does not fit 2 TPU slices"):
         make_mesh(devices=plan.topology_devices("v5e:2x2", 2))
 
@@ -115,6 +123,67 @@ def test_axes_may_be_parts_of_a_torus():
 def test_unknown_topologies_are_refused():
     with pytest.raises(MossAudioError, match="--topology must name a TPU and its shape, such as v5e:2x4"):
         plan.topology_devices("v9:2x2")
+    assert len(plan.topology_devices("v6e-8")) == 8 and len(plan.topology_devices("v5p-64")) == 32
+    assert len(plan.topology_devices("v4-16")) == 8  # a chip of two cores is one device
+
+
+def small_step(**changes) -> dict:
+    """The report of a step of the 8B's LoRA on eight v5e chips, as if it had been compiled."""
+    recipe = RECIPES["finetune_lora"]
+    config = plan.with_sizes(recipe, "8b", slices=1, batch=8, tokens=4096, chunks=None)
+    mesh = make_mesh(devices=plan.topology_devices("v5e:2x4"))
+    compiled = plan.Compiled(None, 10, 0, 0, (), (), 0.0)
+    return plan.report_step(config, mesh, compiled, **changes)
+
+
+def test_packed_clips_are_fewer_model_flops_of_the_same_step():
+    whole, packed = small_step(), small_step(segments=4)
+    parts = {name: packed["model_flops_by_part"][name] / flops for name, flops in whole["model_flops_by_part"].items()}
+    assert parts.pop("llm_attention") == 0.25 and set(parts.values()) == {1.0}
+    assert packed["estimated_step_seconds"] == whole["estimated_step_seconds"]
+    assert packed["estimated_mfu"] / whole["estimated_mfu"] == pytest.approx(
+        packed["model_flops"] / whole["model_flops"]
+    )
+    assert "4096 tokens in 4 segments" in plan.table(packed | {"topology": "v5e:2x4", "chips": 8})
+
+
+def test_a_batch_is_proposed_by_what_the_second_takes_more():
+    asked: list[int] = []
+
+    def compiled(limit: int, per_sequence: int = 3):
+        def compiles(batch: int) -> int | None:
+            asked.append(batch)
+            used = 100 + per_sequence * batch
+            return used if used <= limit else None
+
+        return compiles
+
+    config = plan.with_sizes(RECIPES["finetune"], "8b", slices=1, batch=8, tokens=None, chunks=None)
+    assert plan.largest_batch(config, 124, 500, compiled(500)) == 128 and asked == [16, 128]
+    assert plan.largest_batch(config, 124, 140, compiled(140)) == 8  # twice as many don't fit
+    asked.clear()
+    assert plan.largest_batch(config, 124, 500, compiled(300)) == 64 and asked == [
+        16,
+        128,
+        64,
+    ]  # they take more than that
+    asked.clear()
+    assert plan.largest_batch(config, 124, 150, compiled(150)) == 16 and asked == [16]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--segments", "0"], "--segments must be from 1 to the 256 tokens of a sequence, not 0"),
+        (["--mode", "load", "--propose-batch"], "are for training: leave them out of --mode load"),
+        (["--topology", "v6e-12"], "rents by, such as v6e-16, v6e-8, not 'v6e-12'"),
+    ],
+)
+def test_mistakes_are_said_in_a_sentence(options: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.setattr("sys.argv", ["moss-audio-train", "plan", "--topology", "v5e:2x2", *SIZES, *options])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_sizes_keep_the_recipe_s_chunks_to_its_tokens():
@@ -134,6 +203,8 @@ def test_what_needs_less_memory_is_tried_gentlest_first():
         "--step.remat full",
         "--step.remat full --microbatches 2",
         "--step.remat full --microbatches 4",
+        "--step.remat full --batch 32",
+        "--step.remat full --batch 16",
         "--step.remat offload --microbatches 4",
         "--step.remat full --microbatches 4 --mesh.tensor 2",
         "--step.remat full --microbatches 4 --mesh.tensor 4",
@@ -143,6 +214,8 @@ def test_what_needs_less_memory_is_tried_gentlest_first():
     offloading = dataclasses.replace(recipe, step=dataclasses.replace(recipe.step, remat="offload"))
     found = [options for options, _ in plan.alternatives(offloading, chips=16)]
     assert found[0] == "--microbatches 2" and "--step.remat" not in " ".join(found)
+    smaller = alternatives["--step.remat full --batch 16"]
+    assert smaller.data.batch_size == 16 and smaller.microbatches == 1
     for options, config in alternatives.items():  # and they say what they are
         said = dict(zip(*[iter(options.split())] * 2, strict=True))
         assert (config.step.remat, str(config.microbatches), str(config.mesh.tensor)) == tuple(

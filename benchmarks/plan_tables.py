@@ -1,0 +1,105 @@
+"""The tables of docs/tpu.md, from the figures of tests/train/gates.json: `python -m benchmarks.plan_tables`.
+
+Memory and bytes sent are of compiled programs; the estimates follow from them without compiling anything again, since
+every one of these meshes is of data-parallel parts alone, whose collectives span the whole slice. `--write` puts the
+estimated MFU back into the file.
+"""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import jax
+import tyro
+from jax.sharding import Mesh
+
+from moss_audio_jax.cli import run_door
+from moss_audio_jax.paths import write_whole
+from moss_audio_jax.sharding import make_mesh
+from train.chips import GIB
+from train.config import RECIPES, RecipeName, RunConfig
+from train.hlo import Collective
+from train.plan import Compiled, report_generation, report_step, topology_devices, with_sizes
+
+GATES = Path(__file__).parents[1] / "tests" / "train" / "gates.json"
+COLUMNS = ("sequences a chip", "HBM a chip, GiB", "of", "a chip sends, GiB", "estimated step, s", "estimated MFU")
+
+
+def recomputed(gate: dict[str, Any]) -> dict[str, Any]:
+    """The report of a gate's program, without compiling it. gate: its options, `hbm_bytes_per_chip` and
+    `sent_bytes_per_chip`."""
+    options = gate["plan"].split()
+    recipe = options[options.index("--recipe") + 1] if "--recipe" in options else "pretrain_stage2"
+    default = RECIPES[recipe]
+
+    def report(
+        *,
+        topology: str,
+        recipe: RecipeName = "pretrain_stage2",
+        mode: Literal["train", "generate"] = "train",
+        model: str | None = None,
+        batch: int | None = None,
+        seq: int | None = None,
+        config: Annotated[RunConfig, tyro.conf.arg(name="")] = default,
+    ) -> dict[str, Any]:
+        config = with_sizes(config, model, slices=1, batch=batch, tokens=seq, chunks=None)
+        mesh = make_mesh(devices=topology_devices(topology))
+        compiled = Compiled(
+            None, gate["hbm_bytes_per_chip"], 0, 0, (), exchange(gate["sent_bytes_per_chip"], mesh), 0.0
+        )
+        data = config.data
+        if mode == "train":
+            return report_step(config, mesh, compiled)
+        sizes = {"prompts": data.batch_size, "slots": data.tokens, "chunks": data.chunks}
+        return report_generation(config.trained_model(), mesh, compiled, compiled, **sizes, cache=0)
+
+    return tyro.cli(report, args=options)
+
+
+def exchange(sent: float, mesh: Mesh) -> tuple[Collective, ...]:
+    """All that a chip sends as one collective of the whole slice, or of each replica in it."""
+    if not sent:
+        return ()
+    devices = mesh.shape["fsdp"]
+    groups = tuple(tuple(range(first, first + devices)) for first in range(0, mesh.size, devices))
+    return (Collective("all-gather", "", (), sent * devices / (devices - 1), devices, 1, groups),)
+
+
+def row(gate: dict[str, Any], report: dict[str, Any]) -> str:
+    """A line of the table, in Markdown."""
+    options = gate["plan"].replace("language_model.layers.*_proj", "'language_model.layers.*_proj'")
+    cells = [
+        f"`{options}`",
+        f"{report['sequences_per_chip']:g} × {report['tokens_per_sequence']:,}",
+        f"{report['hbm_bytes_per_chip'] / GIB:.2f}",
+        f"{report['hbm_usable_bytes_per_chip'] / GIB:.2f}",
+        f"{gate['sent_bytes_per_chip'] / GIB:.1f}" if gate["sent_bytes_per_chip"] else "0",
+        f"{report['estimated_step_seconds']:.2f}",
+        f"{report['estimated_mfu']:.1%}",
+    ]
+    if "calibrated_mfu" in report:
+        least, most = report["calibrated_mfu"]
+        cells[-1] += f" ({100 * least:.0f} to {100 * most:.0f})"
+    return f"| {' | '.join(cells)} |"
+
+
+def run(write: bool = False) -> None:
+    """Prints the table.
+
+    Args:
+        write: Put the estimated MFU of each into the file.
+    """
+    gates: dict[str, dict[str, Any]] = json.loads(GATES.read_text())
+    print(f"| {' | '.join(('options of `plan`', *COLUMNS))} |")
+    print("|" + "---|" * (1 + len(COLUMNS)))
+    for gate in gates.values():
+        report = recomputed(gate)
+        gate["estimated_mfu"] = report["estimated_mfu"]
+        print(row(gate, report), flush=True)
+    if write:
+        write_whole(GATES, json.dumps(gates, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_platforms", "cpu")
+    run_door(lambda: tyro.cli(run))
