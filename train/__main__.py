@@ -1,5 +1,11 @@
 """`python -m train`, or `moss-audio-train`: training data made ready, training, and evaluation."""
 
+import os
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # during the imports below, which take seconds
+
 import argparse
 import logging
 import sys
@@ -10,6 +16,7 @@ import tyro
 
 from moss_audio_jax.cli import PathArgument, run_door
 from moss_audio_jax.errors import MossAudioError
+from moss_audio_jax.interruption import INTERRUPTED, end, ends_on_ctrl_c
 from moss_audio_jax.paths import Path, require_writable
 
 if TYPE_CHECKING:
@@ -163,7 +170,8 @@ def run_command(arguments: list[str]) -> Callable[..., None]:
     ) -> None:
         """Trains, and goes on from the newest checkpoint in the directory if there is one.
 
-        SIGTERM makes a checkpoint and exits with code 75; the same command then goes on, to the same result.
+        SIGTERM and Ctrl-C make a checkpoint and exit with code 75; the same command then resumes, to the same result.
+        Before the first step, and the second time, Ctrl-C ends the run at once with code 130.
 
         Args:
             recipe: Where the other options get their defaults.
@@ -282,7 +290,7 @@ def _train(config: "RunConfig", out: Path) -> None:
     first = jax.process_index() == 0
     if outcome.preempted:
         if first:
-            print(f"stopped after step {outcome.step}, which is saved: run the same command to go on", file=sys.stderr)
+            print(f"stopped after step {outcome.step}, which is saved: run the same command to resume", file=sys.stderr)
         sys.exit(PREEMPTED)
     if first:
         best, early = outcome.best, ""
@@ -310,6 +318,9 @@ def evaluate_command() -> Callable[..., None]:
     ) -> None:
         """Asks a checkpoint questions whose answers are known, and prints how right it is.
 
+        Ctrl-C ends it after the questions at hand: what was answered so far is measured, written and marked as partial,
+        and the exit code is 130. A second Ctrl-C ends it at once.
+
         Args:
             checkpoint: A released directory, one that `python -m convert to-orbax` wrote, or a training run's, whose
                 best checkpoint is RUN/best.
@@ -336,11 +347,11 @@ def _evaluate(
             raise MossAudioError("--plot draws timelines of events, but no question asks for one: leave it out")
     for path in filter(None, (out, predictions, plot)):
         require_writable(path)
-    evaluation = evaluate(checkpoint, items, config, progress=True)
+    evaluation = evaluate(checkpoint, items, config, progress=True, keep_partial=True)
     print(table(evaluation.results["measures"]))
     if unfinished := evaluation.results["unfinished"]:
         limit = config.answers.max_new_tokens
-        print(f"{unfinished} of {len(items)} answers were cut off after {limit} tokens", file=sys.stderr)
+        print(f"{unfinished} of {len(evaluation.items)} answers were cut off after {limit} tokens", file=sys.stderr)
     for path, save in (
         (out, evaluation.save_results),
         (predictions, evaluation.save_predictions),
@@ -348,6 +359,9 @@ def _evaluate(
     ):
         if path:
             save(path)
+    if evaluation.partial:
+        print(f"interrupted: this is of {len(evaluation.items)} of {len(items)} questions", file=sys.stderr)
+        end(INTERRUPTED)
 
 
 def ablate_command() -> Callable[..., None]:
@@ -385,14 +399,15 @@ def _ablate(out: Path, config: "AblationConfig") -> None:
 
 
 def main() -> None:
-    if sys.argv[1:2] != ["prepare"]:  # it starts faster without recipes
-        app.command(name="scenes")(scenes_command())
-        app.command(name="check")(check_command(sys.argv[2:]))
-        app.command(name="run")(run_command(sys.argv[2:]))
-        app.command(name="plan")(plan_command(sys.argv[2:]))
-        app.command(name="evaluate")(evaluate_command())
-        app.command(name="ablate")(ablate_command())
-    run_door(lambda: app.cli(prog="moss-audio-train", description=__doc__))
+    with ends_on_ctrl_c():
+        if sys.argv[1:2] != ["prepare"]:  # it starts faster without recipes
+            app.command(name="scenes")(scenes_command())
+            app.command(name="check")(check_command(sys.argv[2:]))
+            app.command(name="run")(run_command(sys.argv[2:]))
+            app.command(name="plan")(plan_command(sys.argv[2:]))
+            app.command(name="evaluate")(evaluate_command())
+            app.command(name="ablate")(ablate_command())
+        run_door(lambda: app.cli(prog="moss-audio-train", description=__doc__))
 
 
 if __name__ == "__main__":

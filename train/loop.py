@@ -11,11 +11,13 @@ Several processes (`distributed`) make the same batches as one, and may be other
 
 import dataclasses
 import functools
+import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +27,7 @@ from jax.sharding import Mesh
 
 from moss_audio_jax.checkpoint import RUN_MODEL, abstract_parameters, base_directory, build_model
 from moss_audio_jax.config import MossAudioConfig
+from moss_audio_jax.interruption import stops_on_ctrl_c
 from moss_audio_jax.paths import AnyPath, Path, to_path
 from moss_audio_jax.processor import Processor
 from moss_audio_jax.sharding import make_mesh
@@ -54,8 +57,9 @@ from train.step import (
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """How a run ended. step: the last one, which has a checkpoint. preempted: by SIGTERM, before the last step.
+    """How a run ended. step: the last one, which has a checkpoint.
 
+    preempted: by SIGTERM or Ctrl-C, before the last step.
     best: of its evaluations, where it looks for one. stopped_early: since that was not beaten any more.
     """
 
@@ -63,6 +67,38 @@ class Outcome:
     preempted: bool
     best: Best | None = None
     stopped_early: bool = False
+
+
+class Termination:
+    """Says whether to stop after a step since there was a SIGTERM, the notice of a preemption, or Ctrl-C.
+
+    Several processes stop after the same step, whichever of them was told: JAX has its own handler of SIGTERM then.
+    """
+
+    def __init__(self):
+        self._requested = threading.Event()
+        self._stack = ExitStack()
+        self._saves_on_ctrl_c = False
+
+    def __enter__(self) -> "Termination":
+        if jax.process_count() == 1:
+            before = signal.signal(signal.SIGTERM, lambda *_: self._requested.set())
+            self._stack.callback(signal.signal, signal.SIGTERM, before)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._stack.close()
+
+    def __call__(self, step: int) -> bool:
+        if jax.process_count() > 1:
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self._requested.is_set()
+
+    def save_on_ctrl_c(self) -> None:
+        """From now on Ctrl-C does what SIGTERM does; before the first step it ends the run, with nothing to save."""
+        if not self._saves_on_ctrl_c:
+            self._saves_on_ctrl_c = True
+            self._stack.enter_context(stops_on_ctrl_c(lambda: os.kill(os.getpid(), signal.SIGTERM)))
 
 
 def train(config: RunConfig, out: AnyPath, *, mesh: Mesh | None = None) -> Outcome:
@@ -78,7 +114,7 @@ def train(config: RunConfig, out: AnyPath, *, mesh: Mesh | None = None) -> Outco
     mesh = make_mesh(**dataclasses.asdict(config.mesh)) if mesh is None else mesh
     model = config.trained_model()
     with ExitStack() as stack:
-        stop = stack.enter_context(_termination())
+        stop = stack.enter_context(Termination())
         checkpoints = Checkpoints(out, keep_last=config.loop.keep_last, keep_every=config.loop.keep_every)
         stack.enter_context(checkpoints)
         order = ExampleOrder(config.mixture.groups(config.seed), config.seed)
@@ -113,7 +149,7 @@ def _run(
     report: Report,
     profile: Profile,
     held_out: HeldOut,
-    stop: Callable[[int], bool],
+    stop: Termination,
 ) -> Outcome:
     graphdef = nnx.split(build_model(model, dict(abstract_parameters(model, jnp.float32))))[0]
     step, best = start, _best_so_far(config, checkpoints)
@@ -130,6 +166,7 @@ def _run(
         step += 1
         profile.before(step)
         state, metrics = train_step(graphdef, config.step, config.optimizer, state, batch)
+        stop.save_on_ctrl_c()
         profile.after(step, metrics)
         report.add(step, metrics, {"data_wait": data_wait, **data.metrics, "model_flops": sum(flops.values())})
         if evaluated := held_out.is_due(step):
@@ -228,20 +265,3 @@ def _data(config: RunConfig, mesh: Mesh, order: ExampleOrder, maker: SampleMaker
 def _deal(batch: TrainingBatch, hands: int) -> TrainingBatch:
     """Rows dealt out in turn, so that each microbatch has the same ones however many processes share its rows."""
     return jax.tree.map(lambda x: x.reshape(-1, hands, *x.shape[1:]).swapaxes(0, 1).reshape(x.shape), batch)
-
-
-@contextmanager
-def _termination() -> Iterator[Callable[[int], bool]]:
-    """Says whether to stop after a step since there was a SIGTERM, the notice of a preemption.
-
-    Several processes stop after the same step, whichever of them was told: JAX has its own handler of the signal then.
-    """
-    if jax.process_count() > 1:
-        yield multihost_utils.reached_preemption_sync_point
-        return
-    requested = threading.Event()
-    before = signal.signal(signal.SIGTERM, lambda *_: requested.set())
-    try:
-        yield lambda step: requested.is_set()
-    finally:
-        signal.signal(signal.SIGTERM, before)

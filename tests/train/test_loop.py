@@ -253,6 +253,33 @@ def test_killed_and_preempted_ends_with_the_same_bits(config: RunConfig, tmp_pat
     assert_same_end(out, other, config)
 
 
+@pytest.mark.usefixtures("heard_interrupts")
+def test_ctrl_c_saves_and_a_second_one_ends_at_once(config: RunConfig, tmp_path: Path, start):
+    out = tmp_path / "run"
+    endless = command(config, out, steps=100_000, checkpoint_every=100_000)
+    stopped = start(endless)
+    wait_for_step(stopped)
+    stopped.send_signal(signal.SIGINT)
+    assert stopped.wait(120) == 75
+    assert stopped.stderr is not None and "is saved: run the same command to resume" in stopped.stderr.read()
+    reached = lines(out)[-1]["step"]
+    assert [path.name for path in (out / "checkpoints").iterdir()] == [str(reached)]
+
+    twice = start(endless)
+    wait_for_step(twice)
+    twice.send_signal(signal.SIGINT)
+    threading.Event().wait(0.01)  # two at once are one
+    twice.send_signal(signal.SIGINT)
+    assert twice.wait(60) in (75, 130)  # it may have been quick enough
+    rng = np.random.default_rng(0)
+    for _ in range(3):  # while it imports, compiles or restores
+        early = start(endless)
+        threading.Event().wait(rng.uniform(0.5, 5))
+        early.send_signal(signal.SIGINT)
+        _, errors = early.communicate(timeout=60)
+        assert early.returncode == 130 and "Traceback" not in errors, errors
+
+
 def test_a_damaged_checkpoint_is_put_aside(copy: Path, straight: Path, config: RunConfig, capfd):
     for file in (copy / "checkpoints" / "6").rglob("*"):
         if file.is_file() and "params" in file.parts and file.stat().st_size > 1000:
