@@ -244,6 +244,7 @@ def refusal(command: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> str:
         patched.setattr(sys, "argv", list(command))
         patched.setattr(door.app, "_subcommands", dict(door.app._subcommands))
         patched.setattr(door, "run_door", run_door)
+        patched.setattr("train.resume.is_begun", lambda out: False)  # nobody's bucket is asked
         try:
             door.main()
         except SystemExit as end:

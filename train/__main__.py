@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from train.ablate import AblationConfig
     from train.config import RunConfig
     from train.evaluate import EvaluationConfig
+    from train.resume import ResumeConfig
 
 PREEMPTED = 75  # exit code, EX_TEMPFAIL: run it again
 
@@ -151,42 +152,77 @@ def _check(manifest: Path, config: "RunConfig", init: str | None) -> None:
 
 
 def run_command(arguments: list[str]) -> Callable[..., None]:
-    """The command `run`; the recipe that the arguments name gives its options their defaults."""
+    """The command `run`; the run in `--out`, that of `--branch` or else the recipe gives its options their defaults."""
     from train.config import RecipeName, RunConfig, with_paths
     from train.distributed import DistributedConfig, join
+    from train.resume import ResumeConfig
 
-    one_process = DistributedConfig()
-    recipe_config = _named_recipe(arguments, "pretrain_stage1")
+    one_process, at_the_newest = DistributedConfig(), ResumeConfig()
+    stored = _stored_config(arguments)
+    defaults = stored or _named_recipe(arguments, "pretrain_stage1")
 
     def run(
         *,
-        recipe: RecipeName,
+        recipe: RecipeName | None = None,
         out: PathArgument,
         init: str | None = None,
         data: tuple[str, ...] = (),
         eval_data: tuple[str, ...] = (),
-        config: Annotated[RunConfig, tyro.conf.arg(name="")] = recipe_config,
+        config: Annotated[RunConfig, tyro.conf.arg(name="")] = defaults,
+        resume: Annotated[ResumeConfig, tyro.conf.arg(name="")] = at_the_newest,
         processes: Annotated[DistributedConfig, tyro.conf.arg(name="")] = one_process,
     ) -> None:
-        """Trains, and goes on from the newest checkpoint in the directory if there is one.
+        """Trains, and resumes from the newest checkpoint in the directory if there is one.
 
         SIGTERM and Ctrl-C make a checkpoint and exit with code 75; the same command then resumes, to the same result.
         Before the first step, and the second time, Ctrl-C ends the run at once with code 130.
+        A run that resumes keeps the options that it was begun with; those that are given are compared with them.
 
         Args:
-            recipe: Where the other options get their defaults.
+            recipe: Where the options of a new run get their defaults.
             out: The directory of the run: config.json, metrics.jsonl, checkpoints/.
             init: The checkpoint to begin with, short for --model.checkpoint.
             data: Conversations to learn, short for --mixture.conversations.paths.
             eval_data: What to evaluate on, short for --evaluate-data; at each checkpoint if nothing says how often.
             config: What the recipe says, and may be said otherwise.
+            resume: Where a run resumes, and which of its options may be others than it was begun with.
             processes: How the processes of a run find each other, if there are several.
         """
-        settled = with_paths(config, init, data, eval_data)
+        _require_recipe(recipe, stored)
+        settled = with_paths(config, init, data, eval_data, default=stored)
         join(processes)  # before anything else of JAX
-        _train(settled, out)
+        _train(settled, out, resume)
 
     return run
+
+
+def _require_recipe(recipe: str | None, stored: "RunConfig | None") -> None:
+    from train.config import RECIPES
+
+    if recipe is None and stored is None:
+        raise MossAudioError(f"--recipe is needed to begin a run: give one of {', '.join(RECIPES)}")
+    begun_with = stored and stored.recipe
+    if recipe is not None and begun_with is not None and recipe != begun_with:
+        raise MossAudioError(f"--recipe is {recipe}, and the run was begun with {begun_with}: give that, or none")
+
+
+def _stored_config(arguments: list[str]) -> "RunConfig | None":
+    """Of the run that `--out` holds, or of the one that `--branch` begins from; None for a new run."""
+    from train.resume import ResumeConfig, is_begun, stored_config
+
+    scan = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    scan.add_argument("--out")
+    scan.add_argument("--branch")
+    scanned = scan.parse_known_args(arguments)[0]
+    try:
+        if scanned.out is not None and is_begun(scanned.out):
+            return stored_config(scanned.out)
+        if scanned.branch is not None and (origin := ResumeConfig(branch=scanned.branch).origin):
+            return stored_config(origin[0])
+    except (MossAudioError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    return None
 
 
 def _named_recipe(arguments: list[str], default: str) -> "RunConfig":
@@ -279,14 +315,14 @@ def _plan(
         sys.exit(1)
 
 
-def _train(config: "RunConfig", out: Path) -> None:
+def _train(config: "RunConfig", out: Path, resume: "ResumeConfig") -> None:
     import jax
 
     from moss_audio_jax.checkpoint import RUN_BEST
     from train.loop import train
 
     logging.basicConfig(format="%(message)s", force=True)  # names the examples that are skipped
-    outcome = train(config, out)
+    outcome = train(config, out, resume=resume)
     first = jax.process_index() == 0
     if outcome.preempted:
         if first:

@@ -1,20 +1,19 @@
 """What a training run is told: dataclasses with a default for everything, and recipes, which are values of them.
 
 Every field is an option of `python -m train run`. What changes the parameters that come out is written to the run's
-`config.json` and has to stay the same until the run ends; `FREE_TO_CHANGE` may be others each time it is resumed.
+`config.json`; `resume` says which fields may be others when it resumes.
 """
 
 import dataclasses
-import json
 from collections.abc import Iterable
 from typing import Any, Literal
 
 import tyro
 
-from moss_audio_jax.config import LoraConfig, MossAudioConfig, read_json
+from moss_audio_jax.config import LoraConfig, MossAudioConfig
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.int8 import int8_kernels
-from moss_audio_jax.paths import AnyPath, to_path, write_whole
+from moss_audio_jax.paths import to_path
 from train.data.mixture import Group, Source
 from train.data.pipeline import DataConfig
 from train.data.scenes import SceneConfig, SceneExamples
@@ -23,7 +22,6 @@ from train.optimizer import OptimizerConfig, is_frozen
 from train.step import StepConfig
 
 CONFIG_FILE = "config.json"
-FREE_TO_CHANGE = ("loop.", "mesh.", "data.max_skip_rate")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,6 +179,7 @@ class LoopConfig:
 class RunConfig:
     """All of a run. seed: of the data's order, of random parameters and of dropout.
 
+    recipe: whose defaults it was made from.
     lora: trains an adapter of LoRA on `model.checkpoint`, which is frozen in the compute dtype, instead of the model.
     """
 
@@ -194,6 +193,7 @@ class RunConfig:
     mesh: MeshConfig = MeshConfig()
     microbatches: int = 1
     seed: int = 0
+    recipe: tyro.conf.Suppress[str | None] = None
 
     def __post_init__(self):
         if self.microbatches < 1 or self.data.batch_size % self.microbatches:
@@ -275,21 +275,31 @@ RECIPES: dict[str, RunConfig] = {
         microbatches=2,
     ),
 }
+RECIPES = {name: dataclasses.replace(recipe, recipe=name) for name, recipe in RECIPES.items()}
 RecipeName = Literal["pretrain_stage1", "pretrain_stage2", "finetune", "finetune_lora", "time_events"]
 
 
 def with_paths(
-    config: RunConfig, init: str | None = None, data: tuple[str, ...] = (), eval_data: tuple[str, ...] = ()
+    config: RunConfig,
+    init: str | None = None,
+    data: tuple[str, ...] = (),
+    eval_data: tuple[str, ...] = (),
+    *,
+    default: RunConfig | None = None,
 ) -> RunConfig:
     """The configuration with what `--init`, `--data` and `--eval-data` name, short for three of its fields.
 
+    default: the configuration of a run that is resumed, whose fields give way to what they name.
     Where there is data to evaluate on and nothing says how often, that is at each checkpoint. Raises MossAudioError if
     a field already holds something else.
     """
     model, loop, group = config.model, config.loop, config.mixture.conversations
-    checkpoint = _said_once("--init", init, "--model.checkpoint", model.checkpoint)
-    paths = _said_once("--data", data, "--mixture.conversations.paths", group.paths)
-    evaluate_data = _said_once("--eval-data", eval_data, "--evaluate-data", loop.evaluate_data)
+    known: Any = (None, (), ())
+    if default is not None:
+        known = (default.model.checkpoint, default.mixture.conversations.paths, default.loop.evaluate_data)
+    checkpoint = _said_once("--init", init, "--model.checkpoint", model.checkpoint, known[0])
+    paths = _said_once("--data", data, "--mixture.conversations.paths", group.paths, known[1])
+    evaluate_data = _said_once("--eval-data", eval_data, "--evaluate-data", loop.evaluate_data, known[2])
     every = loop.checkpoint_every if eval_data and loop.evaluate_every is None else loop.evaluate_every
     return dataclasses.replace(
         config,
@@ -299,42 +309,8 @@ def with_paths(
     )
 
 
-def _said_once(short: str, value: Any, long: str, field: Any) -> Any:
-    if value and field and value != field:
+def _said_once(short: str, value: Any, long: str, field: Any, default: Any) -> Any:
+    if value and field and value != field and field != default:
         shown = [" ".join(said) if isinstance(said, tuple) else said for said in (value, field)]
         raise MossAudioError(f"{short} {shown[0]} and {long} {shown[1]} name different things: give one of them")
     return value or field
-
-
-def settle(config: Any, out: AnyPath, *, begun: bool) -> None:
-    """Writes a configuration, a dataclass, into a run's directory, compared first with that of a run that has begun.
-
-    Raises MossAudioError, naming what differs, if that is another one.
-    """
-    path = to_path(out) / CONFIG_FILE
-    now = json.loads(json.dumps(dataclasses.asdict(config)))
-    if begun:
-        then = read_json(path)
-        before, after = _by_path(then), _by_path(now)
-        problems = [
-            f"{name} is {after.get(name)!r} and was {before.get(name)!r}"
-            for name in sorted(before.keys() | after.keys())
-            if not name.startswith(FREE_TO_CHANGE)
-            and after.get(name) != before.get(name)
-            and (name in before or after[name])  # else an option that is newer than the run, and off
-        ]
-        if problems:
-            raise MossAudioError(
-                f"{out} holds a run of another configuration: {'; '.join(problems)}; "
-                "give the options it was begun with, or another --out"
-            )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(now, indent=2) + "\n")
-
-
-def _by_path(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts to one by dotted path."""
-    flat: dict[str, Any] = {}
-    for name, value in content.items():
-        flat |= _by_path(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat

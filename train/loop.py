@@ -15,7 +15,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -25,8 +25,9 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from moss_audio_jax.checkpoint import RUN_MODEL, abstract_parameters, base_directory, build_model
+from moss_audio_jax.checkpoint import RUN_CHECKPOINTS, RUN_MODEL, abstract_parameters, base_directory, build_model
 from moss_audio_jax.config import MossAudioConfig
+from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.interruption import stops_on_ctrl_c
 from moss_audio_jax.paths import AnyPath, Path, to_path
 from moss_audio_jax.processor import Processor
@@ -36,14 +37,15 @@ from train.best import Best
 from train.check import require_usable
 from train.checkpoints import Checkpoints
 from train.chips import peak_flops
-from train.config import RunConfig, settle
+from train.config import RunConfig
 from train.data import ExampleOrder, Prefetched, SampleMaker, TrainingBatch, TrainingData
 from train.distributed import ended_with_the_others, first_process_does, share_of_batch, state_of_all
 from train.flops import Content, step_flops
 from train.held_out import HeldOut
 from train.initial import ModelSource, first_parameters
-from train.model_files import write_model_files
+from train.model_files import copy_model_files, write_model_files
 from train.report import Profile, Report
+from train.resume import Record, ResumeConfig, compare, is_begun, rewinds, settle
 from train.step import (
     TrainState,
     abstract_state,
@@ -101,42 +103,89 @@ class Termination:
             self._stack.enter_context(stops_on_ctrl_c(lambda: os.kill(os.getpid(), signal.SIGTERM)))
 
 
-def train(config: RunConfig, out: AnyPath, *, mesh: Mesh | None = None) -> Outcome:
+def train(config: RunConfig, out: AnyPath, *, mesh: Mesh | None = None, resume: ResumeConfig | None = None) -> Outcome:
     """Trains until `config.last_step`, from the newest checkpoint in `out` if there is one. For the main thread.
 
     mesh: over the devices to use; None lays out all of them as the configuration says.
+    resume: which options may be others than the run was begun with, and where it resumes.
     Raises MossAudioError for a configuration other than the one the run was begun with, too many skipped steps in a
     row, data that can't be used and checkpoints that can't be written or read.
     """
+    out, resume = to_path(out), resume or ResumeConfig()
+    source = _source(config, out, resume)
     if config.loop.check_data:
-        require_usable(config)
-    out = to_path(out)
+        require_usable(dataclasses.replace(config, model=source))
     mesh = make_mesh(**dataclasses.asdict(config.mesh)) if mesh is None else mesh
-    model = config.trained_model()
+    model = dataclasses.replace(config, model=source).trained_model()
     with ExitStack() as stack:
         stop = stack.enter_context(Termination())
         checkpoints = Checkpoints(out, keep_last=config.loop.keep_last, keep_every=config.loop.keep_every)
         stack.enter_context(checkpoints)
         order = ExampleOrder(config.mixture.groups(config.seed), config.seed)
-
-        def write_files() -> None:
-            settle(config, out, begun=bool(checkpoints.steps))
-            write_model_files(config.model, model, order, out / RUN_MODEL)
-
-        first_process_does(write_files)
+        first_process_does(lambda: _write_files(config, resume, model, order, checkpoints, out))
+        checkpoints.reload()
+        record = Record.read(out)
         tokenizer = Tokenizer.from_dir(out / RUN_MODEL)
         maker = SampleMaker(tokenizer, model, answers=config.data.answers, thoughts=config.data.thoughts)
         held_out = HeldOut(config, Processor(tokenizer, model), maker, mesh, out)
         data = stack.enter_context(_data(config, mesh, order, maker))
-        source = config.model
+        first = config.model
         if model.lora is not None:
-            source = dataclasses.replace(source, checkpoint=str(base_directory(out / RUN_MODEL)))
-        state, start = _first_or_restored_state(config, source, model, mesh, checkpoints, data)
-        report = stack.enter_context(_report(config, out, start, mesh))
+            first = dataclasses.replace(first, checkpoint=str(base_directory(out / RUN_MODEL)))
+        state, start = _first_or_restored_state(config, first, model, mesh, checkpoints, data, record, resume)
+        report = stack.enter_context(_report(config, out, start, mesh, record))
         profile = stack.enter_context(Profile(out, config.loop.profile_first, config.loop.profile_steps))
         stack.enter_context(jax.set_mesh(mesh))
         stack.enter_context(ended_with_the_others())  # last in, first out: closing checkpoints waits for the others
-        return _run(config, model, state, start, data, checkpoints, report, profile, held_out, stop)
+        skipped = record.skipped_steps
+        return _run(config, model, state, start, data, checkpoints, report, profile, held_out, stop, skipped)
+
+
+def _source(config: RunConfig, out: Path, resume: ResumeConfig) -> ModelSource:
+    """Where the model's configuration and tokenizer are; a run that has begun keeps them in its own directory."""
+    if is_begun(out):
+        return ModelSource(checkpoint=str(out))
+    if resume.from_step is not None:
+        raise MossAudioError(
+            f"--from-step {resume.from_step}: {out} holds no run with a checkpoint; name another --out"
+        )
+    if resume.origin is not None:
+        run, step = resume.origin
+        return ModelSource(checkpoint=str(run / RUN_CHECKPOINTS / str(step)))
+    return config.model
+
+
+def _write_files(
+    config: RunConfig,
+    resume: ResumeConfig,
+    model: MossAudioConfig,
+    order: ExampleOrder,
+    checkpoints: Checkpoints,
+    out: Path,
+) -> None:
+    """The run's configuration and what goes with all checkpoints; puts those aside that come after `from_step`."""
+    begun, step = is_begun(out), max(checkpoints.steps, default=0)
+    if begun and resume.from_step is not None and rewinds(Record.read(out), resume):
+        step = resume.from_step
+        compare(config, out, step, resume)
+        checkpoints.rewind(step)
+    _require_ahead(resume, step, Record.read(out) if begun else None)
+    settle(config, out, begun=begun, step=step, resume=resume)
+    if not begun:
+        (out / RUN_MODEL).rmtree(missing_ok=True)  # of a start that came to no checkpoint, perhaps of another model
+        if resume.origin is not None:
+            copy_model_files(resume.origin[0] / RUN_MODEL, out / RUN_MODEL)
+    write_model_files(config.model, model, order, out / RUN_MODEL)
+
+
+def _require_ahead(resume: ResumeConfig, step: int, record: Record | None) -> None:
+    """Raises MossAudioError for steps to skip that were trained; those that the run has in its record are done."""
+    behind = [skipped for skipped in resume.skipped if skipped <= step]
+    if behind and not (record and record.skipped_steps.issuperset(resume.skipped)):
+        raise MossAudioError(
+            f"--skip-steps {resume.skip_steps}: the run resumes after step {step}, which has trained on them; give "
+            f"--from-step with a checkpoint before step {behind[0]}, or later steps"
+        )
 
 
 def _run(
@@ -150,6 +199,7 @@ def _run(
     profile: Profile,
     held_out: HeldOut,
     stop: Termination,
+    passed_over: Set[int],
 ) -> Outcome:
     graphdef = nnx.split(build_model(model, dict(abstract_parameters(model, jnp.float32))))[0]
     step, best = start, _best_so_far(config, checkpoints)
@@ -159,6 +209,9 @@ def _run(
         checkpoints.save(step, _saved(state, model), state_of_all(data.get_state()), best)
 
     while step < config.last_step and not _is_exhausted(best, config) and not stop(step):
+        if step + 1 in passed_over:
+            step, state = step + 1, _without_a_step(state, data, report)
+            continue
         began = time.perf_counter()
         batch = next(data)
         data_wait = time.perf_counter() - began
@@ -186,6 +239,13 @@ def _run(
     return Outcome(step, preempted=step < config.last_step and not early, best=best, stopped_early=early)
 
 
+def _without_a_step(state: TrainState, data: Prefetched, report: Report) -> TrainState:
+    """The state after a batch that is read and not trained on: its step is counted, and nothing else changes."""
+    with report.paused():
+        next(data)
+        return dataclasses.replace(state, step=state.step + 1)
+
+
 def _best_so_far(config: RunConfig, checkpoints: Checkpoints) -> Best | None:
     """Of the evaluations before the restored step; None if the run looks for no best."""
     metric, known = config.loop.best_metric, checkpoints.best
@@ -199,7 +259,7 @@ def _is_exhausted(best: Best | None, config: RunConfig) -> bool:
     return best is not None and config.loop.patience is not None and best.since >= config.loop.patience
 
 
-def _report(config: RunConfig, out: Path, start: int, mesh: Mesh) -> Report:
+def _report(config: RunConfig, out: Path, start: int, mesh: Mesh, record: Record) -> Report:
     return Report(
         out,
         start=start,
@@ -208,6 +268,7 @@ def _report(config: RunConfig, out: Path, start: int, mesh: Mesh) -> Report:
         max_skipped_in_a_row=config.loop.max_skipped_in_a_row,
         batch_tokens=config.data.batch_size * config.data.tokens,
         peak_flops=peak_flops(mesh.devices.flat),
+        restarts=record.starts - 1,
         wandb=config.loop.wandb,
     )
 
@@ -224,23 +285,35 @@ def _first_or_restored_state(
     mesh: Mesh,
     checkpoints: Checkpoints,
     data: Prefetched,
+    record: Record,
+    resume: ResumeConfig,
 ) -> tuple[TrainState, int]:
-    """The state to go on from, the data set to match it, and how many steps it has behind it.
+    """The state to resume from, the data set to match it, and how many steps it has behind it.
 
     source: as the configuration says, but for an adapter's base, of which the run keeps the one that it began with.
     """
     dtypes = config.frozen_dtypes(abstract_parameters(model, jnp.float32))
     target = abstract_state(model, config.optimizer, frozen_dtypes=dtypes, mesh=mesh)
-    restored = checkpoints.restore(_saved(target, model))
+    saved = _saved(target, model)
+    restored = checkpoints.restore(saved)
     first = functools.partial(first_parameters, dtypes=dtypes, seed=config.seed, mesh=mesh)
+    is_branch = restored is None and resume.origin is not None
+    if restored is None and resume.origin is not None:
+        with Checkpoints(resume.origin[0], read_only=True) as others:
+            restored = others.restore_step(resume.origin[1], saved)
     if restored is None:
         return new_state(first(source, model), model, config.optimizer, seed=config.seed, mesh=mesh), 0
     state, data_state = restored
-    data.set_state(data_state)
     if model.lora is not None:
         parameters = first(source, model)
         state = dataclasses.replace(state, frozen={path: parameters[path] for path in target.frozen})
-    return state, int(state.step)
+    if is_branch and not resume.branch_optimizer:
+        parameters = state.trainable | state.frozen
+        del restored, state  # and with them the moments
+        return new_state(parameters, model, config.optimizer, seed=config.seed, mesh=mesh), 0
+    step = int(state.step)
+    data.set_state(data_state, allow_other_data=is_branch or record.has_other_data_since(step))
+    return state, step
 
 
 @contextmanager

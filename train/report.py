@@ -73,7 +73,7 @@ class Report:
 
     start: the step the run goes on from. batch_tokens: places for tokens in a global batch, padding included.
     peak_flops: bfloat16 FLOP/s of all devices (`chips.peak_flops`); None shows FLOP/s rather than MFU.
-    wandb: a project in Weights & Biases.
+    restarts: how often the run was started again so far. wandb: a project in Weights & Biases.
     """
 
     def __init__(
@@ -86,10 +86,12 @@ class Report:
         max_skipped_in_a_row: int,
         batch_tokens: int,
         peak_flops: float | None = None,
+        restarts: int = 0,
         wandb: str | None = None,
     ):
         out = to_path(out)
         self._out, self._max_skipped, self._peak_flops = out, max_skipped_in_a_row, peak_flops
+        self._batch_tokens, self._restarts = batch_tokens, restarts
         self._sinks: list[_Sink] = []
         if jax.process_index() == 0:
             with _writing_into(out):
@@ -128,7 +130,9 @@ class Report:
         values = {name: value.item() for name, value in jax.device_get(metrics).items()}
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
-        line = {"step_seconds": seconds, **values, **host}
+        rate = host["token_fill"] * self._batch_tokens / seconds
+        clock = {"time": time.time(), "step_seconds": seconds, "tokens_per_second": rate, "restarts": self._restarts}
+        line = {**clock, **values, **host}
         if self._peak_flops is not None and "model_flops" in host:
             line["mfu"] = host["model_flops"] / (seconds * self._peak_flops)
         with _writing_into(self._out):

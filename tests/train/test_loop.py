@@ -21,14 +21,15 @@ from moss_audio_jax.checkpoint import build_model, save_model
 from moss_audio_jax.sharding import make_mesh
 from moss_audio_jax.small_tokenizer import write_small_tokenizer
 from train.checkpoints import Checkpoints
-from train.config import RECIPES, LoopConfig, MixtureConfig, ModelSource, RunConfig, settle
+from train.config import RECIPES, LoopConfig, MixtureConfig, ModelSource, RunConfig
 from train.data import DataConfig
 from train.loop import Outcome, train
 from train.optimizer import OptimizerConfig
+from train.resume import settle
 from train.step import StepConfig, TrainState, abstract_state, initial_parameters, parameters_of
 
 STEPS = 6
-MEASURED = ("step_seconds", "data_wait", "mfu")  # by the clock
+MEASURED = ("time", "step_seconds", "tokens_per_second", "data_wait", "mfu", "restarts")  # by the clock, and starts
 TINY = MossAudioConfig.preset("tiny")
 MODEL = dataclasses.replace(
     TINY,

@@ -291,12 +291,16 @@ class TrainingData(grain.DatasetIterator[TrainingBatch]):
             "lanes": {str(lane): state for lane, state in self._states.items()},
         }
 
-    def set_state(self, state: dict[str, Any]) -> None:
+    def set_state(self, state: dict[str, Any], *, allow_other_data: bool = False) -> None:
         """Goes on after the batch at which `get_state` gave this state, here or on hosts whose states were merged.
 
+        allow_other_data: if the data or its options are not those of the state, start at the beginning of theirs.
         Raises MossAudioError if the data or its configuration are not those of the state, or lanes are missing.
         """
         now, then = self._order.fingerprint() | self._content_options(), state["depends_on"]
+        if allow_other_data and now != then:
+            self._batches = state["batches"]
+            return
         for key in sorted(now | then):
             if now.get(key) != then.get(key):
                 raise MossAudioError(
@@ -367,9 +371,9 @@ class Prefetched(grain.DatasetIterator[Any]):
     def get_state(self) -> dict[str, Any]:
         return self._state
 
-    def set_state(self, state: dict[str, Any]) -> None:
+    def set_state(self, state: dict[str, Any], *, allow_other_data: bool = False) -> None:
         self._drain()
-        self._data.set_state(state)
+        self._data.set_state(state, allow_other_data=allow_other_data)
         self._restart()
 
     def _drain(self) -> None:
