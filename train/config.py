@@ -116,7 +116,12 @@ class LoopConfig:
     steps: int | None = None
     """Stop after this step; by default where the optimizer's schedule ends."""
     checkpoint_every: int = 500
-    """Steps between checkpoints; the last step and a SIGTERM make one too."""
+    """Steps between checkpoints; the last step, a SIGTERM and Ctrl-C make one too."""
+    checkpoint_minutes: float | None = None
+    """Minutes between checkpoints, beside those by steps; several processes look at the time every tenth step."""
+    stuck_after: float | None = 1800.0
+    """End the process with code 75, to be started again, when no step was finished for this many seconds. The start,
+    the first step, an evaluation and a checkpoint may take four times as long. None waits for ever."""
     keep_last: int = 3
     """The newest checkpoints to keep."""
     keep_every: int | None = None
@@ -130,7 +135,8 @@ class LoopConfig:
     profile_first: int = 10
     """The first step of a profile."""
     profile_steps: int = 0
-    """Record a trace of so many steps in profile/; 0 records none."""
+    """Record a trace of this many steps in profile/; 0 records none. A file profile_now in the run's directory, or
+    SIGUSR1 to the first process, has the next steps recorded, 3 if this is 0."""
     evaluate_every: int | None = None
     """Steps between evaluations on held-out data; none by default."""
     evaluate_data: tuple[str, ...] = ()
@@ -158,6 +164,7 @@ class LoopConfig:
         for name in (
             "steps",
             "checkpoint_every",
+            "stuck_after",
             "keep_last",
             "keep_every",
             "max_skipped_in_a_row",
@@ -170,6 +177,8 @@ class LoopConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise MossAudioError(f"{name} must be 1 or more, not {value}")
+        if self.checkpoint_minutes is not None and self.checkpoint_minutes <= 0:
+            raise MossAudioError(f"checkpoint_minutes must be above 0, not {self.checkpoint_minutes}")
         for name, needed in (("best_metric", "evaluate_every"), ("patience", "best_metric")):
             if getattr(self, name) is not None and getattr(self, needed) is None:
                 raise MossAudioError(f"{name} needs {needed}: give both, or leave {name} out")

@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax._src.clusters import ClusterEnv  # what `jax.distributed.initialize` asks, which does not tell
+from jax._src.distributed import global_state  # the processes' store of keys and values, which has no public name
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
@@ -28,6 +29,7 @@ from train.data.pipeline import merge_states
 from train.meeting import meet
 
 LOST = 75  # exit code, EX_TEMPFAIL: run it again
+DECISION_MILLISECONDS = 86_400_000  # a process that is gone is found out before
 # What JAX's errors say of a process that can't be reached any more.
 UNREACHABLE = re.compile(r"gloo|connection|heartbeat|unavailable|coordination service|deadline_exceeded", re.IGNORECASE)
 
@@ -140,6 +142,20 @@ def first_process_does(work: Callable[[], None]) -> None:
         raise error
     if failed:
         raise MossAudioError("process 0 of the run has refused: its message says why")
+
+
+def first_process_decides(name: str, decide: Callable[[], bool]) -> bool:
+    """What process 0 decides, in all of them. It takes no work of devices, for which steps would be waited for.
+
+    name: of this one decision in the whole run.
+    """
+    if jax.process_count() == 1:
+        return decide()
+    store = global_state.client
+    assert store is not None  # there are several processes
+    if jax.process_index() == 0:
+        store.key_value_set(f"moss-audio/{name}", "yes" if decide() else "no")
+    return store.blocking_key_value_get(f"moss-audio/{name}", DECISION_MILLISECONDS) == "yes"
 
 
 def state_of_all(state: dict[str, Any]) -> dict[str, Any]:

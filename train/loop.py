@@ -1,6 +1,6 @@
 """A run of training: from its configuration to checkpoints and metrics, resumed where it stopped.
 
-    out/config.json      the configuration, which a resumed run must share
+    out/config.json      the configuration and what became of it: see `resume`
     out/metrics.jsonl    a line for every step, and more for people: see `report`
     out/checkpoints/     see `checkpoints`
 
@@ -29,7 +29,7 @@ from moss_audio_jax.checkpoint import RUN_CHECKPOINTS, RUN_MODEL, abstract_param
 from moss_audio_jax.config import MossAudioConfig
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.interruption import stops_on_ctrl_c
-from moss_audio_jax.paths import AnyPath, Path, to_path
+from moss_audio_jax.paths import AnyPath, Path, children, to_path
 from moss_audio_jax.processor import Processor
 from moss_audio_jax.sharding import make_mesh
 from moss_audio_jax.tokens import Tokenizer
@@ -39,7 +39,13 @@ from train.checkpoints import Checkpoints
 from train.chips import peak_flops
 from train.config import RunConfig
 from train.data import ExampleOrder, Prefetched, SampleMaker, TrainingBatch, TrainingData
-from train.distributed import ended_with_the_others, first_process_does, share_of_batch, state_of_all
+from train.distributed import (
+    ended_with_the_others,
+    first_process_decides,
+    first_process_does,
+    share_of_batch,
+    state_of_all,
+)
 from train.flops import Content, step_flops
 from train.held_out import HeldOut
 from train.initial import ModelSource, first_parameters
@@ -55,6 +61,9 @@ from train.step import (
     split_microbatches,
     train_step,
 )
+from train.watchdog import Watchdog
+
+AGREE_EVERY = 10  # steps, on what the first process decides by its clock
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +128,7 @@ def train(config: RunConfig, out: AnyPath, *, mesh: Mesh | None = None, resume: 
     model = dataclasses.replace(config, model=source).trained_model()
     with ExitStack() as stack:
         stop = stack.enter_context(Termination())
+        watchdog = stack.enter_context(Watchdog(config.loop.stuck_after))
         checkpoints = Checkpoints(out, keep_last=config.loop.keep_last, keep_every=config.loop.keep_every)
         stack.enter_context(checkpoints)
         order = ExampleOrder(config.mixture.groups(config.seed), config.seed)
@@ -138,7 +148,7 @@ def train(config: RunConfig, out: AnyPath, *, mesh: Mesh | None = None, resume: 
         stack.enter_context(jax.set_mesh(mesh))
         stack.enter_context(ended_with_the_others())  # last in, first out: closing checkpoints waits for the others
         skipped = record.skipped_steps
-        return _run(config, model, state, start, data, checkpoints, report, profile, held_out, stop, skipped)
+        return _run(config, model, state, start, data, checkpoints, report, profile, held_out, stop, watchdog, skipped)
 
 
 def _source(config: RunConfig, out: Path, resume: ResumeConfig) -> ModelSource:
@@ -151,7 +161,13 @@ def _source(config: RunConfig, out: Path, resume: ResumeConfig) -> ModelSource:
         )
     if resume.origin is not None:
         run, step = resume.origin
-        return ModelSource(checkpoint=str(run / RUN_CHECKPOINTS / str(step)))
+        there = sorted(int(path.name) for path in children(run / RUN_CHECKPOINTS) if path.name.isdecimal())
+        if step not in there:
+            raise MossAudioError(
+                f"--branch {resume.branch}: {run} has no checkpoint of step {step}, only of "
+                f"{', '.join(map(str, there)) or 'none'}; name one of these"
+            )
+        return ModelSource(checkpoint=str(run))
     return config.model
 
 
@@ -199,16 +215,22 @@ def _run(
     profile: Profile,
     held_out: HeldOut,
     stop: Termination,
+    watchdog: Watchdog,
     passed_over: Set[int],
 ) -> Outcome:
     graphdef = nnx.split(build_model(model, dict(abstract_parameters(model, jnp.float32))))[0]
     step, best = start, _best_so_far(config, checkpoints)
 
+    clock = _Clock(config.loop.checkpoint_minutes)
+
     def save() -> None:
-        report.commit()
-        checkpoints.save(step, _saved(state, model), state_of_all(data.get_state()), best)
+        with watchdog.long(f"the checkpoint of step {step}"):
+            report.commit()
+            checkpoints.save(step, _saved(state, model), state_of_all(data.get_state()), best)
+        clock.restart()
 
     while step < config.last_step and not _is_exhausted(best, config) and not stop(step):
+        watchdog.reached(f"the reading of batch {step + 1}")
         if step + 1 in passed_over:
             step, state = step + 1, _without_a_step(state, data, report)
             continue
@@ -217,26 +239,47 @@ def _run(
         data_wait = time.perf_counter() - began
         flops = step_flops(model, Content.of_batch(data.metrics, config.data), state.trainable)
         step += 1
+        watchdog.reached(f"step {step}", long=step == start + 1)
         profile.before(step)
         state, metrics = train_step(graphdef, config.step, config.optimizer, state, batch)
         stop.save_on_ctrl_c()
         profile.after(step, metrics)
         report.add(step, metrics, {"data_wait": data_wait, **data.metrics, "model_flops": sum(flops.values())})
         if evaluated := held_out.is_due(step):
-            with report.paused():
+            with report.paused(), watchdog.long(f"the evaluation after step {step}"):
                 scores, answers = held_out.ask(step, state.trainable | state.frozen)
                 report.add_scores(step, scores)
                 report.add_samples(step, answers[: config.loop.show_samples])
                 report.add_answers(step, answers)
             best = best and best.after(step, scores.get(f"eval/{best.metric}"))
         # After the evaluation, whose outcome it holds: one that a kill has come before is made again.
-        if (step % config.loop.checkpoint_every == 0 or (evaluated and best is not None)) and step < config.last_step:
+        due = step % config.loop.checkpoint_every == 0 or (evaluated and best is not None) or clock.is_due(step)
+        if due and step < config.last_step:
             save()
+    watchdog.reached("the end", long=True)
     report.commit()
     if step > start and step not in checkpoints.steps:
         save()
     early = step < config.last_step and _is_exhausted(best, config)
     return Outcome(step, preempted=step < config.last_step and not early, best=best, stopped_early=early)
+
+
+class _Clock:
+    """Says when a checkpoint is due by the time since the last one; None never."""
+
+    def __init__(self, minutes: float | None):
+        self._seconds = None if minutes is None else 60 * minutes
+        self.restart()
+
+    def restart(self) -> None:
+        self._last = time.monotonic()
+
+    def is_due(self, step: int) -> bool:
+        """The same in all processes, by the clock of the first."""
+        seconds = self._seconds
+        if seconds is None or (jax.process_count() > 1 and step % AGREE_EVERY):
+            return False
+        return first_process_decides(f"checkpoint/{step}", lambda: time.monotonic() - self._last >= seconds)
 
 
 def _without_a_step(state: TrainState, data: Prefetched, report: Report) -> TrainState:

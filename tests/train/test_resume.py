@@ -219,11 +219,23 @@ def test_a_branch_resumes_another_run(straight: Path, tmp_path: Path, config: Ru
     assert lines(other)[0]["tokens"] == lines(straight)[0]["tokens"]
     assert Record.read(other).history[0]["changes"]["optimizer.learning_rate"] == [1e-3, 1e-2]
     assert sorted(path for path in straight.rglob("*")) == before
-    with pytest.raises(MossAudioError, match=r"no checkpoint of step 3: there are 4, 6"):
+    with pytest.raises(MossAudioError, match=r"no checkpoint of step 3, only of 4, 6"):
         train(config, tmp_path / "third", mesh=one_device(), resume=ResumeConfig(branch=f"{straight}@3"))
     with pytest.raises(MossAudioError, match=r"can't have a branch of another model: optimizer.freeze"):
         thawed = changed(config, optimizer__freeze=())
         train(thawed, tmp_path / "third", mesh=one_device(), resume=branch)
+
+
+def test_checkpoints_by_time_and_a_profile_on_request(tmp_path: Path, config: RunConfig):  # noqa: F811
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "profile_now").touch()
+    often = until(config, 3, checkpoint_every=100, checkpoint_minutes=1e-6, keep_last=9)
+    assert train(often, out, mesh=one_device()).step == 3
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["1", "2", "3"]
+    assert list(out.glob("profile/**/*.xplane.pb")) and not (out / "profile_now").exists()
+    before = [line["time"] for line in lines(out)]
+    assert before == sorted(before) and all(line["tokens_per_second"] > 0 for line in lines(out))
 
 
 def test_other_data_begin_at_their_beginning(copy: Path, straight: Path, config: RunConfig):  # noqa: F811
