@@ -3,9 +3,14 @@
 Conversions stream: a model of any size goes through less than a gigabyte of memory. PyTorch is not needed.
 """
 
+import os
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # during the imports below, which take seconds
+
 import json
 import pathlib
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -16,6 +21,7 @@ import tyro
 
 from convert.memory import peak_memory
 from moss_audio_jax.cli import PathArgument, run_door
+from moss_audio_jax.interruption import cleans_up_on_signals
 from moss_audio_jax.paths import AnyPath
 
 Source = Annotated[PathArgument, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
@@ -197,10 +203,11 @@ def rehearse(target: Target, /, *, preset: Literal["4b", "8b", "tiny"], seed: in
 
 @contextmanager
 def _reported(target: AnyPath) -> Iterator[None]:
-    """For the commands that write: says at the end what it took."""
+    """For the commands that write: removes what is half written when they are stopped, says at the end what it took."""
     _keep_to_cpu()
     start = time.perf_counter()
-    yield
+    with cleans_up_on_signals():
+        yield
     size = sum(file.stat().st_size for file in pathlib.Path(target).rglob("*") if file.is_file())
     seconds, peak = time.perf_counter() - start, peak_memory()
     memory = "" if peak is None else f", peak memory {peak / 1e9:.2f} GB"
@@ -215,8 +222,6 @@ def _keep_to_cpu() -> None:
 
 
 def main() -> None:
-    # A polite kill cleans up like Ctrl-C does.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     run_door(lambda: app.cli(prog="moss-audio-convert", description=__doc__, config=(tyro.conf.OmitArgPrefixes,)))
 
 

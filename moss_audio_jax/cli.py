@@ -8,6 +8,7 @@ from typing import Annotated
 import tyro
 
 from moss_audio_jax.errors import MossAudioError
+from moss_audio_jax.interruption import INTERRUPTED, end, ends_on_ctrl_c
 from moss_audio_jax.paths import Path, to_path
 
 # A path of this machine or of gs://, which pathlib.Path would make gs:/ of.
@@ -26,12 +27,13 @@ PathArgument = Annotated[
 def run_door(door: Callable[[], object]) -> None:
     """Runs a door's commands and exits as a shell expects."""
     try:
-        door()
+        with ends_on_ctrl_c():
+            door()
     except MossAudioError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit(130)
+        end(INTERRUPTED)
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)

@@ -178,6 +178,12 @@ def _scratch() -> tempfile.TemporaryDirectory:
     return tempfile.TemporaryDirectory(prefix="moss-audio-")
 
 
+def remove_local_copies() -> None:
+    """For a process that ends without Python's own end, which removes them."""
+    if _scratch.cache_info().currsize:
+        _scratch().cleanup()
+
+
 def local_copy(path: AnyPath) -> pathlib.Path:
     """The file itself, or what an object holds now, on a disk until this process ends."""
     path = to_path(path)

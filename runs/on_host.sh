@@ -9,28 +9,37 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 AGAIN=75                   # exit code of `python -m train run`: preempted, or another host was lost
-LONG=${LONG:-600}          # seconds after which any end but success is taken for an interruption, such as JAX's own
+MISTAKE=2                  # what the message names and no repetition mends: an option, the data, a full disk
+LONG=${LONG:-600}          # seconds after which any other end is taken for an interruption, such as JAX's own
+TRIES=${TRIES:-5}          # ends in a row before LONG seconds, after which it is left
 PAUSE=${PAUSE:-10}         # seconds, before it is run again
 
 run() {
-    local code began child stopping=""
+    local code began seconds child short=0 stopping=""
     export PATH="$PWD/.venv/bin:$PATH"
-    trap 'stopping=yes; kill -TERM "$child"' TERM
+    trap 'stopping=yes; kill -TERM "$child" 2>/dev/null || true' TERM INT
     while true; do
         began=$SECONDS
         code=0
         "$@" &
         child=$!
         wait "$child" || code=$?
-        if [[ -n $stopping && $code -gt 128 ]]; then # the signal has ended `wait`, not the command
+        while kill -0 "$child" 2>/dev/null; do # the signal has ended `wait`, not the command
             code=0
             wait "$child" || code=$?
+        done
+        seconds=$((SECONDS - began))
+        echo "on_host: ended with $code after $seconds s"
+        if [[ $seconds -ge $LONG ]]; then short=0; else short=$((short + 1)); fi
+        if [[ $code -eq 0 || $code -eq $MISTAKE || -n $stopping ]] || [[ $code -ne $AGAIN && $seconds -lt $LONG ]]; then
+            return "$code"
         fi
-        echo "on_host: ended with $code after $((SECONDS - began)) s"
-        if [[ $code -eq 0 || -n $stopping ]] || [[ $code -ne $AGAIN && $((SECONDS - began)) -lt $LONG ]]; then
+        if [[ $short -ge $TRIES ]]; then
+            echo "on_host: $short ends in a row before $LONG s: not run again; see the messages above" >&2
             return "$code"
         fi
         sleep "$PAUSE"
+        [[ -z $stopping ]] || return "$code"
     done
 }
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import signal
 
 # Before JAX starts: eight devices on the CPU, for meshes.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -32,6 +33,14 @@ jax.config.update("jax_default_matmul_precision", "highest")
 def pytest_collection_modifyitems(items: list[pytest.Item]):
     """Tests that load libtpu come last: JAX's profiler crashes in a process that has."""
     items.sort(key=lambda item: item.get_closest_marker("tpu") is not None)
+
+
+@pytest.fixture
+def heard_interrupts() -> Iterator[None]:
+    """A shell's background jobs ignore SIGINT, and so would the processes that tests run as one start."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -159,14 +159,34 @@ ENDS = 'n=$(cat count 2>/dev/null || echo 0); echo $((n + 1)) >count; shift "$n"
     [
         ((PREEMPTED, LOST, 0), 600, 0, 3),  # interrupted: again, until it is done
         ((2, 0), 600, 2, 1),  # a mistake in the options is not worth repeating
+        ((2, 0), 0, 2, 1),  # nor after a long time: bad data, a full disk
         ((1, 0), 600, 1, 1),  # nor is a crash at the start
         ((134, 0), 0, 0, 2),  # but one after a long time: JAX ends a process so whose peer is lost
+        ((PREEMPTED,) * 9, 600, PREEMPTED, 5),  # without progress it is not repeated for ever
+        ((PREEMPTED,) * 7 + (0,), 0, 0, 8),  # with progress it is
     ],
 )
 def test_a_host_runs_again_what_was_interrupted(host, codes, long, end, times):
     result = on_host(host, "run", "bash", "-c", ENDS, "bash", *map(str, codes), LONG=str(long))
     assert result.returncode == end, result.stderr
     assert int((host / "count").read_text()) == times
+
+
+@pytest.mark.usefixtures("heard_interrupts")
+def test_ctrl_c_lets_the_command_save(host):
+    """The script hears it, and the command, as all that a script starts in the background, does not."""
+    saves = 'trap "sleep 0.3; echo saved >>saved; exit 75" TERM; echo begun >begun; while :; do sleep 0.05; done'
+    command = ["bash", "runs/on_host.sh", "run", "bash", "-c", saves]
+    process = subprocess.Popen(command, cwd=host, process_group=0)
+    try:
+        wait_for(lambda: (host / "begun").exists())
+        os.killpg(process.pid, signal.SIGINT)
+        time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(30) == PREEMPTED
+    finally:
+        process.kill()
+    assert (host / "saved").read_text() == "saved\n"
 
 
 def test_stop_lets_the_command_save_and_is_not_followed_by_another(host):
@@ -232,6 +252,7 @@ def refusal(command: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> str:
         patched.setattr(sys, "argv", list(command))
         patched.setattr(door.app, "_subcommands", dict(door.app._subcommands))
         patched.setattr(door, "run_door", run_door)
+        patched.setattr("train.resume.is_begun", lambda out: False)  # nobody's bucket is asked
         try:
             door.main()
         except SystemExit as end:

@@ -1,5 +1,11 @@
 """`python -m train`, or `moss-audio-train`: training data made ready, training, and evaluation."""
 
+import os
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # during the imports below, which take seconds
+
 import argparse
 import logging
 import sys
@@ -10,12 +16,14 @@ import tyro
 
 from moss_audio_jax.cli import PathArgument, run_door
 from moss_audio_jax.errors import MossAudioError
+from moss_audio_jax.interruption import INTERRUPTED, end, ends_on_ctrl_c
 from moss_audio_jax.paths import Path, require_writable
 
 if TYPE_CHECKING:
     from train.ablate import AblationConfig
     from train.config import RunConfig
     from train.evaluate import EvaluationConfig
+    from train.resume import ResumeConfig
 
 PREEMPTED = 75  # exit code, EX_TEMPFAIL: run it again
 
@@ -148,41 +156,77 @@ def _check(manifest: Path, config: "RunConfig", init: str | None, group: str | N
 
 
 def run_command(arguments: list[str]) -> Callable[..., None]:
-    """The command `run`; the recipe that the arguments name gives its options their defaults."""
-    from train.config import RecipeName, RunConfig, with_paths
+    """The command `run`; the run in `--out`, that of `--branch` or else the recipe gives its options their defaults."""
+    from train.config import RecipeName, RunConfig, with_named_groups, with_paths
     from train.distributed import DistributedConfig, join
+    from train.resume import ResumeConfig
 
-    one_process = DistributedConfig()
-    recipe_config = _named_recipe(arguments, "pretrain_stage1")
+    one_process, at_the_newest = DistributedConfig(), ResumeConfig()
+    stored = _stored_config(arguments)
+    defaults = with_named_groups(stored, arguments) if stored else _named_recipe(arguments, "pretrain_stage1")
 
     def run(
         *,
-        recipe: RecipeName,
+        recipe: RecipeName | None = None,
         out: PathArgument,
         init: str | None = None,
         data: tuple[str, ...] = (),
         eval_data: tuple[str, ...] = (),
-        config: Annotated[RunConfig, tyro.conf.arg(name="")] = recipe_config,
+        config: Annotated[RunConfig, tyro.conf.arg(name="")] = defaults,
+        resume: Annotated[ResumeConfig, tyro.conf.arg(name="")] = at_the_newest,
         processes: Annotated[DistributedConfig, tyro.conf.arg(name="")] = one_process,
     ) -> None:
-        """Trains, and goes on from the newest checkpoint in the directory if there is one.
+        """Trains, and resumes from the newest checkpoint in the directory if there is one.
 
-        SIGTERM makes a checkpoint and exits with code 75; the same command then goes on, to the same result.
+        SIGTERM and Ctrl-C make a checkpoint and exit with code 75; the same command then resumes, to the same result.
+        Before the first step, and the second time, Ctrl-C ends the run at once with code 130.
+        A run that resumes keeps the options that it was begun with; those that are given are compared with them.
 
         Args:
-            recipe: Where the other options get their defaults.
+            recipe: Where the options of a new run get their defaults.
             out: The directory of the run: config.json, metrics.jsonl, checkpoints/.
             init: The checkpoint to begin with, short for --model.checkpoint.
             data: Conversations or labelled clips to learn, short for --mixture.conversations.paths.
             eval_data: What to evaluate on, short for --evaluate-data; at each checkpoint if nothing says how often.
             config: What the recipe says, and may be said otherwise.
+            resume: Where a run resumes, and which of its options may be others than it was begun with.
             processes: How the processes of a run find each other, if there are several.
         """
-        settled = with_paths(config, init, data, eval_data)
+        _require_recipe(recipe, stored)
+        settled = with_paths(config, init, data, eval_data, default=stored)
         join(processes)  # before anything else of JAX
-        _train(settled, out)
+        _train(settled, out, resume)
 
     return run
+
+
+def _require_recipe(recipe: str | None, stored: "RunConfig | None") -> None:
+    from train.config import RECIPES
+
+    if recipe is None and stored is None:
+        raise MossAudioError(f"--recipe is needed to begin a run: give one of {', '.join(RECIPES)}")
+    begun_with = stored and stored.recipe
+    if recipe is not None and begun_with is not None and recipe != begun_with:
+        raise MossAudioError(f"--recipe is {recipe}, and the run was begun with {begun_with}: give that, or none")
+
+
+def _stored_config(arguments: list[str]) -> "RunConfig | None":
+    """Of the run that `--out` holds, or of the one that `--branch` begins from; None for a new run."""
+    from train.resume import ResumeConfig, is_begun, stored_config
+
+    scan = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    scan.add_argument("--out")
+    scan.add_argument("--branch")
+    scanned = scan.parse_known_args(arguments)[0]
+    try:
+        if scanned.out is not None and is_begun(scanned.out):
+            return stored_config(scanned.out)
+        if scanned.branch is not None and (origin := ResumeConfig(branch=scanned.branch).origin):
+            return stored_config(origin[0])
+    except (MossAudioError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    return None
 
 
 def _named_recipe(arguments: list[str], default: str) -> "RunConfig":
@@ -287,18 +331,18 @@ def _plan(
     return report
 
 
-def _train(config: "RunConfig", out: Path) -> None:
+def _train(config: "RunConfig", out: Path, resume: "ResumeConfig") -> None:
     import jax
 
     from moss_audio_jax.checkpoint import RUN_BEST
     from train.loop import train
 
     logging.basicConfig(format="%(message)s", force=True)  # names the examples that are skipped
-    outcome = train(config, out)
+    outcome = train(config, out, resume=resume)
     first = jax.process_index() == 0
     if outcome.preempted:
         if first:
-            print(f"stopped after step {outcome.step}, which is saved: run the same command to go on", file=sys.stderr)
+            print(f"stopped after step {outcome.step}, which is saved: run the same command to resume", file=sys.stderr)
         sys.exit(PREEMPTED)
     if first:
         best, early = outcome.best, ""
@@ -327,6 +371,9 @@ def evaluate_command() -> Callable[..., None]:
         processes: Annotated[DistributedConfig, tyro.conf.arg(name="")] = one_process,
     ) -> None:
         """Asks a checkpoint questions whose answers are known, and prints how right it is.
+
+        Ctrl-C ends it after the questions at hand: what was answered so far is measured, written and marked as partial,
+        and the exit code is 130. A second Ctrl-C ends it at once.
 
         Args:
             checkpoint: A released directory, one that `python -m convert to-orbax` wrote, or a training run's, whose
@@ -365,13 +412,13 @@ def _evaluate(
     first_process_does(require_all_writable)
     first = jax.process_index() == 0
     with ended_with_the_others():
-        evaluation = evaluate(checkpoint, items, config, progress=first)
+        evaluation = evaluate(checkpoint, items, config, progress=first, keep_partial=jax.process_count() == 1)
     if not first:
         return
     print(table(evaluation.results["measures"]))
     if unfinished := evaluation.results["unfinished"]:
         limit = config.answers.max_new_tokens
-        print(f"{unfinished} of {len(items)} answers were cut off after {limit} tokens", file=sys.stderr)
+        print(f"{unfinished} of {len(evaluation.items)} answers were cut off after {limit} tokens", file=sys.stderr)
     for path, save in (
         (out, evaluation.save_results),
         (predictions, evaluation.save_predictions),
@@ -379,6 +426,9 @@ def _evaluate(
     ):
         if path:
             save(path)
+    if evaluation.partial:
+        print(f"interrupted: this is of {len(evaluation.items)} of {len(items)} questions", file=sys.stderr)
+        end(INTERRUPTED)
 
 
 def ablate_command() -> Callable[..., None]:
@@ -416,14 +466,15 @@ def _ablate(out: Path, config: "AblationConfig") -> None:
 
 
 def main() -> None:
-    if sys.argv[1:2] != ["prepare"]:  # it starts faster without recipes
-        app.command(name="scenes")(scenes_command())
-        app.command(name="check")(check_command(sys.argv[2:]))
-        app.command(name="run")(run_command(sys.argv[2:]))
-        app.command(name="plan")(plan_command(sys.argv[2:]))
-        app.command(name="evaluate")(evaluate_command())
-        app.command(name="ablate")(ablate_command())
-    run_door(lambda: app.cli(prog="moss-audio-train", description=__doc__))
+    with ends_on_ctrl_c():
+        if sys.argv[1:2] != ["prepare"]:  # it starts faster without recipes
+            app.command(name="scenes")(scenes_command())
+            app.command(name="check")(check_command(sys.argv[2:]))
+            app.command(name="run")(run_command(sys.argv[2:]))
+            app.command(name="plan")(plan_command(sys.argv[2:]))
+            app.command(name="evaluate")(evaluate_command())
+            app.command(name="ablate")(ablate_command())
+        run_door(lambda: app.cli(prog="moss-audio-train", description=__doc__))
 
 
 if __name__ == "__main__":

@@ -21,12 +21,13 @@ from typing import Any
 
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.paths import Path
-from train.config import CONFIG_FILE, RECIPES, MixtureConfig, RunConfig, SceneGroupConfig, settle
+from train.config import CONFIG_FILE, RECIPES, MixtureConfig, RunConfig, SceneGroupConfig
 from train.data.scenes import SceneConfig
 from train.evaluate import AnswerConfig, EvaluationConfig, Measured, evaluate
 from train.loop import train
 from train.plots import DotPanel, plot_dots, require_matplotlib
 from train.questions import Item, scene_items
+from train.resume import settle
 
 TASKS = ("timeline", "start", "duration", "what_at", "pitch", "loudness")
 LATE_START = "late start"  # a task of its own: the start of a sound, past the end of the longest scene of training

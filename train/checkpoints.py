@@ -22,22 +22,23 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from moss_audio_jax.checkpoint import PARAMS, RUN_BEST, RUN_BEST_FILE, RUN_CHECKPOINTS, flatten, unflatten
 from moss_audio_jax.errors import MossAudioError
-from moss_audio_jax.paths import AnyPath, absolute, children, write_whole
+from moss_audio_jax.paths import AnyPath, Path, absolute, children, write_whole
 from train.best import Best
 from train.step import TrainState
 
 STATE, DATA = "state", "data"
-DAMAGED = "damaged_checkpoints"
+DAMAGED, LATER = "damaged_checkpoints", "later_checkpoints"
 
 
 class Checkpoints:
     """The checkpoints in a run's directory. Saving goes on in the background; `close` waits for it.
 
+    read_only: of a run that may be training meanwhile.
     best: the best evaluation before the checkpoint that was saved or restored last, which no rule deletes. It travels
         in every checkpoint, so that a run that goes on from any of them knows what one that never stopped knew there.
     """
 
-    def __init__(self, run: AnyPath, *, keep_last: int = 3, keep_every: int | None = None):
+    def __init__(self, run: AnyPath, *, keep_last: int = 3, keep_every: int | None = None, read_only: bool = False):
         self._run = absolute(run)
         self._directory = self._run / RUN_CHECKPOINTS
         self.best: Best | None = None
@@ -45,7 +46,11 @@ class Checkpoints:
         if keep_every is not None:
             policies.append(preservation_policy.EveryNSteps(keep_every))
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=preservation_policy.AnyPreservationPolicy(policies), cleanup_tmp_directories=True
+            preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
+            cleanup_tmp_directories=not read_only,
+            create=not read_only,
+            save_interval_steps=0 if read_only else 1,
+            read_only=read_only,
         )
         handlers = {
             PARAMS: ocp.StandardCheckpointHandler(),
@@ -124,6 +129,31 @@ class Checkpoints:
             f"({damaged[steps[-1]]}); restore one from a copy, or begin anew with another --out"
         )
 
+    def restore_step(self, step: int, target: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """The state of one step and the data's; raises MossAudioError if there is no such checkpoint to read."""
+        self._require(step)
+        try:
+            return self._restore(step, target)
+        except (OSError, ValueError, KeyError) as error:
+            raise MossAudioError(
+                f"{self._directory}: checkpoint {step} can't be read ({_first_line(error)}); name another one"
+            ) from error
+
+    def rewind(self, step: int) -> None:
+        """Puts the checkpoints after this step into `later_checkpoints`; raises MossAudioError if it has none."""
+        self._require(step)
+        for later in [found for found in self.steps if found > step]:
+            self._move(later, self._run / LATER)
+
+    def reload(self) -> None:
+        """Looks again which checkpoints there are, which another process may have moved."""
+        self._manager.reload()
+
+    def _require(self, step: int) -> None:
+        if step not in self.steps:
+            there = ", ".join(map(str, self.steps)) or "none"
+            raise MossAudioError(f"{self._directory} has no checkpoint of step {step}: there are {there}")
+
     def _restore(self, step: int, target: TrainState) -> tuple[TrainState, dict[str, Any]]:
         parameters, rest = _parts(target)
         items = {
@@ -144,13 +174,17 @@ class Checkpoints:
         return dataclasses.replace(state, trainable=trainable, frozen=frozen), restored[DATA]
 
     def _put_aside(self, step: int, reason: str) -> None:
-        aside = self._run / DAMAGED
+        name = self._move(step, self._run / DAMAGED)
+        write_whole(self._run / DAMAGED / f"{name}.txt", reason + "\n")
+        self._manager.reload()
+
+    def _move(self, step: int, aside: Path) -> str:
+        """Into another directory, under a name that is free there."""
         taken = sum(path.name.startswith(str(step)) and path.is_dir() for path in children(aside))
         name = f"{step}-{taken}" if taken else str(step)
         aside.mkdir(exist_ok=True)
-        write_whole(aside / f"{name}.txt", reason + "\n")
         (self._directory / str(step)).rename(aside / name)
-        self._manager.reload()
+        return name
 
     def close(self) -> None:
         """Waits until the last save is whole; raises MossAudioError if it can't be written."""

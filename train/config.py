@@ -1,22 +1,20 @@
 """What a training run is told: dataclasses with a default for everything, and recipes, which are values of them.
 
 Every field is an option of `python -m train run`. What changes the parameters that come out is written to the run's
-`config.json` and has to stay the same until the run ends; `FREE_TO_CHANGE` may be others each time it is resumed.
+`config.json`; `resume` says which fields may be others when it resumes.
 """
 
 import dataclasses
-import json
 import re
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 import tyro
 
-from moss_audio_jax.config import LoraConfig, MossAudioConfig, read_json
+from moss_audio_jax.config import LoraConfig, MossAudioConfig
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.int8 import int8_kernels
 from moss_audio_jax.model import parameter_specs
-from moss_audio_jax.paths import AnyPath, to_path, write_whole
 from train.data.augment import AugmentConfig
 from train.data.mixture import Group, Source
 from train.data.objectives import OBJECTIVES, check_shares
@@ -27,8 +25,6 @@ from train.optimizer import OptimizerConfig, is_frozen
 from train.step import StepConfig
 
 CONFIG_FILE = "config.json"
-FREE_TO_CHANGE = ("loop.", "mesh.", "data.max_skip_rate", "model.allow_random_frozen")
-NEWER = {"augment": dataclasses.asdict(AugmentConfig())}  # what older runs were begun with, not all of it empty
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,7 +184,12 @@ class LoopConfig:
     """Stop when each example was read this many times. The schedule then spans these epochs, and
     optimizer.total-steps is not used. With several data sets, those of larger shares are read more often."""
     checkpoint_every: int = 500
-    """Steps between checkpoints; the last step and a SIGTERM make one too."""
+    """Steps between checkpoints; the last step, a SIGTERM and Ctrl-C make one too."""
+    checkpoint_minutes: float | None = None
+    """Minutes between checkpoints, beside those by steps; several processes look at the time every tenth step."""
+    stuck_after: float | None = 1800.0
+    """End the process with code 75, to be started again, when no step was finished for this many seconds. The start,
+    the first step, an evaluation and a checkpoint may take four times as long. None waits for ever."""
     keep_last: int = 3
     """The newest checkpoints to keep."""
     keep_every: int | None = None
@@ -202,7 +203,8 @@ class LoopConfig:
     profile_first: int = 10
     """The first step of a profile."""
     profile_steps: int = 0
-    """Record a trace of so many steps in profile/; 0 records none."""
+    """Record a trace of this many steps in profile/; 0 records none. A file profile_now in the run's directory, or
+    SIGUSR1 to the first process, has the next steps recorded, 3 if this is 0."""
     evaluate_every: int | None = None
     """Steps between evaluations on held-out data; none by default."""
     evaluate_data: tuple[str, ...] = ()
@@ -234,6 +236,7 @@ class LoopConfig:
             "steps",
             "epochs",
             "checkpoint_every",
+            "stuck_after",
             "keep_last",
             "keep_every",
             "max_skipped_in_a_row",
@@ -247,6 +250,8 @@ class LoopConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise MossAudioError(f"{name} must be 1 or more, not {value}")
+        if self.checkpoint_minutes is not None and self.checkpoint_minutes <= 0:
+            raise MossAudioError(f"checkpoint_minutes must be above 0, not {self.checkpoint_minutes}")
         for name, needed in (("best_metric", "evaluate_every"), ("patience", "best_metric")):
             if getattr(self, name) is not None and getattr(self, needed) is None:
                 raise MossAudioError(f"{name} needs {needed}: give both, or leave {name} out")
@@ -256,6 +261,7 @@ class LoopConfig:
 class RunConfig:
     """All of a run. seed: of the data's order, of random parameters and of dropout.
 
+    recipe: whose defaults it was made from.
     lora: trains an adapter of LoRA on `model.checkpoint`, which is frozen in the compute dtype, instead of the model.
     """
 
@@ -270,6 +276,7 @@ class RunConfig:
     mesh: MeshConfig = MeshConfig()
     microbatches: int = 1
     seed: int = 0
+    recipe: tyro.conf.Suppress[str | None] = None
 
     def __post_init__(self):
         if self.microbatches < 1 or self.data.batch_size % self.microbatches:
@@ -358,21 +365,31 @@ RECIPES: dict[str, RunConfig] = {
         microbatches=2,
     ),
 }
+RECIPES = {name: dataclasses.replace(recipe, recipe=name) for name, recipe in RECIPES.items()}
 RecipeName = Literal["pretrain_stage1", "pretrain_stage2", "finetune", "finetune_lora", "time_events"]
 
 
 def with_paths(
-    config: RunConfig, init: str | None = None, data: tuple[str, ...] = (), eval_data: tuple[str, ...] = ()
+    config: RunConfig,
+    init: str | None = None,
+    data: tuple[str, ...] = (),
+    eval_data: tuple[str, ...] = (),
+    *,
+    default: RunConfig | None = None,
 ) -> RunConfig:
     """The configuration with what `--init`, `--data` and `--eval-data` name, short for three of its fields.
 
+    default: the configuration of a run that is resumed, whose fields give way to what they name.
     Where there is data to evaluate on and nothing says how often, that is at each checkpoint. Raises MossAudioError if
     a field already holds something else.
     """
     model, loop, group = config.model, config.loop, config.mixture.conversations
-    checkpoint = _said_once("--init", init, "--model.checkpoint", model.checkpoint)
-    paths = _said_once("--data", data, "--mixture.conversations.paths", group.paths)
-    evaluate_data = _said_once("--eval-data", eval_data, "--evaluate-data", loop.evaluate_data)
+    known: Any = (None, (), ())
+    if default is not None:
+        known = (default.model.checkpoint, default.mixture.conversations.paths, default.loop.evaluate_data)
+    checkpoint = _said_once("--init", init, "--model.checkpoint", model.checkpoint, known[0])
+    paths = _said_once("--data", data, "--mixture.conversations.paths", group.paths, known[1])
+    evaluate_data = _said_once("--eval-data", eval_data, "--evaluate-data", loop.evaluate_data, known[2])
     every = loop.checkpoint_every if eval_data and loop.evaluate_every is None else loop.evaluate_every
     return dataclasses.replace(
         config,
@@ -382,43 +399,8 @@ def with_paths(
     )
 
 
-def _said_once(short: str, value: Any, long: str, field: Any) -> Any:
-    if value and field and value != field:
+def _said_once(short: str, value: Any, long: str, field: Any, default: Any) -> Any:
+    if value and field and value != field and field != default:
         shown = [" ".join(said) if isinstance(said, tuple) else said for said in (value, field)]
         raise MossAudioError(f"{short} {shown[0]} and {long} {shown[1]} name different things: give one of them")
     return value or field
-
-
-def settle(config: Any, out: AnyPath, *, begun: bool) -> None:
-    """Writes a configuration, a dataclass, into a run's directory, compared first with that of a run that has begun.
-
-    Raises MossAudioError, naming what differs, if that is another one.
-    """
-    path = to_path(out) / CONFIG_FILE
-    now, newer = (json.loads(json.dumps(content)) for content in (dataclasses.asdict(config), NEWER))
-    if begun:
-        after = _by_path(now)
-        before = {name: value for name, value in _by_path(newer).items() if name in after} | _by_path(read_json(path))
-        problems = [
-            f"{name} is {after.get(name)!r} and was {before.get(name)!r}"
-            for name in sorted(before.keys() | after.keys())
-            if not name.startswith(FREE_TO_CHANGE)
-            and after.get(name) != before.get(name)
-            and (name in before or after[name])  # else an option that is newer than the run, and off
-        ]
-        if problems:
-            raise MossAudioError(
-                f"{out} holds a run of another configuration: {'; '.join(problems)}; "
-                "give the options it was begun with, or another --out"
-            )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(now, indent=2) + "\n")
-
-
-def _by_path(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts to one by dotted path, which is that of options: groups of new names stand beside the others."""
-    flat: dict[str, Any] = {}
-    for name, value in content.items():
-        path = prefix + ("" if name == "named" else f"{name}.")
-        flat |= _by_path(value, path) if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat

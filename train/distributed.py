@@ -30,6 +30,7 @@ from train.meeting import meet
 
 BATCH_SECONDS = 1800  # for another process to read a batch
 LOST = 75  # exit code, EX_TEMPFAIL: run it again
+DECISION_MILLISECONDS = 86_400_000  # a process that is gone is found out before
 # What JAX's errors say of a process that can't be reached any more.
 UNREACHABLE = re.compile(r"gloo|connection|heartbeat|unavailable|coordination service|deadline_exceeded", re.IGNORECASE)
 
@@ -217,6 +218,20 @@ def of_first_process(value: Any) -> Any:
     size = int(multihost_utils.broadcast_one_to_all(np.int32(mine.size)))
     text = multihost_utils.broadcast_one_to_all(np.resize(mine, size))
     return json.loads(np.asarray(text, np.uint8).tobytes())
+
+
+def first_process_decides(name: str, decide: Callable[[], bool]) -> bool:
+    """What process 0 decides, in all of them. It takes no work of devices, for which steps would be waited for.
+
+    name: of this one decision in the whole run.
+    """
+    if jax.process_count() == 1:
+        return decide()
+    store = global_state.client
+    assert store is not None  # there are several processes
+    if jax.process_index() == 0:
+        store.key_value_set(f"moss-audio/{name}", "yes" if decide() else "no")
+    return store.blocking_key_value_get(f"moss-audio/{name}", DECISION_MILLISECONDS) == "yes"
 
 
 def state_of_all(state: dict[str, Any]) -> dict[str, Any]:

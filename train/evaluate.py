@@ -7,10 +7,12 @@
 docs/evaluation.md defines every number.
 """
 
+import contextlib
 import io
 import itertools
 import json
 import math
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -33,6 +35,7 @@ from moss_audio_jax.cli import PathArgument
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.generate import Sampling, generate, mesh_of
 from moss_audio_jax.inputs import ModelInputs, make_inputs, padded
+from moss_audio_jax.interruption import stops_on_ctrl_c
 from moss_audio_jax.model import MossAudio
 from moss_audio_jax.paths import AnyPath, open_binary, write_whole
 from moss_audio_jax.processor import Processor, load_processor
@@ -116,6 +119,20 @@ def answer_items(
     Of several processes, whose devices the model is sharded over, each reads its share of a batch and gets all answers.
     Raises MossAudioError that names the clip if one can't be read, mostly before the first batch.
     """
+    answers = _answers(model, processor, items, config, seed, progress, stop=lambda: False)
+    return [answers[index] for index in range(len(items))]
+
+
+def _answers(
+    model: MossAudio,
+    processor: Processor,
+    items: Sequence[Item],
+    config: AnswerConfig,
+    seed: int,
+    progress: bool,
+    stop: Callable[[], bool],
+) -> dict[int, Answer]:
+    """By the items' indices: of all, or of those before `stop` said so after a batch."""
     answers: dict[int, Answer] = {}
     eos = model.config.eos_ids
     with tqdm(total=len(items), unit="item", disable=not progress) as bar:
@@ -131,7 +148,9 @@ def answer_items(
             for index, row in zip(indices, rows, strict=True):
                 answers.setdefault(index, Answer(processor.decode(row), bool(np.isin(row, eos).any())))
             bar.update(len(answers) - before)
-    return [answers[index] for index in range(len(items))]
+            if stop():
+                break
+    return answers
 
 
 def whole_batch(size: int, parts: int) -> int:
@@ -444,11 +463,15 @@ def read_items(config: EvaluationConfig) -> list[Item]:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """results: for JSON; its field `measures` is what `measure` gives."""
+    """results: for JSON; its field `measures` is what `measure` gives.
+
+    partial: not all was asked, and everything is of the items that were.
+    """
 
     items: Sequence[Item]
     answers: Sequence[Answer]
     results: dict[str, Any]
+    partial: bool = False
 
     def save_results(self, path: AnyPath) -> None:
         write_whole(path, json.dumps(self.results, indent=2, ensure_ascii=False, default=str) + "\n")
@@ -459,6 +482,7 @@ class Evaluation:
         for item, answer in zip(self.items, self.answers, strict=True):
             line = {name: getattr(item, name) for name in ("name", "source", "task", "question", "reference")}
             line |= {"prediction": answer.text, "finished": answer.finished}
+            line |= {"partial": True} if self.partial else {}
             lines.append(json.dumps(line, ensure_ascii=False) + "\n")
         write_whole(path, "".join(lines))
 
@@ -467,13 +491,12 @@ class Evaluation:
         from train.plots import TimelinePlot, plot_timelines
 
         pairs = ((item, answer) for item, answer in zip(self.items, self.answers, strict=True) if has_events(item))
-        plot_timelines(
-            path,
-            [
-                TimelinePlot(item.clips[0].wave(), item.labels, parse_timeline(answer.text).items, item.name)
-                for item, answer in itertools.islice(pairs, most)
-            ],
-        )
+        plots = [
+            TimelinePlot(item.clips[0].wave(), item.labels, parse_timeline(answer.text).items, item.name)
+            for item, answer in itertools.islice(pairs, most)
+        ]
+        if plots:  # of a partial evaluation there may be none
+            plot_timelines(path, plots)
 
 
 def has_events(item: Item) -> bool:
@@ -482,12 +505,24 @@ def has_events(item: Item) -> bool:
 
 
 def evaluate(
-    checkpoint: AnyPath, items: Sequence[Item], config: EvaluationConfig, *, progress: bool = False
+    checkpoint: AnyPath,
+    items: Sequence[Item],
+    config: EvaluationConfig,
+    *,
+    progress: bool = False,
+    keep_partial: bool = False,
 ) -> Evaluation:
-    """Loads a checkpoint, asks it all items and measures its answers."""
+    """Loads a checkpoint, asks it all items and measures its answers.
+
+    keep_partial: Ctrl-C ends the asking after the batch at hand, and what was answered so far is measured.
+    """
     processor = load_processor(checkpoint)
     model = load_model(checkpoint, dtype=config.dtype, mesh=make_mesh(fsdp=config.fsdp, tensor=config.tensor))
-    answers = answer_items(model, processor, items, config.answers, seed=config.seed, progress=progress)
+    stop = threading.Event()
+    with stops_on_ctrl_c(stop.set) if keep_partial else contextlib.nullcontext():
+        found = _answers(model, processor, items, config.answers, config.seed, progress, stop.is_set)
+    asked, partial = len(items), len(found) < len(items)
+    items, answers = [items[index] for index in sorted(found)], [found[index] for index in sorted(found)]
     results = {
         "checkpoint": str(checkpoint),
         "config": asdict(config),
@@ -495,7 +530,8 @@ def evaluate(
         "backend": jax.default_backend(),
         "devices": jax.device_count(),
         "items": len(items),
+        **({"partial": True, "items_in_all": asked} if partial else {}),
         "unfinished": sum(not answer.finished for answer in answers),
         "measures": measure(items, [answer.text for answer in answers]),
     }
-    return Evaluation(items, answers, results)
+    return Evaluation(items, answers, results, partial)

@@ -1,22 +1,24 @@
 """A run of training: from its configuration to checkpoints and metrics, resumed where it stopped.
 
-    out/config.json      the configuration, which a resumed run must share
+    out/config.json      the configuration and what became of it: see `resume`
     out/metrics.jsonl    a line for every step, and more for people: see `report`
     out/checkpoints/     see `checkpoints`
 
 A run that was killed and is started again ends with the same parameters, bit for bit, as one that never stopped: a
-step depends on the state and its batch alone, the data's iterator goes on exactly, and both are saved together. The
+step depends on the state and its batch alone, the data's iterator continues exactly, and both are saved together. The
 checkpoint of a step comes before its evaluation, which a resumed run makes if `scores.jsonl` does not hold it.
 Several processes (`distributed`) make the same batches as one, and may be others in number each time it is resumed.
 """
 
 import dataclasses
 import functools
+import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +26,11 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from moss_audio_jax.checkpoint import RUN_MODEL, abstract_parameters, base_directory, build_model
+from moss_audio_jax.checkpoint import RUN_CHECKPOINTS, RUN_MODEL, abstract_parameters, base_directory, build_model
 from moss_audio_jax.config import MossAudioConfig
-from moss_audio_jax.paths import AnyPath, Path, to_path
+from moss_audio_jax.errors import MossAudioError
+from moss_audio_jax.interruption import stops_on_ctrl_c
+from moss_audio_jax.paths import AnyPath, Path, children, to_path
 from moss_audio_jax.processor import Processor
 from moss_audio_jax.sharding import make_mesh
 from moss_audio_jax.tokens import Tokenizer
@@ -34,13 +38,14 @@ from train.best import Best
 from train.check import require_usable
 from train.checkpoints import Checkpoints
 from train.chips import peak_flops
-from train.config import RunConfig, settle
-from train.data import ExampleOrder, Prefetched, SampleMaker, TrainingBatch, TrainingData
+from train.config import RunConfig
+from train.data import ExampleOrder, Interrupted, Prefetched, SampleMaker, TrainingBatch, TrainingData
 from train.data.augment import Augmentation
 from train.distributed import (
     HostSums,
     any_host_has,
     ended_with_the_others,
+    first_process_decides,
     first_process_does,
     share_of_batch,
     state_of_all,
@@ -48,8 +53,9 @@ from train.distributed import (
 from train.figures import DataFigures
 from train.held_out import HeldOut
 from train.initial import ModelSource, first_parameters
-from train.model_files import write_model_files
+from train.model_files import copy_model_files, write_model_files
 from train.report import Profile, Report
+from train.resume import Record, ResumeConfig, compare, is_begun, rewinds, settle
 from train.step import (
     TrainState,
     abstract_state,
@@ -59,14 +65,18 @@ from train.step import (
     split_microbatches,
     train_step,
 )
+from train.watchdog import Watchdog
+
+AGREE_EVERY = 10  # steps, on what the first process decides by its clock
 
 Scores = Mapping[str, float | None]
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """How a run ended. step: the last one, which has a checkpoint. preempted: by SIGTERM, before the last step.
+    """How a run ended. step: the last one, which has a checkpoint.
 
+    preempted: by SIGTERM or Ctrl-C, before the last step.
     best: of its evaluations, where it looks for one. stopped_early: since that was not beaten any more.
     """
 
@@ -76,126 +86,266 @@ class Outcome:
     stopped_early: bool = False
 
 
-def train(config: RunConfig, out: AnyPath, *, mesh: Mesh | None = None) -> Outcome:
+class Termination:
+    """Says whether to stop after a step since there was a SIGTERM, the notice of a preemption, or Ctrl-C.
+
+    Several processes stop after the same step, whichever of them was told: JAX has its own handler of SIGTERM then.
+    """
+
+    def __init__(self):
+        self._requested = threading.Event()
+        self._stack = ExitStack()
+        self._saves_on_ctrl_c = False
+
+    def __enter__(self) -> "Termination":
+        if jax.process_count() == 1:
+            before = signal.signal(signal.SIGTERM, lambda *_: self._requested.set())
+            self._stack.callback(signal.signal, signal.SIGTERM, before)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._stack.close()
+
+    def __call__(self, step: int) -> bool:
+        if jax.process_count() > 1:
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self._requested.is_set()
+
+    def is_requested(self) -> bool:
+        """Whether to stop at once, while nothing is computed. Several processes only stop after a step."""
+        return self._requested.is_set()
+
+    def save_on_ctrl_c(self) -> None:
+        """From now on Ctrl-C does what SIGTERM does; before the first step it ends the run, with nothing to save."""
+        if not self._saves_on_ctrl_c:
+            self._saves_on_ctrl_c = True
+            self._stack.enter_context(stops_on_ctrl_c(lambda: os.kill(os.getpid(), signal.SIGTERM)))
+
+
+def train(config: RunConfig, out: AnyPath, *, mesh: Mesh | None = None, resume: ResumeConfig | None = None) -> Outcome:
     """Trains until `config.last_step`, from the newest checkpoint in `out` if there is one. For the main thread.
 
     mesh: over the devices to use; None lays out all of them as the configuration says.
+    resume: which options may be others than the run was begun with, and where it resumes.
     Raises MossAudioError for a configuration other than the one the run was begun with, too many skipped steps in a
     row, data that can't be used and checkpoints that can't be written or read.
     """
-    model = config.trained_model()
-    config.require_no_random_frozen(model)
+    out, resume = to_path(out), resume or ResumeConfig()
+    source = _source(config, out, resume)
+    model = dataclasses.replace(config, model=source).trained_model()
+    if source is config.model:
+        config.require_no_random_frozen(model)
     if config.loop.check_data:
-        require_usable(config)
-    out = to_path(out)
+        require_usable(dataclasses.replace(config, model=source))
     mesh = make_mesh(**dataclasses.asdict(config.mesh)) if mesh is None else mesh
     order = ExampleOrder(config.mixture.groups(config.seed), config.seed)
     augmentation = Augmentation(config.augment)
     with ExitStack() as stack:
-        stop = stack.enter_context(_termination())
+        stop = stack.enter_context(Termination())
+        watchdog = stack.enter_context(Watchdog(config.loop.stuck_after))
         checkpoints = Checkpoints(out, keep_last=config.loop.keep_last, keep_every=config.loop.keep_every)
         stack.enter_context(checkpoints)
-
-        def write_files() -> None:
-            settle(config, out, begun=bool(checkpoints.steps))
-            write_model_files(config.model, model, order, out / RUN_MODEL)
-
-        first_process_does(write_files)
+        first_process_does(lambda: _write_files(config, resume, model, order, checkpoints, out))
+        checkpoints.reload()
+        record = Record.read(out)
         tokenizer = Tokenizer.from_dir(out / RUN_MODEL)
-        maker = SampleMaker(
-            tokenizer,
-            model,
-            answers=config.data.answers,
-            thoughts=config.data.thoughts,
-            augmentation=augmentation,
-        )
+        answers, thoughts = config.data.answers, config.data.thoughts
+        maker = SampleMaker(tokenizer, model, answers=answers, thoughts=thoughts, augmentation=augmentation)
         held_out = HeldOut(config, Processor(tokenizer, model), maker, mesh, out)
         data = stack.enter_context(_data(config, mesh, order, maker))
-        source = config.model
+        first = config.model
         if model.lora is not None:
-            source = dataclasses.replace(source, checkpoint=str(base_directory(out / RUN_MODEL)))
-        state, start = _first_or_restored_state(config, source, model, mesh, checkpoints, data)
+            first = dataclasses.replace(first, checkpoint=str(base_directory(out / RUN_MODEL)))
+        state, start = _first_or_restored_state(config, first, model, mesh, checkpoints, data, record, resume)
         figures = DataFigures(order, config.data, model, state.trainable, state_of_all(data.get_state()))
-        report = stack.enter_context(_report(config, out, start, mesh, figures))
+        report = stack.enter_context(_report(config, out, start, mesh, figures, record))
         profile = stack.enter_context(Profile(out, config.loop.profile_first, config.loop.profile_steps))
         stack.enter_context(jax.set_mesh(mesh))
         stack.enter_context(ended_with_the_others())  # last in, first out: closing checkpoints waits for the others
-        return _run(config, model, state, start, data, HostSums(mesh), checkpoints, report, profile, held_out, stop)
+        run = _Run(config, model, data, HostSums(mesh), checkpoints, report, profile, held_out, stop, watchdog)
+        return run(state, start, record.skipped_steps)
 
 
-def _run(
+def _source(config: RunConfig, out: Path, resume: ResumeConfig) -> ModelSource:
+    """Where the model's configuration and tokenizer are; a run that has begun keeps them in its own directory."""
+    if is_begun(out):
+        return ModelSource(checkpoint=str(out))
+    if resume.from_step is not None:
+        raise MossAudioError(
+            f"--from-step {resume.from_step}: {out} holds no run with a checkpoint; name another --out"
+        )
+    if resume.origin is not None:
+        run, step = resume.origin
+        there = sorted(int(path.name) for path in children(run / RUN_CHECKPOINTS) if path.name.isdecimal())
+        if step not in there:
+            raise MossAudioError(
+                f"--branch {resume.branch}: {run} has no checkpoint of step {step}, only of "
+                f"{', '.join(map(str, there)) or 'none'}; name one of these"
+            )
+        return ModelSource(checkpoint=str(run))
+    return config.model
+
+
+def _write_files(
     config: RunConfig,
+    resume: ResumeConfig,
     model: MossAudioConfig,
-    state: TrainState,
-    start: int,
-    data: Prefetched,
-    host_sums: HostSums,
+    order: ExampleOrder,
     checkpoints: Checkpoints,
-    report: Report,
-    profile: Profile,
-    held_out: HeldOut,
-    stop: Callable[[int], bool],
-) -> Outcome:
-    graphdef = nnx.split(build_model(model, dict(abstract_parameters(model, jnp.float32))))[0]
-    step, saved, best = start, start, _best_so_far(config, checkpoints)
+    out: Path,
+) -> None:
+    """The run's configuration and what goes with all checkpoints; puts those aside that come after `from_step`."""
+    begun, step = is_begun(out), max(checkpoints.steps, default=0)
+    if begun and resume.from_step is not None and rewinds(Record.read(out), resume):
+        step = resume.from_step
+        compare(config, out, step, resume)
+        checkpoints.rewind(step)
+    _require_ahead(resume, step, Record.read(out) if begun else None)
+    settle(config, out, begun=begun, step=step, resume=resume)
+    if not begun:
+        (out / RUN_MODEL).rmtree(missing_ok=True)  # of a start that came to no checkpoint, perhaps of another model
+        if resume.origin is not None:
+            copy_model_files(resume.origin[0] / RUN_MODEL, out / RUN_MODEL)
+    write_model_files(config.model, model, order, out / RUN_MODEL)
 
-    def save() -> None:
-        nonlocal saved
-        report.commit()
-        checkpoints.save(step, _saved(state, model), state_of_all(data.get_state()), best)
-        saved = step
 
-    def evaluate(recorded: Scores | None = None) -> None:
-        nonlocal best
-        scores = recorded or _evaluated(config, held_out, report, step, state)
-        if best is not None:
-            best = best.after(step, scores.get(f"eval/{best.metric}"))
-            checkpoints.publish(best)
+def _require_ahead(resume: ResumeConfig, step: int, record: Record | None) -> None:
+    """Raises MossAudioError for steps to skip that were trained; those that the run has in its record are done."""
+    behind = [skipped for skipped in resume.skipped if skipped <= step]
+    if behind and not (record and record.skipped_steps.issuperset(resume.skipped)):
+        raise MossAudioError(
+            f"--skip-steps {resume.skip_steps}: the run resumes after step {step}, which has trained on them; give "
+            f"--from-step with a checkpoint before step {behind[0]}, or later steps"
+        )
 
-    if best is not None and best.evaluated is not None:
-        checkpoints.publish(best)  # as of this step, which the run may have gone beyond
-    if held_out.is_due(step) and (best is None or best.evaluated != step):
-        evaluate(report.scores_of(step))
-    last_step, at_end = config.last_step, False
-    while step != last_step and not _is_exhausted(best, config) and not stop(step):
+
+@dataclasses.dataclass
+class _Run:
+    """The steps of a run, with all that happens between them."""
+
+    config: RunConfig
+    model: MossAudioConfig
+    data: Prefetched
+    host_sums: HostSums
+    checkpoints: Checkpoints
+    report: Report
+    profile: Profile
+    held_out: HeldOut
+    stop: Termination
+    watchdog: Watchdog
+
+    def __call__(self, state: TrainState, start: int, passed_over: Set[int]) -> Outcome:
+        """From step `start` to the end; passed_over: steps that read their batch and do not train on it."""
+        config, last_step = self.config, self.config.last_step
+        graphdef = nnx.split(build_model(self.model, dict(abstract_parameters(self.model, jnp.float32))))[0]
+        self.step = self.saved = start
+        self.best, self.clock = _best_so_far(config, self.checkpoints), _Clock(config.loop.checkpoint_minutes)
+        self.at_end = False
+        self._evaluate_again(state)
+        while self.step != last_step and not _is_exhausted(self.best, config) and not self.stop(self.step):
+            taken = self._next_batch()
+            if taken is None:
+                break
+            batch, sums = taken
+            self.step += 1
+            if self.step in passed_over:
+                self.report.pass_over(sums)
+                state = dataclasses.replace(state, step=state.step + 1)
+                continue
+            self.watchdog.reached(f"step {self.step}", long=self.step == start + 1)
+            self.profile.before(self.step)
+            state, metrics = train_step(graphdef, config.step, config.optimizer, state, batch)
+            self.stop.save_on_ctrl_c()
+            self.profile.after(self.step, metrics)
+            self.report.add(self.step, metrics, sums)
+            evaluates = self.held_out.is_due(self.step)
+            if self._saves(evaluates):
+                self._save(state)
+            if evaluates:
+                self._evaluate(state)
+        return self._end(state)
+
+    def _next_batch(self) -> tuple[TrainingBatch, dict[str, Any]] | None:
+        """A batch and its figures over all hosts; None at the end of the data, and where the run is to stop."""
+        self.watchdog.reached(f"the reading of batch {self.step + 1}")
         began = time.perf_counter()
         try:
-            batch = next(data)
+            batch = self.data.take(self.stop.is_requested)
         except StopIteration:
-            at_end = True
-            break
-        data_wait = time.perf_counter() - began
-        step += 1
-        profile.before(step)
-        state, metrics = train_step(graphdef, config.step, config.optimizer, state, batch)
-        profile.after(step, metrics)
-        report.add(step, metrics, host_sums(data.sums, {"data_wait": data_wait}))
-        evaluated = held_out.is_due(step)
-        # The first evaluation may find too little memory: what was trained until then is to be saved.
-        before_evaluation = evaluated and (best is not None or not held_out.has_asked)
-        if step % config.loop.checkpoint_every == 0 or step == last_step or before_evaluation:
-            save()
-        if evaluated:
-            evaluate()
-    report.commit()
-    if step > saved:
-        save()
-    if at_end and held_out.is_on and report.scores_of(step) is None:
-        evaluate()
-    is_over = at_end or step == last_step
-    early = not is_over and _is_exhausted(best, config)
-    return Outcome(step, preempted=not is_over and not early, best=best, stopped_early=early)
+            self.at_end = True
+            return None
+        except Interrupted:
+            return None
+        return batch, self.host_sums(self.data.sums, {"data_wait": time.perf_counter() - began})
+
+    def _saves(self, evaluates: bool) -> bool:
+        """Whether a checkpoint is due after this step; `evaluates`: before its evaluation."""
+        # The first evaluation may find too little memory: what was trained until then is saved before.
+        before_evaluation = evaluates and (self.best is not None or not self.held_out.has_asked)
+        is_last = self.step == self.config.last_step
+        by_step = self.step % self.config.loop.checkpoint_every == 0
+        return by_step or is_last or before_evaluation or self.clock.is_due(self.step)
+
+    def _save(self, state: TrainState) -> None:
+        with self.watchdog.long(f"the checkpoint of step {self.step}"):
+            self.report.commit()
+            self.checkpoints.save(self.step, _saved(state, self.model), state_of_all(self.data.get_state()), self.best)
+        self.saved = self.step
+        self.clock.restart()
+
+    def _evaluate_again(self, state: TrainState) -> None:
+        """Makes up for the evaluation of the step that the run resumes from, if that was not made or not counted."""
+        if self.best is not None and self.best.evaluated is not None:
+            self.checkpoints.publish(self.best)  # as of this step, which the run may have gone beyond
+        if self.held_out.is_due(self.step) and (self.best is None or self.best.evaluated != self.step):
+            self._evaluate(state, self.report.scores_of(self.step))
+
+    def _evaluate(self, state: TrainState, recorded: Scores | None = None) -> None:
+        """Takes what is recorded of an evaluation, or makes it and records it; and decides whether it is the best."""
+        with self.watchdog.long(f"the evaluation after step {self.step}"):
+            scores = recorded or self._scores(state)
+        if self.best is not None:
+            self.best = self.best.after(self.step, scores.get(f"eval/{self.best.metric}"))
+            self.checkpoints.publish(self.best)
+
+    def _scores(self, state: TrainState) -> Scores:
+        """Makes and records an evaluation; the scores last, by which a resumed run knows that it was made."""
+        with self.report.paused():
+            scores, answers = self.held_out.ask(self.step, state.trainable | state.frozen)
+            self.report.add_samples(self.step, answers[: self.config.loop.show_samples])
+            self.report.add_answers(self.step, answers)
+            self.report.add_scores(self.step, scores)
+        self.report.commit()
+        return scores
+
+    def _end(self, state: TrainState) -> Outcome:
+        self.watchdog.reached("the end", long=True)
+        self.report.commit()
+        if self.step > self.saved:
+            self._save(state)
+        if self.at_end and self.held_out.is_on and self.report.scores_of(self.step) is None:
+            self._evaluate(state)
+        is_over = self.at_end or self.step == self.config.last_step
+        early = not is_over and _is_exhausted(self.best, self.config)
+        return Outcome(self.step, preempted=not is_over and not early, best=self.best, stopped_early=early)
 
 
-def _evaluated(config: RunConfig, held_out: HeldOut, report: Report, step: int, state: TrainState) -> Scores:
-    """Makes and records an evaluation; the scores last, by which a resumed run knows that it was made."""
-    with report.paused():
-        scores, answers = held_out.ask(step, state.trainable | state.frozen)
-        report.add_samples(step, answers[: config.loop.show_samples])
-        report.add_answers(step, answers)
-        report.add_scores(step, scores)
-    report.commit()
-    return scores
+class _Clock:
+    """Says when a checkpoint is due by the time since the last one; None never."""
+
+    def __init__(self, minutes: float | None):
+        self._seconds = None if minutes is None else 60 * minutes
+        self.restart()
+
+    def restart(self) -> None:
+        self._last = time.monotonic()
+
+    def is_due(self, step: int) -> bool:
+        """The same in all processes, by the clock of the first."""
+        seconds = self._seconds
+        if seconds is None or (jax.process_count() > 1 and step % AGREE_EVERY):
+            return False
+        return first_process_decides(f"checkpoint/{step}", lambda: time.monotonic() - self._last >= seconds)
 
 
 def _best_so_far(config: RunConfig, checkpoints: Checkpoints) -> Best | None:
@@ -211,7 +361,7 @@ def _is_exhausted(best: Best | None, config: RunConfig) -> bool:
     return best is not None and config.loop.patience is not None and best.since >= config.loop.patience
 
 
-def _report(config: RunConfig, out: Path, start: int, mesh: Mesh, figures: DataFigures) -> Report:
+def _report(config: RunConfig, out: Path, start: int, mesh: Mesh, figures: DataFigures, record: Record) -> Report:
     return Report(
         out,
         figures=figures,
@@ -220,6 +370,7 @@ def _report(config: RunConfig, out: Path, start: int, mesh: Mesh, figures: DataF
         log_every=config.loop.log_every,
         max_skipped_in_a_row=config.loop.max_skipped_in_a_row,
         peak_flops=peak_flops(mesh.devices.flat),
+        restarts=record.starts - 1,
         wandb=config.loop.wandb,
     )
 
@@ -236,23 +387,35 @@ def _first_or_restored_state(
     mesh: Mesh,
     checkpoints: Checkpoints,
     data: Prefetched,
+    record: Record,
+    resume: ResumeConfig,
 ) -> tuple[TrainState, int]:
-    """The state to go on from, the data set to match it, and how many steps it has behind it.
+    """The state to resume from, the data set to match it, and how many steps it has behind it.
 
     source: as the configuration says, but for an adapter's base, of which the run keeps the one that it began with.
     """
     dtypes = config.frozen_dtypes(abstract_parameters(model, jnp.float32))
     target = abstract_state(model, config.optimizer, frozen_dtypes=dtypes, mesh=mesh)
-    restored = checkpoints.restore(_saved(target, model))
+    saved = _saved(target, model)
+    restored = checkpoints.restore(saved)
     first = functools.partial(first_parameters, dtypes=dtypes, seed=config.seed, mesh=mesh)
+    is_branch = restored is None and resume.origin is not None
+    if restored is None and resume.origin is not None:
+        with Checkpoints(resume.origin[0], read_only=True) as others:
+            restored = others.restore_step(resume.origin[1], saved)
     if restored is None:
         return new_state(first(source, model), model, config.optimizer, seed=config.seed, mesh=mesh), 0
     state, data_state = restored
-    data.set_state(data_state)
     if model.lora is not None:
         parameters = first(source, model)
         state = dataclasses.replace(state, frozen={path: parameters[path] for path in target.frozen})
-    return state, int(state.step)
+    if is_branch and not resume.branch_optimizer:
+        parameters = state.trainable | state.frozen
+        del restored, state  # and with them the moments
+        return new_state(parameters, model, config.optimizer, seed=config.seed, mesh=mesh), 0
+    step = int(state.step)
+    data.set_state(data_state, allow_other_data=is_branch or record.has_other_data_since(step))
+    return state, step
 
 
 @contextmanager
@@ -287,20 +450,3 @@ def _data(config: RunConfig, mesh: Mesh, order: ExampleOrder, maker: SampleMaker
 def _deal(batch: TrainingBatch, hands: int) -> TrainingBatch:
     """Rows dealt out in turn, so that each microbatch has the same ones however many processes share its rows."""
     return jax.tree.map(lambda x: x.reshape(-1, hands, *x.shape[1:]).swapaxes(0, 1).reshape(x.shape), batch)
-
-
-@contextmanager
-def _termination() -> Iterator[Callable[[int], bool]]:
-    """Says whether to stop after a step since there was a SIGTERM, the notice of a preemption.
-
-    Several processes stop after the same step, whichever of them was told: JAX has its own handler of the signal then.
-    """
-    if jax.process_count() > 1:
-        yield multihost_utils.reached_preemption_sync_point
-        return
-    requested = threading.Event()
-    before = signal.signal(signal.SIGTERM, lambda *_: requested.set())
-    try:
-        yield lambda step: requested.is_set()
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -5,7 +5,7 @@ import dataclasses
 from moss_audio_jax.checkpoint import companion_files, orbax_paths, tokenizer_files
 from moss_audio_jax.config import CONFIG_FILES, MossAudioConfig
 from moss_audio_jax.errors import MossAudioError
-from moss_audio_jax.paths import AnyPath, Path, absolute, to_path
+from moss_audio_jax.paths import AnyPath, Path, absolute, children, to_path
 from moss_audio_jax.peft_files import write_adapter_config
 from moss_audio_jax.small_tokenizer import write_small_tokenizer
 from train.data import ExampleOrder
@@ -44,6 +44,14 @@ def write_model_files(source: ModelSource, config: MossAudioConfig, order: Examp
         of_masters = {"config.json": config.raw["config.json"] | {"dtype": "float32"}}
         config = dataclasses.replace(config, raw={**config.raw, **of_masters})
     config.save_hf(directory)
+
+
+def copy_model_files(run_model: AnyPath, directory: AnyPath) -> None:
+    """Those of another run, for a branch of it; config.json last."""
+    directory = to_path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    for file in sorted(children(run_model), key=lambda file: file.name == "config.json"):
+        file.copy(directory / file.name, overwrite=True)
 
 
 def _settled(checkpoint: str | None) -> Path:

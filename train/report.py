@@ -7,19 +7,23 @@
     out/tensorboard/     all of it, for TensorBoard
     out/wandb_run.txt    on request: the id of the run in Weights & Biases, which a resumed run goes on with
     out/profile/         on request: a trace of a few steps, for TensorBoard or XProf
+    out/profile_now      requests one while the run goes on
 
 Only the first process prints and writes. A run that was killed made steps after its last checkpoint, which are run
 again: their lines are cut off, and TensorBoard is told to forget them.
 """
 
+import contextlib
 import datetime
 import html
 import json
 import math
 import os
 import re
+import signal
 import struct
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -55,7 +59,9 @@ SAMPLES_FILE = "samples.jsonl"
 ANSWERS = "answers"
 TENSORBOARD = "tensorboard"
 WANDB_FILE = "wandb_run.txt"
-PROFILE = "profile"
+PROFILE, PROFILE_NOW = "profile", "profile_now"
+LOOK_SECONDS = 10  # between two looks for PROFILE_NOW
+PROFILED_ON_REQUEST = 3  # steps, where no option says how many
 
 Values = Mapping[str, float]
 
@@ -76,7 +82,7 @@ class Report:
     figures: of a step's sums, what its line says (`figures.DataFigures`).
     start: the step that the run resumes from. last_step: None if it ends with its data.
     peak_flops: bfloat16 FLOP/s of all devices (`chips.peak_flops`); None shows FLOP/s rather than MFU.
-    wandb: a project in Weights & Biases.
+    restarts: how often the run was started again so far. wandb: a project in Weights & Biases.
     """
 
     def __init__(
@@ -89,11 +95,13 @@ class Report:
         log_every: int,
         max_skipped_in_a_row: int,
         peak_flops: float | None = None,
+        restarts: int = 0,
         wandb: str | None = None,
     ):
         out = to_path(out)
         self._figures = figures
         self._out, self._max_skipped, self._peak_flops = out, max_skipped_in_a_row, peak_flops
+        self._restarts = restarts
         self._sinks: list[_Sink] = []
         if jax.process_index() == 0:
             with _writing_into(out):
@@ -122,6 +130,11 @@ class Report:
         self.flush()
         self._pending = step, metrics, sums
 
+    def pass_over(self, sums: Mapping[str, Any]) -> None:
+        """Takes the sums of a batch that is read and not trained on: its data count, and its time is no step's."""
+        with self.paused():
+            self._figures(jax.device_get(sums))
+
     def flush(self) -> None:
         """Waits for the last step that was added; raises MossAudioError if too many in a row were skipped."""
         if self._pending is None:
@@ -135,7 +148,9 @@ class Report:
         host = self._figures(sums)
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
-        line = {"step_seconds": seconds, **values, **host}
+        rate = host["packed_tokens"] / seconds if seconds else math.inf
+        clock = {"time": time.time(), "step_seconds": seconds, "tokens_per_second": rate, "restarts": self._restarts}
+        line = {**clock, **values, **host}
         if self._peak_flops is not None and "model_flops" in host:
             line["mfu"] = host["model_flops"] / (seconds * self._peak_flops)
         with _writing_into(self._out):
@@ -488,7 +503,7 @@ class Profile:
             profile.after(step, metrics)
 
     It waits for the last of them, and for no other step. A run that ends earlier has a trace of what there was; no
-    trace is made of 0 steps.
+    trace is made of 0 steps. A file `profile_now` in the run's directory, and SIGUSR1, ask for one of the next steps.
     """
 
     def __init__(self, out: AnyPath, first: int, count: int):
@@ -497,19 +512,43 @@ class Profile:
                 f"a profile starts at step 1 or later and has 0 steps or more, not {first} and {count}"
             )
         self._directory, self._steps = to_path(out) / PROFILE, range(first, first + count)
+        self._request, self._count = to_path(out) / PROFILE_NOW, count or PROFILED_ON_REQUEST
         self._local = local_directory(self._directory)
         self._recording = False
+        self._is_first_process = jax.process_index() == 0
+        self._requested = threading.Event()
+        self._looked = -math.inf
 
     def __enter__(self) -> "Profile":
+        if self._is_first_process:
+            self._handler = signal.signal(signal.SIGUSR1, lambda *_: self._requested.set())
         return self
 
     def __exit__(self, *_: Any) -> None:
+        if self._is_first_process:
+            signal.signal(signal.SIGUSR1, self._handler or signal.SIG_DFL)
         self._stop()
 
     def before(self, step: int) -> None:
-        if step in self._steps and not self._recording and jax.process_index() == 0:
+        if not self._is_first_process or self._recording:
+            return
+        if self._is_requested():
+            self._steps = range(step, step + self._count)
+        if step in self._steps:
             jax.profiler.start_trace(str(self._local))
             self._recording = True
+
+    def _is_requested(self) -> bool:
+        """Looks for the file now and then, since on gs:// it takes a request."""
+        if time.monotonic() - self._looked >= LOOK_SECONDS:
+            self._looked = time.monotonic()
+            with contextlib.suppress(OSError):  # it is looked for again; a run doesn't end for a profile
+                if self._request.exists():
+                    self._request.unlink()
+                    self._requested.set()
+        requested = self._requested.is_set()
+        self._requested.clear()
+        return requested
 
     def after(self, step: int, result: Any) -> None:
         """result: arrays that the step computes."""

@@ -211,14 +211,6 @@ def test_conversions_stream(large):
     shutil.rmtree(large / "back")
 
 
-@pytest.fixture
-def heard_interrupts():
-    """A shell's background jobs ignore SIGINT, and so would the processes that tests run as one start."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 @pytest.mark.usefixtures("heard_interrupts")
 def test_killed_conversion_leaves_no_target(large, sent):

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -304,6 +306,29 @@ def test_the_command_reports_what_the_model_answers(corpus, tmp_path):
     assert results["unfinished"] == sum(not line["finished"] for line in predictions)
     assert results["config"]["answers"]["max_new_tokens"] == 12 and results["dtype"] == "float32"
     assert table(results["measures"]) in result.stdout
+
+
+@pytest.mark.usefixtures("heard_interrupts")
+def test_ctrl_c_keeps_what_was_answered(corpus, tmp_path):
+    files = ("--out", tmp_path / "results.json", "--predictions", tmp_path / "predictions.jsonl")
+    asked = ("--scenes", 2000, "--scenes.seconds", 1, 1, "--max-new-tokens", 2, "--batch-size", 2)
+    command = [sys.executable, "-m", "train", "evaluate", str(corpus / "model"), *map(str, (*asked, *files))]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT)
+    try:
+        shown = b""
+        while not re.search(rb"\D[2-9]\d*/2000", shown):  # how many are answered
+            shown += process.stderr.read(1)
+        process.send_signal(signal.SIGINT)
+        out, errors = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 130, errors
+    results = json.loads((tmp_path / "results.json").read_text())
+    predictions = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    assert 2 <= len(predictions) == results["items"] < results["items_in_all"] == 2000
+    assert results["partial"] and all(line["partial"] for line in predictions)
+    assert f"this is of {len(predictions)} of 2000 questions".encode() in errors
+    assert table(results["measures"]) in out.decode()
 
 
 def test_the_command_names_a_mistake_before_it_loads_the_model(corpus, tmp_path):

@@ -21,14 +21,15 @@ from moss_audio_jax.checkpoint import build_model, save_model
 from moss_audio_jax.sharding import make_mesh
 from moss_audio_jax.small_tokenizer import write_small_tokenizer
 from train.checkpoints import Checkpoints
-from train.config import RECIPES, LoopConfig, MixtureConfig, ModelSource, RunConfig, settle
+from train.config import RECIPES, LoopConfig, MixtureConfig, ModelSource, RunConfig
 from train.data import DataConfig
 from train.loop import Outcome, train
 from train.optimizer import OptimizerConfig
+from train.resume import settle
 from train.step import StepConfig, TrainState, abstract_state, initial_parameters, parameters_of
 
 STEPS = 6
-MEASURED = ("step_seconds", "data_wait", "mfu")  # by the clock
+MEASURED = ("time", "step_seconds", "tokens_per_second", "data_wait", "mfu", "restarts")  # by the clock, and starts
 TINY = MossAudioConfig.preset("tiny")
 MODEL = dataclasses.replace(
     TINY,
@@ -251,6 +252,33 @@ def test_killed_and_preempted_ends_with_the_same_bits(config: RunConfig, tmp_pat
     unstopped = start([*command(config, other, steps=reached), "--workers", "2"])
     assert unstopped.wait(240) == 0
     assert_same_end(out, other, config)
+
+
+@pytest.mark.usefixtures("heard_interrupts")
+def test_ctrl_c_saves_and_a_second_one_ends_at_once(config: RunConfig, tmp_path: Path, start):
+    out = tmp_path / "run"
+    endless = command(config, out, steps=100_000, checkpoint_every=100_000)
+    stopped = start(endless)
+    wait_for_step(stopped)
+    stopped.send_signal(signal.SIGINT)
+    assert stopped.wait(120) == 75
+    assert stopped.stderr is not None and "is saved: run the same command to resume" in stopped.stderr.read()
+    reached = lines(out)[-1]["step"]
+    assert [path.name for path in (out / "checkpoints").iterdir()] == [str(reached)]
+
+    twice = start(endless)
+    wait_for_step(twice)
+    twice.send_signal(signal.SIGINT)
+    threading.Event().wait(0.01)  # two at once are one
+    twice.send_signal(signal.SIGINT)
+    assert twice.wait(60) in (75, 130)  # it may have been quick enough
+    rng = np.random.default_rng(0)
+    for _ in range(3):  # while it imports, compiles or restores
+        early = start(endless)
+        threading.Event().wait(rng.uniform(0.5, 5))
+        early.send_signal(signal.SIGINT)
+        _, errors = early.communicate(timeout=60)
+        assert early.returncode == 130 and "Traceback" not in errors, errors
 
 
 def test_a_damaged_checkpoint_is_put_aside(copy: Path, straight: Path, config: RunConfig, capfd):

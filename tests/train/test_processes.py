@@ -256,6 +256,19 @@ def test_sigterm_to_one_stops_all_after_the_same_step(start: Callable[..., Run],
     assert f"stopped after step {reached}, which is saved" in run.log(0) and "stopped" not in run.log(1)
 
 
+@pytest.mark.usefixtures("heard_interrupts")
+def test_ctrl_c_to_all_saves_the_same_step_and_so_does_the_clock(start: Callable[..., Run], tmp_path: Path):
+    """A terminal sends it to all processes; what is due by the first one's clock is saved at every tenth step."""
+    out = tmp_path / "run"
+    run = start(out, 2, steps=100_000, every=1000, **{"checkpoint-minutes": 1e-6})
+    wait_for_step(out, 12, run)
+    for process in run.processes:
+        process.send_signal(signal.SIGINT)
+    assert run.wait(60) == [75, 75], run.log(0) + run.log(1)
+    *by_time, last = checkpoints(out)
+    assert 10 in by_time and not any(step % 10 for step in by_time) and last == lines(out)[-1]["step"]
+
+
 @pytest.mark.parametrize("killed", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_killed_process_ends_the_others_in_time(killed: int, start: Callable[..., Run], tmp_path: Path):
     out = tmp_path / "run"
