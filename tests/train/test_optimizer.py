@@ -10,7 +10,7 @@ from moss_audio_jax import MossAudioConfig, MossAudioError
 from moss_audio_jax.model import parameter_specs
 from train.optimizer import (
     OptimizerConfig,
-    adamw,
+    gradient_transformation,
     apply_gradients,
     decays,
     learning_rate,
@@ -127,7 +127,7 @@ def test_an_update_is_optax_adamw_at_each_parts_rate():
     """Three clipped steps against one optax.adamw for each parameter, with its rate and its decay."""
     config = OptimizerConfig(encoder_rate=0.1, adapter_rate=10, learning_rate=0.01, total_steps=1000)
     rng = np.random.default_rng(0)
-    parameters, moments = PARAMETERS, adamw(config).init(PARAMETERS)
+    parameters, moments = PARAMETERS, gradient_transformation(config).init(PARAMETERS)
     expected = dict(PARAMETERS)
     references = {
         path: optax.adamw(0.01 * rate_of(config, path), 0.9, 0.95, 1e-8, weight_decay=0.1 if decays(path) else 0.0)
@@ -149,7 +149,7 @@ def test_an_update_is_optax_adamw_at_each_parts_rate():
 def test_small_gradients_are_not_scaled_up():
     config = OptimizerConfig(clip_norm=5.0, b1=0.0, b2=0.0, eps=1e3, weight_decay=0.0)
     gradients = jax.tree.map(lambda leaf: np.full_like(leaf, 0.5), PARAMETERS)
-    updates, _ = adamw(config).update(gradients, adamw(config).init(PARAMETERS), PARAMETERS)
+    updates, _ = gradient_transformation(config).update(gradients, gradient_transformation(config).init(PARAMETERS), PARAMETERS)
     for leaf in updates.values():
         np.testing.assert_allclose(leaf, 0.5 / 1000.5, rtol=1e-5)
 
@@ -157,9 +157,9 @@ def test_small_gradients_are_not_scaled_up():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_first_moment_has_its_dtype_and_the_second_is_float32(dtype):
     config = OptimizerConfig(first_moment_dtype=dtype)
-    moments = adamw(config).init(PARAMETERS)
+    moments = gradient_transformation(config).init(PARAMETERS)
     gradients = jax.tree.map(np.ones_like, PARAMETERS)
-    _, moments = adamw(config).update(gradients, moments, PARAMETERS)
+    _, moments = gradient_transformation(config).update(gradients, moments, PARAMETERS)
     (adam,) = (state for state in moments if isinstance(state, optax.ScaleByAdamState))
     assert {leaf.dtype for leaf in adam.mu.values()} == {jnp.dtype(dtype)}
     assert {leaf.dtype for leaf in adam.nu.values()} == {jnp.dtype("float32")}

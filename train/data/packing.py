@@ -30,12 +30,16 @@ class TrainingBatch:
     targets: int32 [b, s], the id to predict at each position: the next one of the same segment.
     weights: float32 [b, s], 1 where the target is to be learned; 0 elsewhere, and there the target means nothing.
     heard: int32 [b, s], at audio tokens of clips with timed labels what is heard there (`SampleMaker`); -1 elsewhere.
+    group: int32 [b, s], which group of the mixture each token comes from, counted from 0.
+    phase: int32 [b], the latest phase of the mixture that a sequence has examples of, counted from 0.
     """
 
     inputs: ModelInputs
     targets: Any
     weights: Any
     heard: Any = None
+    group: Any = None
+    phase: Any = None
 
 
 class Sized(Protocol):
@@ -126,8 +130,11 @@ def balanced_chunks(samples: Sequence[Sized], tokens: int) -> int:
 Row = dict[str, np.ndarray]  # the arrays of a TrainingBatch without the batch axis
 
 
-def pack_row(samples: Sequence[Sample], budget: Budget) -> Row:
-    """One packed sequence: arrays of `budget` sizes by their names in ModelInputs and TrainingBatch."""
+def pack_row(samples: Sequence[Sample], budget: Budget, groups: Sequence[int] | None = None, phase: int = 0) -> Row:
+    """One packed sequence: arrays of `budget` sizes by their names in ModelInputs and TrainingBatch.
+
+    groups: the mixture's group of each sample, 0 if not given. phase: the latest phase among the samples.
+    """
     first = samples[0].inputs
     frames, mel_bins = first.audio_chunks.shape[2:]
     row: Row = {
@@ -141,6 +148,8 @@ def pack_row(samples: Sequence[Sample], budget: Budget) -> Row:
         "targets": np.zeros(budget.tokens, np.int32),
         "weights": np.zeros(budget.tokens, np.float32),
         "heard": np.full(budget.tokens, -1, np.int32),
+        "group": np.zeros(budget.tokens, np.int32),
+        "phase": np.asarray(phase, np.int32),
     }
     token, chunk = 0, 0
     for segment, sample in enumerate(samples, start=1):
@@ -157,6 +166,7 @@ def pack_row(samples: Sequence[Sample], budget: Budget) -> Row:
         row["targets"][token : token + length - 1] = ids[1:]
         row["weights"][token : token + length - 1] = sample.learned[1:]
         row["heard"][here] = sample.heard
+        row["group"][here] = 0 if groups is None else groups[segment - 1]
         token, chunk = token + length, chunk + count
     return row
 
@@ -164,5 +174,5 @@ def pack_row(samples: Sequence[Sample], budget: Budget) -> Row:
 def stack_rows(rows: Sequence[Row]) -> TrainingBatch:
     """A batch of packed sequences."""
     arrays = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-    others = {name: arrays.pop(name) for name in ("targets", "weights", "heard")}
+    others = {name: arrays.pop(name) for name in ("targets", "weights", "heard", "group", "phase")}
     return TrainingBatch(ModelInputs(**arrays), **others)
