@@ -321,7 +321,8 @@ def settle(config: Any, out: AnyPath, *, begun: bool) -> None:
             for name in sorted(before.keys() | after.keys())
             if not name.startswith(FREE_TO_CHANGE)
             and after.get(name) != before.get(name)
-            and (name in before or after[name])  # else an option that is newer than the run, and off
+            # Else an option that is newer than the run, and off or at its default.
+            and (name in before or (after[name] and after[name] != _default(config, name)))
         ]
         if problems:
             raise MossAudioError(
@@ -330,6 +331,16 @@ def settle(config: Any, out: AnyPath, *, begun: bool) -> None:
             )
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(now, indent=2) + "\n")
+
+
+def _default(config: Any, path: str) -> Any:
+    """What the class of a configuration gives an option that nobody sets."""
+    *parents, name = path.split(".")
+    for parent in parents:
+        config = getattr(config, parent, None)
+    if not dataclasses.is_dataclass(config):
+        return None
+    return next((field.default for field in dataclasses.fields(config) if field.name == name), None)
 
 
 def _by_path(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:

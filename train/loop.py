@@ -14,7 +14,7 @@ import functools
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import jax
@@ -96,11 +96,11 @@ def train(config: RunConfig, out: AnyPath, *, mesh: Mesh | None = None) -> Outco
         if model.lora is not None:
             source = dataclasses.replace(source, checkpoint=str(base_directory(out / RUN_MODEL)))
         state, start = _first_or_restored_state(config, source, model, mesh, checkpoints, data)
-        report = stack.enter_context(_report(config, out, start, mesh))
+        report = stack.enter_context(_report(config, out, start, mesh, order.groups))
         profile = stack.enter_context(Profile(out, config.loop.profile_first, config.loop.profile_steps))
         stack.enter_context(jax.set_mesh(mesh))
         stack.enter_context(ended_with_the_others())  # last in, first out: closing checkpoints waits for the others
-        return _run(config, model, state, start, data, checkpoints, report, profile, held_out, stop)
+        return _run(config, model, state, start, data, checkpoints, report, profile, held_out, stop, len(order.groups))
 
 
 def _run(
@@ -114,6 +114,7 @@ def _run(
     profile: Profile,
     held_out: HeldOut,
     stop: Callable[[int], bool],
+    num_groups: int,
 ) -> Outcome:
     graphdef = nnx.split(build_model(model, dict(abstract_parameters(model, jnp.float32))))[0]
     step, best = start, _best_so_far(config, checkpoints)
@@ -129,12 +130,12 @@ def _run(
         flops = step_flops(model, Content.of_batch(data.metrics, config.data), state.trainable)
         step += 1
         profile.before(step)
-        state, metrics = train_step(graphdef, config.step, config.optimizer, state, batch)
+        state, metrics = train_step(graphdef, config.step, config.optimizer, state, batch, num_groups)
         profile.after(step, metrics)
         report.add(step, metrics, {"data_wait": data_wait, **data.metrics, "model_flops": sum(flops.values())})
         if evaluated := held_out.is_due(step):
             with report.paused():
-                scores, answers = held_out.ask(step, state.trainable | state.frozen)
+                scores, answers = held_out.ask(step, (state.ema or state.trainable) | state.frozen)
                 report.add_scores(step, scores)
                 report.add_samples(step, answers[: config.loop.show_samples])
                 report.add_answers(step, answers)
@@ -162,7 +163,7 @@ def _is_exhausted(best: Best | None, config: RunConfig) -> bool:
     return best is not None and config.loop.patience is not None and best.since >= config.loop.patience
 
 
-def _report(config: RunConfig, out: Path, start: int, mesh: Mesh) -> Report:
+def _report(config: RunConfig, out: Path, start: int, mesh: Mesh, groups: Sequence[str]) -> Report:
     return Report(
         out,
         start=start,
@@ -172,6 +173,7 @@ def _report(config: RunConfig, out: Path, start: int, mesh: Mesh) -> Report:
         batch_tokens=config.data.batch_size * config.data.tokens,
         peak_flops=peak_flops(mesh.devices.flat),
         wandb=config.loop.wandb,
+        groups=groups,
     )
 
 

@@ -26,6 +26,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
 from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
@@ -73,7 +74,7 @@ class Report:
 
     start: the step the run goes on from. batch_tokens: places for tokens in a global batch, padding included.
     peak_flops: bfloat16 FLOP/s of all devices (`chips.peak_flops`); None shows FLOP/s rather than MFU.
-    wandb: a project in Weights & Biases.
+    wandb: a project in Weights & Biases. groups: the names of the mixture's, in the order of the step's metrics.
     """
 
     def __init__(
@@ -87,8 +88,10 @@ class Report:
         batch_tokens: int,
         peak_flops: float | None = None,
         wandb: str | None = None,
+        groups: Sequence[str] = (),
     ):
         out = to_path(out)
+        self._groups = groups
         self._out, self._max_skipped, self._peak_flops = out, max_skipped_in_a_row, peak_flops
         self._sinks: list[_Sink] = []
         if jax.process_index() == 0:
@@ -125,7 +128,7 @@ class Report:
             return
         step, metrics, host = self._pending
         self._pending = None
-        values = {name: value.item() for name, value in jax.device_get(metrics).items()}
+        values = by_name(jax.device_get(metrics), self._groups)
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
         line = {"step_seconds": seconds, **values, **host}
@@ -173,6 +176,19 @@ class Report:
         with _writing_into(self._out):
             for sink in self._sinks:
                 sink.write_answers(step, answers)
+
+
+def by_name(metrics: Mapping[str, np.ndarray], groups: Sequence[str]) -> dict[str, float]:
+    """Metrics of a step as numbers: those by group become `loss/<group>` and `learned_tokens/<group>`.
+
+    A group of which a batch has no tokens to learn has no loss in it.
+    """
+    values = {name: value.item() for name, value in metrics.items() if value.ndim == 0}
+    if "loss_of_group" in metrics:
+        for name, loss, tokens in zip(groups, metrics["loss_of_group"], metrics["tokens_of_group"], strict=True):
+            values |= {f"loss/{name}": loss.item()} if tokens else {}
+            values[f"learned_tokens/{name}"] = tokens.item()
+    return values
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from moss_audio_jax.config import ADAPTER_LEAVES, LoraConfig, MossAudioConfig
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.inputs import ModelInputs
 from moss_audio_jax.int8 import int8_kernels
-from moss_audio_jax.layers import REMAT_POLICIES
+from moss_audio_jax.layers import REMAT_POLICIES, set_masters
 from moss_audio_jax.lora import set_adapter_dropout
 from moss_audio_jax.model import MossAudio
 from moss_audio_jax.sharding import constrain, num_parts, partition_spec
@@ -58,8 +58,11 @@ class StepConfig:
         that is (`TrainingBatch.heard`). It teaches a model from nothing to listen long before its answers could, and
         early enough for the other half to read; 0 leaves it out. The metrics heard_loss and heard_accuracy are those
         of the layers.
-    gradient_dtype: of the gradients that are kept and added up over microbatches; bfloat16 saves 2 bytes a trainable
-        parameter and rounds at every microbatch.
+    gradient_dtype: of the gradients that are kept and added up over microbatches, after they were summed over chips;
+        bfloat16 saves 2 bytes a trainable parameter and rounds at every microbatch.
+    reduce_dtype: of the sums of gradients over chips where the network computes in bfloat16: there each chip's gradient
+        is that of the bfloat16 copies, rounded before it is sent. float32 sends twice the bytes of these sums and
+        rounds nothing. The head's gradient is summed in float32 either way.
     encoder_dropout: at the rates of the model's configuration; off where none of the encoder is trained.
     spike_sigma: a loss or gradient norm this many standard deviations above its mean is a spike, whose step is skipped;
         0 lets all through.
@@ -76,16 +79,16 @@ class StepConfig:
     loss_chunk: int = CHUNK
     heard_weight: float = 0.0
     gradient_dtype: Literal["float32", "bfloat16"] = "float32"
+    reduce_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     encoder_dropout: bool = True
     spike_sigma: float = 6.0
     spike_window: int = 128
     spike_patience: int = 10
 
     def __post_init__(self):
-        if self.compute_dtype not in ("bfloat16", "float32"):
-            raise MossAudioError(f"compute_dtype must be bfloat16 or float32, not {self.compute_dtype!r}")
-        if self.gradient_dtype not in ("bfloat16", "float32"):
-            raise MossAudioError(f"gradient_dtype must be bfloat16 or float32, not {self.gradient_dtype!r}")
+        for name in ("compute_dtype", "gradient_dtype", "reduce_dtype"):
+            if getattr(self, name) not in ("bfloat16", "float32"):
+                raise MossAudioError(f"{name} must be bfloat16 or float32, not {getattr(self, name)!r}")
         if self.remat not in REMAT_POLICIES:
             raise MossAudioError(f"remat must be one of {', '.join(REMAT_POLICIES)}, not {self.remat!r}")
         for name, least in (("loss_chunk", 1), ("spike_window", 2), ("spike_patience", 1)):
@@ -378,6 +381,8 @@ def loss_and_gradients(
     def objective(trainable: Parameters, microbatch: TrainingBatch, key: jax.Array):
         copies = in_compute_dtype(trainable | frozen, config)
         model, inputs = _model(graphdef, copies), microbatch.inputs
+        if config.reduce_dtype == "float32" and config.compute_dtype != "float32":
+            set_masters(model, trainable)
         model.language_model.frozen = not any(map(_is_of_a_decoder_layer, trainable))
         if model.config.lora is not None and model.config.lora.dropout:
             set_adapter_dropout(model, jax.random.fold_in(key, ADAPTER_DROPOUT))

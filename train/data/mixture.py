@@ -118,9 +118,14 @@ class ExampleOrder:
             for start, phase_seed in zip(self._starts, seeds, strict=True)
         ]
         self._seed = seed
+        self.groups = [group.name for group in groups]
+
+    def phase(self, number: int) -> int:
+        """Which phase of the mixture an example belongs to, counted from 0: a new one begins where groups change."""
+        return bisect.bisect_right(self._starts, number) - 1
 
     def __getitem__(self, number: int) -> Drawn:
-        phase = bisect.bisect_right(self._starts, number) - 1
+        phase = self.phase(number)
         group, source, index = self._phases[phase][number - self._starts[phase]]
         return Drawn(number, group, source, index, self._seed)
 

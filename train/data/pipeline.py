@@ -139,7 +139,9 @@ class _LaneIterator(grain.DatasetIterator):
             number, self._state.next = self._state.next, self._state.next + self._config.num_lanes
             sample = self._read(number, skips)
             closed = sample and self._packer.add(sample)
-        row = pack_row([item.sample for item in closed.items], self._config.budget)
+        groups = [self._order.groups.index(item.group) for item in closed.items]
+        phase = max(self._order.phase(item.number) for item in closed.items)
+        row = pack_row([item.sample for item in closed.items], self._config.budget, groups, phase)
         return row, json.dumps(self._report(closed, skips))
 
     def _read(self, number: int, skips: list[str]) -> _Numbered | None:
