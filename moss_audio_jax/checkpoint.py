@@ -54,9 +54,9 @@ def load_model(path: AnyPath, *, dtype: Any = None, mesh: Mesh | None = None) ->
     """The model of a checkpoint, its parameters on their devices.
 
     path: an Orbax directory of `python -m convert to-orbax`; the directory of a training run, whose newest checkpoint
-        is taken, one of its checkpoints, or `best` or `ema` in it (see `orbax_paths`); a released PyTorch directory, which has
-        to be on a disk of this machine, while the others may be on gs://; or an adapter of LoRA, for which the model
-        is read that it was made for.
+        is taken, one of its checkpoints, or `best` or `ema` in it (see `orbax_paths`); a released PyTorch directory,
+        which has to be on a disk of this machine, while the others may be on gs://; or an adapter of LoRA, for which
+        the model is read that it was made for.
     dtype: of the parameters and so of the computation; None takes bfloat16 on accelerators and float32 on the CPU,
         where bfloat16 is slow.
     mesh: each parameter is cut by its logical axes (`sharding.RULES`); None puts all on the first device.

@@ -4,7 +4,6 @@ A clip is cut into chunks of 400 mel frames (4 s, 50 tokens), and every chunk is
 at 0 and attention stays inside. Encoding any number of clips is therefore one batch of equal chunks.
 """
 
-import functools
 import math
 
 import jax
@@ -32,9 +31,12 @@ class Conv(nnx.Module):
         self.bias = parameter(rngs, (out_channels,), ("channels",), nnx.initializers.zeros)
 
     def __call__(self, x: Float[Array, "n t f in"]) -> Float[Array, "n t/2 f/2 out"]:
-        # XLA's convolutions are the right ones on a TPU and slow on the CPU, where matmuls over patches are faster.
-        by_platform = functools.partial(jax.lax.platform_dependent, cpu=_conv_of_patches, default=_conv)
-        return weighted(self, "bias", jnp.add, weighted(self, "kernel", by_platform, x))
+        return weighted(self, "bias", jnp.add, weighted(self, "kernel", _conv_by_platform, x))
+
+
+def _conv_by_platform(x: Float[Array, "n t f in"], kernel: Float[Array, "3 3 in out"]) -> Float[Array, "n t/2 f/2 out"]:
+    # XLA's convolutions are the right ones on a TPU and slow on the CPU, where matmuls over patches are faster.
+    return jax.lax.platform_dependent(x, kernel, cpu=_conv_of_patches, default=_conv)
 
 
 def _conv(x: Float[Array, "n t f in"], kernel: Float[Array, "3 3 in out"]) -> Float[Array, "n t/2 f/2 out"]:

@@ -38,13 +38,13 @@ class LossSums:
     z: Float[Array, ""]  # log(sum(exp(logits)))^2
     correct: Float[Array, ""]  # 1 where the target is the likeliest token
     weight: Float[Array, ""]  # the number of supervised tokens, if all weights are 0 or 1
-    group_loss: Float[Array, " groups"] | None = None  # `loss` and `weight` by group, where groups are told apart
-    group_weight: Float[Array, " groups"] | None = None
+    by_group: Float[Array, "2 groups"] | None = None  # `loss` and `weight` of each group, where they are told apart
 
     @classmethod
     def zero(cls, num_groups: int = 0) -> "LossSums":
-        by_group = [jnp.zeros(num_groups, jnp.float32) if num_groups else None for _ in range(2)]
-        return cls(*(jnp.zeros((), jnp.float32) for _ in range(4)), *by_group)
+        by_group = jnp.zeros((2, num_groups), jnp.float32) if num_groups else None
+        zero = jnp.zeros((), jnp.float32)
+        return cls(zero, zero, zero, zero, by_group)
 
 
 def chunked_cross_entropy(
@@ -153,10 +153,9 @@ def _sums(
     per_token = (log_z - at_target, jnp.square(log_z), at_target >= highest, 1.0)
     sums = LossSums(*(jnp.sum(values * weights) for values in per_token))
     if in_group is not None:
-        loss, weight = (
-            jnp.sum((values * weights)[..., None], axis=(0, 1, 2), where=in_group) for values in (per_token[0], 1.0)
-        )
-        sums = dataclasses.replace(sums, group_loss=loss, group_weight=weight)
+        tokens = [(values * weights)[..., None] for values in (per_token[0], 1.0)]
+        by_group = jnp.stack([jnp.sum(values, axis=(0, 1, 2), where=in_group) for values in tokens])
+        sums = dataclasses.replace(sums, by_group=by_group)
     return sums, log_z
 
 

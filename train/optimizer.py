@@ -64,7 +64,7 @@ class OptimizerConfig:
     muon_momentum: Muon's, Nesterov's kind; b1 and b2 are AdamW's.
     ema_decay: keeps a moving average of the trainable parameters, float32 and 4 bytes a parameter, which evaluations
         while training use and `RUN/ema` names: after each accepted step, decay * average + (1 - decay) * parameters,
-        the decay being at most (1 + steps) / (10 + steps), so that the first parameters are soon forgotten. 0 keeps none.
+        where the decay is at most (1 + steps) / (10 + steps), so that the first parameters soon fade. 0 keeps none.
     """
 
     name: OptimizerName = "adamw"
@@ -185,7 +185,7 @@ def _muon(config: OptimizerConfig) -> list[optax.GradientTransformation]:
         last_two = optax.contrib.MuonDimensionNumbers(-2, -1)
         return {path: leaf if isinstance(leaf, optax.MaskedNode) else last_two for path, leaf in updates.items()}
 
-    def scaled(update: jax.Array, _: Any) -> jax.Array:
+    def scaled(update: Any, _: Any) -> Any:
         return update * (MUON_RMS * math.sqrt(max(update.shape[-2:])))  # an orthogonal matrix has RMS 1 / that root
 
     orthogonal = optax.chain(
@@ -207,7 +207,9 @@ def is_hidden_kernel(path: str, ndim: int) -> bool:
     return path.endswith(".kernel") and ndim in (2, 3) and not path.startswith("lm_head.")
 
 
-def moving_average(config: OptimizerConfig, average: Parameters, parameters: Parameters, count: jax.Array) -> Parameters:
+def moving_average(
+    config: OptimizerConfig, average: Parameters, parameters: Parameters, count: jax.Array
+) -> Parameters:
     """The average with these parameters in it. count: accepted steps before the one that made them."""
     share = 1 - jnp.minimum(config.ema_decay, (1 + count) / (10 + count))
     return {path: leaf + share * (parameters[path] - leaf) for path, leaf in average.items()}

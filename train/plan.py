@@ -129,7 +129,7 @@ def plan_step(config: RunConfig, devices: Sequence[Any]) -> dict[str, Any]:
     chip = _chip(devices)
     by_kind = {
         "parameters": _bytes_on_chip(state.trainable | state.frozen),
-        "optimizer": _bytes_on_chip(state.moments),
+        "optimizer": _bytes_on_chip((state.moments, state.ema)),
         "gradients": _bytes_on_chip(state.trainable) * jnp.dtype(config.step.gradient_dtype).itemsize // 4,
     }
     return {

@@ -227,14 +227,10 @@ def _first_state(parameters: Parameters, lora: LoraConfig | None, optimizer: Opt
 
 def with_new_data(state: TrainState) -> TrainState:
     """The state to resume from with other data than before: what counts as a spike is found out again."""
-    empty, zero = RecentValues.empty(), jnp.int32(0)
-    fresh = {"recent_loss": empty, "recent_norm": empty, "phase": zero, "spikes_in_a_row": zero}
-
-    def in_place(new: jax.Array, old: jax.Array) -> jax.Array:
-        return jax.device_put(new, old.sharding)
-
-    placed = {name: jax.tree.map(in_place, value, getattr(state, name)) for name, value in fresh.items()}
-    return dataclasses.replace(state, **placed)
+    watched: Any = {name: getattr(state, name) for name in ("recent_loss", "recent_norm", "phase", "spikes_in_a_row")}
+    places: Any = jax.tree.map(lambda leaf: leaf.sharding, watched)
+    fresh = jax.jit(lambda: jax.tree.map(jnp.zeros_like, watched), out_shardings=places)()
+    return dataclasses.replace(state, **fresh)
 
 
 def split_microbatches(batch: TrainingBatch, count: int) -> TrainingBatch:
@@ -321,7 +317,7 @@ def train_step(
         ema=ema,
         **watched,
     )
-    metrics = {
+    metrics: Metrics = {
         "loss": loss,
         "z": sums.z / sums.weight,
         "accuracy": sums.correct / sums.weight,
@@ -333,8 +329,9 @@ def train_step(
         "skipped_total": state.skipped,
         "skipped_in_a_row": state.skipped_in_a_row,
     }
-    if sums.group_loss is not None:
-        metrics |= {"loss_of_group": sums.group_loss / sums.group_weight, "tokens_of_group": sums.group_weight}
+    if sums.by_group is not None:
+        group_loss, group_tokens = sums.by_group
+        metrics |= {"loss_of_group": group_loss / group_tokens, "tokens_of_group": group_tokens}
     if config.heard_weight:
         metrics |= {"heard_loss": heard.loss / heard.weight, "heard_accuracy": heard.correct / heard.weight}
     return _placed(graphdef, state.trainable | state.frozen, state), metrics
