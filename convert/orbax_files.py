@@ -7,7 +7,7 @@ our own writes the same plain checkpoint from pieces, and opens a leaf without r
 import dataclasses
 import math
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -18,10 +18,10 @@ import tensorstore as ts
 from tqdm import tqdm
 
 from convert.pieces import chunk_shape
-from moss_audio_jax.checkpoint import check_stored, flatten, is_adapter, orbax_paths, unflatten
+from moss_audio_jax.checkpoint import check_stored, flatten, is_adapter, orbax_paths, stored_shapes, unflatten
 from moss_audio_jax.config import MossAudioConfig
 from moss_audio_jax.errors import MossAudioError
-from moss_audio_jax.paths import AnyPath, absolute, to_path
+from moss_audio_jax.paths import AnyPath, Path, absolute, to_path
 from moss_audio_jax.peft_files import adapted_config
 from moss_audio_jax.released import adapter_leaves, released_leaves
 
@@ -133,7 +133,10 @@ class OrbaxCheckpoint:
         check_stored(self.params, self.config)
         self.leaves = released_leaves(self.config) if self.config.lora is None else adapter_leaves(self.config)
         self._places = {name: (leaf, i) for leaf in self.leaves.values() for i, name in enumerate(leaf.names)}
-        self._stores = self._open()
+        self._stores = self._open(self.params, self.leaves)
+        if paths.averages is not None:
+            averages = absolute(paths.averages)
+            self._stores |= self._open(averages, stored_shapes(averages))
 
     def dtype(self, name: str) -> np.dtype:
         leaf, _ = self._places[name]
@@ -149,11 +152,11 @@ class OrbaxCheckpoint:
             raise self._damaged(error) from error
         return leaf.layout.to_released(block)
 
-    def _open(self) -> dict[str, ts.TensorStore]:
-        restore_args = unflatten({path: ocp.RestoreArgs(restore_type=StreamedArray) for path in self.leaves})
+    def _open(self, params: Path, leaves: Iterable[str]) -> dict[str, ts.TensorStore]:
+        restore_args = unflatten({path: ocp.RestoreArgs(restore_type=StreamedArray) for path in leaves})
         try:
             with _checkpointer(StreamedArrayHandler(threading.Event(), tqdm(disable=True))) as checkpointer:
-                tree = checkpointer.restore(self.params, args=ocp.args.PyTreeRestore(restore_args=restore_args))
+                tree = checkpointer.restore(params, args=ocp.args.PyTreeRestore(restore_args=restore_args))
         except (ValueError, OSError) as error:
             raise self._damaged(error) from error
         return flatten(tree)

@@ -6,7 +6,7 @@ from functools import partial
 
 import numpy as np
 
-from convert.checkpoints import copy_companions
+from convert.checkpoints import Checkpoint, copy_companions
 from convert.orbax_files import Piece, StreamedArray, save_streamed
 from convert.pieces import PIECE_BYTES, cast, row_blocks
 from convert.staging import check_target, staged
@@ -36,7 +36,7 @@ def convert_to_orbax(source: AnyPath, target: AnyPath, dtype: np.dtype | None = 
         save_streamed(work / PARAMS, leaves)
 
 
-def leaf_dtypes(released: SafetensorsCheckpoint, dtype: np.dtype | None) -> dict[str, np.dtype]:
+def leaf_dtypes(released: Checkpoint | SafetensorsCheckpoint, dtype: np.dtype | None) -> dict[str, np.dtype]:
     """Path -> the type a parameter gets; layers that are to be stacked but differ in type are an error."""
     if dtype is not None:
         return dict.fromkeys(released.leaves, dtype)
@@ -54,7 +54,7 @@ def leaf_dtypes(released: SafetensorsCheckpoint, dtype: np.dtype | None) -> dict
     return dtypes
 
 
-def pieces(released: SafetensorsCheckpoint, leaf: ReleasedLeaf, dtype: np.dtype) -> Iterator[Piece]:
+def pieces(released: Checkpoint | SafetensorsCheckpoint, leaf: ReleasedLeaf, dtype: np.dtype) -> Iterator[Piece]:
     """Our array in blocks of whole layers or, where a layer is larger than a piece, of its released rows."""
 
     def block(name: str, start: int = 0, stop: int | None = None) -> np.ndarray:

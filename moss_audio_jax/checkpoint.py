@@ -38,6 +38,7 @@ PARAMS = "params"
 RUN_CHECKPOINTS, RUN_MODEL = "checkpoints", "model"
 RUN_BEST = "best"  # of a run's checkpoint: which one was the best before its own evaluation
 RUN_BEST_FILE = "best.json"  # of a run: which one is the best by its last evaluation
+RUN_EMA = "ema"  # of a run's checkpoint: moving averages of its trained parameters, laid out like those
 # What travels beside the weights and the configuration, where it is there; names or patterns of them.
 TOKENIZER_FILES = (
     "vocab.json",
@@ -54,9 +55,9 @@ def load_model(path: AnyPath, *, dtype: Any = None, mesh: Mesh | None = None) ->
     """The model of a checkpoint, its parameters on their devices.
 
     path: an Orbax directory of `python -m convert to-orbax`; the directory of a training run, whose newest checkpoint
-        is taken, one of its checkpoints, or `best` in it (see `orbax_paths`); a released PyTorch directory, which has
-        to be on a disk of this machine, while the others may be on gs://; or an adapter of LoRA, for which the model
-        is read that it was made for.
+        is taken, one of its checkpoints, or `best` or `ema` in it (see `orbax_paths`); a released PyTorch directory,
+        which has to be on a disk of this machine, while the others may be on gs://; or an adapter of LoRA, for which
+        the model is read that it was made for.
     dtype: of the parameters and so of the computation; None takes bfloat16 on accelerators and float32 on the CPU,
         where bfloat16 is slow.
     mesh: each parameter is cut by its logical axes (`sharding.RULES`); None puts all on the first device.
@@ -165,18 +166,25 @@ def layout_of(path: AnyPath) -> Literal["orbax", "released"]:
 
 @dataclasses.dataclass(frozen=True)
 class OrbaxPaths:
-    """Where an Orbax checkpoint's tree lies, and the directory of its configuration and tokenizer files."""
+    """Where an Orbax checkpoint's tree lies, and the directory of its configuration and tokenizer files.
+
+    averages: a tree of some of the parameters, which stand for those of the same names.
+    """
 
     params: Path
     files: Path
+    averages: Path | None = None
 
 
 def orbax_paths(path: AnyPath) -> OrbaxPaths | None:
     """Of a directory that `convert to-orbax` wrote, a training run or one of its checkpoints; else None.
 
     RUN/best stands for the run's best checkpoint, though no directory has that name.
+    `ema` in a run, a checkpoint or RUN/best stands for the same with the moving averages of what was trained.
     """
     path = to_path(path)
+    if path.name == RUN_EMA and not (path / PARAMS).is_dir() and (averaged := orbax_paths(path.parent)) is not None:
+        return _with_averages(averaged, path)
     if (path / PARAMS).is_dir():
         of_run = absolute(path).parent.parent / RUN_MODEL
         in_run = absolute(path).parent.name == RUN_CHECKPOINTS and of_run.is_dir()
@@ -188,6 +196,16 @@ def orbax_paths(path: AnyPath) -> OrbaxPaths | None:
     if path.name == RUN_BEST and (run / RUN_CHECKPOINTS).is_dir():
         return OrbaxPaths(_best_checkpoint(run) / PARAMS, run / RUN_MODEL)
     return None
+
+
+def _with_averages(paths: OrbaxPaths, path: Path) -> OrbaxPaths:
+    averages = paths.params.parent / RUN_EMA
+    if not averages.is_dir():
+        raise MossAudioError(
+            f"{path}: {paths.params.parent} holds no moving averages, which a run keeps with --optimizer.ema-decay: "
+            "name the run or the checkpoint itself"
+        )
+    return dataclasses.replace(paths, averages=averages)
 
 
 def _newest_checkpoint(run: Path) -> Path | None:
@@ -364,8 +382,17 @@ def restore(path: AnyPath, config: MossAudioConfig, abstract: dict[str, jax.Shap
     """The parameters that `abstract` names, of an Orbax checkpoint whose configuration is `config`."""
     paths = orbax_paths(path)
     assert paths is not None
-    params = absolute(paths.params)
-    check_stored(params, config)
+    check_stored(paths.params, config)
+    if paths.averages is None:
+        return _restore(absolute(paths.params), abstract)
+    averaged = stored_shapes(paths.averages).keys() & abstract.keys()
+    rest = {name: leaf for name, leaf in abstract.items() if name not in averaged}
+    found = _restore(absolute(paths.averages), {name: abstract[name] for name in averaged})
+    return found | (_restore(absolute(paths.params), rest) if rest else {})
+
+
+def _restore(params: Path, abstract: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    """Those parameters of an Orbax directory that has been checked."""
     target = unflatten(abstract)
     # Unlimited, a restore holds the whole checkpoint a second time; less than the largest leaf is refused by Orbax.
     largest = max(leaf.size * leaf.dtype.itemsize for leaf in abstract.values())

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from moss_audio_jax.attention import attend, dropout
 from moss_audio_jax.config import EncoderConfig
-from moss_audio_jax.layers import LayerNorm, Linear, parameter, scan_layers, take_layers
+from moss_audio_jax.layers import LayerNorm, Linear, parameter, scan_layers, take_layers, weighted
 from moss_audio_jax.sharding import constrain
 
 # The stem's activations are its memory, about 100 MB a chunk in float32 at 480 channels: it runs on so many at a time.
@@ -31,9 +31,12 @@ class Conv(nnx.Module):
         self.bias = parameter(rngs, (out_channels,), ("channels",), nnx.initializers.zeros)
 
     def __call__(self, x: Float[Array, "n t f in"]) -> Float[Array, "n t/2 f/2 out"]:
-        # XLA's convolutions are the right ones on a TPU and slow on the CPU, where matmuls over patches are faster.
-        y = jax.lax.platform_dependent(x, self.kernel[...], cpu=_conv_of_patches, default=_conv)
-        return y + self.bias[...]
+        return weighted(self, "bias", jnp.add, weighted(self, "kernel", _conv_by_platform, x))
+
+
+def _conv_by_platform(x: Float[Array, "n t f in"], kernel: Float[Array, "3 3 in out"]) -> Float[Array, "n t/2 f/2 out"]:
+    # XLA's convolutions are the right ones on a TPU and slow on the CPU, where matmuls over patches are faster.
+    return jax.lax.platform_dependent(x, kernel, cpu=_conv_of_patches, default=_conv)
 
 
 def _conv(x: Float[Array, "n t f in"], kernel: Float[Array, "3 3 in out"]) -> Float[Array, "n t/2 f/2 out"]:

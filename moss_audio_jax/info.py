@@ -16,6 +16,7 @@ def describe(path: AnyPath) -> str:
     orbax = orbax_paths(path)
     if orbax is not None:
         layout, config, stored = "Orbax", MossAudioConfig.from_hf(orbax.files), stored_shapes(orbax.params)
+        stored |= stored_shapes(orbax.averages) if orbax.averages is not None else {}
     else:
         layout, released = "released PyTorch layout", ReleasedCheckpoint(path)
         config = released.config

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from moss_audio_jax.attention import causal_attend, rotary_phases, rotate, self_attend
 from moss_audio_jax.config import LanguageConfig
-from moss_audio_jax.layers import GatedMLP, Linear, RMSNorm, layer_at, parameter, scan_layers, take_layers
+from moss_audio_jax.layers import GatedMLP, Linear, RMSNorm, layer_at, parameter, scan_layers, take_layers, weighted
 from moss_audio_jax.sharding import constrain
 
 
@@ -35,7 +35,11 @@ class Embedding(nnx.Module):
         self.embedding = parameter(rngs, (vocab_size, features), ("vocab", "embed"), nnx.initializers.normal(std))
 
     def __call__(self, tokens: Int[Array, "b s"]) -> Float[Array, "b s d"]:
-        return jnp.take(self.embedding[...], tokens, axis=0)
+        return weighted(self, "embedding", _rows, tokens)
+
+
+def _rows(tokens: Int[Array, "b s"], embedding: Float[Array, "vocab d"]) -> Float[Array, "b s d"]:
+    return jnp.take(embedding, tokens, axis=0)
 
 
 class SelfAttention(nnx.Module):

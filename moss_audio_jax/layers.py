@@ -5,7 +5,8 @@ conversion and restoring all derive from that declaration. Modules compute in th
 softmax compute in float32 whatever that dtype is.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -21,6 +22,7 @@ from moss_audio_jax.splash import RESIDUALS
 Initializer = Callable[..., jax.Array]
 Carry = TypeVar("Carry")
 
+MASTER = "_master"  # ends the name under which a module has a parameter's master
 LAYER_INPUT = "layer_input"  # the checkpoint name of what a layer of a stack is given
 
 _policies = jax.checkpoint_policies
@@ -51,6 +53,47 @@ def parameter(
     if layers is not None:
         shape, axes = (layers, *shape), ("layers", *axes)
     return nnx.Param(init(rngs.params(), shape, jnp.float32), logical_axes=axes)
+
+
+def weighted(module: nnx.Module, name: str, function: Callable[..., jax.Array], x: jax.Array) -> jax.Array:
+    """function(x, weight) by the module's parameter of that name.
+
+    Where the module also has the weight's master (`set_masters`), the weight's gradient is computed in float32 and is
+    the master's: so it is float32 as well when it is summed over devices. The value and the gradient by x stay as they
+    are without.
+    """
+    weight, master = getattr(module, name)[...], getattr(module, name + MASTER, None)
+    return function(x, weight) if master is None else _with_float32_gradient(function, x, weight, master[...])
+
+
+def set_masters(model: nnx.Module, masters: Mapping[str, jax.Array]) -> None:
+    """Gives modules the float32 masters, by path, of the parameters that they hold copies of."""
+    modules = {".".join(map(str, path)): module for path, module in nnx.iter_modules(model)}
+    for path, master in masters.items():
+        module, _, name = path.rpartition(".")
+        setattr(modules[module], name + MASTER, nnx.Variable(master))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _with_float32_gradient(function, x, weight, master):
+    return function(x, weight)
+
+
+def _forward(function, x, weight, master):
+    return function(x, weight), (x, weight)
+
+
+def _backward(function, residuals, gradient):
+    x, weight = residuals
+    by_x, x32 = None, x
+    if jnp.issubdtype(x.dtype, jnp.floating):
+        (by_x,) = jax.vjp(lambda x: function(x, weight), x)[1](gradient)
+        x32 = x.astype(jnp.float32)
+    exact, by_weight = jax.vjp(lambda weight: function(x32, weight), weight.astype(jnp.float32))
+    return by_x, None, by_weight(gradient.astype(exact.dtype))[0]
+
+
+_with_float32_gradient.defvjp(_forward, _backward)
 
 
 class Linear(nnx.Module):
@@ -86,11 +129,12 @@ class Linear(nnx.Module):
         if hasattr(self, "kernel_scale"):
             y = (x @ self.kernel[...].astype(x.dtype)) * self.kernel_scale[...]
         else:
-            y = x @ self.kernel[...]
+            y = weighted(self, "kernel", jnp.matmul, x)
         if hasattr(self, "lora_a"):
             key = self.lora_keys[...] if hasattr(self, "lora_keys") else None
-            y = y + (dropout(x, self.lora.dropout, key) @ self.lora_a[...]) @ self.lora_b[...] * self.lora.scale
-        return y + self.bias[...] if hasattr(self, "bias") else y
+            low = weighted(self, "lora_a", jnp.matmul, dropout(x, self.lora.dropout, key))
+            y = y + weighted(self, "lora_b", jnp.matmul, low) * self.lora.scale
+        return weighted(self, "bias", jnp.add, y) if hasattr(self, "bias") else y
 
 
 class LayerNorm(nnx.Module):
@@ -106,7 +150,7 @@ class LayerNorm(nnx.Module):
         centred = x32 - x32.mean(-1, keepdims=True)
         variance = jnp.square(centred).mean(-1, keepdims=True)
         normed = centred * jax.lax.rsqrt(variance + self.eps)
-        return (normed * self.scale[...] + self.bias[...]).astype(x.dtype)
+        return weighted(self, "bias", jnp.add, weighted(self, "scale", jnp.multiply, normed)).astype(x.dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -119,7 +163,7 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
         x32 = x.astype(jnp.float32)
         normed = x32 * jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + self.eps)
-        return (normed * self.scale[...]).astype(x.dtype)
+        return weighted(self, "scale", jnp.multiply, normed).astype(x.dtype)
 
 
 class GatedMLP(nnx.Module):

@@ -2,6 +2,7 @@
 
     checkpoints/<step>/params   the parameters as a tree, laid out as `load_model` reads them
     checkpoints/<step>/state    step, moments, dropout key, counts of skipped steps
+    checkpoints/<step>/ema      the moving averages of the trained parameters as a tree, where the run keeps them
     checkpoints/<step>/data     JSON of the data's iterator, of all processes
     checkpoints/<step>/best     JSON of the best evaluation before it, where the run looks for one
     best.json                   the same after the last evaluation, which follows the checkpoint of its step
@@ -17,10 +18,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from moss_audio_jax.checkpoint import PARAMS, RUN_BEST, RUN_BEST_FILE, RUN_CHECKPOINTS, flatten, unflatten
+from moss_audio_jax.checkpoint import PARAMS, RUN_BEST, RUN_BEST_FILE, RUN_CHECKPOINTS, RUN_EMA, flatten, unflatten
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.paths import AnyPath, Path, absolute, children, write_whole
 from train.best import Best
@@ -28,6 +30,8 @@ from train.step import TrainState
 
 STATE, DATA = "state", "data"
 DAMAGED, LATER = "damaged_checkpoints", "later_checkpoints"
+# What a state has now and checkpoints of older runs lack: it starts at 0 then.
+NEWER = ("phase", "spikes_in_a_row")
 
 
 class Checkpoints:
@@ -56,6 +60,7 @@ class Checkpoints:
             PARAMS: ocp.StandardCheckpointHandler(),
             STATE: ocp.StandardCheckpointHandler(),
             DATA: ocp.JsonCheckpointHandler(),
+            RUN_EMA: ocp.StandardCheckpointHandler(),
             RUN_BEST: ocp.JsonCheckpointHandler(),
         }
         self._manager = ocp.CheckpointManager(self._directory, options=options, item_handlers=handlers)
@@ -82,6 +87,8 @@ class Checkpoints:
             STATE: ocp.args.StandardSave(rest),
             DATA: ocp.args.JsonSave(data),
         }
+        if state.ema is not None:
+            items[RUN_EMA] = ocp.args.StandardSave(unflatten(state.ema))
         if best is not None:
             items[RUN_BEST] = ocp.args.JsonSave(dataclasses.asdict(best))
         self.best = best
@@ -156,22 +163,32 @@ class Checkpoints:
 
     def _restore(self, step: int, target: TrainState) -> tuple[TrainState, dict[str, Any]]:
         parameters, rest = _parts(target)
+        older = self._lacks(step)
         items = {
             PARAMS: ocp.args.StandardRestore(parameters),
-            STATE: ocp.args.StandardRestore(rest),
+            STATE: ocp.args.StandardRestore({name: leaf for name, leaf in rest.items() if name not in older}),
             DATA: ocp.args.JsonRestore(),
         }
+        if target.ema is not None:
+            items[RUN_EMA] = ocp.args.StandardRestore(unflatten(target.ema))
         if (self._directory / str(step) / RUN_BEST).is_dir():
             items[RUN_BEST] = ocp.args.JsonRestore()
         restored = self._manager.restore(step, args=ocp.args.Composite(**items))
         # In runs of older versions an evaluation came before the checkpoint of its step, and was counted in it.
         self.best = Best(**({"evaluated": step} | restored[RUN_BEST])) if RUN_BEST in items else None
         flat = flatten(restored[PARAMS])
-        leaves = [restored[STATE][name] for name in rest]
+        found = restored[STATE] | {name: _zero(rest[name]) for name in older}
+        leaves = [found[name] for name in rest]
         state = jax.tree.unflatten(jax.tree.structure(_without_parameters(target)), leaves)
         trainable = {path: flat[path] for path in target.trainable}
         frozen = {path: flat[path] for path in target.frozen}
-        return dataclasses.replace(state, trainable=trainable, frozen=frozen), restored[DATA]
+        ema = flatten(restored[RUN_EMA]) if target.ema is not None else None
+        return dataclasses.replace(state, trainable=trainable, frozen=frozen, ema=ema), restored[DATA]
+
+    def _lacks(self, step: int) -> set[str]:
+        """What of NEWER a checkpoint was written without."""
+        stored = self._manager.item_metadata(step)[STATE]
+        return set() if stored is None else {name for name in NEWER if name not in stored}
 
     def _put_aside(self, step: int, reason: str) -> None:
         name = self._move(step, self._run / DAMAGED)
@@ -221,7 +238,11 @@ def _parts(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _without_parameters(state: TrainState) -> TrainState:
-    return dataclasses.replace(state, trainable={}, frozen={})
+    return dataclasses.replace(state, trainable={}, frozen={}, ema=None)
+
+
+def _zero(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    return jax.jit(lambda: jnp.zeros(leaf.shape, leaf.dtype), out_shardings=leaf.sharding)()
 
 
 def _first_line(error: Exception) -> str:

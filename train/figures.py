@@ -31,6 +31,7 @@ class DataFigures:
     ):
         """data_state: of all hosts (`distributed.state_of_all`), before the first batch."""
         self._order, self._config, self._model, self._trainable = order, config, model, tuple(trainable)
+        self.groups = order.groups
         self._counts = total_counts(data_state)
 
     def __call__(self, sums: Mapping[str, float]) -> dict[str, float]:

@@ -64,6 +64,7 @@ from train.step import (
     require_even_batch,
     split_microbatches,
     train_step,
+    without_recent_values,
 )
 from train.watchdog import Watchdog
 
@@ -162,7 +163,8 @@ def train(config: RunConfig, out: AnyPath, *, mesh: Mesh | None = None, resume: 
         profile = stack.enter_context(Profile(out, config.loop.profile_first, config.loop.profile_steps))
         stack.enter_context(jax.set_mesh(mesh))
         stack.enter_context(ended_with_the_others())  # last in, first out: closing checkpoints waits for the others
-        run = _Run(config, model, data, HostSums(mesh), checkpoints, report, profile, held_out, stop, watchdog)
+        between_steps = (checkpoints, report, profile, held_out, stop, watchdog)
+        run = _Run(config, model, data, HostSums(mesh), *between_steps, num_groups=len(order.groups))
         return run(state, start, record.skipped_steps)
 
 
@@ -233,6 +235,7 @@ class _Run:
     held_out: HeldOut
     stop: Termination
     watchdog: Watchdog
+    num_groups: int
 
     def __call__(self, state: TrainState, start: int, passed_over: Set[int]) -> Outcome:
         """From step `start` to the end; passed_over: steps that read their batch and do not train on it."""
@@ -254,7 +257,7 @@ class _Run:
                 continue
             self.watchdog.reached(f"step {self.step}", long=self.step == start + 1)
             self.profile.before(self.step)
-            state, metrics = train_step(graphdef, config.step, config.optimizer, state, batch)
+            state, metrics = train_step(graphdef, config.step, config.optimizer, state, batch, self.num_groups)
             self.stop.save_on_ctrl_c()
             self.profile.after(self.step, metrics)
             self.report.add(self.step, metrics, sums)
@@ -311,7 +314,7 @@ class _Run:
     def _scores(self, state: TrainState) -> Scores:
         """Makes and records an evaluation; the scores last, by which a resumed run knows that it was made."""
         with self.report.paused():
-            scores, answers = self.held_out.ask(self.step, state.trainable | state.frozen)
+            scores, answers = self.held_out.ask(self.step, (state.ema or state.trainable) | state.frozen)
             self.report.add_samples(self.step, answers[: self.config.loop.show_samples])
             self.report.add_answers(self.step, answers)
             self.report.add_scores(self.step, scores)
@@ -372,6 +375,7 @@ def _report(config: RunConfig, out: Path, start: int, mesh: Mesh, figures: DataF
         peak_flops=peak_flops(mesh.devices.flat),
         restarts=record.starts - 1,
         wandb=config.loop.wandb,
+        groups=figures.groups,
     )
 
 
@@ -414,7 +418,8 @@ def _first_or_restored_state(
         del restored, state  # and with them the moments
         return new_state(parameters, model, config.optimizer, seed=config.seed, mesh=mesh), 0
     step = int(state.step)
-    data.set_state(data_state, allow_other_data=is_branch or record.has_other_data_since(step))
+    if not data.set_state(data_state, allow_other_data=is_branch or record.has_other_data_since(step)):
+        state = without_recent_values(state)  # what is usual for the other data is not known yet
     return state, step
 
 

@@ -38,10 +38,13 @@ class LossSums:
     z: Float[Array, ""]  # log(sum(exp(logits)))^2
     correct: Float[Array, ""]  # 1 where the target is the likeliest token
     weight: Float[Array, ""]  # the number of supervised tokens, if all weights are 0 or 1
+    by_group: Float[Array, "2 groups"] | None = None  # `loss` and `weight` of each group, where they are told apart
 
     @classmethod
-    def zero(cls) -> "LossSums":
-        return cls(*(jnp.zeros((), jnp.float32) for _ in dataclasses.fields(cls)))
+    def zero(cls, num_groups: int = 0) -> "LossSums":
+        by_group = jnp.zeros((2, num_groups), jnp.float32) if num_groups else None
+        zero = jnp.zeros((), jnp.float32)
+        return cls(zero, zero, zero, zero, by_group)
 
 
 def chunked_cross_entropy(
@@ -52,31 +55,35 @@ def chunked_cross_entropy(
     *,
     z_loss: float = 0.0,
     chunk: int = CHUNK,
+    groups: Int[Array, "b s"] | None = None,
+    num_groups: int = 0,
 ) -> tuple[Float[Array, ""], LossSums]:
     """What to differentiate, `sums.loss + z_loss * sums.z`, and the sums, which carry no gradient.
 
     targets: what each position predicts (already shifted); where the weight is 0, anything.
     z_loss: keeps the logits near a partition function of 1 (PaLM used 1e-4).
+    groups: of each position, 0 to num_groups - 1; the sums are taken by group too unless num_groups is 0.
     Matmuls are in the dtype of `hidden` and `head` and accumulate in float32; everything else is float32.
     """
-    losses: Any = _cross_entropy(z_loss, min(chunk, targets.shape[1]), hidden, head, targets, weights)
+    in_group = None if not num_groups or groups is None else groups[..., None] == jnp.arange(num_groups)
+    losses: Any = _cross_entropy(z_loss, min(chunk, targets.shape[1]), hidden, head, targets, weights, in_group)
     objective, sums = losses
     return objective, jax.lax.stop_gradient(sums)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _cross_entropy(z_loss: float, chunk: int, hidden, head, targets, weights) -> tuple[jax.Array, LossSums]:
-    x, targets, weights = _chunks((hidden, targets, weights), chunk)
-    sums, _ = _sums(x, _blocks(head), targets, weights)
+def _cross_entropy(z_loss: float, chunk: int, hidden, head, targets, weights, in_group) -> tuple[jax.Array, LossSums]:
+    x, targets, weights, in_group = _chunks((hidden, targets, weights, in_group), chunk)
+    sums, _ = _sums(x, _blocks(head), targets, weights, in_group)
     return sums.loss + z_loss * sums.z, sums
 
 
-def _forward(z_loss: float, chunk: int, hidden, head, targets, weights):
+def _forward(z_loss: float, chunk: int, hidden, head, targets, weights, in_group):
     """As `_cross_entropy`, and with it the gradients by `hidden` and `head`."""
     batch, length = targets.shape
-    x, targets, weights = _chunks((hidden, targets, weights), chunk)
+    x, targets, weights, in_group = _chunks((hidden, targets, weights, in_group), chunk)
     blocks = _blocks(head)
-    sums, log_z = _sums(x, blocks, targets, weights)
+    sums, log_z = _sums(x, blocks, targets, weights, in_group)
     # Every device adds up the gradient of its own sequences. Summed over devices here, it would be so in every chunk.
     parts = _batch_parts(batch)
 
@@ -112,7 +119,7 @@ def _backward(z_loss: float, chunk: int, residuals, cotangents):
     x_gradient, head_gradient, head_like = residuals
     scale, _ = cotangents
     by_hidden = (scale * x_gradient.astype(jnp.float32)).astype(x_gradient.dtype)
-    return by_hidden, (scale * head_gradient).astype(head_like.dtype), None, None
+    return by_hidden, (scale * head_gradient).astype(head_like.dtype), None, None, None
 
 
 _cross_entropy.defvjp(_forward, _backward)
@@ -123,6 +130,7 @@ def _sums(
     blocks: Blocks,
     targets: Int[Array, "n b c"],
     weights: Float[Array, "n b c"],
+    in_group: Bool[Array, "n b c groups"] | None,
 ) -> tuple[LossSums, Float[Array, "n b c"]]:
     """The sums over all chunks, and every token's log-partition."""
 
@@ -143,7 +151,12 @@ def _sums(
     (log_z, at_target, highest), _ = jax.lax.scan(add_block, (least, jnp.zeros_like(least), least), blocks)
     # Without a target among the entries, `at_target` stays 0: such tokens have a weight of 0.
     per_token = (log_z - at_target, jnp.square(log_z), at_target >= highest, 1.0)
-    return LossSums(*(jnp.sum(values * weights) for values in per_token)), log_z
+    sums = LossSums(*(jnp.sum(values * weights) for values in per_token))
+    if in_group is not None:
+        tokens = [(values * weights)[..., None] for values in (per_token[0], 1.0)]
+        by_group = jnp.stack([jnp.sum(values, axis=(0, 1, 2), where=in_group) for values in tokens])
+        sums = dataclasses.replace(sums, by_group=by_group)
+    return sums, log_z
 
 
 def _blocks(head: Float[Array, "hidden vocab"]) -> Blocks:
@@ -175,14 +188,14 @@ def _batch_parts(batch: int) -> int:
     return math.gcd(batch, num_parts("batch", jax.sharding.get_abstract_mesh()))
 
 
-def _chunks(arrays: tuple[jax.Array, ...], chunk: int) -> tuple[jax.Array, ...]:
+def _chunks(arrays: tuple[Any, ...], chunk: int) -> tuple[Any, ...]:
     """[b, s, ...] -> [chunks, b, chunk, ...], zeros at the end. The batch, which is sharded, is never cut."""
 
     def cut(x):
         x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % chunk)] + [(0, 0)] * (x.ndim - 2))
         return x.reshape(x.shape[0], -1, chunk, *x.shape[2:]).swapaxes(0, 1)
 
-    return tuple(map(cut, arrays))
+    return jax.tree.map(cut, arrays)
 
 
 def _logits(x: Float[Array, "b c hidden"], kernel: Float[Array, "hidden t v"]) -> Float[Array, "b c t v"]:

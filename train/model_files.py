@@ -59,7 +59,7 @@ def _settled(checkpoint: str | None) -> Path:
     if checkpoint is None:
         raise MossAudioError("lora adapts a checkpoint: name it with model.checkpoint")
     paths = orbax_paths(checkpoint)
-    return absolute(checkpoint if paths is None else paths.params.parent)
+    return absolute(checkpoint if paths is None else paths.averages or paths.params.parent)
 
 
 def _texts(order: ExampleOrder) -> list[str]:

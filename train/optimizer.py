@@ -1,4 +1,4 @@
-"""What is trained, how fast, and how AdamW moves it.
+"""What is trained, how fast, and how AdamW, Adafactor or Muon moves it.
 
 Parameters are dicts by path, such as `language_model.layers.mlp.up_proj.kernel`. Which ones are frozen, how fast one
 learns and whether it decays follows from its path alone. Only trainable parameters ever reach the functions here, so a
@@ -6,6 +6,7 @@ frozen one has no gradient and no moments, and adds nothing to the norm that cli
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
@@ -19,6 +20,7 @@ from moss_audio_jax.patterns import matches, require_matches
 
 Parameters = dict[str, Any]
 Schedule = Literal["cosine", "wsd"]
+OptimizerName = Literal["adamw", "adafactor", "muon"]
 
 # The part of the model that a path belongs to, by its first name -> the field of OptimizerConfig that scales it.
 PARTS = {
@@ -28,14 +30,29 @@ PARTS = {
     "language_model": "language_model_rate",
     "lm_head": "language_model_rate",
 }
+# And under what name its gradient's norm is a metric.
+PART_NAMES = {
+    "audio_encoder": "encoder",
+    "audio_adapter": "adapter",
+    "deepstack_audio_merger_list": "deepstack",
+    "language_model": "language_model",
+    "lm_head": "language_model",
+}
+# RMS of Muon's updates: AdamW's as measured in "Muon is Scalable for LLM Training" (arXiv 2502.16982).
+MUON_RMS = 0.2
 # Last names of the parameters that do not decay: norms' scales and all biases.
 UNDECAYED = ("scale", "bias")
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with decoupled weight decay, a schedule and global-norm clipping.
+    """An optimizer with decoupled weight decay, a schedule and global-norm clipping.
 
+    name: "adamw". "adafactor" keeps no first moment, and of the second one means of rows and columns, so that it takes
+        next to no memory; updates are clipped to an RMS of 1, and not scaled by the parameters' own. "muon" makes the
+        momentum of the layers' kernels orthogonal by Newton-Schulz iterations, scaled to AdamW's usual RMS of 0.2, so
+        that AdamW's rates and decay serve; embeddings, head, convolutions, adapters of LoRA, norms and biases are
+        AdamW's. It keeps one moment of the kernels instead of two, and on a mesh sends more.
     learning_rate: the schedule's peak; a part of the model learns at this times its own rate.
     encoder_rate, adapter_rate, language_model_rate: multipliers; the adapter's serves the DeepStack mergers too.
     freeze: globs over paths, such as `audio_encoder.*` or `*.embed_tokens.embedding`.
@@ -44,7 +61,13 @@ class OptimizerConfig:
     final_fraction: of the peak, where the schedule ends and stays.
     clip_norm: gradients are scaled down to this norm, taken over all trainable parameters.
     first_moment_dtype: bfloat16 saves 2 bytes a parameter; the second moment is always float32.
+    muon_momentum: Muon's, Nesterov's kind; b1 and b2 are AdamW's.
+    ema_decay: keeps a moving average of the trainable parameters, float32 and 4 bytes a parameter, which evaluations
+        while training use and `RUN/ema` names: after each accepted step, decay * average + (1 - decay) * parameters,
+        where the decay is at most (1 + steps) / (10 + steps), so that the first parameters soon fade. 0 keeps none.
     """
+
+    name: OptimizerName = "adamw"
 
     learning_rate: float = 1e-4
     encoder_rate: float = 1.0
@@ -62,8 +85,12 @@ class OptimizerConfig:
     weight_decay: float = 0.1
     clip_norm: float = 1.0
     first_moment_dtype: Literal["float32", "bfloat16"] = "float32"
+    muon_momentum: float = 0.95
+    ema_decay: float = 0.0
 
     def __post_init__(self):
+        if self.name not in get_args(OptimizerName):
+            raise MossAudioError(f"name must be one of {', '.join(get_args(OptimizerName))}, not {self.name!r}")
         if self.schedule not in get_args(Schedule):
             raise MossAudioError(f"schedule must be one of {', '.join(get_args(Schedule))}, not {self.schedule!r}")
         if self.first_moment_dtype not in ("float32", "bfloat16"):
@@ -80,6 +107,9 @@ class OptimizerConfig:
         for name in {*PARTS.values(), "weight_decay", "final_fraction"}:
             if not getattr(self, name) >= 0:
                 raise MossAudioError(f"{name} must be 0 or more, not {getattr(self, name)}")
+        for name in ("ema_decay", "muon_momentum"):
+            if not 0 <= getattr(self, name) < 1:
+                raise MossAudioError(f"{name} must be 0 or more and below 1, not {getattr(self, name)}")
 
 
 def split_frozen(
@@ -121,7 +151,15 @@ def decays(path: str) -> bool:
     return path.rpartition(".")[2] not in UNDECAYED
 
 
-def adamw(config: OptimizerConfig) -> optax.GradientTransformation:
+def by_part(parameters: Parameters) -> dict[str, Parameters]:
+    """Parameters, or what there is one of for each, by the name of their part of the model."""
+    parts: dict[str, Parameters] = {}
+    for path, leaf in parameters.items():
+        parts.setdefault(PART_NAMES[path.partition(".")[0]], {})[path] = leaf
+    return parts
+
+
+def gradient_transformation(config: OptimizerConfig) -> optax.GradientTransformation:
     """Gradients by path -> updates at a learning rate of 1; `apply_gradients` brings in the rates."""
 
     def decaying(parameters: Any) -> dict[str, bool]:
@@ -129,9 +167,56 @@ def adamw(config: OptimizerConfig) -> optax.GradientTransformation:
 
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
-        optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=config.first_moment_dtype),
+        *_SCALES[config.name](config),
         optax.add_decayed_weights(config.weight_decay, mask=decaying),
     )
+
+
+def _adam(config: OptimizerConfig) -> list[optax.GradientTransformation]:
+    return [optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=config.first_moment_dtype)]
+
+
+def _adafactor(config: OptimizerConfig) -> list[optax.GradientTransformation]:
+    return [optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)]
+
+
+def _muon(config: OptimizerConfig) -> list[optax.GradientTransformation]:
+    def labels(parameters: Any) -> dict[str, str]:
+        return {path: "muon" if is_hidden_kernel(path, leaf.ndim) else "adam" for path, leaf in parameters.items()}
+
+    def matrices(updates: Any) -> dict[str, Any]:
+        # Layers of a stack are matrices of their own. What is AdamW's is masked here, and stays so.
+        last_two = optax.contrib.MuonDimensionNumbers(-2, -1)
+        return {path: leaf if isinstance(leaf, optax.MaskedNode) else last_two for path, leaf in updates.items()}
+
+    def scaled(update: Any, _: Any) -> Any:
+        return update * (MUON_RMS * math.sqrt(max(update.shape[-2:])))  # an orthogonal matrix has RMS 1 / that root
+
+    orthogonal = optax.chain(
+        optax.contrib.scale_by_muon(
+            beta=config.muon_momentum,
+            mu_dtype=config.first_moment_dtype,
+            weight_dimension_numbers=matrices,
+        ),
+        optax.stateless_with_tree_map(scaled),
+    )
+    return [optax.partition({"muon": orthogonal, "adam": optax.chain(*_adam(config))}, labels)]
+
+
+_SCALES = {"adamw": _adam, "adafactor": _adafactor, "muon": _muon}
+
+
+def is_hidden_kernel(path: str, ndim: int) -> bool:
+    """Whether a parameter is a matrix between hidden layers, or a stack of them: what Muon is made for."""
+    return path.endswith(".kernel") and ndim in (2, 3) and not path.startswith("lm_head.")
+
+
+def moving_average(
+    config: OptimizerConfig, average: Parameters, parameters: Parameters, count: jax.Array
+) -> Parameters:
+    """The average with these parameters in it. count: accepted steps before the one that made them."""
+    share = 1 - jnp.minimum(config.ema_decay, (1 + count) / (10 + count))
+    return {path: leaf + share * (parameters[path] - leaf) for path, leaf in average.items()}
 
 
 def apply_gradients(
@@ -143,6 +228,6 @@ def apply_gradients(
 ) -> tuple[Parameters, optax.OptState]:
     """Parameters and moments after a step at the schedule's rate, each part of the model at its own multiple of it."""
     updates: Any
-    updates, moments = adamw(config).update(gradients, moments, parameters)
+    updates, moments = gradient_transformation(config).update(gradients, moments, parameters)
     moved = {path: leaf - rate * rate_of(config, path) * updates[path] for path, leaf in parameters.items()}
     return moved, moments

@@ -153,7 +153,7 @@ def report_step(config: RunConfig, mesh: Mesh, compiled: Compiled, segments: int
         data_parallel=mesh.size // mesh.shape["tensor"],
         tensor=mesh.shape["tensor"],
     )
-    masters, optimizer = _bytes_on_chip(state.trainable), _bytes_on_chip(state.moments)
+    masters, optimizer = _bytes_on_chip(state.trainable), _bytes_on_chip((state.moments, state.ema))
     gradients = masters * jnp.dtype(config.step.gradient_dtype).itemsize // 4
     by_kind = {
         "parameters": masters + _bytes_on_chip(state.frozen),

@@ -83,6 +83,7 @@ class Report:
     start: the step that the run resumes from. last_step: None if it ends with its data.
     peak_flops: bfloat16 FLOP/s of all devices (`chips.peak_flops`); None shows FLOP/s rather than MFU.
     restarts: how often the run was started again so far. wandb: a project in Weights & Biases.
+    groups: the names of the mixture's, in the order of the step's metrics.
     """
 
     def __init__(
@@ -97,9 +98,11 @@ class Report:
         peak_flops: float | None = None,
         restarts: int = 0,
         wandb: str | None = None,
+        groups: Sequence[str] = (),
     ):
         out = to_path(out)
         self._figures = figures
+        self._groups = groups
         self._out, self._max_skipped, self._peak_flops = out, max_skipped_in_a_row, peak_flops
         self._restarts = restarts
         self._sinks: list[_Sink] = []
@@ -141,11 +144,8 @@ class Report:
             return
         step, metrics, sums = self._pending
         self._pending = None
-        values, sums = (
-            {name: np.asarray(value).item() for name, value in jax.device_get(arrays).items()}
-            for arrays in (metrics, sums)
-        )
-        host = self._figures(sums)
+        values = by_name(jax.device_get(metrics), self._groups)
+        host = self._figures({name: np.asarray(value).item() for name, value in jax.device_get(sums).items()})
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
         rate = host["packed_tokens"] / seconds if seconds else math.inf
@@ -202,6 +202,19 @@ class Report:
         with _writing_into(self._out):
             for sink in self._sinks:
                 sink.write_answers(step, answers)
+
+
+def by_name(metrics: Mapping[str, np.ndarray], groups: Sequence[str]) -> dict[str, float]:
+    """Metrics of a step as numbers: those by group become `loss/<group>` and `learned_tokens/<group>`.
+
+    A group of which a batch has no tokens to learn has no loss in it.
+    """
+    values = {name: value.item() for name, value in metrics.items() if value.ndim == 0}
+    if "loss_of_group" in metrics:
+        for name, loss, tokens in zip(groups, metrics["loss_of_group"], metrics["tokens_of_group"], strict=True):
+            values |= {f"loss/{name}": loss.item()} if tokens else {}
+            values[f"learned_tokens/{name}"] = tokens.item()
+    return values
 
 
 @contextmanager

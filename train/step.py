@@ -26,13 +26,22 @@ from moss_audio_jax.config import ADAPTER_LEAVES, LoraConfig, MossAudioConfig
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.inputs import ModelInputs
 from moss_audio_jax.int8 import int8_kernels
-from moss_audio_jax.layers import REMAT_POLICIES
+from moss_audio_jax.layers import REMAT_POLICIES, set_masters
 from moss_audio_jax.lora import set_adapter_dropout
 from moss_audio_jax.model import MossAudio
 from moss_audio_jax.sharding import constrain, num_parts, partition_spec
 from train.data.packing import TrainingBatch
 from train.loss import CHUNK, LossSums, chunked_cross_entropy
-from train.optimizer import OptimizerConfig, Parameters, adamw, apply_gradients, learning_rate, split_frozen
+from train.optimizer import (
+    OptimizerConfig,
+    Parameters,
+    apply_gradients,
+    by_part,
+    gradient_transformation,
+    learning_rate,
+    moving_average,
+    split_frozen,
+)
 
 Metrics = dict[str, jax.Array]
 ADAPTER_DROPOUT = 1  # makes its keys others than the encoder's
@@ -49,11 +58,19 @@ class StepConfig:
         that is (`TrainingBatch.heard`). It teaches a model from nothing to listen long before its answers could, and
         early enough for the other half to read; 0 leaves it out. The metrics heard_loss and heard_accuracy are those
         of the layers.
-    gradient_dtype: of the gradients that are kept and added up over microbatches; bfloat16 saves 2 bytes a trainable
-        parameter and rounds at every microbatch.
-    encoder_dropout: at the rates of the model's configuration.
-    spike_sigma: a loss or gradient norm this many standard deviations above its mean is a spike; 0 lets all through.
-    spike_window: how many steps that mean looks back; nothing counts as a spike before half of them.
+    gradient_dtype: of the gradients that are kept and added up over microbatches, after they were summed over chips;
+        bfloat16 saves 2 bytes a trainable parameter and rounds at every microbatch.
+    reduce_dtype: of the sums of gradients over chips where the network computes in bfloat16: there each chip's gradient
+        is that of the bfloat16 copies, rounded before it is sent. float32 sends twice the bytes of these sums and
+        rounds nothing. The head's gradient is summed in float32 either way.
+    encoder_dropout: at the rates of the model's configuration; off where none of the encoder is trained.
+    spike_sigma: a loss or gradient norm this many standard deviations above its mean is a spike, whose step is skipped;
+        0 lets all through.
+    spike_window: how many steps that mean looks back; nothing counts as a spike before half of them. It restarts where
+        the mixture enters a new phase (`TrainingBatch.phase`).
+    spike_patience: spikes in a row after which the next one is taken for a lasting rise: its step is accepted, and the
+        mean restarts. Below `loop.max_skipped_in_a_row`, or the run ends first. A step that is not finite is never
+        accepted, and interrupts the row.
     """
 
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -62,21 +79,21 @@ class StepConfig:
     loss_chunk: int = CHUNK
     heard_weight: float = 0.0
     gradient_dtype: Literal["float32", "bfloat16"] = "float32"
+    reduce_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     encoder_dropout: bool = True
     spike_sigma: float = 6.0
     spike_window: int = 128
+    spike_patience: int = 10
 
     def __post_init__(self):
-        if self.compute_dtype not in ("bfloat16", "float32"):
-            raise MossAudioError(f"compute_dtype must be bfloat16 or float32, not {self.compute_dtype!r}")
-        if self.gradient_dtype not in ("bfloat16", "float32"):
-            raise MossAudioError(f"gradient_dtype must be bfloat16 or float32, not {self.gradient_dtype!r}")
+        for name in ("compute_dtype", "gradient_dtype", "reduce_dtype"):
+            if getattr(self, name) not in ("bfloat16", "float32"):
+                raise MossAudioError(f"{name} must be bfloat16 or float32, not {getattr(self, name)!r}")
         if self.remat not in REMAT_POLICIES:
             raise MossAudioError(f"remat must be one of {', '.join(REMAT_POLICIES)}, not {self.remat!r}")
-        if self.loss_chunk < 1 or self.spike_window < 2:
-            raise MossAudioError(
-                f"loss_chunk must be at least 1 and spike_window 2, not {self.loss_chunk} and {self.spike_window}"
-            )
+        for name, least in (("loss_chunk", 1), ("spike_window", 2), ("spike_patience", 1)):
+            if getattr(self, name) < least:
+                raise MossAudioError(f"{name} must be at least {least}, not {getattr(self, name)}")
         for name in ("z_loss", "heard_weight", "spike_sigma"):
             if getattr(self, name) < 0:
                 raise MossAudioError(f"{name} must be 0 or more, not {getattr(self, name)}")
@@ -120,6 +137,8 @@ class TrainState:
     step: batches read so far, skipped ones included; it sets the learning rate and the dropout.
     trainable: float32 masters by path; frozen: in the dtype they came in.
     rng: key data of the run's dropout, the same at every step.
+    phase: the latest of the mixture so far. spikes_in_a_row: those that were skipped just before.
+    ema: float32 moving averages of the trainable parameters by path, where `OptimizerConfig.ema_decay` asks for them.
     """
 
     step: Int[Array, ""]
@@ -131,6 +150,15 @@ class TrainState:
     skipped_in_a_row: Int[Array, ""]
     recent_loss: RecentValues
     recent_norm: RecentValues
+    phase: Int[Array, ""]
+    spikes_in_a_row: Int[Array, ""]
+    ema: Parameters | None = None
+
+
+def without_recent_values(state: TrainState) -> TrainState:
+    """The state of a run that resumes with other data: what is a spike is learned again, from their first phase on."""
+    names = ("recent_loss", "recent_norm", "phase", "spikes_in_a_row")
+    return dataclasses.replace(state, **{name: jax.tree.map(jnp.zeros_like, getattr(state, name)) for name in names})
 
 
 def initial_parameters(config: MossAudioConfig, *, seed: int = 0, mesh: Mesh | None = None) -> Parameters:
@@ -167,7 +195,8 @@ def abstract_state(
 ) -> TrainState:
     """Shape, dtype and sharding of every array of a state: what a restore is asked for.
 
-    frozen_dtypes: by path; float32 where nothing is said. Moments lie as their parameters do, scalars everywhere.
+    frozen_dtypes: by path; float32 where nothing is said. Moments and averages are sharded like their parameters;
+    scalars, and moments of other shapes (Adafactor's rows and columns), are replicated.
     """
     parameters = abstract_parameters(config, jnp.float32, mesh)
     for path, dtype in (frozen_dtypes or {}).items():
@@ -176,7 +205,8 @@ def abstract_state(
 
     def placed(keys: KeyPath, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         parameter = parameters.get(_parameter_path(keys))
-        return leaf.update(sharding=everywhere if parameter is None else parameter.sharding)
+        like_it = parameter is not None and parameter.shape == leaf.shape
+        return leaf.update(sharding=parameter.sharding if like_it else everywhere)
 
     state = jax.eval_shape(lambda arrays: _first_state(arrays, config.lora, optimizer, seed=0), parameters)
     return jax.tree_util.tree_map_with_path(placed, state)
@@ -189,13 +219,24 @@ def _first_state(parameters: Parameters, lora: LoraConfig | None, optimizer: Opt
         step=jnp.int32(0),
         trainable=trainable,
         frozen=frozen,
-        moments=adamw(optimizer).init(trainable),
+        moments=gradient_transformation(optimizer).init(trainable),
         rng=jax.random.key_data(jax.random.key(seed)),
         skipped=jnp.int32(0),
         skipped_in_a_row=jnp.int32(0),
         recent_loss=RecentValues.empty(),
         recent_norm=RecentValues.empty(),
+        phase=jnp.int32(0),
+        spikes_in_a_row=jnp.int32(0),
+        ema={path: jnp.copy(leaf) for path, leaf in trainable.items()} if optimizer.ema_decay else None,
     )
+
+
+def with_new_data(state: TrainState) -> TrainState:
+    """The state to resume from with other data than before: what counts as a spike is found out again."""
+    watched: Any = {name: getattr(state, name) for name in ("recent_loss", "recent_norm", "phase", "spikes_in_a_row")}
+    places: Any = jax.tree.map(lambda leaf: leaf.sharding, watched)
+    fresh = jax.jit(lambda: jax.tree.map(jnp.zeros_like, watched), out_shardings=places)()
+    return dataclasses.replace(state, **fresh)
 
 
 def split_microbatches(batch: TrainingBatch, count: int) -> TrainingBatch:
@@ -236,64 +277,91 @@ def abstract_batch(
     assert frames is not None  # as `SampleMaker` demands
     audio = array(jnp.bfloat16, chunks, frames, model.audio_config.num_mel_bins)
     inputs = ModelInputs(ids, ids, ids, ids, audio, counts, counts)
-    return TrainingBatch(
-        inputs, targets=ids, weights=array(jnp.float32, tokens), heard=ids, group=ids, phase=array(jnp.int32)
-    )
+    weights = array(jnp.float32, tokens)
+    return TrainingBatch(inputs, targets=ids, weights=weights, heard=ids, group=ids, phase=array(jnp.int32))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=3)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 5), donate_argnums=3)
 def train_step(
     graphdef: nnx.GraphDef,
     config: StepConfig,
     optimizer: OptimizerConfig,
     state: TrainState,
     batch: TrainingBatch,
+    num_groups: int = 0,
 ) -> tuple[TrainState, Metrics]:
     """The next state, and scalars about this step.
 
     graphdef: of a MossAudio with these parameters. batch: in microbatches, see `split_microbatches`.
+    num_groups: of the mixture; from 2 on, the metrics have the loss of each and the tokens it was taken over, [groups].
     A step whose loss or gradient norm is not finite (a batch without supervised tokens has none) or a spike leaves
     parameters and moments as they were, bit for bit, and counts as skipped.
     """
     dropout_key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
-    (sums, heard), gradients = loss_and_gradients(graphdef, config, state.trainable, state.frozen, batch, dropout_key)
+    arguments = (graphdef, config, state.trainable, state.frozen, batch, dropout_key)
+    (sums, heard), gradients = loss_and_gradients(*arguments, num_groups)
     gradients = {path: leaf.astype(jnp.float32) for path, leaf in gradients.items()}
     loss, norm = sums.loss / sums.weight, optax.tree.norm(gradients)
-    accepted = jnp.isfinite(loss) & jnp.isfinite(norm)
-    accepted &= (loss <= state.recent_loss.limit(config)) & (norm <= state.recent_norm.limit(config))
+    phase = state.phase if batch.phase is None else jnp.maximum(state.phase, batch.phase.max())
+    accepted, watched = _judged(state, phase, loss, norm, config)
 
     # In a run that ends with its data, what is behind tells how many steps there will be.
     total_steps = None if batch.progress is None else (state.step + 1) / batch.progress.mean()
     rate = learning_rate(optimizer, state.step, total_steps)
     moved = apply_gradients(optimizer, state.trainable, state.moments, gradients, rate)
     trainable, moments = _select(accepted, moved, (state.trainable, state.moments))
+    ema = state.ema
+    if ema is not None:
+        ema = _select(accepted, moving_average(optimizer, ema, trainable, state.step - state.skipped), ema)
 
     skipped = 1 - accepted.astype(jnp.int32)
-    state = TrainState(
+    state = dataclasses.replace(
+        state,
         step=state.step + 1,
         trainable=trainable,
-        frozen=state.frozen,
         moments=moments,
-        rng=state.rng,
         skipped=state.skipped + skipped,
         skipped_in_a_row=(state.skipped_in_a_row + 1) * skipped,
-        recent_loss=state.recent_loss.record(loss, config),
-        recent_norm=state.recent_norm.record(norm, config),
+        ema=ema,
+        **watched,
     )
-    metrics = {
+    metrics: Metrics = {
         "loss": loss,
         "z": sums.z / sums.weight,
         "accuracy": sums.correct / sums.weight,
         "tokens": sums.weight,
         "grad_norm": norm,
+        **{f"grad_norm/{part}": optax.tree.norm(leaves) for part, leaves in by_part(gradients).items()},
         "learning_rate": rate,
         "skipped": skipped,
         "skipped_total": state.skipped,
         "skipped_in_a_row": state.skipped_in_a_row,
     }
+    if sums.by_group is not None:
+        group_loss, group_tokens = sums.by_group
+        metrics |= {"loss_of_group": group_loss / group_tokens, "tokens_of_group": group_tokens}
     if config.heard_weight:
         metrics |= {"heard_loss": heard.loss / heard.weight, "heard_accuracy": heard.correct / heard.weight}
     return _placed(graphdef, state.trainable | state.frozen, state), metrics
+
+
+def _judged(
+    state: TrainState, phase: jax.Array, loss: jax.Array, norm: jax.Array, config: StepConfig
+) -> tuple[jax.Array, dict[str, Any]]:
+    """Whether a step is accepted, and all of the next state that says what a spike is."""
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    empty = (RecentValues.empty(), RecentValues.empty())
+    recent = _select(phase > state.phase, empty, (state.recent_loss, state.recent_norm))
+    spike = finite & ~((loss <= recent[0].limit(config)) & (norm <= recent[1].limit(config)))
+    lasting = spike & (state.spikes_in_a_row >= config.spike_patience)
+    recent = _select(lasting, empty, recent)
+    skipped_spike = spike & ~lasting
+    return finite & ~skipped_spike, {
+        "recent_loss": recent[0].record(loss, config),
+        "recent_norm": recent[1].record(norm, config),
+        "phase": phase,
+        "spikes_in_a_row": (state.spikes_in_a_row + 1) * skipped_spike,
+    }
 
 
 def loss_and_gradients(
@@ -303,28 +371,35 @@ def loss_and_gradients(
     frozen: Parameters,
     batch: TrainingBatch,
     dropout_key: jax.Array,
+    num_groups: int = 0,
 ) -> tuple[tuple[LossSums, LossSums], Parameters]:
     """Sums over all microbatches, of answers and of what is heard, and the gradients by `trainable`.
 
     The gradients are of the mean over supervised tokens and, at its weight, of that over audio tokens with labels.
+    num_groups: from 2 on, the sums of answers are by group of the mixture too.
     """
+    num_groups = num_groups if num_groups > 1 else 0
+    drops = config.encoder_dropout and any(path.startswith("audio_encoder.") for path in trainable)
     supervised = batch.weights.sum()
     labelled = jnp.maximum((batch.heard >= 0).sum(), 1) if config.heard_weight else None
 
     def objective(trainable: Parameters, microbatch: TrainingBatch, key: jax.Array):
         copies = in_compute_dtype(trainable | frozen, config)
         model, inputs = _model(graphdef, copies), microbatch.inputs
+        if config.reduce_dtype == "float32" and config.compute_dtype != "float32":
+            set_masters(model, trainable)
         model.language_model.frozen = not any(map(_is_of_a_decoder_layer, trainable))
         if model.config.lora is not None and model.config.lora.dropout:
             set_adapter_dropout(model, jax.random.fold_in(key, ADAPTER_DROPOUT))
-        x, deepstack = model.embed(inputs, dropout_key=key if config.encoder_dropout else None, remat=config.remat)
+        x, deepstack = model.embed(inputs, dropout_key=key if drops else None, remat=config.remat)
         rest = (inputs.positions, inputs.segment_ids, deepstack)
         language, total_layers = model.language_model, model.config.language_config.num_hidden_layers
         half = (total_layers + 1) // 2 if config.heard_weight else total_layers
         early = language.run_layers(range(half), x, *rest, remat=config.remat)
         hidden = language.norm(language.run_layers(range(half, total_layers), early, *rest, remat=config.remat))
         loss = functools.partial(chunked_cross_entropy, head=model.head, chunk=config.loss_chunk)
-        total, sums = loss(hidden, targets=microbatch.targets, weights=microbatch.weights, z_loss=config.z_loss)
+        answers = {"targets": microbatch.targets, "weights": microbatch.weights, "groups": microbatch.group}
+        total, sums = loss(hidden, **answers, num_groups=num_groups, z_loss=config.z_loss)
         total, heard_sums = total / supervised, LossSums.zero()
         if labelled is not None:
             heard = microbatch.heard
@@ -343,7 +418,7 @@ def loss_and_gradients(
         return jax.tree.map(jnp.add, carry, (sums, gradients)), None
 
     start = (
-        (LossSums.zero(), LossSums.zero()),
+        (LossSums.zero(num_groups), LossSums.zero()),
         {path: jnp.zeros_like(leaf, config.gradient_dtype) for path, leaf in trainable.items()},
     )
     return jax.lax.scan(add_microbatch, start, (jnp.arange(batch.weights.shape[0]), batch))[0]
@@ -385,7 +460,13 @@ def _parameter_path(keys: KeyPath) -> str:
 
 
 def _placed(graphdef: nnx.GraphDef, parameters: Parameters, tree: Any) -> Any:
-    """Pins arrays to the current mesh: what belongs to a parameter as that lies, anything else everywhere."""
+    """Pins arrays to the current mesh, as `abstract_state` says where they lie."""
     declared = nnx.to_flat_state(nnx.state(_model(graphdef, parameters), nnx.Param))
     axes = {".".join(map(str, path)): leaf.get_metadata("logical_axes") for path, leaf in declared}
-    return jax.tree_util.tree_map_with_path(lambda keys, x: constrain(x, *axes.get(_parameter_path(keys), ())), tree)
+
+    def placed(keys: KeyPath, x: jax.Array) -> jax.Array:
+        path = _parameter_path(keys)
+        like_it = path in axes and x.shape == parameters[path].shape
+        return constrain(x, *(axes[path] if like_it else ()))
+
+    return jax.tree_util.tree_map_with_path(placed, tree)

@@ -16,13 +16,16 @@ import numpy as np
 import pytest
 import soundfile
 
+from convert.to_hf import convert_to_hf
 from moss_audio_jax import LoraConfig, MossAudioConfig, MossAudioError, load_model
 from moss_audio_jax.checkpoint import build_model, save_model
 from moss_audio_jax.sharding import make_mesh
 from moss_audio_jax.small_tokenizer import write_small_tokenizer
-from train.checkpoints import Checkpoints
+from train.average import average
+from train.checkpoints import Checkpoints, _parts
 from train.config import RECIPES, LoopConfig, MixtureConfig, ModelSource, RunConfig
 from train.data import DataConfig
+from train.held_out import HeldOut
 from train.loop import Outcome, train
 from train.optimizer import OptimizerConfig
 from train.resume import settle
@@ -137,6 +140,12 @@ def test_a_run_leaves_checkpoints_metrics_and_its_configuration(straight: Path, 
     assert [line["step"] for line in lines(straight)] == list(range(1, STEPS + 1))
     for line in lines(straight):
         assert line["loss"] > 0 and line["tokens"] > 0 and line["step_seconds"] > line["data_wait"] > 0
+        learned = {group: line[f"learned_tokens/{group}"] for group in ("speech", "text")}
+        losses = {group: line[f"loss/{group}"] for group, tokens in learned.items() if tokens}
+        assert sum(learned.values()) == line["tokens"]
+        mean = sum(learned[group] * loss for group, loss in losses.items()) / line["tokens"]
+        assert mean == pytest.approx(line["loss"], rel=1e-5)
+        assert line["grad_norm/encoder"] > 0 and line["grad_norm/language_model"] < line["grad_norm"]
         assert line["grad_norm"] > 0 and line["learning_rate"] > 0 and line["skipped"] == 0
         assert 0 < line["token_fill"] <= 1 and 0 < line["chunk_fill"] <= 1 and line["unreadable"] == 0
     assert len({line["loss"] for line in lines(straight)}) == STEPS
@@ -281,6 +290,87 @@ def test_ctrl_c_saves_and_a_second_one_ends_at_once(config: RunConfig, tmp_path:
         assert early.returncode == 130 and "Traceback" not in errors, errors
 
 
+def test_a_checkpoint_older_than_a_part_of_the_state(
+    copy: Path, straight: Path, config: RunConfig, monkeypatch: pytest.MonkeyPatch
+):
+    """The run resumes from it: what it lacks starts at 0."""
+    shutil.rmtree(copy / "checkpoints" / "6")
+    state, data = restored(copy, config)
+    shutil.rmtree(copy / "checkpoints" / "4")
+    parameters, rest = _parts(state)
+    older = {name: leaf for name, leaf in rest.items() if name not in ("phase", "spikes_in_a_row")}
+    assert len(older) == len(rest) - 2
+    with monkeypatch.context() as patch, Checkpoints(copy) as checkpoints:
+        patch.setattr("train.checkpoints._parts", lambda _: (parameters, older))
+        checkpoints.save(4, state, data)
+    assert train(config, copy, mesh=one_device()).step == STEPS
+    assert not (copy / "damaged_checkpoints").exists()
+    assert_same_end(copy, straight, config)
+
+
+@pytest.mark.parametrize("name", ["adafactor", "muon"])
+def test_other_optimizers_resume_to_the_same_bits(name, config: RunConfig, tmp_path: Path):
+    config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, name=name, ema_decay=0.5))
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(until(config, 4), whole, mesh=one_device())
+    train(until(config, 2), parts, mesh=one_device())
+    train(until(config, 4), parts, mesh=one_device())
+    assert restored(whole, config)[0].ema is not None
+    assert_same_end(parts, whole, config)
+
+
+def test_moving_averages_are_evaluated_saved_and_loaded(
+    config: RunConfig, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    out, asked = tmp_path / "run", {}
+    config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, ema_decay=0.9))
+    monkeypatch.setattr(HeldOut, "is_due", lambda held_out, step: step == 2)
+    monkeypatch.setattr(HeldOut, "ask", lambda held_out, step, found: (asked.update(host(found)), ({}, []))[1])
+    train(until(config, 2), out, mesh=one_device())
+    state = restored(out, config)[0]
+    assert state.ema is not None and state.frozen
+    assert any(not np.array_equal(leaf, state.ema[path]) for path, leaf in state.trainable.items())
+    averages, parameters = state.ema | state.frozen, state.trainable | state.frozen
+    convert_to_hf(out / "ema", tmp_path / "hf")
+    for path, expected in ((out, parameters), (out / "ema", averages), (tmp_path / "hf", averages)):
+        assert_same_arrays(parameters_of(load_model(path, dtype="float32")), expected)
+    assert_same_arrays(parameters_of(load_model(out / "checkpoints" / "2" / "ema", dtype="float32")), averages)
+    assert_same_arrays(asked, averages)
+    with pytest.raises(MossAudioError, match=r"holds no moving averages.*--optimizer.ema-decay"):
+        load_model(straight / "ema")
+
+
+def host(arrays: dict[str, jax.Array]) -> dict[str, np.ndarray]:
+    return {path: np.array(array) for path, array in arrays.items()}
+
+
+def assert_same_arrays(found: dict, expected: dict) -> None:
+    assert found.keys() == expected.keys()
+    for path, array in expected.items():
+        np.testing.assert_array_equal(np.asarray(found[path], np.float32), np.asarray(array, np.float32), err_msg=path)
+
+
+def test_checkpoints_are_averaged(straight: Path, copy: Path, tmp_path: Path):
+    assert average(straight, tmp_path / "last", last=2) == [4, 6]
+    assert average(straight, tmp_path / "steps", steps=(6, 4)) == [4, 6]
+    both = [parameters_of(load_model(straight / "checkpoints" / step, dtype="float32")) for step in ("4", "6")]
+    mean = {path: (np.asarray(array) + np.asarray(both[1][path])) / 2 for path, array in both[0].items()}
+    for out in ("last", "steps"):
+        assert_same_arrays(parameters_of(load_model(tmp_path / out, dtype="float32")), mean)
+    for options, message in (
+        ({"steps": (4, 5)}, r"no checkpoint of step 5: name some of those it has \(4, 6\)"),
+        ({"last": 3}, r"fewer checkpoints than --last 3.*\(4, 6\), or keep more"),
+        ({"steps": (6,)}, "at least 2"),
+        ({}, "--last N or --steps A B"),
+    ):
+        with pytest.raises(MossAudioError, match=message):
+            average(straight, tmp_path / "other", **options)
+    (copy / "model" / "adapter_config.json").write_text("{}")
+    with pytest.raises(MossAudioError, match="adapter of LoRA, whose factors have no meaningful mean"):
+        average(copy, tmp_path / "other", last=2)
+    assert not (tmp_path / "other").exists()
+
+
 def test_a_damaged_checkpoint_is_put_aside(copy: Path, straight: Path, config: RunConfig, capfd):
     for file in (copy / "checkpoints" / "6").rglob("*"):
         if file.is_file() and "params" in file.parts and file.stat().st_size > 1000:
@@ -353,6 +443,12 @@ def test_an_option_that_is_newer_than_the_run(config: RunConfig, tmp_path: Path)
     with pytest.raises(MossAudioError, match=r"lora.int8 is .*_proj.* and was None"):
         settle(changed, tmp_path, begun=True)
     settle(config, tmp_path, begun=True)  # off, as it was
+    del written["step"]["spike_patience"], written["optimizer"]["name"]
+    file.write_text(json.dumps(written))
+    changed = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, name="muon"))
+    with pytest.raises(MossAudioError, match=r"optimizer.name is 'muon' and was None"):
+        settle(changed, tmp_path, begun=True)
+    settle(config, tmp_path, begun=True)  # at their defaults
 
 
 def test_gives_up_after_skipped_steps_in_a_row(copy: Path, config: RunConfig):

@@ -1,5 +1,6 @@
 """The chunked loss equals the plain one, in value and gradients, and needs a fraction of its memory."""
 
+import contextlib
 import functools
 
 import jax
@@ -107,6 +108,32 @@ def test_an_embedding_that_is_also_the_head_gets_both_gradients():
         *(jax.grad(functools.partial(tied, function))(head.T) for function in (chunked_cross_entropy, plain)),
         2e-6,
     )
+
+
+@pytest.mark.parametrize("layout", [None, {"fsdp": 4, "tensor": 2}], ids=str)
+def test_sums_by_group(layout, blocks):
+    """Those of each group are the sums where all other groups weigh nothing; they add up to the whole."""
+    hidden, head, targets, weights = problem()
+    groups = np.random.default_rng(2).integers(0, 3, targets.shape).astype(np.int32)
+    groups[groups == 1] = 3  # nothing is of group 1
+
+    @functools.partial(jax.jit, static_argnames="num_groups")
+    def sums(weights, num_groups=0):
+        arrays = constrain(hidden, "batch", None, None), constrain(head, "embed", "vocab"), targets, weights
+        return chunked_cross_entropy(*arrays, chunk=16, groups=groups, num_groups=num_groups)
+
+    expected = [sums(weights * (groups == group))[1] for group in range(4)]
+    with jax.set_mesh(make_mesh(**layout)) if layout else contextlib.nullcontext():
+        objective, found = sums(weights, 4)
+        gradient = jax.grad(lambda x: chunked_cross_entropy(x, head, targets, weights, groups=groups, num_groups=4)[0])
+        by_hidden = gradient(hidden)
+    losses, tokens = found.by_group
+    np.testing.assert_allclose(losses, [each.loss for each in expected], rtol=2e-6)
+    np.testing.assert_allclose(tokens, [each.weight for each in expected])
+    np.testing.assert_allclose(losses.sum(), found.loss, rtol=2e-6)
+    whole = jax.grad(lambda x: chunked_cross_entropy(x, head, targets, weights)[0])(hidden)
+    np.testing.assert_allclose(by_hidden, whole, atol=2e-6)
+    assert objective == found.loss and sums(weights)[1].by_group is None
 
 
 @pytest.mark.parametrize("layout", [{"fsdp": 4, "tensor": 2}, {"replica": 2, "fsdp": 2, "tensor": 2}])

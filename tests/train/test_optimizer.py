@@ -10,9 +10,9 @@ from moss_audio_jax import MossAudioConfig, MossAudioError
 from moss_audio_jax.model import parameter_specs
 from train.optimizer import (
     OptimizerConfig,
-    adamw,
     apply_gradients,
     decays,
+    gradient_transformation,
     learning_rate,
     rate_of,
     split_frozen,
@@ -116,6 +116,8 @@ def test_schedules_without_warm_up_or_decay():
         ({"learning_rate": 0.0}, "learning_rate must be above 0"),
         ({"clip_norm": float("nan")}, "clip_norm must be above 0"),
         ({"encoder_rate": -1.0}, "encoder_rate must be 0 or more"),
+        ({"name": "lion"}, "name must be one of adamw, adafactor, muon, not 'lion'"),
+        ({"ema_decay": 1.0}, "ema_decay must be 0 or more and below 1, not 1.0"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(changes, message):
@@ -127,7 +129,7 @@ def test_an_update_is_optax_adamw_at_each_parts_rate():
     """Three clipped steps against one optax.adamw for each parameter, with its rate and its decay."""
     config = OptimizerConfig(encoder_rate=0.1, adapter_rate=10, learning_rate=0.01, total_steps=1000)
     rng = np.random.default_rng(0)
-    parameters, moments = PARAMETERS, adamw(config).init(PARAMETERS)
+    parameters, moments = PARAMETERS, gradient_transformation(config).init(PARAMETERS)
     expected = dict(PARAMETERS)
     references = {
         path: optax.adamw(0.01 * rate_of(config, path), 0.9, 0.95, 1e-8, weight_decay=0.1 if decays(path) else 0.0)
@@ -149,7 +151,9 @@ def test_an_update_is_optax_adamw_at_each_parts_rate():
 def test_small_gradients_are_not_scaled_up():
     config = OptimizerConfig(clip_norm=5.0, b1=0.0, b2=0.0, eps=1e3, weight_decay=0.0)
     gradients = jax.tree.map(lambda leaf: np.full_like(leaf, 0.5), PARAMETERS)
-    updates, _ = adamw(config).update(gradients, adamw(config).init(PARAMETERS), PARAMETERS)
+    updates, _ = gradient_transformation(config).update(
+        gradients, gradient_transformation(config).init(PARAMETERS), PARAMETERS
+    )
     for leaf in updates.values():
         np.testing.assert_allclose(leaf, 0.5 / 1000.5, rtol=1e-5)
 
@@ -157,9 +161,65 @@ def test_small_gradients_are_not_scaled_up():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_first_moment_has_its_dtype_and_the_second_is_float32(dtype):
     config = OptimizerConfig(first_moment_dtype=dtype)
-    moments = adamw(config).init(PARAMETERS)
+    moments = gradient_transformation(config).init(PARAMETERS)
     gradients = jax.tree.map(np.ones_like, PARAMETERS)
-    _, moments = adamw(config).update(gradients, moments, PARAMETERS)
+    _, moments = gradient_transformation(config).update(gradients, moments, PARAMETERS)
     (adam,) = (state for state in moments if isinstance(state, optax.ScaleByAdamState))
     assert {leaf.dtype for leaf in adam.mu.values()} == {jnp.dtype(dtype)}
     assert {leaf.dtype for leaf in adam.nu.values()} == {jnp.dtype("float32")}
+
+
+# Two layers of a kernel, large enough to be factored, and one of each kind that Muon leaves to AdamW.
+WIDE = {
+    "language_model.layers.mlp.up_proj.kernel": (2, 128, 144),
+    "language_model.layers.self_attn.o_proj.kernel": (2, 24, 16),
+    "audio_adapter.up_proj.kernel": (12, 20),
+    "audio_encoder.conv1.kernel": (3, 3, 4, 8),
+    "language_model.embed_tokens.embedding": (40, 16),
+    "language_model.layers.q_proj.lora_a": (2, 16, 4),
+    "language_model.norm.scale": (16,),
+    "lm_head.kernel": (16, 40),
+}
+
+
+def three_updates(config: OptimizerConfig, references: dict[str, optax.GradientTransformation]) -> None:
+    """Compares three steps, unclipped and undecayed, with a reference of learning rate 1 for each parameter alone."""
+    rng = np.random.default_rng(0)
+    parameters = {path: rng.standard_normal(shape).astype(np.float32) for path, shape in WIDE.items()}
+    transformation = gradient_transformation(config)
+    moments = transformation.init(parameters)
+    states = {path: references[path].init(leaf) for path, leaf in parameters.items()}
+    for _ in range(3):
+        gradients = {path: rng.standard_normal(shape).astype(np.float32) for path, shape in WIDE.items()}
+        updates, moments = transformation.update(gradients, moments, parameters)
+        for path, leaf in gradients.items():
+            expected, states[path] = references[path].update(leaf, states[path], parameters[path])
+            np.testing.assert_allclose(updates[path], -expected, rtol=1e-4, atol=1e-5, err_msg=path)
+
+
+def test_adafactor_is_optax_s_at_adamws_rates():
+    config = OptimizerConfig(name="adafactor", clip_norm=1e9, weight_decay=0.0)
+    reference = optax.adafactor(1.0, multiply_by_parameter_scale=False)
+    three_updates(config, dict.fromkeys(WIDE, reference))
+    moments = gradient_transformation(config).init({path: np.zeros(shape, np.float32) for path, shape in WIDE.items()})
+    (rows,) = (state.v_row for state in moments if hasattr(state, "v_row"))
+    assert rows["language_model.layers.mlp.up_proj.kernel"].shape == (2, 128)
+
+
+def test_muon_moves_each_layers_kernel_as_optax_s_and_the_rest_as_adamw():
+    config = OptimizerConfig(name="muon", clip_norm=1e9, weight_decay=0.0)
+    muon, adam = optax.contrib.muon(1.0, consistent_rms=0.2), optax.adamw(1.0, 0.9, 0.95, weight_decay=0.0)
+    stacks = optax.contrib.muon(
+        1.0, consistent_rms=0.2, muon_weight_dimension_numbers=optax.contrib.MuonDimensionNumbers(1, 2)
+    )
+    paths = list(WIDE)
+    references = dict.fromkeys(WIDE, adam) | dict.fromkeys(paths[:2], stacks) | {paths[2]: muon}
+    three_updates(config, references)
+    # A stack's layers are orthogonalised one by one: all singular values near 1, at the RMS of 0.2.
+    gradient = {
+        path: np.random.default_rng(1).standard_normal(shape).astype(np.float32) for path, shape in WIDE.items()
+    }
+    transformation = gradient_transformation(config)
+    update = transformation.update(gradient, transformation.init(gradient), gradient)[0][paths[0]]
+    values = np.linalg.svd(np.asarray(update), compute_uv=False) / (0.2 * np.sqrt(144))
+    assert values.shape == (2, 128) and values.min() > 0.3 and values.max() < 1.3

@@ -51,6 +51,20 @@ def test_a_training_step(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     assert "FITS" in people and "ESTIMATE" in people and "8 sequences of 256 tokens" in people
 
 
+def test_gradients_are_summed_in_the_type_that_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Of kernels: scalars and vectors are summed in either type, and some all-reduces of vectors are gathers."""
+
+    def summed(*options: str) -> set[str]:
+        report = json.loads(run(["--topology", "v5e:2x2", *SIZES, *options, "--json"], monkeypatch, capsys))
+        reduced = [report["collectives"].get(kind, {"arrays": []}) for kind in ("all-reduce", "reduce-scatter")]
+        return {array.partition("[")[0] for sums in reduced for array in sums["arrays"] if "," in array}
+
+    assert summed() == {"bf16", "f32"}  # float32: the head
+    assert summed("--step.reduce-dtype", "float32") == {"f32"}
+
+
 def test_answering(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     report = json.loads(run(["--topology", "v5e:2x2", "--mode", "generate", *SIZES, "--json"], monkeypatch, capsys))
     assert report["fits"] and report["mode"] == "generate" and report["estimated_decode_seconds_per_token"] > 0

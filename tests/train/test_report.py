@@ -10,11 +10,12 @@ from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from moss_audio_jax import MossAudioError
-from train.report import Profile, Report, ShownSample
+from train.report import Profile, Report, ShownSample, by_name
 
 OPTIONS = {"last_step": 6, "log_every": 2, "max_skipped_in_a_row": 3}
 PEAK = 1e12
@@ -48,6 +49,14 @@ def run(out: Path, clock: SimpleNamespace, steps: range, **options) -> None:
         for step in steps:
             report.add(step, step_metrics(float(step)), host_metrics())
             clock.now += 2
+
+
+def test_a_groups_loss_bears_its_name():
+    metrics = {"loss": np.float32(2), "skipped": np.int32(0)}
+    grouped = {"loss_of_group": np.float32([1.5, np.nan]), "tokens_of_group": np.float32([8, 0])}
+    named = by_name(metrics | grouped, ["speech", "text"])
+    assert named == {"loss": 2, "skipped": 0, "loss/speech": 1.5, "learned_tokens/speech": 8, "learned_tokens/text": 0}
+    assert by_name(metrics, ["speech"]) == {"loss": 2, "skipped": 0}
 
 
 def lines(path: Path) -> list[dict]:

@@ -4,10 +4,12 @@ Gradients are read off Adam's first moment, which after one unclipped step is (1
 trains is the one compared.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import jax
 import jax.extend.core
@@ -29,6 +31,7 @@ from train.step import (
     RecentValues,
     StepConfig,
     TrainState,
+    _judged,
     abstract_state,
     batch_sharding,
     initial_parameters,
@@ -36,6 +39,7 @@ from train.step import (
     new_state,
     split_microbatches,
     train_step,
+    with_new_data,
 )
 
 EXACT = StepConfig(compute_dtype="float32", remat="none", encoder_dropout=False, loss_chunk=48, z_loss=1e-3)
@@ -242,13 +246,18 @@ def test_stage_one_as_it_is_trained(parameters, graphdef):
     )
     assert gradients.keys() == state.trainable.keys()
 
-    # Dropout is drawn anew in every step and for every seed, and the same again for the same ones.
+
+@pytest.mark.parametrize(("freeze", "losses"), [((), 3), (STAGE_ONE.freeze, 1)], ids=["trained", "frozen"])
+def test_the_encoder_s_dropout(freeze, losses: int, parameters, graphdef):
+    """Drawn anew in every step and for every seed, the same again for the same ones; none where it is not trained."""
+    optimizer, batch = dataclasses.replace(EVERYTHING, freeze=freeze), make_batch()
+
     def loss(seed: int = 0, step: int = 0) -> float:
-        state = changed(new_state(parameters, CONFIG, STAGE_ONE, seed=seed), step=jnp.int32(step))
-        return float(train_step(graphdef, AS_TRAINED, STAGE_ONE, state, batch)[1]["loss"])
+        state = changed(new_state(parameters, CONFIG, optimizer, seed=seed), step=jnp.int32(step))
+        return float(train_step(graphdef, AS_TRAINED, optimizer, state, batch)[1]["loss"])
 
     again, later, seeded = loss(), loss(step=1), loss(seed=1)
-    assert again == metrics["loss"] and len({again, later, seeded}) == 3
+    assert again == loss() and len({again, later, seeded}) == losses
 
 
 @pytest.mark.parametrize("changes", [{"compute_dtype": "bfloat16"}, {"gradient_dtype": "bfloat16"}], ids=str)
@@ -346,6 +355,160 @@ def test_one_spike_does_not_hide_the_next_and_a_lasting_rise_passes_in_time():
     assert recent.limit(config) < 1.5 and raised.limit(config) > 3
 
 
+QUIET = np.random.default_rng(0).normal(0.1, 0.002, 100).astype(np.float32)
+
+
+def judged(losses, phases=None, **changes) -> list[bool]:
+    """Which of these losses' steps are accepted, one after the other; the gradient norm stays as it is."""
+    config = StepConfig(**changes)
+    watched = {"phase": jnp.int32(0), "spikes_in_a_row": jnp.int32(0)}
+    watched |= dict.fromkeys(("recent_loss", "recent_norm"), RecentValues.empty())
+
+    def step(watched, of_step):
+        accepted, watched = _judged(SimpleNamespace(**watched), of_step[1], of_step[0], jnp.float32(1), config)
+        return watched, accepted
+
+    phases = np.zeros(len(losses), np.int32) if phases is None else np.asarray(phases, np.int32)
+    return jax.lax.scan(step, watched, (jnp.asarray(losses, jnp.float32), jnp.asarray(phases)))[1].tolist()
+
+
+def test_a_lasting_rise_is_accepted_after_the_stated_number_of_spikes():
+    risen = np.full(30, 11.7, np.float32)
+    assert judged([*QUIET, *risen], spike_patience=10) == [True] * 100 + [False] * 10 + [True] * 20
+    # What falls back before that was no lasting rise, and its mean is the old one: the next spike is one as well.
+    assert judged([*QUIET, *risen[:9], *QUIET[:5], *risen[:11]]) == [True] * 100 + [False] * 9 + [True] * 5 + [
+        False
+    ] * 10 + [True]
+
+
+def test_a_step_that_is_not_finite_is_never_accepted_and_interrupts_the_row():
+    assert not any(judged([*QUIET, *[np.nan] * 40])[100:])
+    assert not any(judged([*QUIET, *[11.7, np.inf] * 20])[100:])
+    assert judged([*QUIET, *[11.7] * 5, np.nan, *[11.7] * 11])[100:] == [False] * 16 + [True]
+
+
+def test_a_new_phase_of_the_mixture_restarts_what_a_spike_is():
+    losses, phases = [*QUIET, *np.full(30, 11.7)], [0] * 100 + [1] * 30
+    assert all(judged(losses, phases))
+    # Sequences of the phase before may still come; and within the new one a spike is a spike again.
+    assert all(judged(losses, phases[:110] + [0] * 20))
+    assert judged([*QUIET, *11.7 + QUIET, 40], [0] * 100 + [1] * 101) == [True] * 200 + [False]
+
+
+def test_a_batch_says_its_phase_and_other_data_are_a_new_one(parameters, graphdef):
+    def skips(phases: list[int], state: TrainState) -> bool:
+        batch = dataclasses.replace(make_batch(), phase=np.int32([phases]))
+        return bool(train_step(graphdef, EXACT, EVERYTHING, state, batch)[1]["skipped"])
+
+    def alarmed() -> TrainState:
+        low = RecentValues(jnp.int32(100), jnp.float32(0.1), jnp.float32(1e-4))
+        return changed(start(parameters), recent_loss=low, phase=jnp.int32(1))
+
+    assert skips([1] * ROWS, alarmed()) and skips([0] * ROWS, alarmed())
+    assert not skips([1] * (ROWS - 1) + [2], alarmed())
+    assert not skips([1] * ROWS, with_new_data(alarmed()))
+
+
+def test_losses_by_group_and_norms_by_part(parameters, graphdef, one_step):
+    """Rows belong to groups 0 and 2 of 3; a group's loss is that of a batch in which its rows alone supervise."""
+    batch = make_batch()
+    rows = np.int32([0, 2] * (ROWS // 2))
+    grouped = dataclasses.replace(batch, group=np.broadcast_to(rows[:, None], batch.weights.shape))
+    found = train_step(graphdef, EXACT, EVERYTHING, start(parameters), grouped, 3)
+    same_step(host(found), one_step, 1e-6)
+    metrics = host(found[1])
+    assert metrics["tokens_of_group"][1] == 0 and math.isnan(metrics["loss_of_group"][1])
+    for group in (0, 2):
+        alone = dataclasses.replace(batch, weights=batch.weights * (rows == group)[:, None])
+        _, expected = train_step(graphdef, EXACT, EVERYTHING, start(parameters), alone)
+        np.testing.assert_allclose(metrics["loss_of_group"][group], expected["loss"], rtol=1e-6)
+        assert metrics["tokens_of_group"][group] == expected["tokens"]
+
+    parts = {"encoder": "audio_e", "adapter": "audio_a", "deepstack": "deepstack", "language_model": "l"}
+    for part, prefix in parts.items():
+        gradients = [gradient for path, gradient in gradients_of(one_step[0]).items() if path.startswith(prefix)]
+        norm = np.linalg.norm(np.concatenate([gradient.ravel() for gradient in gradients]))
+        np.testing.assert_allclose(metrics[f"grad_norm/{part}"], norm, rtol=1e-4)
+    assert "loss_of_group" not in one_step[1]
+    _, stage_one = train_step(graphdef, AS_TRAINED, STAGE_ONE, new_state(parameters, CONFIG, STAGE_ONE), batch)
+    assert {name for name in stage_one if "/" in name} == {"grad_norm/adapter", "grad_norm/deepstack"}
+
+
+def test_the_moving_average_follows_accepted_steps(parameters, graphdef):
+    optimizer = dataclasses.replace(EVERYTHING, ema_decay=0.3)
+    assert start(parameters).ema is None
+    state = new_state(parameters, CONFIG, optimizer)
+    expected = dict(parameters)
+    for decay, batch in ((0.1, make_batch()), (None, unusable("NaN")), (2 / 11, make_batch()), (0.25, make_batch())):
+        state, _ = train_step(graphdef, EXACT, optimizer, state, batch)
+        if decay is not None:
+            for path, leaf in state.trainable.items():
+                expected[path] = decay * expected[path] + (1 - decay) * np.asarray(leaf)
+    assert state.ema is not None and state.ema.keys() == state.trainable.keys()
+    for path, leaf in state.ema.items():
+        np.testing.assert_allclose(leaf, expected[path], rtol=1e-5, atol=1e-7, err_msg=path)
+
+
+def learned(parameters, graphdef, optimizer: OptimizerConfig, mesh=None) -> tuple[TrainState, list[float]]:
+    """The state after some steps on one batch, and their losses."""
+    batch, state, losses = make_batch(), new_state(parameters, CONFIG, optimizer, mesh=mesh), []
+    target = abstract_state(CONFIG, optimizer, mesh=mesh)
+    if mesh is not None:
+        batch = jax.device_put(batch, batch_sharding(mesh))
+    with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
+        for _ in range(12):
+            state, metrics = train_step(graphdef, EXACT, optimizer, state, batch)
+            losses.append(float(metrics["loss"]))
+    for leaf, wanted in zip(jax.tree.leaves(state), jax.tree.leaves(target), strict=True):
+        assert (leaf.shape, leaf.dtype) == (wanted.shape, wanted.dtype)
+        assert leaf.sharding.is_equivalent_to(wanted.sharding, leaf.ndim)
+    return host(state), losses
+
+
+@pytest.mark.alone
+@pytest.mark.parametrize("name", ["adafactor", "muon"])
+def test_other_optimizers_learn_and_are_sharded(name, parameters, graphdef, monkeypatch: pytest.MonkeyPatch):
+    """On eight devices as on one, averages included; the tiny model's kernels are factored as large ones are."""
+    factored = functools.partial(optax.scale_by_factored_rms, min_dim_size_to_factor=16)
+    monkeypatch.setattr(optax, "scale_by_factored_rms", factored)
+    optimizer = dataclasses.replace(EVERYTHING, name=name, learning_rate=3e-3, ema_decay=0.9, clip_norm=1.0)
+    state, losses = learned(parameters, graphdef, optimizer)
+    assert losses[-1] < 0.6 * losses[0]
+    adam = 2 * sum(leaf.size for leaf in state.trainable.values())
+    assert sum(leaf.size for leaf in jax.tree.leaves(state.moments)) < (0.25 if name == "adafactor" else 0.85) * adam
+    _, sharded = learned(parameters, graphdef, optimizer, make_mesh(fsdp=4, tensor=2))
+    np.testing.assert_allclose(sharded, losses, rtol=2e-3)
+    np.testing.assert_allclose(sharded[:3], losses[:3], rtol=1e-5)
+
+
+def test_float32_sums_leave_the_loss_and_round_no_gradient(parameters, graphdef, one_step):
+    """In bfloat16 each gradient of a kernel is rounded before chips add theirs up; in float32 it is not."""
+    rounded, exact = (dataclasses.replace(EXACT, compute_dtype="bfloat16", reduce_dtype=d) for d in DTYPES)
+    found = [host(train_step(graphdef, c, EVERYTHING, start(parameters), make_batch())) for c in (rounded, exact)]
+    assert found[0][1]["loss"] == found[1][1]["loss"]
+    gradients = [gradients_after(graphdef, config, parameters) for config in (rounded, exact)]
+
+    def is_rounded(gradient: np.ndarray) -> bool:
+        return np.array_equal(gradient, gradient.astype(jnp.bfloat16).astype(np.float32))
+
+    assert all(map(is_rounded, gradients[0].values()))
+    # The head's own loss sums in float32 and then rounds once.
+    assert {path for path, gradient in gradients[1].items() if is_rounded(gradient)} <= {"lm_head.kernel"}
+    distances = [
+        sum(np.square(gradient - gradients_of(one_step[0])[path]).sum() for path, gradient in side.items())
+        for side in gradients
+    ]
+    assert distances[1] < distances[0]
+
+
+DTYPES = ("bfloat16", "float32")
+
+
+def gradients_after(graphdef, config: StepConfig, parameters) -> dict[str, np.ndarray]:
+    function = jax.jit(functools.partial(loss_and_gradients, graphdef, config))
+    return host(function(dict(parameters), {}, make_batch(), jax.random.key(0))[1])
+
+
 def shapes_in(jaxpr: jax.extend.core.Jaxpr) -> Iterator[tuple[int, ...]]:
     """The shapes of all that a program computes, within its loops too."""
     for equation in jaxpr.eqns:
@@ -374,6 +537,8 @@ def test_a_step_never_holds_the_logits_of_the_whole_batch(parameters, graphdef):
         ({"compute_dtype": "float16"}, "compute_dtype must be bfloat16 or float32, not 'float16'"),
         ({"gradient_dtype": "float16"}, "gradient_dtype must be bfloat16 or float32, not 'float16'"),
         ({"loss_chunk": 0}, "loss_chunk must be at least 1"),
+        ({"reduce_dtype": "float16"}, "reduce_dtype must be bfloat16 or float32, not 'float16'"),
+        ({"spike_patience": 0}, "spike_patience must be at least 1, not 0"),
         ({"spike_sigma": -1.0}, "spike_sigma must be 0 or more"),
     ],
 )

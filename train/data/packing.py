@@ -33,7 +33,7 @@ class TrainingBatch:
     weights: float32 [b, s], 1 where the target is to be learned; 0 elsewhere, and there the target means nothing.
     heard: int32 [b, s], at audio tokens of clips with timed labels what is heard there (`SampleMaker`); -1 elsewhere.
     group: int32 [b, s], index of the mixture's group that each token is of.
-    phase: int32 [b], of the mixture (`mixture.ExampleOrder.phase`).
+    phase: int32 [b], the latest phase of the mixture (`ExampleOrder.phase`) that a sequence has examples of.
     progress: float32 [b], the share of a run's examples that is behind; None where the run has steps, not epochs.
     """
 
@@ -152,13 +152,13 @@ def empty_row(budget: Budget, frames: int, mel_bins: int) -> Row:
     }
 
 
-def pack_row(samples: Sequence[Sample], budget: Budget, groups: Sequence[int] | None = None) -> Row:
+def pack_row(samples: Sequence[Sample], budget: Budget, groups: Sequence[int] | None = None, phase: int = 0) -> Row:
     """One packed sequence: arrays of `budget` sizes by their names in ModelInputs and TrainingBatch.
 
-    groups: of each sample, the index of its group in the mixture; None takes 0.
+    groups: of each sample, the index of its group in the mixture; None takes 0. phase: the latest among the samples.
     """
     frames, mel_bins = samples[0].inputs.audio_chunks.shape[2:]
-    row = empty_row(budget, frames, mel_bins)
+    row = empty_row(budget, frames, mel_bins) | {"phase": np.array(phase, np.int32)}
     token, chunk = 0, 0
     for segment, (sample, group) in enumerate(zip(samples, groups or [0] * len(samples), strict=True), start=1):
         length, count, inputs = sample.num_tokens, sample.num_chunks, sample.inputs
@@ -175,6 +175,7 @@ def pack_row(samples: Sequence[Sample], budget: Budget, groups: Sequence[int] | 
         row["targets"][token : token + length - 1] = ids[1:]
         row["weights"][token : token + length - 1] = sample.learned[1:]
         row["heard"][here] = sample.heard
+        row["group"][here] = 0 if groups is None else groups[segment - 1]
         token, chunk = token + length, chunk + count
     return row
 

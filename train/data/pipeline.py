@@ -283,8 +283,8 @@ class _Lane:
         self._state.rows += 1
         self._state.done += sum(item.is_last for item in closed.items)
         self._state.audio_seconds += sum(sample.audio_seconds for sample in samples)
-        row = pack_row(samples, config.budget, groups)
-        row["phase"] = np.array(self._order.phase(closed.items[-1].number), np.int32)
+        phase = max(self._order.phase(item.number) for item in closed.items)
+        row = pack_row(samples, config.budget, groups, phase)
         return row, json.dumps(self._report(samples, groups))
 
     def _report(self, samples: Sequence[Sample], groups: Sequence[int]) -> dict[str, Any]:
@@ -467,17 +467,18 @@ class TrainingData(grain.DatasetIterator[TrainingBatch]):
             "lanes": {str(lane): state for lane, state in self._states.items()},
         }
 
-    def set_state(self, state: dict[str, Any], *, allow_other_data: bool = False) -> None:
+    def set_state(self, state: dict[str, Any], *, allow_other_data: bool = False) -> bool:
         """Continues after the batch at which `get_state` gave this state, here or on hosts whose states were merged.
 
         allow_other_data: if the data or its options are not those of the state, start at the beginning of theirs.
-        Raises MossAudioError if they are not and that isn't allowed, or lanes are missing.
+        Returns whether the data are those of the state. Raises MossAudioError if they are not and that isn't allowed,
+        or lanes are missing.
         """
         self.restart()
         self._batches = state["batches"]
         if (difference := self._difference(state)) is not None:
             if allow_other_data:
-                return
+                return False
             raise MossAudioError(difference)
         missing = [lane for lane in self._lanes if str(lane) not in state["lanes"]]
         if missing:
@@ -486,6 +487,7 @@ class TrainingData(grain.DatasetIterator[TrainingBatch]):
                 "merge the states of all hosts (`merge_states`)."
             )
         self._states = {lane: state["lanes"][str(lane)] for lane in self._lanes}
+        return True
 
     def _difference(self, state: Mapping[str, Any]) -> str | None:
         """What a state's data differ in, as an error says it."""
@@ -590,10 +592,11 @@ class Prefetched(grain.DatasetIterator[Any]):
     def get_state(self) -> dict[str, Any]:
         return self._state
 
-    def set_state(self, state: dict[str, Any], *, allow_other_data: bool = False) -> None:
+    def set_state(self, state: dict[str, Any], *, allow_other_data: bool = False) -> bool:
         self._drain()
-        self._data.set_state(state, allow_other_data=allow_other_data)
+        same = self._data.set_state(state, allow_other_data=allow_other_data)
         self._restart()
+        return same
 
     def _drain(self) -> None:
         for future in self._coming:

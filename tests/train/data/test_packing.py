@@ -122,7 +122,9 @@ def sample(seed: int, clips: list[int], learned: int) -> Sample:
 def test_packed_sequence_holds_every_sample():
     samples = [sample(0, [90], 4), sample(1, [], 10), sample(2, [500, 8], 3), sample(3, [801], 5)]
     budget = Budget(300, 9)
-    row = pack_row(samples, budget)
+    row = pack_row(samples, budget, groups=[2, 0, 2, 1], phase=3)
+    assert row["phase"] == 3 and pack_row(samples, budget)["phase"] == 0
+    assert not pack_row(samples, budget)["group"].any()
     for segment, each in enumerate(samples, start=1):
         here, one = row["segment_ids"] == segment, each.inputs
         length = each.num_tokens
@@ -141,6 +143,7 @@ def test_packed_sequence_holds_every_sample():
         np.testing.assert_array_equal(row["targets"][here][:-1], one.tokens[0, 1:length])
         np.testing.assert_array_equal(row["weights"][here], [*each.learned[1:].astype(np.float32), 0])
         np.testing.assert_array_equal(row["heard"][here], each.heard)
+        assert set(row["group"][here]) == {[2, 0, 2, 1][segment - 1]}
     used = sum(each.num_tokens for each in samples)
     assert not row["segment_ids"][used:].any() and not row["weights"][used:].any()
     assert (row["audio_slots"][used:] == -1).all() and not row["chunk_frames"][1 + 3 + 3 :].any()
@@ -156,6 +159,7 @@ def test_rows_stack_to_a_batch(maker: SampleMaker):
     batch = stack_rows(rows)
     assert batch.inputs.tokens.shape == batch.targets.shape == batch.weights.shape == (2, 64)
     assert batch.inputs.audio_chunks.shape == (2, 2, 400, 128)
+    assert batch.group.shape == (2, 64) and batch.phase.shape == (2,)
     assert (batch.targets.dtype, batch.weights.dtype) == (np.int32, np.float32)
     assert batch.weights.sum(1).tolist() == [10, 20]  # bytes, <|endoftext|>, less the first
 

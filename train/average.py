@@ -1,0 +1,69 @@
+"""The mean of several checkpoints of a run, written as a checkpoint that everything reads."""
+
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+
+from convert.checkpoints import copy_companions
+from convert.orbax_files import OrbaxCheckpoint, StreamedArray, save_streamed
+from convert.staging import check_target, staged
+from convert.to_orbax import leaf_dtypes, pieces
+from moss_audio_jax.checkpoint import PARAMS, RUN_CHECKPOINTS, is_adapter
+from moss_audio_jax.errors import MossAudioError
+from moss_audio_jax.paths import AnyPath, children, to_path
+
+
+def average(run: AnyPath, out: AnyPath, *, last: int | None = None, steps: Sequence[int] = ()) -> list[int]:
+    """Writes `out`, a new directory on a disk, from the run's newest `last` checkpoints or those of `steps`.
+
+    Means are taken in float32, and stored in the type of the checkpoints' parameters. A few pieces of
+    `convert.pieces.PIECE_BYTES` are in memory at a time. Returns the steps.
+    Raises MossAudioError for an adapter of LoRA, and for steps that are not there.
+    """
+    target = check_target(out)
+    chosen = _chosen(to_path(run), last, steps)
+    directories = [to_path(run) / RUN_CHECKPOINTS / str(step) for step in chosen]
+    if is_adapter(directories[0]):
+        raise MossAudioError(
+            f"{run} trains an adapter of LoRA, whose factors have no meaningful mean: merge adapters with "
+            "`python -m convert to-hf`, or give a run that trains the model itself"
+        )
+    mean = _Mean([OrbaxCheckpoint(directory) for directory in directories])
+    dtypes = leaf_dtypes(mean, None)
+    arrays = {
+        path: StreamedArray(leaf.shape, dtypes[path], partial(pieces, mean, leaf, dtypes[path]))
+        for path, leaf in mean.leaves.items()
+    }
+    with staged(target, sum(array.nbytes for array in arrays.values())) as work:
+        copy_companions(mean, work, None)
+        save_streamed(work / PARAMS, arrays)
+    return chosen
+
+
+def _chosen(run: AnyPath, last: int | None, steps: Sequence[int]) -> list[int]:
+    """Oldest first."""
+    there = sorted(int(entry.name) for entry in children(to_path(run) / RUN_CHECKPOINTS) if entry.name.isdecimal())
+    if (last is None) == (not steps):
+        raise MossAudioError("average needs --last N or --steps A B ..., one of them: which checkpoints to take")
+    listed = f"name some of those it has ({', '.join(map(str, there)) or 'none'})"
+    if missing := sorted(set(steps) - set(there)):
+        raise MossAudioError(f"{run} has no checkpoint of step {', '.join(map(str, missing))}: {listed}")
+    if last is not None and last > len(there):
+        raise MossAudioError(f"{run} has fewer checkpoints than --last {last}: {listed}, or keep more with --keep-last")
+    chosen = sorted(set(steps)) if last is None else there[len(there) - last :]
+    if len(chosen) < 2:
+        raise MossAudioError(f"{run}: a mean needs at least 2 checkpoints: {listed}")
+    return chosen
+
+
+class _Mean:
+    """Checkpoints of one configuration, seen as one whose tensors are their means."""
+
+    def __init__(self, checkpoints: Sequence[OrbaxCheckpoint]):
+        self._checkpoints, first = checkpoints, checkpoints[0]
+        self.directory, self.config, self.leaves, self.dtype = first.directory, first.config, first.leaves, first.dtype
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        total = sum(checkpoint.read(name, start, stop).astype(np.float32) for checkpoint in self._checkpoints)
+        return (np.asarray(total) / np.float32(len(self._checkpoints))).astype(self.dtype(name))
