@@ -112,7 +112,7 @@ def _of_sound(source: AnyPath | bytes, name: str, read: Callable[[soundfile.Soun
             file.seek(0)
             watched = _Watched(file)
             try:
-                with soundfile.SoundFile(watched) as sound:
+                with soundfile.SoundFile(cast(BinaryIO, watched)) as sound:
                     return read(sound)
             finally:
                 watched.raise_error()

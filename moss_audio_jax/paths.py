@@ -23,7 +23,7 @@ import zlib
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from typing import Any, BinaryIO, cast
 
@@ -85,7 +85,12 @@ def is_inside(directory: AnyPath, file: AnyPath) -> bool:
 def children(directory: AnyPath) -> list[Path]:
     """What is in a directory, by name; nothing if there is none."""
     directory = to_path(directory)
-    return retried(directory, lambda: sorted(directory.iterdir()) if directory.is_dir() else [])
+    if is_remote(directory):
+        return retried(directory, lambda: sorted(directory.iterdir()) if directory.is_dir() else [])
+    try:
+        return retried(directory, lambda: sorted(directory.iterdir()))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
 
 
 def exists(path: AnyPath) -> bool:
@@ -277,7 +282,8 @@ def _compose(path: Path, piece: Path, generation: str) -> None:
     gcs = _gcs(path)
     bucket, name, _ = gcs.split_path(str(path))
     _, piece_name, _ = gcs.split_path(str(piece))
-    try:
+    # gcsfs raises FileExistsError for another generation, such as the one an attempt made whose answer was lost.
+    with suppress(FileExistsError):
         gcs.call(
             "POST",
             "b/{}/o/{}/compose",
@@ -286,8 +292,6 @@ def _compose(path: Path, piece: Path, generation: str) -> None:
             ifGenerationMatch=generation,
             json={"sourceObjects": [{"name": name}, {"name": piece_name}]},
         )
-    except FileExistsError:  # gcsfs for another generation, such as the one an attempt made whose answer was lost
-        pass
 
 
 def require_writable(path: AnyPath) -> None:

@@ -50,15 +50,22 @@ _ERRNOS = (
 # What libraries written in C++ say, whose errors have no number.
 _TEXT = re.compile(
     r"\b(?:UNAVAILABLE|ABORTED|DEADLINE_EXCEEDED)\b|HTTP (?:response code|code|status)?:? ?(?:408|429|5\d\d)\b|"
-    "connection (?:was )?reset|" + "|".join(re.escape(os.strerror(number)) for number in _ERRNOS),
-    re.IGNORECASE,
+    f"(?i:connection (?:was )?reset|{'|'.join(re.escape(os.strerror(number)) for number in _ERRNOS)})"
 )
-_OF_THE_FILE = (UnicodeError, FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
+_NEVER = (
+    MossAudioError,
+    UnicodeError,
+    FileNotFoundError,
+    FileExistsError,
+    PermissionError,
+    IsADirectoryError,
+    NotADirectoryError,
+)
 
 
 def is_transient(error: BaseException) -> bool:
     """Whether an error, or the one it was raised from, says nothing about the file and may be gone the next time."""
-    if isinstance(error, (MossAudioError, *_OF_THE_FILE)):
+    if isinstance(error, _NEVER):
         return False
     if isinstance(error, BaseExceptionGroup):
         return any(map(is_transient, error.exceptions))
@@ -96,13 +103,11 @@ def retried(path: object, work: Callable[[], Result]) -> Result:
                 raise
             if attempt == attempts:
                 raise StorageError(
-                    f"{path}: storage failed in each of {attempts} attempts ({summary(error)}); run the same command again when it "
-                    f"is back, or set {ATTEMPTS} higher"
+                    f"{path}: storage failed in each of {attempts} attempts ({summary(error)}); run the same command "
+                    f"again when it is back, or set {ATTEMPTS} higher"
                 ) from error
             pause = min(LONGEST_PAUSE, backoff * 2 ** (attempt - 1)) * random.uniform(0.5, 1.5)
-            log.warning(
-                "%s: %s, attempt %d of %d, again in %.1f s", path, summary(error), attempt, attempts, pause
-            )
+            log.warning("%s: %s, attempt %d of %d, again in %.1f s", path, summary(error), attempt, attempts, pause)
             time.sleep(pause)
     raise AssertionError
 

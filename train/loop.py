@@ -27,6 +27,7 @@ from moss_audio_jax.checkpoint import RUN_MODEL, abstract_parameters, base_direc
 from moss_audio_jax.config import MossAudioConfig
 from moss_audio_jax.paths import AnyPath, Path, to_path
 from moss_audio_jax.processor import Processor
+from moss_audio_jax.retries import retried
 from moss_audio_jax.sharding import make_mesh
 from moss_audio_jax.tokens import Tokenizer
 from train.best import Best
@@ -87,7 +88,7 @@ def train(config: RunConfig, out: AnyPath, *, mesh: Mesh | None = None) -> Outco
             settle(config, out, begun=bool(checkpoints.steps))
             write_model_files(config.model, model, order, out / RUN_MODEL)
 
-        first_process_does(write_files)
+        first_process_does(lambda: retried(out, write_files))
         tokenizer = Tokenizer.from_dir(out / RUN_MODEL)
         maker = SampleMaker(tokenizer, model, answers=config.data.answers, thoughts=config.data.thoughts)
         held_out = HeldOut(config, Processor(tokenizer, model), maker, mesh, out)

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import grain
 from absl import flags
 
-from moss_audio_jax.errors import MossAudioError
+from moss_audio_jax.errors import MossAudioError, StorageError
 from train.data.budget import Budget, TooLong
 from train.data.mixture import ExampleOrder
 from train.data.packing import Bin, Packer, Row, Strategy, TrainingBatch, pack_row, stack_rows
@@ -147,6 +147,8 @@ class _LaneIterator(grain.DatasetIterator):
         self._state.read += 1
         try:
             numbered = self._sample(number)
+        except StorageError:  # no fault of the example
+            raise
         except TooLong as error:
             if self._config.oversize == "refuse":
                 raise
