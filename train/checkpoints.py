@@ -10,22 +10,29 @@ gs://, where nothing can be renamed at once, it counts only when `commit_success
 """
 
 import dataclasses
+import json
+import re
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from moss_audio_jax.checkpoint import PARAMS, RUN_BEST, RUN_CHECKPOINTS, flatten, unflatten
-from moss_audio_jax.errors import MossAudioError
-from moss_audio_jax.paths import AnyPath, absolute, children, write_whole
+from moss_audio_jax.errors import MossAudioError, StorageError
+from moss_audio_jax.paths import AnyPath, absolute, children, exists, write_whole
+from moss_audio_jax.retries import is_transient, retried, summary
 from train.best import Best
 from train.step import TrainState
 
 STATE, DATA = "state", "data"
 DAMAGED = "damaged_checkpoints"
+# What TensorStore says of files that are missing, cut short or hold something else.
+_DAMAGE = re.compile(r"\b(?:NOT_FOUND|DATA_LOSS|OUT_OF_RANGE)\b|Error decoding|blosc|corrupt|checksum", re.IGNORECASE)
+
+Result = TypeVar("Result")
 
 
 class Checkpoints:
@@ -39,11 +46,15 @@ class Checkpoints:
         self._run = absolute(run)
         self._directory = self._run / RUN_CHECKPOINTS
         self.best: Best | None = None
-        policies: list[Any] = [preservation_policy.LatestN(keep_last), _KeepBest(self)]
+        self._policies: list[Any] = [preservation_policy.LatestN(keep_last), _KeepBest(self)]
         if keep_every is not None:
-            policies.append(preservation_policy.EveryNSteps(keep_every))
+            self._policies.append(preservation_policy.EveryNSteps(keep_every))
+        self._saved: tuple[int, ocp.args.Composite] | None = None  # last, and perhaps not whole so far
+        self._manager = retried(self._directory, self._opened)
+
+    def _opened(self) -> ocp.CheckpointManager:
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=preservation_policy.AnyPreservationPolicy(policies), cleanup_tmp_directories=True
+            preservation_policy=preservation_policy.AnyPreservationPolicy(self._policies), cleanup_tmp_directories=True
         )
         handlers = {
             PARAMS: ocp.StandardCheckpointHandler(),
@@ -51,7 +62,7 @@ class Checkpoints:
             DATA: ocp.JsonCheckpointHandler(),
             RUN_BEST: ocp.JsonCheckpointHandler(),
         }
-        self._manager = ocp.CheckpointManager(self._directory, options=options, item_handlers=handlers)
+        return ocp.CheckpointManager(self._directory, options=options, item_handlers=handlers)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -67,7 +78,8 @@ class Checkpoints:
     def save(self, step: int, state: TrainState, data: dict[str, Any], best: Best | None = None) -> None:
         """Returns when the arrays are copied to the host, so the state may be donated; the rest happens meanwhile.
 
-        Raises MossAudioError if this or the save before can't be written.
+        If storage failed for a moment in the save before, this one is in its place. Raises MossAudioError if this or
+        the save before can't be written.
         """
         parameters, rest = _parts(state)
         items = {
@@ -78,17 +90,45 @@ class Checkpoints:
         if best is not None:
             items[RUN_BEST] = ocp.args.JsonSave(dataclasses.asdict(best))
         self.best = best
+        self._saved = step, ocp.args.Composite(**items)
+        self._write(lambda: self._manager.save(step, args=ocp.args.Composite(**items)))
+
+    def _write(self, work: Callable[[], object]) -> None:
+        def attempt() -> None:
+            try:
+                work()
+            except Exception as error:
+                if is_transient(error) and jax.process_count() == 1:
+                    self._manager = self._opened()  # which knows what is whole, and clears away what isn't
+                raise
+
         try:
-            self._manager.save(step, args=ocp.args.Composite(**items))
+            self._tried(attempt)
+        except MossAudioError:
+            raise
         except (OSError, ValueError) as error:
             raise self._unwritable(error) from error
+
+    def _tried(self, work: Callable[[], Result]) -> Result:
+        """`retried`, but once by each of several processes: they wait for each other at every turn of Orbax."""
+        if jax.process_count() == 1:
+            return retried(self._directory, work)
+        try:
+            return work()
+        except Exception as error:
+            if is_transient(error):
+                raise StorageError(
+                    f"{self._directory}: storage failed for a moment ({summary(error)}); run the same command again"
+                ) from error
+            raise
 
     def restore(self, target: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
         """The newest state and the data's; None if there is no checkpoint.
 
-        target: shapes, dtypes and shardings (`step.abstract_state`), on any mesh. A checkpoint that can't be read is
-        named and put aside into `damaged_checkpoints`, and the one before is taken; an error if none can be read, and
-        of several processes, each of which reads but its own part and knows nothing of the others.
+        target: shapes, dtypes and shardings (`step.abstract_state`), on any mesh. A checkpoint whose files are damaged,
+        and are so when they are read again, is named and put aside into `damaged_checkpoints`, and the one before is
+        taken. Damage to all is an error, as is any to several processes, each of which reads but its own part and knows
+        nothing of the others. What says nothing about the files, such as missing access, is an error that leaves them.
         """
         steps = self.steps
         if not steps:
@@ -96,14 +136,15 @@ class Checkpoints:
         damaged: dict[int, str] = {}
         for step in reversed(steps):
             try:
-                restored = self._restore(step, target)
-            except (OSError, ValueError, KeyError) as error:
+                restored = self._restored_or_damaged(step, target)
+            except _Damaged as found:
+                error = found.error
                 if jax.process_count() > 1:
                     raise MossAudioError(
-                        f"{self._directory}: checkpoint {step} can't be read ({_first_line(error)}); move it out of "
+                        f"{self._directory}: checkpoint {step} can't be read ({summary(error)}); move it out of "
                         "that directory and run the same command again, which goes on from the one before"
                     ) from error
-                damaged[step] = _first_line(error)
+                damaged[step] = summary(error)
                 continue
             for newer, reason in damaged.items():
                 print(f"checkpoint {newer} can't be read, {step} is taken; {reason}", file=sys.stderr)
@@ -114,6 +155,24 @@ class Checkpoints:
             f"({damaged[steps[-1]]}); restore one from a copy, or begin anew with another --out"
         )
 
+    def _restored_or_damaged(self, step: int, target: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """Raises _Damaged, or MossAudioError for what says nothing about the checkpoint's files."""
+        for last in (False, True):
+            try:
+                return self._tried(lambda: self._restore(step, target))
+            except MossAudioError:
+                raise
+            except (OSError, ValueError, LookupError, RuntimeError, MemoryError) as error:
+                if not _is_damage(error):
+                    raise MossAudioError(
+                        f"{self._directory}: checkpoint {step} can't be restored, and not because it is damaged "
+                        f"({summary(error)}); mend that and run the same command again, or move the checkpoint out of "
+                        "that directory to resume from the one before"
+                    ) from error
+                if last or jax.process_count() > 1:
+                    raise _Damaged(error) from error
+        raise AssertionError
+
     def _restore(self, step: int, target: TrainState) -> tuple[TrainState, dict[str, Any]]:
         parameters, rest = _parts(target)
         items = {
@@ -121,7 +180,7 @@ class Checkpoints:
             STATE: ocp.args.StandardRestore(rest),
             DATA: ocp.args.JsonRestore(),
         }
-        if (self._directory / str(step) / RUN_BEST).is_dir():
+        if exists(self._directory / str(step) / RUN_BEST):
             items[RUN_BEST] = ocp.args.JsonRestore()
         restored = self._manager.restore(step, args=ocp.args.Composite(**items))
         self.best = Best(**restored[RUN_BEST]) if RUN_BEST in items else None
@@ -136,7 +195,7 @@ class Checkpoints:
         aside = self._run / DAMAGED
         taken = sum(path.name.startswith(str(step)) and path.is_dir() for path in children(aside))
         name = f"{step}-{taken}" if taken else str(step)
-        aside.mkdir(exist_ok=True)
+        retried(aside, lambda: aside.mkdir(exist_ok=True))
         write_whole(aside / f"{name}.txt", reason + "\n")
         (self._directory / str(step)).rename(aside / name)
         self._manager.reload()
@@ -144,17 +203,47 @@ class Checkpoints:
     def close(self) -> None:
         """Waits until the last save is whole; raises MossAudioError if it can't be written."""
         try:
-            self._manager.wait_until_finished()
-        except (OSError, ValueError) as error:
-            raise self._unwritable(error) from error
+            self._write(self._finish)
         finally:
+            self._saved = None
             self._manager.close()
+
+    def _finish(self) -> None:
+        """Waits for the last save, and makes it again if storage failed for a moment."""
+        self._manager.wait_until_finished()
+        if self._saved is None or self._saved[0] in self._manager.all_steps():
+            return
+        step, items = self._saved
+        if any(leaf.is_deleted() for leaf in jax.tree.leaves(items[PARAMS].item) if isinstance(leaf, jax.Array)):
+            raise StorageError(
+                f"{self._directory}: storage failed while checkpoint {step} was written; run the same command again, "
+                "which resumes from the one before"
+            )
+        self._manager.save(step, args=items)
+        self._manager.wait_until_finished()
 
     def _unwritable(self, error: Exception) -> MossAudioError:
         return MossAudioError(
-            f"{self._directory}: a checkpoint can't be written ({_first_line(error)}); make room and run again, "
+            f"{self._directory}: a checkpoint can't be written ({summary(error)}); make room and run again, "
             "which resumes from the newest whole one"
         )
+
+
+class _Damaged(Exception):
+    """A checkpoint's files are missing, cut short or hold something else; `error` says which."""
+
+    def __init__(self, error: Exception):
+        super().__init__(summary(error))
+        self.error = error
+
+
+def _is_damage(error: Exception) -> bool:
+    """Whether an error proves that files are damaged: of all others it is not known."""
+    if isinstance(
+        error, (FileNotFoundError, NotADirectoryError, LookupError, json.JSONDecodeError, UnicodeDecodeError)
+    ):
+        return True
+    return isinstance(error, ValueError) and _DAMAGE.search(str(error)) is not None
 
 
 class _KeepBest(preservation_policy.PreservationPolicy):
@@ -177,7 +266,3 @@ def _parts(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _without_parameters(state: TrainState) -> TrainState:
     return dataclasses.replace(state, trainable={}, frozen={})
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:300]

@@ -122,9 +122,6 @@ class _Records:
     def _opened(self) -> grain.sources.ArrayRecordDataSource:
         return retried(self._paths[0], lambda: grain.sources.ArrayRecordDataSource(self._paths))
 
-    def __len__(self) -> int:
-        return self._source.__len__()
-
     def read(self, place: int, name: object) -> bytes:
         def attempt() -> bytes:
             try:
@@ -183,7 +180,7 @@ def _write_index(out: Path, index: dict[str, Any]) -> None:
 def _write_shard(examples: Manifest, out: Path, shard: int, shards: int) -> ShardReport:
     path, count = _shard_path(out, shard, shards), _examples_in(shard, shards, len(examples))
     if _num_records(path) == count:
-        return ShardReport(path, count, _count_unreadable(path), already_there=True)
+        return ShardReport(path, count, _count_unreadable(path, count), already_there=True)
     unreadable = 0
     with written_whole(path) as file:
         # Groups of one: every record is read on its own. The audio is compressed already.
@@ -205,9 +202,9 @@ def _write_shard(examples: Manifest, out: Path, shard: int, shards: int) -> Shar
     return ShardReport(path, count, unreadable, already_there=False)
 
 
-def _count_unreadable(path: Path) -> int:
+def _count_unreadable(path: Path, examples: int) -> int:
     records = _Records([path])
-    return sum("unreadable" in _split(records.read(place, path))[0] for place in range(len(records)))
+    return sum("unreadable" in _split(records.read(place, path))[0] for place in range(examples))
 
 
 def _encode(example: Example) -> bytes:
