@@ -14,13 +14,13 @@ import json
 import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from moss_audio_jax.checkpoint import PARAMS, RUN_BEST, RUN_CHECKPOINTS, flatten, unflatten
+from moss_audio_jax.checkpoint import PARAMS, RUN_BEST, RUN_CHECKPOINTS, flatten, retried_alone, unflatten
 from moss_audio_jax.errors import MossAudioError, StorageError
 from moss_audio_jax.paths import AnyPath, absolute, children, exists, write_whole
 from moss_audio_jax.retries import is_transient, retried, summary
@@ -31,8 +31,6 @@ STATE, DATA = "state", "data"
 DAMAGED = "damaged_checkpoints"
 # What TensorStore says of files that are missing, cut short or hold something else.
 _DAMAGE = re.compile(r"\b(?:NOT_FOUND|DATA_LOSS|OUT_OF_RANGE)\b|Error decoding|blosc|corrupt|checksum", re.IGNORECASE)
-
-Result = TypeVar("Result")
 
 
 class Checkpoints:
@@ -103,24 +101,11 @@ class Checkpoints:
                 raise
 
         try:
-            self._tried(attempt)
+            retried_alone(self._directory, attempt)
         except MossAudioError:
             raise
         except (OSError, ValueError) as error:
             raise self._unwritable(error) from error
-
-    def _tried(self, work: Callable[[], Result]) -> Result:
-        """`retried`, but once by each of several processes: they wait for each other at every turn of Orbax."""
-        if jax.process_count() == 1:
-            return retried(self._directory, work)
-        try:
-            return work()
-        except Exception as error:
-            if is_transient(error):
-                raise StorageError(
-                    f"{self._directory}: storage failed for a moment ({summary(error)}); run the same command again"
-                ) from error
-            raise
 
     def restore(self, target: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
         """The newest state and the data's; None if there is no checkpoint.
@@ -159,7 +144,7 @@ class Checkpoints:
         """Raises _Damaged, or MossAudioError for what says nothing about the checkpoint's files."""
         for last in (False, True):
             try:
-                return self._tried(lambda: self._restore(step, target))
+                return retried_alone(self._directory, lambda: self._restore(step, target))
             except MossAudioError:
                 raise
             except (OSError, ValueError, LookupError, RuntimeError, MemoryError) as error:
