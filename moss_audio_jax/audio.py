@@ -7,10 +7,10 @@ resampler (torchaudio's, with its defaults) and the log-mel (that of Whisper's f
 import io
 import math
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any, BinaryIO, TypeVar, cast
 
 import ml_dtypes
 import numpy as np
@@ -21,6 +21,9 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.paths import AnyPath, open_binary, reason
+from moss_audio_jax.retries import retried
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -70,9 +73,7 @@ def load_audio(
       MossAudioError: the source cannot be read or decoded, the cut holds no sample or one that is not finite.
     """
     name = name or _name(source)
-    with _open_sound(source, name) as sound:
-        wave = _read_cut(sound, start, end, name)
-        file_rate = sound.samplerate
+    wave, file_rate = _of_sound(source, name, lambda sound: (_read_cut(sound, start, end, name), sound.samplerate))
     return resample(wave, file_rate, sample_rate)
 
 
@@ -90,9 +91,7 @@ def num_samples(
     missing or not finite when they are decoded.
     """
     name = name or _name(source)
-    with _open_sound(source, name) as sound:
-        first, last = _cut(sound, start, end, name)
-        rate = sound.samplerate
+    (first, last), rate = _of_sound(source, name, lambda sound: (_cut(sound, start, end, name), sound.samplerate))
     return resampled_length(last - first, rate, sample_rate)
 
 
@@ -100,19 +99,23 @@ def _name(source: AnyPath | bytes) -> str:
     return "audio bytes" if isinstance(source, bytes) else os.fspath(source)
 
 
-@contextmanager
-def _open_sound(source: AnyPath | bytes, name: str) -> Iterator[soundfile.SoundFile]:
-    """The file, opened; what goes wrong with it meanwhile is a MossAudioError that begins with `name`."""
-    try:
-        # A descriptor, not a path: soundfile refuses some extensions (.raw) without looking inside.
-        # Unbuffered, so that the descriptor stands where seek(0) says.
+def _of_sound(source: AnyPath | bytes, name: str, read: Callable[[soundfile.SoundFile], Result]) -> Result:
+    """What `read` finds in the file, opened; what goes wrong with it is a MossAudioError that begins with `name`."""
+
+    def attempt() -> Result:
         with io.BytesIO(source) if isinstance(source, bytes) else open_binary(source) as file:
             if not file.read(1):
                 raise MossAudioError(f"{name}: expected audio, found 0 bytes; restore it or leave it out.")
             file.seek(0)
-            handle = file if isinstance(file, io.BytesIO) else file.fileno()
-            with soundfile.SoundFile(handle, closefd=False) as sound:
-                yield sound
+            watched = _Watched(file)
+            try:
+                with soundfile.SoundFile(cast(BinaryIO, watched)) as sound:
+                    return read(sound)
+            finally:
+                watched.raise_error()
+
+    try:
+        return retried(name, attempt)
     except OSError as error:
         raise MossAudioError(
             f"{name}: expected a readable audio file, found '{reason(error)}'; check the path."
@@ -123,6 +126,29 @@ def _open_sound(source: AnyPath | bytes, name: str) -> Iterator[soundfile.SoundF
             f"(error {error.code}: {error.error_string.rstrip('.')}); "
             f"convert it, for example with `ffmpeg -i INPUT OUTPUT.wav`."
         ) from error
+
+
+class _Watched:
+    """A file for libsndfile, to which bytes that can't be read are the end of the file: what was wrong is kept here.
+
+    It has no name, since soundfile refuses some extensions (.raw) without looking inside.
+    """
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        self._error: OSError | None = None
+        self.seek, self.tell = file.seek, file.tell
+
+    def readinto(self, buffer: Any) -> int:
+        try:
+            return cast(io.BufferedIOBase, self._file).readinto(buffer)
+        except OSError as error:
+            self._error = self._error or error
+            return 0
+
+    def raise_error(self) -> None:
+        if self._error is not None:
+            raise self._error
 
 
 def _cut(sound: soundfile.SoundFile, start: float | None, end: float | None, name: str) -> tuple[int, int]:

@@ -8,7 +8,7 @@ import dataclasses
 import fnmatch
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +19,10 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 
 from moss_audio_jax.config import CONFIG_FILES, MossAudioConfig, read_json
-from moss_audio_jax.errors import MossAudioError
+from moss_audio_jax.errors import MossAudioError, StorageError
 from moss_audio_jax.int8 import int8_kernels
 from moss_audio_jax.model import MossAudio, adapter_specs, parameter_specs
-from moss_audio_jax.paths import AnyPath, Path, absolute, children, is_inside, to_path, url
+from moss_audio_jax.paths import AnyPath, Path, absolute, children, exists, is_inside, to_path, url
 from moss_audio_jax.peft_files import ADAPTER_CONFIG, PeftAdapter, adapted_config, base_of
 from moss_audio_jax.released import (
     INDEX_FILE,
@@ -31,7 +31,10 @@ from moss_audio_jax.released import (
     ReleasedCheckpoint,
     SafetensorsCheckpoint,
 )
+from moss_audio_jax.retries import is_transient, retried, summary
 from moss_audio_jax.sharding import check_heads, named_sharding
+
+Result = TypeVar("Result")
 
 PARAMS = "params"
 # A training run has many checkpoints, each with `params/`, and one directory of the files that go with all of them.
@@ -133,7 +136,7 @@ def _merged(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.
 
 def is_adapter(path: AnyPath) -> bool:
     """Whether a directory holds an adapter of LoRA, in whatever layout, rather than a whole model."""
-    return (files_directory(path) / ADAPTER_CONFIG).exists()
+    return exists(files_directory(path) / ADAPTER_CONFIG)
 
 
 def base_directory(adapter: AnyPath) -> Path:
@@ -155,8 +158,7 @@ def layout_of(path: AnyPath) -> Literal["orbax", "released"]:
         return "released"
     if (to_path(path) / RUN_CHECKPOINTS).is_dir():
         raise MossAudioError(f"{path} is a training run without a checkpoint so far: wait until it has saved one")
-    exists = to_path(path).exists()
-    found = f"holds neither {PARAMS}/ nor {SINGLE_FILE} nor {INDEX_FILE}" if exists else "does not exist"
+    found = f"holds neither {PARAMS}/ nor {SINGLE_FILE} nor {INDEX_FILE}" if exists(path) else "does not exist"
     if is_adapter(path):
         found = "holds an adapter of LoRA and no model"
     raise MossAudioError(
@@ -256,7 +258,7 @@ def files_directory(path: AnyPath) -> Path:
 
 
 def is_released(path: AnyPath) -> bool:
-    return any((to_path(path) / name).exists() for name in (INDEX_FILE, SINGLE_FILE))
+    return any(exists(to_path(path) / name) for name in (INDEX_FILE, SINGLE_FILE))
 
 
 def abstract_parameters(
@@ -343,10 +345,16 @@ def _plain_files(directory: AnyPath, patterns: Iterable[str]) -> list[Path]:
 
 def stored_shapes(params: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     """Path -> shape and dtype of what an Orbax directory holds; no tensor is read."""
-    try:
+
+    def read() -> Any:
         # Asked first, because Orbax reports damage here by a traceback of its event loop.
         ts.KvStore.open({"driver": "ocdbt", "base": f"{url(params)}/"}).result().list().result()
-        metadata = ocp.PyTreeCheckpointHandler().metadata(absolute(params))
+        return ocp.PyTreeCheckpointHandler().metadata(absolute(params))
+
+    try:
+        metadata = retried(params, read)
+    except MossAudioError:
+        raise
     except FileNotFoundError as error:
         raise MossAudioError(f"{params} is no Orbax checkpoint, or an unfinished one: convert it again") from error
     except (ValueError, OSError) as error:
@@ -400,12 +408,32 @@ def _restore(params: Path, abstract: dict[str, jax.ShapeDtypeStruct]) -> dict[st
     arguments = ocp.args.PyTreeRestore(
         item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=True
     )
-    try:
+
+    def read() -> dict[str, Any]:
         with ocp.Checkpointer(handler) as checkpointer:
             return flatten(checkpointer.restore(params, args=arguments))
+
+    try:
+        return retried_alone(params, read)
+    except MossAudioError:
+        raise
     except (ValueError, OSError) as error:
         raise MossAudioError(
             f"{params} can't be restored, its files are damaged ({error}): convert it again"
+        ) from error
+
+
+def retried_alone(path: AnyPath, work: Callable[[], Result]) -> Result:
+    """`retried`, but once by each of several processes, which wait for each other at every turn of Orbax."""
+    if jax.process_count() == 1:
+        return retried(path, work)
+    try:
+        return work()
+    except Exception as error:
+        if not is_transient(error):
+            raise
+        raise StorageError(
+            f"{path}: storage failed for a moment ({summary(error)}); run the same command again"
         ) from error
 
 

@@ -7,9 +7,12 @@ from typing import Annotated
 
 import tyro
 
-from moss_audio_jax.errors import MossAudioError
+from moss_audio_jax.errors import MossAudioError, StorageError
 from moss_audio_jax.interruption import INTERRUPTED, end, ends_on_ctrl_c
 from moss_audio_jax.paths import Path, to_path
+from moss_audio_jax.retries import is_transient, summary
+
+TRY_AGAIN = 75  # exit code, EX_TEMPFAIL: the same command may well work later
 
 # A path of this machine or of gs://, which pathlib.Path would make gs:/ of.
 PathArgument = Annotated[
@@ -29,6 +32,9 @@ def run_door(door: Callable[[], object]) -> None:
     try:
         with ends_on_ctrl_c():
             door()
+    except StorageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(TRY_AGAIN)
     except MossAudioError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -37,3 +43,8 @@ def run_door(door: Callable[[], object]) -> None:
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except Exception as error:
+        if not is_transient(error):
+            raise
+        print(f"error: storage or a connection failed ({summary(error)}); run the same command again", file=sys.stderr)
+        sys.exit(TRY_AGAIN)

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 from moss_audio_jax.errors import MossAudioError
-from moss_audio_jax.paths import AnyPath, Path, to_path, write_whole
+from moss_audio_jax.paths import AnyPath, Path, exists, read_text, to_path, write_whole
 from moss_audio_jax.patterns import matches
 
 MODEL_TYPES = ("moss_audio", "moss_music")
@@ -310,7 +310,7 @@ CONFIG_FILES = ("config.json", "processor_config.json", "generation_config.json"
 def read_json(path: AnyPath) -> dict[str, Any]:
     """A JSON object from a file; anything else is an error that names the file."""
     try:
-        content = json.loads(to_path(path).read_text("utf-8"))
+        content = json.loads(read_text(path))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise MossAudioError(f"{path} can't be read as JSON ({error}): fetch the file again") from error
     if not isinstance(content, dict):
@@ -319,7 +319,7 @@ def read_json(path: AnyPath) -> dict[str, Any]:
 
 
 def _read_files(directory: Path) -> dict[str, dict]:
-    return {name: read_json(directory / name) for name in CONFIG_FILES if (directory / name).exists()}
+    return {name: read_json(directory / name) for name in CONFIG_FILES if exists(directory / name)}
 
 
 def _require_values(content: Mapping, allowed: Mapping[str, tuple], where: str) -> None:

@@ -7,3 +7,10 @@ class MossAudioError(ValueError):
     Its message is one sentence that names the thing, what was expected, what was found and what to do. The command-line
     doors print it without a traceback and exit with code 2.
     """
+
+
+class StorageError(MossAudioError):
+    """Storage that failed for a moment, and again each time it was tried: no fault of a file, and none of the user's.
+
+    The same command may well work later, so the commands exit with code 75 (EX_TEMPFAIL).
+    """

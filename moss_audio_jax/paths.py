@@ -2,11 +2,13 @@
 
 `to_path` gives an `epath.Path`, whose methods are pathlib's for both. What differs is kept here:
 
-* An object appears when its upload is complete, and never grows: so files are written whole (`written_whole`), and one
-  that lines are added to is uploaded anew now and then (`GrowingFile`).
+* An object appears when its upload is complete, and never grows: so files are written whole (`written_whole`), and to
+  one that lines are added to, pieces are composed now and then (`GrowingFile`).
 * There are no directories apart from what lies in them, and no links. Moving one moves each of its objects, so nothing
   of ours relies on that: what makes a directory whole is the file that is written last.
 * Libraries that know files of a disk alone get one (`local_copy`, `local_directory`), or a refusal (`require_local`).
+
+What is read or written by a function of this module is tried again while storage fails for a moment (`retries`).
 """
 
 import functools
@@ -17,15 +19,20 @@ import posixpath
 import re
 import tempfile
 import time
+import zlib
+from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
+import fsspec
 from etils import epath
 from fsspec.config import conf
 
 from moss_audio_jax.errors import MossAudioError
+from moss_audio_jax.retries import retried
 
 Path = epath.Path
 AnyPath = str | os.PathLike[str]
@@ -78,7 +85,24 @@ def is_inside(directory: AnyPath, file: AnyPath) -> bool:
 def children(directory: AnyPath) -> list[Path]:
     """What is in a directory, by name; nothing if there is none."""
     directory = to_path(directory)
-    return sorted(directory.iterdir()) if directory.is_dir() else []
+    if is_remote(directory):
+        return retried(directory, lambda: sorted(directory.iterdir()) if directory.is_dir() else [])
+    try:
+        return retried(directory, lambda: sorted(directory.iterdir()))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def exists(path: AnyPath) -> bool:
+    """Whether there is something. (`epath.Path.exists` denies it if the disk can't tell.)"""
+    path = to_path(path)
+    if is_remote(path):
+        return retried(path, path.exists)
+    try:
+        retried(path, lambda: os.stat(path))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def reason(error: OSError) -> str:
@@ -86,9 +110,34 @@ def reason(error: OSError) -> str:
     return error.strerror or (os.strerror(2) if isinstance(error, FileNotFoundError) else str(error))
 
 
+def read_bytes(path: AnyPath) -> bytes:
+    return retried(path, to_path(path).read_bytes)
+
+
+def read_text(path: AnyPath) -> str:
+    return retried(path, lambda: to_path(path).read_text("utf-8"))
+
+
+def read_lines(file: AnyPath) -> Iterator[bytes]:
+    """The lines of a file of this machine."""
+    begin = 0
+
+    def some() -> list[bytes]:
+        with open(file, "rb") as opened:
+            opened.seek(begin)
+            return opened.readlines(_BYTES_OF_LINES)
+
+    while lines := retried(file, some):
+        yield from lines
+        begin += sum(map(len, lines))
+
+
+_BYTES_OF_LINES = 1 << 20  # read at a time
+
+
 def open_binary(path: AnyPath) -> BinaryIO:
-    """To read: a file without a buffer, or an object's bytes in memory."""
-    return io.BytesIO(to_path(path).read_bytes()) if is_remote(path) else cast(BinaryIO, open(path, "rb", buffering=0))
+    """To read: a file, or an object's bytes in memory."""
+    return io.BytesIO(to_path(path).read_bytes()) if is_remote(path) else cast(BinaryIO, open(path, "rb"))
 
 
 @contextmanager
@@ -98,64 +147,157 @@ def written_whole(path: AnyPath) -> Iterator[pathlib.Path]:
     if is_remote(path):
         with tempfile.TemporaryDirectory() as directory:
             yield (file := pathlib.Path(directory, path.name))
-            epath.Path(file).copy(path, overwrite=True)
+            retried(path, lambda: epath.Path(file).copy(path, overwrite=True))
         return
     # Of this process alone, for others may write the same file.
     file = pathlib.Path(path.with_name(f"{path.name}.{os.getpid()}.partial"))
     try:
         yield file
-        file.replace(path)
+        retried(path, lambda: file.replace(path))
     finally:
         file.unlink(missing_ok=True)
 
 
 def write_whole(path: AnyPath, content: str) -> None:
-    with written_whole(path) as file:
-        file.write_text(content, "utf-8")
+    def write() -> None:
+        with written_whole(path) as file:
+            file.write_text(content, "utf-8")
+
+    retried(path, write)
 
 
 class GrowingFile:
-    """A file that bytes are added to, begun if it isn't there.
+    """A file that bytes are added to, made if it isn't there. Readers see one file, whose bytes are those written.
 
-    On a disk they are there after `flush`. An object takes no more bytes once it is written, so its bytes are held in
-    memory and uploaded anew, all of them: by `flush` if the last time is UPLOAD_SECONDS ago, always by `commit` and
-    `close`. A kill loses those in between, and so a run commits its lines before each checkpoint. An object for each
-    upload would spare traffic (of metrics.jsonl some 40 MB a minute after 100,000 steps), but every reader would have
-    to put them together.
+    On a disk they are there after `flush`. An object takes no more bytes once it is written, but the service puts
+    objects together: what is new is uploaded as an object of its own and composed onto the end. A thread does so, at a
+    `flush` if the last time is UPLOAD_SECONDS ago; `commit` and `close` wait for it. A kill loses what is written in
+    between, and so a run commits its lines before each checkpoint. What went wrong in the thread is raised by the next
+    `flush`, `commit` or `close`.
     """
 
     def __init__(self, path: AnyPath):
         self._path = to_path(path)
-        self._file: BinaryIO = io.BytesIO() if is_remote(path) else open(path, "ab")  # noqa: SIM115 - closed by `close`
-        if isinstance(self._file, io.BytesIO) and self._path.exists():
-            self._file.write(self._path.read_bytes())
+        self._remote = is_remote(self._path)
+        # Bytes of the file when all that was handed over is there.
+        self._size = retried(path, lambda: (_made_object if self._remote else _made_file)(self._path))
+        self._new = bytearray()
+        self._coming: deque[Future[None]] = deque()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="uploads")  # has none before the first upload
         self._uploaded = time.monotonic()
+        self._closed = False
 
     def write(self, content: bytes) -> None:
-        self._file.write(content)
+        self._new += content
 
     def flush(self) -> None:
-        self._file.flush()
-        if time.monotonic() - self._uploaded >= UPLOAD_SECONDS:
-            self.commit()
+        while self._coming and self._coming[0].done():
+            self._coming.popleft().result()
+        if not self._remote or time.monotonic() - self._uploaded >= UPLOAD_SECONDS:
+            self._hand_over()
+
+    def _hand_over(self) -> None:
+        self._uploaded = time.monotonic()
+        if not self._new:
+            return
+        new, self._new = bytes(self._new), bytearray()
+        begin, self._size = self._size, self._size + len(new)
+        if self._remote:
+            self._coming.append(self._thread.submit(_append_to_object, self._path, new, begin))
+        else:
+            _append_to_file(self._path, new, begin)
 
     def commit(self) -> None:
         """Puts all that was written where a kill can't reach it."""
-        self._file.flush()
-        if isinstance(self._file, io.BytesIO):
-            self._path.write_bytes(self._file.getvalue())
-        self._uploaded = time.monotonic()
+        self._hand_over()
+        while self._coming:
+            self._coming.popleft().result()
 
     def close(self) -> None:
-        if not self._file.closed:
-            self.commit()
-            self._file.close()
+        if not self._closed:
+            self._closed = True
+            try:
+                self.commit()
+            finally:
+                self._coming.clear()
+                self._thread.shutdown()
+
+
+def _made_file(path: Path) -> int:
+    """The bytes of a file, which is made if it isn't there."""
+    with open(path, "ab") as file:
+        return file.seek(0, os.SEEK_END)
+
+
+def _append_to_file(path: Path, new: bytes, begin: int) -> None:
+    """Puts bytes at the end of a file that has `begin`; the same again where an attempt has put a part of them."""
+
+    def append() -> None:
+        with open(path, "r+b") as file:
+            file.seek(begin)
+            file.write(new)
+
+    retried(path, append)
+
+
+def _made_object(path: Path) -> int:
+    if not path.exists():
+        path.write_bytes(b"")
+    return _size_and_generation(path)[0]
+
+
+def _size_and_generation(path: Path) -> tuple[int, str]:
+    found = _gcs(path).info(str(path))
+    return int(found["size"]), found["generation"]
+
+
+def _gcs(path: Path) -> Any:
+    """gcsfs, for what epath has no method for."""
+    return fsspec.core.url_to_fs(str(path))[0]
+
+
+def _append_to_object(path: Path, new: bytes, begin: int) -> None:
+    """Puts bytes at the end of an object that has `begin`, once, however often an answer gets lost on its way."""
+    # Named by what it is, so that it is the same in all attempts; not by the file, which TensorBoard would look into.
+    piece = path.with_name(f"{zlib.crc32(path.name.encode()):08x}-{begin}.piece")
+    retried(piece, lambda: piece.write_bytes(new))
+
+    def append() -> None:
+        size, generation = _size_and_generation(path)
+        if size == begin:
+            _compose(path, piece, generation)
+            size, _ = _size_and_generation(path)
+        if size != begin + len(new):
+            raise MossAudioError(
+                f"{path}: expected {begin + len(new)} bytes after an upload, found {size}; end what else writes there, "
+                "and run the same command again"
+            )
+
+    retried(path, append)
+    retried(piece, lambda: piece.unlink(missing_ok=True))
+
+
+def _compose(path: Path, piece: Path, generation: str) -> None:
+    """Puts an object behind another one of that generation, if it still has it."""
+    gcs = _gcs(path)
+    bucket, name, _ = gcs.split_path(str(path))
+    _, piece_name, _ = gcs.split_path(str(piece))
+    # gcsfs raises FileExistsError for another generation, such as the one an attempt made whose answer was lost.
+    with suppress(FileExistsError):
+        gcs.call(
+            "POST",
+            "b/{}/o/{}/compose",
+            bucket,
+            name,
+            ifGenerationMatch=generation,
+            json={"sourceObjects": [{"name": name}, {"name": piece_name}]},
+        )
 
 
 def require_writable(path: AnyPath) -> None:
     """Makes a file's directory and the file, if they are not there; raises MossAudioError if that can't be done."""
     try:
-        to_path(path).parent.mkdir(parents=True, exist_ok=True)
+        retried(path, lambda: to_path(path).parent.mkdir(parents=True, exist_ok=True))
         GrowingFile(path).close()
     except OSError as error:
         raise MossAudioError(
@@ -190,7 +332,7 @@ def local_copy(path: AnyPath) -> pathlib.Path:
     if not is_remote(path):
         return pathlib.Path(path)
     copy = pathlib.Path(tempfile.mkdtemp(dir=_scratch().name), path.name)
-    path.copy(copy)
+    retried(path, lambda: path.copy(copy, overwrite=True))
     return copy
 
 
@@ -204,4 +346,5 @@ def upload(directory: pathlib.Path, path: AnyPath) -> None:
     if is_remote(path):
         for file in directory.rglob("*"):
             if file.is_file():
-                epath.Path(file).copy(to_path(path) / file.relative_to(directory), overwrite=True)
+                target = to_path(path) / file.relative_to(directory)
+                retried(target, functools.partial(epath.Path(file).copy, target, overwrite=True))

@@ -48,7 +48,7 @@ def adapted_config(directory: AnyPath, config: MossAudioConfig) -> MossAudioConf
     try:
         lora = _read_lora(read_json(path), config)
     except MossAudioError as error:
-        raise MossAudioError(f"{path}: {error}") from error
+        raise type(error)(f"{path}: {error}") from error
     except (TypeError, ValueError, KeyError, re.error) as error:
         raise MossAudioError(f"{path} can't be read as LoRA of PEFT ({error}): fetch the file again") from error
     return dataclasses.replace(config, lora=lora)

@@ -26,7 +26,7 @@ from tokenizers import AddedToken, Regex, models, pre_tokenizers
 
 from moss_audio_jax.config import ProcessorConfig, read_json
 from moss_audio_jax.errors import MossAudioError
-from moss_audio_jax.paths import AnyPath, Path, to_path
+from moss_audio_jax.paths import AnyPath, Path, exists, read_text, to_path
 
 # Qwen's ids. The ids of the audio span may differ between checkpoints and are in ProcessorConfig.
 ENDOFTEXT, IM_START, IM_END = 151643, 151644, 151645
@@ -95,17 +95,17 @@ class Tokenizer:
     def from_dir(cls, directory: AnyPath) -> Self:
         """Reads vocab.json, merges.txt and the added tokens, as released; without those, tokenizer.json."""
         directory = to_path(directory)
-        missing = [name for name in ("vocab.json", "merges.txt") if not (directory / name).exists()]
+        missing = [name for name in ("vocab.json", "merges.txt") if not exists(directory / name)]
         if not missing:
             return cls(_read_released(directory), directory)
         path = directory / "tokenizer.json"
-        if not path.exists():
+        if not exists(path):
             raise MossAudioError(
                 f"{directory} holds no {' and no '.join(missing)} (and no tokenizer.json in their place): "
                 "copy the tokenizer files from the released model"
             )
         try:
-            core = tokenizers.Tokenizer.from_str(path.read_text("utf-8"))
+            core = tokenizers.Tokenizer.from_str(read_text(path))
         except Exception as error:  # tokenizers raises bare Exception
             raise MossAudioError(f"{path} can't be read as a tokenizer ({error}): fetch it again") from error
         return cls(core, path)
@@ -183,7 +183,7 @@ def _read_released(directory: Path) -> tokenizers.Tokenizer:
 
 def _read_merges(path: Path) -> list[tuple[str, str]]:
     try:
-        lines = path.read_text("utf-8").splitlines()
+        lines = read_text(path).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise MossAudioError(f"{path} can't be read ({error}): fetch the file again") from error
     merges = []
@@ -202,7 +202,7 @@ def _read_merges(path: Path) -> list[tuple[str, str]]:
 def _read_added_tokens(directory: Path) -> dict[int, AddedToken]:
     """Tokens by id: `added_tokens_decoder` in tokenizer_config.json or else the older added_tokens.json."""
     config, names, added = (
-        read_json(directory / name) if (directory / name).exists() else {}
+        read_json(directory / name) if exists(directory / name) else {}
         for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
     )
     try:

@@ -14,6 +14,7 @@ os.environ.setdefault("NPROC", "32")
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -63,6 +64,16 @@ def storage() -> Iterator[FakeGcs]:
 def bucket(storage: FakeGcs, request: pytest.FixtureRequest) -> str:
     """A bucket of the test's own."""
     return f"gs://{hashlib.sha256(request.node.nodeid.encode()).hexdigest()[:20]}"
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Storage that failed is tried again without a pause: by us, by gcsfs and by TensorStore."""
+    monkeypatch.setenv("MOSS_AUDIO_STORAGE_BACKOFF", "0")
+
+    async def sleep(seconds: float) -> None: ...
+
+    monkeypatch.setattr("gcsfs.retry.asyncio", SimpleNamespace(sleep=sleep))
 
 
 @pytest.fixture(scope="session")

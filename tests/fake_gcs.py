@@ -5,22 +5,36 @@
         epath.Path("gs://bucket/a.txt").write_text("...")
 
 A bucket exists as soon as it is named. The service's promises that they build on hold here too: an object appears
-whole, its generation changes each time, and preconditions on generations are kept. Anyone is let in.
+whole, its generation changes each time, preconditions on generations are kept, and a part of an upload or a move that
+is sent twice counts once. Anyone is let in.
+
+`FakeGcs(faults=0.01)` fails one request in a hundred, drawn by `seed`, in one of the ways of FAULTS. The last is the
+nasty one: the work is done, and the client never hears of it.
 """
 
 import base64
 import itertools
 import json
+import os
+import random
 import re
+import socket
+import struct
 import sys
 import threading
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import google_crc32c
+
+FAULTS = ("429", "503", "reset before", "reset after")
+MAX_COMPOSED = 32  # objects in one request
 
 
 class _Server(ThreadingHTTPServer):
@@ -38,12 +52,30 @@ class Stored:
     generation: int
 
 
-class FakeGcs:
-    """The service; `objects` maps (bucket, name) to what is stored."""
+@dataclass
+class Upload:
+    """One in parts. stored: the object, once it is whole."""
 
-    def __init__(self):
+    bucket: str
+    name: str
+    content: bytearray = field(default_factory=bytearray)
+    stored: Stored | None = None
+
+
+class FakeGcs:
+    """The service.
+
+    objects: what is stored, by (bucket, name). faults: share of requests that fail, which may be changed at any time.
+    injected: how many have, by kind. requests, received: how many came in all, and bytes with them.
+    """
+
+    def __init__(self, faults: float = 0.0, seed: int = 0):
+        self.faults, self._chance = faults, random.Random(seed)
+        self.injected: Counter[str] = Counter()
+        self.requests = self.received = 0
         self.objects: dict[tuple[str, str], Stored] = {}
-        self.uploads: dict[str, tuple[str, str, bytearray]] = {}
+        self.uploads: dict[str, Upload] = {}
+        self.moved: dict[str, tuple[int, bytes, dict[str, str]]] = {}  # answers, by the client's token
         self.lock = threading.Lock()
         self.generations = itertools.count(1)
         self._server = _Server(("localhost", 0), _handler(self))
@@ -69,6 +101,25 @@ class FakeGcs:
         self._server.shutdown()
         self._server.server_close()
 
+    @contextmanager
+    def failing(self, faults: float, seed: int = 0) -> Iterator[None]:
+        """Fails this share of requests meanwhile."""
+        before, self.faults, self._chance = self.faults, faults, random.Random(seed)
+        self.injected.clear()
+        try:
+            yield
+        finally:
+            self.faults = before
+
+    def fault(self) -> str | None:
+        """Draws the fate of a request: one of FAULTS, or None to serve it."""
+        self.requests += 1
+        if self._chance.random() >= self.faults:
+            return None
+        fault = self._chance.choice(FAULTS)
+        self.injected[fault] += 1
+        return fault
+
     def put(self, bucket: str, name: str, content: bytes) -> Stored:
         stored = Stored(content, next(self.generations))
         self.objects[bucket, name] = stored
@@ -93,7 +144,16 @@ def _handler(storage: FakeGcs) -> type[BaseHTTPRequestHandler]:
             query = {name: values[0] for name, values in parse_qs(url.query, keep_blank_values=True).items()}
             try:
                 with storage.lock:
-                    self._answer(*_serve(storage, self.command, url.path, query, self.headers, body))
+                    storage.received += len(body)
+                    fault = storage.fault()
+                    if fault in ("429", "503"):
+                        raise _Refused(int(fault))
+                    if fault == "reset before":
+                        return self._reset()
+                    answer = _serve(storage, self.command, url.path, query, self.headers, body)
+                if fault == "reset after":
+                    return self._reset()
+                self._answer(*answer)
             except _Refused as refused:
                 content = {"error": {"code": refused.status, "message": f"{self.command} {self.path}"}}
                 self._answer(refused.status, json.dumps(content).encode(), {})
@@ -109,6 +169,12 @@ def _handler(storage: FakeGcs) -> type[BaseHTTPRequestHandler]:
                 self.rfile.readline()
             self.rfile.readline()
             return body
+
+        def _reset(self) -> None:
+            """Ends the connection without an answer, by a reset rather than an orderly end."""
+            self.close_connection = True
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            os.close(self.connection.detach())
 
         def _answer(self, status: int, content: bytes, headers: dict[str, str]) -> None:
             self.send_response(status)
@@ -141,12 +207,35 @@ def _serve(
         return _json({"done": True, "resource": _resource(*target, stored), "objectSize": size})
     if match := re.fullmatch(r"/storage/v1/b/([^/]+)/o/([^/]+)/moveTo/o/([^/]+)", path):
         source, target = ((unquote(match[1]), unquote(name)) for name in (match[2], match[3]))
-        stored = storage.put(*target, _found(storage, source).content)
-        del storage.objects[source]
-        return _json(_resource(*target, stored))
+        return _move(storage, source, target, headers.get("X-Goog-GCS-Idempotency-Token"))
+    if match := re.fullmatch(r"/storage/v1/b/([^/]+)/o/([^/]+)/compose", path):
+        return _compose(storage, (unquote(match[1]), unquote(match[2])), query, body)
     if match := re.fullmatch(r"(?:/download)?/storage/v1/b/([^/]+)/o/([^/]+)", path):
         return _object(storage, method, (unquote(match[1]), unquote(match[2])), query, headers)
     raise _Refused(404)
+
+
+def _move(
+    storage: FakeGcs, source: tuple[str, str], target: tuple[str, str], token: str | None
+) -> tuple[int, bytes, dict[str, str]]:
+    if token is not None and token in storage.moved:
+        return storage.moved[token]
+    answer = _json(_resource(*target, storage.put(*target, _found(storage, source).content)))
+    del storage.objects[source]
+    if token is not None:
+        storage.moved[token] = answer
+    return answer
+
+
+def _compose(
+    storage: FakeGcs, target: tuple[str, str], query: dict[str, str], body: bytes
+) -> tuple[int, bytes, dict[str, str]]:
+    sources = json.loads(body)["sourceObjects"]
+    if not 0 < len(sources) <= MAX_COMPOSED:
+        raise _Refused(400)
+    parts = [_found(storage, (target[0], source["name"])).content for source in sources]
+    _require(storage, target, query)
+    return _json(_resource(*target, storage.put(*target, b"".join(parts))))
 
 
 def _json(content: Any) -> tuple[int, bytes, dict[str, str]]:
@@ -232,7 +321,7 @@ def _upload(
     if kind == "resumable":
         name = query.get("name") or json.loads(body)["name"]
         number = str(next(storage.generations))
-        storage.uploads[number] = bucket, name, bytearray()
+        storage.uploads[number] = Upload(bucket, name)
         place = f"http://{headers['Host']}/upload/storage/v1/b/{bucket}/o?uploadType=resumable&upload_id={number}"
         return 200, b"", {"Location": place}
     name = query.get("name", "")
@@ -248,11 +337,15 @@ def _upload(
 
 
 def _resumed(storage: FakeGcs, number: str, headers: Message, body: bytes) -> tuple[int, bytes, dict[str, str]]:
-    bucket, name, content = storage.uploads[number]
-    content += body
-    if headers.get("Content-Range", "bytes */*").endswith("/*"):
-        return 308, b"", {"Range": f"bytes=0-{len(content) - 1}"}
-    return _json(_resource(bucket, name, storage.put(bucket, name, bytes(content))))
+    upload = storage.uploads[number]
+    place, _, total = headers.get("Content-Range", "bytes */*").removeprefix("bytes ").partition("/")
+    if upload.stored is None:
+        start = len(upload.content) if place == "*" else int(place.partition("-")[0])
+        upload.content[start:] = body
+        if total == "*":
+            return 308, b"", {"Range": f"bytes=0-{len(upload.content) - 1}"}
+        upload.stored = storage.put(upload.bucket, upload.name, bytes(upload.content))
+    return _json(_resource(upload.bucket, upload.name, upload.stored))
 
 
 def _batch(storage: FakeGcs, headers: Message, body: bytes) -> tuple[int, bytes, dict[str, str]]:

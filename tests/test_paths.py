@@ -3,6 +3,8 @@
 import io
 import os
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from convert.staging import check_target
 from moss_audio_jax import MossAudio, MossAudioError, load_model, load_processor, paths
 from moss_audio_jax.audio import load_audio
 from moss_audio_jax.checkpoint import copy_tokenizer, layout_of, save_model
+from moss_audio_jax.errors import StorageError
 from moss_audio_jax.info import describe
 from moss_audio_jax.paths import GrowingFile, to_path
 from moss_audio_jax.small_tokenizer import write_small_tokenizer
@@ -56,19 +59,87 @@ def test_a_file_grows_over_several_openings(root: paths.Path):
 
 
 def test_an_object_that_grows_is_uploaded_now_and_then(bucket: str, monkeypatch: pytest.MonkeyPatch):
-    now = 100.0
-    monkeypatch.setattr("moss_audio_jax.paths.time.monotonic", lambda: now)
     path = to_path(bucket) / "lines"
     file = GrowingFile(path)
     file.write(b"one\n")
     file.flush()
-    assert not path.exists()
-    now += paths.UPLOAD_SECONDS
+    assert path.read_bytes() == b""
+    monkeypatch.setattr(paths, "UPLOAD_SECONDS", 0)
     file.flush()
-    assert path.read_bytes() == b"one\n"
+    monkeypatch.setattr(paths, "UPLOAD_SECONDS", 60)
     file.write(b"two\n")
     file.flush()
+    for _ in range(100):
+        if path.read_bytes():
+            break
+        time.sleep(0.1)
     assert path.read_bytes() == b"one\n"
+    file.close()
+    assert contents(to_path(bucket)) == {"lines": b"one\ntwo\n"}
+
+
+def test_an_object_that_grows_is_not_sent_again(bucket: str, storage: FakeGcs):
+    line = b"x" * 10_000 + b"\n"
+    file = GrowingFile(f"{bucket}/lines")
+    before = storage.received
+    for _ in range(20):
+        file.write(line)
+        file.commit()
+    file.close()
+    assert to_path(f"{bucket}/lines").read_bytes() == line * 20
+    assert storage.received - before < 21 * len(line)
+
+
+def test_nothing_waits_for_an_upload_before_a_commit(bucket: str, storage: FakeGcs, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(paths, "UPLOAD_SECONDS", 0)
+    file = GrowingFile(f"{bucket}/lines")
+
+    def add() -> None:
+        for line in (b"one\n", b"two\n", b"three\n"):
+            file.write(line)
+            file.flush()
+
+    with ThreadPoolExecutor(1) as step_loop, storage.lock:  # the service answers nobody
+        step_loop.submit(add).result(timeout=10)
+    file.close()
+    assert contents(to_path(bucket)) == {"lines": b"one\ntwo\nthree\n"}
+
+
+@pytest.mark.parametrize("faults", [0.1, 0.4])
+def test_an_object_grows_by_each_piece_once(bucket: str, storage: FakeGcs, hasty: None, faults: float):
+    """Also by those whose upload or composition was done and never answered."""
+    expected = b""
+    with storage.failing(faults):
+        for opening in range(4):
+            file = GrowingFile(f"{bucket}/lines")
+            for number in range(10):
+                line = f"{opening} {number} {'x' * number}\n".encode()
+                expected += line
+                file.write(line)
+                file.commit()
+            file.close()
+        assert storage.injected["reset after"] > 3 and storage.injected["503"] > 3
+    assert contents(to_path(bucket)) == {"lines": expected}
+
+
+def test_an_upload_that_fails_ends_with_a_sentence(bucket: str, storage: FakeGcs, hasty: None, monkeypatch):
+    monkeypatch.setenv("MOSS_AUDIO_STORAGE_ATTEMPTS", "2")
+    monkeypatch.setattr(paths, "UPLOAD_SECONDS", 0)
+    file = GrowingFile(f"{bucket}/lines")
+    file.write(b"one\n")
+    with storage.failing(1.0):
+        file.flush()
+        with pytest.raises(StorageError, match=r"gs://.*piece: storage failed in each of 2 attempts"):
+            file.commit()
+    file.close()
+
+
+def test_what_else_writes_into_a_growing_object_is_found(bucket: str):
+    file = GrowingFile(f"{bucket}/lines")
+    to_path(f"{bucket}/lines").write_text("another's")
+    file.write(b"one\n")
+    with pytest.raises(MossAudioError, match=r"lines: expected 4 bytes after an upload, found 9; end what else writes"):
+        file.close()
 
 
 def test_directories(root: paths.Path):

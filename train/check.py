@@ -15,7 +15,7 @@ import numpy as np
 from moss_audio_jax.audio import RELEASED_MEL, SAMPLE_RATE
 from moss_audio_jax.checkpoint import files_directory
 from moss_audio_jax.config import MossAudioConfig
-from moss_audio_jax.errors import MossAudioError
+from moss_audio_jax.errors import MossAudioError, StorageError
 from moss_audio_jax.paths import AnyPath, is_remote, local_copy, to_path
 from moss_audio_jax.tokens import Tokenizer
 from train.config import RunConfig
@@ -74,6 +74,8 @@ class Check:
             except TooLong as error:
                 self.too_long += 1
                 yield str(error)
+            except StorageError:  # no fault of the line
+                raise
             except MossAudioError as error:
                 self.unusable += 1
                 yield str(error)

@@ -13,8 +13,9 @@ gs://, where nothing can be renamed at once, it counts only when `commit_success
 
 import dataclasses
 import json
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -22,9 +23,19 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from moss_audio_jax.checkpoint import PARAMS, RUN_BEST, RUN_BEST_FILE, RUN_CHECKPOINTS, RUN_EMA, flatten, unflatten
-from moss_audio_jax.errors import MossAudioError
-from moss_audio_jax.paths import AnyPath, Path, absolute, children, write_whole
+from moss_audio_jax.checkpoint import (
+    PARAMS,
+    RUN_BEST,
+    RUN_BEST_FILE,
+    RUN_CHECKPOINTS,
+    RUN_EMA,
+    flatten,
+    retried_alone,
+    unflatten,
+)
+from moss_audio_jax.errors import MossAudioError, StorageError
+from moss_audio_jax.paths import AnyPath, Path, absolute, children, exists, write_whole
+from moss_audio_jax.retries import is_transient, retried, summary
 from train.best import Best
 from train.step import TrainState
 
@@ -32,6 +43,8 @@ STATE, DATA = "state", "data"
 DAMAGED, LATER = "damaged_checkpoints", "later_checkpoints"
 # What a state has now and checkpoints of older runs lack: it starts at 0 then.
 NEWER = ("phase", "spikes_in_a_row")
+# What TensorStore says of files that are missing, cut short or hold something else.
+_DAMAGE = re.compile(r"\b(?:NOT_FOUND|DATA_LOSS|OUT_OF_RANGE)\b|Error decoding|blosc|corrupt|checksum", re.IGNORECASE)
 
 
 class Checkpoints:
@@ -43,18 +56,22 @@ class Checkpoints:
     """
 
     def __init__(self, run: AnyPath, *, keep_last: int = 3, keep_every: int | None = None, read_only: bool = False):
-        self._run = absolute(run)
+        self._run, self._read_only = absolute(run), read_only
         self._directory = self._run / RUN_CHECKPOINTS
         self.best: Best | None = None
-        policies: list[Any] = [preservation_policy.LatestN(keep_last), _KeepBest(self)]
+        self._policies: list[Any] = [preservation_policy.LatestN(keep_last), _KeepBest(self)]
         if keep_every is not None:
-            policies.append(preservation_policy.EveryNSteps(keep_every))
+            self._policies.append(preservation_policy.EveryNSteps(keep_every))
+        self._saved: tuple[int, ocp.args.Composite] | None = None  # last, and perhaps not whole so far
+        self._manager = retried(self._directory, self._opened)
+
+    def _opened(self) -> ocp.CheckpointManager:
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
-            cleanup_tmp_directories=not read_only,
-            create=not read_only,
-            save_interval_steps=0 if read_only else 1,
-            read_only=read_only,
+            preservation_policy=preservation_policy.AnyPreservationPolicy(self._policies),
+            cleanup_tmp_directories=not self._read_only,
+            create=not self._read_only,
+            save_interval_steps=0 if self._read_only else 1,
+            read_only=self._read_only,
         )
         handlers = {
             PARAMS: ocp.StandardCheckpointHandler(),
@@ -63,7 +80,7 @@ class Checkpoints:
             RUN_EMA: ocp.StandardCheckpointHandler(),
             RUN_BEST: ocp.JsonCheckpointHandler(),
         }
-        self._manager = ocp.CheckpointManager(self._directory, options=options, item_handlers=handlers)
+        return ocp.CheckpointManager(self._directory, options=options, item_handlers=handlers)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -79,7 +96,8 @@ class Checkpoints:
     def save(self, step: int, state: TrainState, data: dict[str, Any], best: Best | None = None) -> None:
         """Returns when the arrays are copied to the host, so the state may be donated; the rest happens meanwhile.
 
-        Raises MossAudioError if this or the save before can't be written.
+        If storage failed for a moment in the save before, this one is in its place. Raises MossAudioError if this or
+        the save before can't be written.
         """
         parameters, rest = _parts(state)
         items = {
@@ -92,8 +110,22 @@ class Checkpoints:
         if best is not None:
             items[RUN_BEST] = ocp.args.JsonSave(dataclasses.asdict(best))
         self.best = best
+        self._saved = step, ocp.args.Composite(**items)
+        self._write(lambda: self._manager.save(step, args=ocp.args.Composite(**items)))
+
+    def _write(self, work: Callable[[], object]) -> None:
+        def attempt() -> None:
+            try:
+                work()
+            except Exception as error:
+                if is_transient(error) and jax.process_count() == 1:
+                    self._manager = self._opened()  # which knows what is whole, and clears away what isn't
+                raise
+
         try:
-            self._manager.save(step, args=ocp.args.Composite(**items))
+            retried_alone(self._directory, attempt)
+        except MossAudioError:
+            raise
         except (OSError, ValueError) as error:
             raise self._unwritable(error) from error
 
@@ -108,9 +140,10 @@ class Checkpoints:
     def restore(self, target: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
         """The newest state and the data's; None if there is no checkpoint.
 
-        target: shapes, dtypes and shardings (`step.abstract_state`), on any mesh. A checkpoint that can't be read is
-        named and put aside into `damaged_checkpoints`, and the one before is taken; an error if none can be read, and
-        of several processes, each of which reads but its own part and knows nothing of the others.
+        target: shapes, dtypes and shardings (`step.abstract_state`), on any mesh. A checkpoint whose files are damaged,
+        and are so when they are read again, is named and put aside into `damaged_checkpoints`, and the one before is
+        taken. Damage to all is an error, as is any to several processes, each of which reads but its own part and knows
+        nothing of the others. What says nothing about the files, such as missing access, is an error that leaves them.
         """
         steps = self.steps
         if not steps:
@@ -118,14 +151,15 @@ class Checkpoints:
         damaged: dict[int, str] = {}
         for step in reversed(steps):
             try:
-                restored = self._restore(step, target)
-            except (OSError, ValueError, KeyError) as error:
+                restored = self._restored_or_damaged(step, target)
+            except _Damaged as found:
+                error = found.error
                 if jax.process_count() > 1:
                     raise MossAudioError(
-                        f"{self._directory}: checkpoint {step} can't be read ({_first_line(error)}); move it out of "
+                        f"{self._directory}: checkpoint {step} can't be read ({summary(error)}); move it out of "
                         "that directory and run the same command again, which goes on from the one before"
                     ) from error
-                damaged[step] = _first_line(error)
+                damaged[step] = summary(error)
                 continue
             for newer, reason in damaged.items():
                 print(f"checkpoint {newer} can't be read, {step} is taken; {reason}", file=sys.stderr)
@@ -140,10 +174,10 @@ class Checkpoints:
         """The state of one step and the data's; raises MossAudioError if there is no such checkpoint to read."""
         self._require(step)
         try:
-            return self._restore(step, target)
-        except (OSError, ValueError, KeyError) as error:
+            return self._restored_or_damaged(step, target)
+        except _Damaged as error:
             raise MossAudioError(
-                f"{self._directory}: checkpoint {step} can't be read ({_first_line(error)}); name another one"
+                f"{self._directory}: checkpoint {step} can't be read ({error}); name another one"
             ) from error
 
     def rewind(self, step: int) -> None:
@@ -161,6 +195,24 @@ class Checkpoints:
             there = ", ".join(map(str, self.steps)) or "none"
             raise MossAudioError(f"{self._directory} has no checkpoint of step {step}: there are {there}")
 
+    def _restored_or_damaged(self, step: int, target: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """Raises _Damaged, or MossAudioError for what says nothing about the checkpoint's files."""
+        for last in (False, True):
+            try:
+                return retried_alone(self._directory, lambda: self._restore(step, target))
+            except MossAudioError:
+                raise
+            except (OSError, ValueError, LookupError, RuntimeError, MemoryError) as error:
+                if not _is_damage(error):
+                    raise MossAudioError(
+                        f"{self._directory}: checkpoint {step} can't be restored, and not because it is damaged "
+                        f"({summary(error)}); mend that and run the same command again, or move the checkpoint out of "
+                        "that directory to resume from the one before"
+                    ) from error
+                if last or jax.process_count() > 1:
+                    raise _Damaged(error) from error
+        raise AssertionError
+
     def _restore(self, step: int, target: TrainState) -> tuple[TrainState, dict[str, Any]]:
         parameters, rest = _parts(target)
         older = self._lacks(step)
@@ -171,7 +223,7 @@ class Checkpoints:
         }
         if target.ema is not None:
             items[RUN_EMA] = ocp.args.StandardRestore(unflatten(target.ema))
-        if (self._directory / str(step) / RUN_BEST).is_dir():
+        if exists(self._directory / str(step) / RUN_BEST):
             items[RUN_BEST] = ocp.args.JsonRestore()
         restored = self._manager.restore(step, args=ocp.args.Composite(**items))
         # In runs of older versions an evaluation came before the checkpoint of its step, and was counted in it.
@@ -199,24 +251,54 @@ class Checkpoints:
         """Into another directory, under a name that is free there."""
         taken = sum(path.name.startswith(str(step)) and path.is_dir() for path in children(aside))
         name = f"{step}-{taken}" if taken else str(step)
-        aside.mkdir(exist_ok=True)
+        retried(aside, lambda: aside.mkdir(exist_ok=True))
         (self._directory / str(step)).rename(aside / name)
         return name
 
     def close(self) -> None:
         """Waits until the last save is whole; raises MossAudioError if it can't be written."""
         try:
-            self._manager.wait_until_finished()
-        except (OSError, ValueError) as error:
-            raise self._unwritable(error) from error
+            self._write(self._finish)
         finally:
+            self._saved = None
             self._manager.close()
+
+    def _finish(self) -> None:
+        """Waits for the last save, and makes it again if storage failed for a moment."""
+        self._manager.wait_until_finished()
+        if self._saved is None or self._saved[0] in self._manager.all_steps():
+            return
+        step, items = self._saved
+        if any(leaf.is_deleted() for leaf in jax.tree.leaves(items[PARAMS].item) if isinstance(leaf, jax.Array)):
+            raise StorageError(
+                f"{self._directory}: storage failed while checkpoint {step} was written; run the same command again, "
+                "which resumes from the one before"
+            )
+        self._manager.save(step, args=items)
+        self._manager.wait_until_finished()
 
     def _unwritable(self, error: Exception) -> MossAudioError:
         return MossAudioError(
-            f"{self._directory}: a checkpoint can't be written ({_first_line(error)}); make room and run again, "
+            f"{self._directory}: a checkpoint can't be written ({summary(error)}); make room and run again, "
             "which resumes from the newest whole one"
         )
+
+
+class _Damaged(Exception):
+    """A checkpoint's files are missing, cut short or hold something else; `error` says which."""
+
+    def __init__(self, error: Exception):
+        super().__init__(summary(error))
+        self.error = error
+
+
+def _is_damage(error: Exception) -> bool:
+    """Whether an error proves that files are damaged: of all others it is not known."""
+    if isinstance(
+        error, (FileNotFoundError, NotADirectoryError, LookupError, json.JSONDecodeError, UnicodeDecodeError)
+    ):
+        return True
+    return isinstance(error, ValueError) and _DAMAGE.search(str(error)) is not None
 
 
 class _KeepBest(preservation_policy.PreservationPolicy):
@@ -243,7 +325,3 @@ def _without_parameters(state: TrainState) -> TrainState:
 
 def _zero(leaf: jax.ShapeDtypeStruct) -> jax.Array:
     return jax.jit(lambda: jnp.zeros(leaf.shape, leaf.dtype), out_shardings=leaf.sharding)()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:300]

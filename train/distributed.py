@@ -23,7 +23,7 @@ from jax._src.distributed import global_state  # its key-value store has no publ
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from moss_audio_jax.errors import MossAudioError
+from moss_audio_jax.errors import MossAudioError, StorageError
 from moss_audio_jax.sharding import RULES
 from train.data.pipeline import merge_states
 from train.meeting import meet
@@ -200,14 +200,14 @@ def first_process_does(work: Callable[[], None]) -> None:
             work()
         except MossAudioError as refused:
             error = refused
-    if jax.process_count() == 1:
-        failed = error is not None
-    else:
-        failed = bool(multihost_utils.broadcast_one_to_all(np.int32(error is not None)))
+    kinds = (None, MossAudioError, StorageError)
+    kind = kinds.index(None if error is None else StorageError if isinstance(error, StorageError) else MossAudioError)
+    if jax.process_count() > 1:
+        kind = int(multihost_utils.broadcast_one_to_all(np.int32(kind)))
     if error is not None:
         raise error
-    if failed:
-        raise MossAudioError("process 0 of the run has refused: its message says why")
+    if (failed := kinds[kind]) is not None:
+        raise failed("process 0 of the run has refused: its message says why")
 
 
 def of_first_process(value: Any) -> Any:

@@ -220,7 +220,7 @@ def _named(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
     try:
         return function(*arguments)
     except MossAudioError as error:
-        raise MossAudioError(f"{name}: {error}") from error
+        raise type(error)(f"{name}: {error}") from error
 
 
 _CHARACTERS_PER_TOKEN = 4

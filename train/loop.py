@@ -32,6 +32,7 @@ from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.interruption import stops_on_ctrl_c
 from moss_audio_jax.paths import AnyPath, Path, children, to_path
 from moss_audio_jax.processor import Processor
+from moss_audio_jax.retries import retried
 from moss_audio_jax.sharding import make_mesh
 from moss_audio_jax.tokens import Tokenizer
 from train.best import Best
@@ -146,7 +147,7 @@ def train(config: RunConfig, out: AnyPath, *, mesh: Mesh | None = None, resume: 
         watchdog = stack.enter_context(Watchdog(config.loop.stuck_after))
         checkpoints = Checkpoints(out, keep_last=config.loop.keep_last, keep_every=config.loop.keep_every)
         stack.enter_context(checkpoints)
-        first_process_does(lambda: _write_files(config, resume, model, order, checkpoints, out))
+        first_process_does(lambda: retried(out, lambda: _write_files(config, resume, model, order, checkpoints, out)))
         checkpoints.reload()
         record = Record.read(out)
         tokenizer = Tokenizer.from_dir(out / RUN_MODEL)

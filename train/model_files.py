@@ -5,7 +5,7 @@ import dataclasses
 from moss_audio_jax.checkpoint import companion_files, orbax_paths, tokenizer_files
 from moss_audio_jax.config import CONFIG_FILES, MossAudioConfig
 from moss_audio_jax.errors import MossAudioError
-from moss_audio_jax.paths import AnyPath, Path, absolute, children, to_path
+from moss_audio_jax.paths import AnyPath, Path, absolute, children, exists, to_path
 from moss_audio_jax.peft_files import write_adapter_config
 from moss_audio_jax.small_tokenizer import write_small_tokenizer
 from train.data import ExampleOrder
@@ -23,7 +23,7 @@ def write_model_files(source: ModelSource, config: MossAudioConfig, order: Examp
     order: where a learned tokenizer takes its texts from.
     """
     directory = to_path(directory)
-    if (directory / "config.json").exists():
+    if exists(directory / "config.json"):
         return
     tokenizer = source.tokenizer_source
     if tokenizer is None:

@@ -16,6 +16,7 @@ again: their lines are cut off, and TensorBoard is told to forget them.
 import contextlib
 import datetime
 import html
+import io
 import json
 import math
 import os
@@ -43,12 +44,16 @@ from moss_audio_jax.paths import (
     AnyPath,
     GrowingFile,
     Path,
+    exists,
     local_directory,
+    read_bytes,
+    read_text,
     to_path,
     upload,
     write_whole,
     written_whole,
 )
+from moss_audio_jax.retries import is_transient, retried
 from train.config import CONFIG_FILE
 from train.distributed import of_first_process
 from train.flops import CONVENTION
@@ -222,6 +227,8 @@ def _writing_into(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if is_transient(error):
+            raise
         raise MossAudioError(
             f"the run's records can't be written into {out} ({error}): make room or give access, and run the same "
             "command to go on"
@@ -274,7 +281,7 @@ class _Lines(_Sink):
 
     def write_answers(self, step: int, answers: Sequence[ShownSample]) -> None:
         path = self._out / ANSWERS / f"{step}.md"
-        path.parent.mkdir(exist_ok=True)
+        retried(path, lambda: path.parent.mkdir(exist_ok=True))
         write_whole(path, _markdown_table(_COLUMNS, map(_row, answers)))
 
     def commit(self) -> None:
@@ -314,9 +321,10 @@ def _finite(values: Values) -> dict[str, float | None]:
 
 def _open_after(path: Path, step: int) -> GrowingFile:
     """Opens a file of lines to append to, without those of later steps and one that was cut off."""
-    if path.exists():
-        with path.open("rb") as file, written_whole(path) as partial, partial.open("wb") as kept:
-            kept.writelines(_lines_until(file, step, path))
+    if exists(path):
+        whole = io.BytesIO(read_bytes(path))
+        with written_whole(path) as partial, partial.open("wb") as kept:
+            kept.writelines(_lines_until(whole, step, path))
     return GrowingFile(path)
 
 
@@ -361,7 +369,7 @@ class _TensorBoard(_Sink):
 
     def __init__(self, out: Path, start: int):
         directory = out / TENSORBOARD
-        directory.mkdir(parents=True, exist_ok=True)
+        retried(directory, lambda: directory.mkdir(parents=True, exist_ok=True))
         self._writer = EventsWriter(str(directory / "events"), f".{os.getpid()}.{start}")
         # TensorBoard drops what other event files of the directory hold from this step on.
         self._write(Event(step=start + 1, session_log=SessionLog(status=SessionLog.START)))
@@ -405,7 +413,7 @@ def _as_code(text: str) -> str:
 
 def _png(path: Path) -> Summary.Image:
     try:
-        content = path.read_bytes()
+        content = read_bytes(path)
     except OSError as error:
         raise MossAudioError(f"{path} can't be read ({error}): give the PNG file of a figure") from error
     if content[:8] != b"\x89PNG\r\n\x1a\n" or len(content) < 26:
@@ -427,7 +435,7 @@ class _WeightsAndBiases(_Sink):
                 "pip install 'moss-audio-jax[wandb]', or leave loop.wandb out"
             ) from error
         id_file = out / WANDB_FILE
-        known = id_file.read_text("utf-8").strip() if id_file.exists() else None
+        known = read_text(id_file).strip() if exists(id_file) else None
         config = read_json(out / CONFIG_FILE)
         self._run = wandb.init(project=project, id=known, resume="allow", dir=str(local_directory(out)), config=config)
         write_whole(id_file, self._run.id + "\n")

@@ -205,8 +205,9 @@ def abstract_state(
 
     def placed(keys: KeyPath, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         parameter = parameters.get(_parameter_path(keys))
-        like_it = parameter is not None and parameter.shape == leaf.shape
-        return leaf.update(sharding=parameter.sharding if like_it else everywhere)
+        if parameter is None or parameter.shape != leaf.shape:
+            return leaf.update(sharding=everywhere)
+        return leaf.update(sharding=parameter.sharding)
 
     state = jax.eval_shape(lambda arrays: _first_state(arrays, config.lora, optimizer, seed=0), parameters)
     return jax.tree_util.tree_map_with_path(placed, state)

@@ -38,7 +38,8 @@ import numpy as np
 
 from moss_audio_jax.audio import SAMPLE_RATE, load_audio, num_samples
 from moss_audio_jax.errors import MossAudioError
-from moss_audio_jax.paths import AnyPath, Path, is_remote, join, local_copy, reason, to_path
+from moss_audio_jax.paths import AnyPath, Path, is_remote, join, local_copy, read_lines, reason, to_path
+from moss_audio_jax.retries import retried
 from moss_audio_jax.tokens import AUDIO_SPAN, ROLES
 
 THOUGHT_BEGIN, THOUGHT_END = "<think>", "</think>"  # what a Thinking model's answer begins with
@@ -153,9 +154,12 @@ class Manifest(Sequence[Example]):
 
     def line(self, index: int) -> tuple[bytes, str]:
         """A line as it stands in the file, and its name in errors."""
+        return retried(self.path, lambda: self._line(index)), _line_name(self.path, self._numbers[index])
+
+    def _line(self, index: int) -> bytes:
         with open(self.local, "rb") as file:
             file.seek(self._offsets[index])
-            return file.readline(), _line_name(self.path, self._numbers[index])
+            return file.readline()
 
 
 def checked_lines(path: Path, local: AnyPath) -> Iterator[tuple[int, int, Example | MossAudioError]]:
@@ -164,8 +168,8 @@ def checked_lines(path: Path, local: AnyPath) -> Iterator[tuple[int, int, Exampl
     local: the manifest or a copy of it. Raises MossAudioError if that can't be read or has no line.
     """
     offset, directory, empty = 0, str(path.parent), True
-    with _readable(path), open(local, "rb") as file:
-        for number, line in enumerate(file, start=1):
+    with _readable(path):
+        for number, line in enumerate(read_lines(local), start=1):
             if line.strip():
                 empty = False
                 try:

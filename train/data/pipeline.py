@@ -29,7 +29,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from moss_audio_jax.errors import MossAudioError
+from moss_audio_jax.errors import MossAudioError, StorageError
 from train.data.budget import Budget, TooLong
 from train.data.mixture import Drawn, ExampleOrder
 from train.data.objectives import NothingToAsk
@@ -225,6 +225,8 @@ class _Lane:
         pieces: list[Sample] = []
         try:
             pieces = self._samples(drawn)
+        except StorageError:  # no fault of the example
+            raise
         except TooLong as error:
             if self._config.oversize == "refuse":
                 raise

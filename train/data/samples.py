@@ -341,7 +341,7 @@ def _naming(name: str) -> Iterator[None]:
     try:
         yield
     except MossAudioError as error:
-        raise error if str(error).startswith(name) else MossAudioError(f"{name}: {error}") from error
+        raise error if str(error).startswith(name) else type(error)(f"{name}: {error}") from error
 
 
 def audible(

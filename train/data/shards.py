@@ -25,8 +25,9 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 
 from moss_audio_jax.audio import load_audio
 from moss_audio_jax.config import read_json
-from moss_audio_jax.errors import MossAudioError
-from moss_audio_jax.paths import AnyPath, Path, open_binary, to_path, write_whole, written_whole
+from moss_audio_jax.errors import MossAudioError, StorageError
+from moss_audio_jax.paths import AnyPath, Path, exists, read_bytes, to_path, write_whole, written_whole
+from moss_audio_jax.retries import is_transient, retried
 from train.data.manifest import Clip, Example, Manifest, Message, TimedText
 
 log = logging.getLogger(__name__)
@@ -90,7 +91,7 @@ class Shards(Sequence[Example]):
                     "run `prepare` for it again."
                 )
         self._starts = np.cumsum([0, *counts])
-        self._records = grain.sources.ArrayRecordDataSource([str(path) for path in paths])
+        self._records = _Records(paths)
 
     def __len__(self) -> int:
         return self._examples
@@ -102,8 +103,7 @@ class Shards(Sequence[Example]):
         shard, position = index % self._shards, index // self._shards
         name = f"{_shard_path(self.directory, shard, self._shards)} record {position}"
         try:
-            record = self._records[int(self._starts[shard]) + position]
-            return _decode(record, name)
+            return _decode(self._records.read(int(self._starts[shard]) + position, name), name)
         except (ValueError, KeyError, TypeError, IndexError, RuntimeError) as error:
             if isinstance(error, MossAudioError):
                 raise
@@ -117,6 +117,28 @@ def open_examples(path: AnyPath) -> Sequence[Example]:
     return Shards(path) if to_path(path).is_dir() else Manifest(path)
 
 
+class _Records:
+    """The records of ArrayRecord files. A reader that has failed once does so for good: then all are opened again."""
+
+    def __init__(self, paths: Sequence[Path]):
+        self._paths = [str(path) for path in paths]
+        self._source = self._opened()
+
+    def _opened(self) -> grain.sources.ArrayRecordDataSource:
+        return retried(self._paths[0], lambda: grain.sources.ArrayRecordDataSource(self._paths))
+
+    def read(self, place: int, name: object) -> bytes:
+        def attempt() -> bytes:
+            try:
+                return self._source[place]
+            except RuntimeError as error:
+                if is_transient(error):
+                    self._source = self._opened()
+                raise
+
+        return retried(name, attempt)
+
+
 def _examples_in(shard: int, shards: int, examples: int) -> int:
     return len(range(shard, examples, shards))
 
@@ -127,13 +149,19 @@ def _shard_path(directory: Path, shard: int, shards: int) -> Path:
 
 def _num_records(path: Path) -> int:
     """Records of an ArrayRecord file; 0 if it is none, is damaged or isn't there."""
-    try:
+
+    def count() -> int:
         reader = ArrayRecordReader(str(path), "readahead_buffer_size:0,max_parallelism:0")
-        records = reader.num_records() if reader.ok() else 0
+        if not reader.ok():
+            reader.read([0])  # raises what was wrong
+        records = reader.num_records()
         reader.close()
+        return records
+
+    try:
+        return retried(path, count)
     except RuntimeError:  # all that the library says about any of these
         return 0
-    return records
 
 
 def _is_count(value: Any) -> bool:
@@ -145,7 +173,7 @@ def _is_count(value: Any) -> bool:
 
 def _write_index(out: Path, index: dict[str, Any]) -> None:
     path = out / INDEX_FILE
-    if path.exists() and (there := read_json(path)) != index:
+    if exists(path) and (there := read_json(path)) != index:
         different = [key for key in index if there.get(key) != index[key]]
         raise MossAudioError(
             f"{path}: expected shards of this manifest, found others ({', '.join(different)} differ); "
@@ -157,7 +185,7 @@ def _write_index(out: Path, index: dict[str, Any]) -> None:
 def _write_shard(examples: Manifest, out: Path, shard: int, shards: int) -> ShardReport:
     path, count = _shard_path(out, shard, shards), _examples_in(shard, shards, len(examples))
     if _num_records(path) == count:
-        return ShardReport(path, count, _count_unreadable(path), already_there=True)
+        return ShardReport(path, count, _count_unreadable(path, count), already_there=True)
     unreadable = 0
     with written_whole(path) as file:
         # Groups of one: every record is read on its own. The audio is compressed already.
@@ -167,6 +195,8 @@ def _write_shard(examples: Manifest, out: Path, shard: int, shards: int) -> Shar
                 example = examples[index]
                 try:
                     record = _encode(example)
+                except StorageError:  # no fault of the clip
+                    raise
                 except MossAudioError as error:
                     log.warning("unreadable: %s", error)
                     unreadable += 1
@@ -177,12 +207,9 @@ def _write_shard(examples: Manifest, out: Path, shard: int, shards: int) -> Shar
     return ShardReport(path, count, unreadable, already_there=False)
 
 
-def _count_unreadable(path: Path) -> int:
-    reader = ArrayRecordReader(str(path))
-    try:
-        return sum("unreadable" in _split(reader.read([index])[0])[0] for index in range(reader.num_records()))
-    finally:
-        reader.close()
+def _count_unreadable(path: Path, examples: int) -> int:
+    records = _Records([path])
+    return sum("unreadable" in _split(records.read(place, path))[0] for place in range(examples))
 
 
 def _encode(example: Example) -> bytes:
@@ -216,8 +243,7 @@ def _audio_bytes(clip: Clip) -> bytes:
     """An audio file that decodes to exactly the clip's wave. Raises MossAudioError if it can't be decoded."""
     assert isinstance(clip.audio, str)  # a manifest holds paths
     wave = clip.wave()  # decodes it, even if only to see that this can be done
-    with open_binary(clip.audio) as file:
-        content = file.read()
+    content = read_bytes(clip.audio)
     if clip.start is None and clip.end is None:
         return content
     rate = soundfile.info(io.BytesIO(content)).samplerate
