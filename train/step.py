@@ -2,7 +2,8 @@
 
     loss = sum over supervised tokens / their number, both over the global batch and all its microbatches
     gradients by the trainable parameters alone, added up over the microbatches, in float32 unless said otherwise
-    AdamW, unless the loss or the gradient is not finite or far above its recent values: then nothing moves
+    AdamW or another optimizer, unless the loss or the gradient is not finite or far above its recent values: then
+        nothing moves
 
 The masters are float32; the network computes in a copy of them in the compute dtype. On a mesh that `jax.set_mesh` made
 current, parameters, gradients and moments lie as `sharding.RULES` says.
@@ -199,8 +200,9 @@ def abstract_state(
 
     def placed(keys: KeyPath, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         parameter = parameters.get(_parameter_path(keys))
-        like_it = parameter is not None and parameter.shape == leaf.shape
-        return leaf.update(sharding=parameter.sharding if like_it else everywhere)
+        if parameter is None or parameter.shape != leaf.shape:
+            return leaf.update(sharding=everywhere)
+        return leaf.update(sharding=parameter.sharding)
 
     state = jax.eval_shape(lambda arrays: _first_state(arrays, config.lora, optimizer, seed=0), parameters)
     return jax.tree_util.tree_map_with_path(placed, state)
