@@ -221,7 +221,7 @@ class Checkpoints:
             STATE: ocp.args.StandardRestore({name: leaf for name, leaf in rest.items() if name not in older}),
             DATA: ocp.args.JsonRestore(),
         }
-        if target.ema is not None:
+        if target.ema is not None and (self._directory / str(step) / RUN_EMA).is_dir():
             items[RUN_EMA] = ocp.args.StandardRestore(unflatten(target.ema))
         if exists(self._directory / str(step) / RUN_BEST):
             items[RUN_BEST] = ocp.args.JsonRestore()
@@ -234,7 +234,9 @@ class Checkpoints:
         state = jax.tree.unflatten(jax.tree.structure(_without_parameters(target)), leaves)
         trainable = {path: flat[path] for path in target.trainable}
         frozen = {path: flat[path] for path in target.frozen}
-        ema = flatten(restored[RUN_EMA]) if target.ema is not None else None
+        ema = flatten(restored[RUN_EMA]) if RUN_EMA in items else None
+        if target.ema is not None and ema is None:  # they begin with the parameters
+            ema = {path: jnp.copy(leaf) for path, leaf in trainable.items()}
         return dataclasses.replace(state, trainable=trainable, frozen=frozen, ema=ema), restored[DATA]
 
     def _lacks(self, step: int) -> set[str]:

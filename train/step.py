@@ -2,7 +2,8 @@
 
     loss = sum over supervised tokens / their number, both over the global batch and all its microbatches
     gradients by the trainable parameters alone, added up over the microbatches, in float32 unless said otherwise
-    AdamW, unless the loss or the gradient is not finite or far above its recent values: then nothing moves
+    AdamW or another optimizer, unless the loss or the gradient is not finite or far above its recent values: then
+        nothing moves
 
 The masters are float32; the network computes in a copy of them in the compute dtype. On a mesh that `jax.set_mesh` made
 current, parameters, gradients and moments lie as `sharding.RULES` says.

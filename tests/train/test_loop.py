@@ -336,6 +336,9 @@ def test_moving_averages_are_evaluated_saved_and_loaded(
         assert_same_arrays(parameters_of(load_model(path, dtype="float32")), expected)
     assert_same_arrays(parameters_of(load_model(out / "checkpoints" / "2" / "ema", dtype="float32")), averages)
     assert_same_arrays(asked, averages)
+    begun_without = restored(straight, config)[0]
+    assert begun_without.ema is not None
+    assert_same_arrays(begun_without.ema, begun_without.trainable)
     with pytest.raises(MossAudioError, match=r"holds no moving averages.*--optimizer.ema-decay"):
         load_model(straight / "ema")
 
