@@ -110,7 +110,7 @@ def start(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Iterator[Ca
 
 @pytest.fixture(scope="module")
 def evaluated(corpus: Path) -> dict[str, object]:  # noqa: F811
-    """Options of an evaluation after the fourth step."""
+    """Options of an evaluation after the fourth step and after the last."""
     options = {"every": 4, "data": corpus / "clips.jsonl", "count": 3, "tokens": 4}
     return {f"evaluate-{name}": value for name, value in options.items()} | {"best-metric": "loss"}
 
@@ -177,13 +177,16 @@ def test_two_processes_make_the_curve_of_one_and_others_go_on_with_it(
 
 
 def assert_same_evaluation(found: Path, expected: Path) -> None:
-    (scores,), (others,) = ([json.loads(line) for line in (out / "scores.jsonl").open()] for out in (found, expected))
-    assert scores["eval/tokens"] > 0
-    assert scores == pytest.approx(others, rel=2e-4)
+    """After the fourth step, and after the last, which is the best."""
+    lines, others = ([json.loads(line) for line in (out / "scores.jsonl").open()] for out in (found, expected))
+    assert [line["step"] for line in lines] == [line["step"] for line in others] == [4, STEPS]
+    assert lines[0]["eval/tokens"] > 0
+    assert lines[0] == pytest.approx(others[0], rel=2e-4)
+    assert lines[1]["eval/loss"] == pytest.approx(others[1]["eval/loss"], rel=2e-4)
     assert (found / "answers" / "4.md").read_text() == (expected / "answers" / "4.md").read_text()
     for out in (found, expected):
         best = orbax_paths(out / "best")
-        assert best is not None and best.params == out / "checkpoints" / "4" / "params"
+        assert best is not None and best.params == out / "checkpoints" / str(STEPS) / "params"
 
 
 def test_processes_end_their_epochs_together(start: Callable[..., Run], tmp_path: Path):
