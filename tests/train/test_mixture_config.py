@@ -10,6 +10,7 @@ import pytest
 from moss_audio_jax.errors import MossAudioError
 from train.__main__ import main
 from train.config import RECIPES, GroupConfig, MixtureConfig, RunConfig, settle, with_named_groups
+from train.data.augment import AugmentConfig
 from train.data.mixture import ExampleOrder, source_weights
 from train.data.objectives import OBJECTIVES
 
@@ -75,14 +76,16 @@ def test_the_order_of_options_does_not_change_that_of_examples(parsed, manifests
         settle(other, tmp_path, begun=True)
 
 
-def test_a_run_older_than_named_groups_resumes(tmp_path: Path):
+def test_a_run_older_than_named_groups_and_augmentation_resumes(tmp_path: Path):
     config = RECIPES["pretrain_stage2"]
     old = json.loads(json.dumps(dataclasses.asdict(config)))
-    del old["mixture"]["named"]
+    del old["mixture"]["named"], old["augment"]
     for name in config.mixture.manifest_groups():
         del old["mixture"][name]["weights"]
     assert old["mixture"]["speech"]["objectives"] == ["transcribe", "transcribe_words", "transcribe_sentences"]
     (tmp_path / "config.json").write_text(json.dumps(old))
+    with pytest.raises(MossAudioError, match=r"augment\.time_masks is 1 and was 0"):
+        settle(dataclasses.replace(config, augment=AugmentConfig(time_masks=1)), tmp_path, begun=True)
     settle(config, tmp_path, begun=True)
 
 
