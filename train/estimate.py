@@ -40,14 +40,16 @@ class Slice:
         return self.cores / self.chip.cores
 
     def seconds(self, collective: Collective) -> float:
-        """Of all the times that it runs."""
+        """Of all the times that it runs. XLA cuts gathers beside matmuls into permutes round a ring, half of them in
+        each direction: a chip uses two links at most."""
         if collective.between_slices:
             return collective.sent / (self.share * self.chip.dcn_bandwidth)
         groups = {frozenset(self.coordinates[device] for device in group) for group in collective.groups}
-        counts = [links(group, self.shape, self.chip) for group in groups] or [1.0]  # one sends to one: one link
-        if max(counts) == 0.0:
+        counts = [count for group in groups if (count := links(group, self.shape, self.chip))]
+        if not counts:
             return 0.0  # within chips
-        return collective.sent / (self.share * min(filter(None, counts)) * self.chip.ici_link_bandwidth)
+        used = min(2.0, *counts) if collective.kind == "collective-permute" else min(counts)
+        return collective.sent / (self.share * used * self.chip.ici_link_bandwidth)
 
 
 def computing_seconds(chip: Chip, flops: Mapping[str, float], moved: Mapping[str, float]) -> dict[str, float]:

@@ -33,7 +33,7 @@ class Collective:
 
     payload: bytes on one device: what an all-gather gives, a reduce-scatter takes, the others give as they take.
     devices: how many take part. shapes: of the arrays it gives.
-    groups: of devices, by their place in the mesh, that exchange with each other; () where one sends to one.
+    groups: of devices, by their place in the mesh, that exchange with each other.
     between_slices: over the data centre's network; then `devices` counts slices.
     """
 
@@ -114,8 +114,8 @@ def _collective(operation: re.Match, kind: str, devices: int, times: int) -> Col
     if operation["opcode"].endswith("-start") and kind != "all-reduce":
         arrays = [array for array in arrays if array[1]]  # without the semaphores
         arrays = arrays[len(arrays) // 2 :]  # the first half are the operands
-    groups = () if kind == "collective-permute" else _groups(operation["rest"], devices)
-    size = len(groups[0]) if groups else devices
+    groups = _rings(operation["rest"]) if kind == "collective-permute" else _groups(operation["rest"], devices)
+    size = max(map(len, groups))
     given = _bytes_of(arrays)
     payload = given * size if kind == "reduce-scatter" else given
     shapes = tuple(f"{dtype}[{dims}]" for dtype, dims in arrays)
@@ -160,6 +160,18 @@ def _groups(rest: str, devices: int) -> tuple[tuple[int, ...], ...]:
         ids = ids.transpose([list(sizes).index(axis) for axis in order])
         return tuple(map(tuple, ids.reshape(-1, math.prod(sizes[axis] for axis in taken)).tolist()))
     return (tuple(range(devices)),)
+
+
+def _rings(rest: str) -> tuple[tuple[int, ...], ...]:
+    """Of a collective-permute: the devices that `source_target_pairs={{0,1},{1,2},{2,0}}` chains together."""
+    chains: list[set[int]] = []
+    pairs = re.search(r"source_target_pairs=\{([0-9,{}]*)\}", rest)
+    assert pairs is not None
+    for pair in re.findall(r"\{(\d+),(\d+)\}", pairs[1]):
+        chain = set(map(int, pair))
+        touching = [other for other in chains if other & chain]
+        chains = [other for other in chains if other not in touching] + [chain.union(*touching)]
+    return tuple(tuple(sorted(chain)) for chain in chains)
 
 
 def _integers(text: str) -> tuple[int, ...]:

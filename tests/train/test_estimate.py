@@ -1,5 +1,6 @@
 """Rooflines: each part takes the longer of computing and memory, and communication comes on top."""
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -24,7 +25,10 @@ def test_a_collective_takes_the_links_of_its_groups():
     assert EIGHT.seconds(whole) == pytest.approx(700e9 / 100e9)
     pairs = Collective("all-gather", "", (), 100e9, 2, times=3, groups=((0, 4), (1, 5), (2, 6), (3, 7)))
     assert EIGHT.seconds(pairs) == pytest.approx(3 * 50e9 / 50e9)
-    assert EIGHT.seconds(Collective("collective-permute", "", (), 50e9, 8, times=1)) == pytest.approx(1.0)
+    cube = Slice(V5P, (4, 4, 4), tuple(product(range(4), repeat=3)), devices=64, cores=2)
+    ring = Collective("collective-permute", "", (), 600e9, 64, times=1, groups=(tuple(range(64)),))
+    assert cube.seconds(ring) == pytest.approx(600e9 / 200e9)  # two of its six links
+    assert cube.seconds(replace(ring, kind="all-to-all")) == pytest.approx(600e9 * 63 / 64 / 600e9)
     between = Collective("all-reduce", "", (), 3.125e9, 2, times=2, between_slices=True)
     assert EIGHT.seconds(between) == pytest.approx(2.0)
 

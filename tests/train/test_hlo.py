@@ -7,7 +7,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moss_audio_jax.sharding import make_mesh
-from train.hlo import Collective, _groups, collectives
+from train.hlo import Collective, _groups, _rings, collectives
 
 PROGRAM = """HloModule jit_step, is_scheduled=true
 
@@ -61,7 +61,7 @@ def test_a_program_s_collectives():
         Collective("all-gather", "gather", ("bf16[64,128]",), payload=64 * 128 * 2, devices=8, times=33, groups=EIGHT),
         Collective("reduce-scatter", "scattered", ("bf16[8,16]",), 4 * 8 * 16 * 2, devices=4, times=33, groups=FOURS),
         Collective("all-reduce", "both", ("f32[4]", "bf16[2,3]"), 4 * 4 + 6 * 2, devices=4, times=1, groups=FOURS),
-        Collective("collective-permute", "moved", ("f32[10]",), payload=40, devices=8, times=1),
+        Collective("collective-permute", "moved", ("f32[10]",), payload=40, devices=2, times=1, groups=((0, 1),)),
     ]
 
 
@@ -79,6 +79,11 @@ def test_a_program_s_collectives():
 )
 def test_who_takes_part(written: str, groups: tuple[tuple[int, ...], ...]):
     assert _groups(written, devices=4) == groups
+
+
+def test_permutes_run_round_rings():
+    assert _rings("source_target_pairs={{0,2},{2,4},{4,0},{1,3},{3,1},{5,5}}") == ((0, 2, 4), (1, 3), (5,))
+    assert _rings("source_target_pairs={{0,1},{2,3},{1,2}}") == ((0, 1, 2, 3),)
 
 
 BETWEEN = """HloModule jit_step, is_scheduled=true, num_partitions=4
