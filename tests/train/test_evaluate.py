@@ -311,13 +311,14 @@ def test_the_command_reports_what_the_model_answers(corpus, tmp_path):
 @pytest.mark.usefixtures("heard_interrupts")
 def test_ctrl_c_keeps_what_was_answered(corpus, tmp_path):
     files = ("--out", tmp_path / "results.json", "--predictions", tmp_path / "predictions.jsonl")
-    asked = ("--scenes", 2000, "--scenes.seconds", 1, 1, "--max-new-tokens", 2, "--batch-size", 2)
+    asked = ("--scenes", 2000, "--scenes.seconds", 2, 2, "--max-new-tokens", 2, "--batch-size", 2)
     command = [sys.executable, "-m", "train", "evaluate", str(corpus / "model"), *map(str, (*asked, *files))]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT)
     try:
         shown = b""
         while not re.search(rb"\D[2-9]\d*/2000", shown):  # how many are answered
-            shown += process.stderr.read(1)
+            shown += (character := process.stderr.read(1))
+            assert character, shown
         process.send_signal(signal.SIGINT)
         out, errors = process.communicate(timeout=120)
     finally:
