@@ -220,7 +220,6 @@ def _run(
 ) -> Outcome:
     graphdef = nnx.split(build_model(model, dict(abstract_parameters(model, jnp.float32))))[0]
     step, best = start, _best_so_far(config, checkpoints)
-
     clock = _Clock(config.loop.checkpoint_minutes)
 
     def save() -> None:
