@@ -200,7 +200,8 @@ def compare(config: Any, out: AnyPath, step: int, resume: ResumeConfig) -> dict[
     begun_from = Record.of(then).history[0].get("branch")
     if resume.branch not in (None, begun_from):
         raise MossAudioError(
-            f"--branch {resume.branch}: {out} holds a run that was begun from {begun_from or 'no other'}; name a new --out"
+            f"--branch {resume.branch}: {out} holds a run that was begun from {begun_from or 'no other'}; name a new "
+            "--out"
         )
     differences = _differences(config, then)
     _require_allowed(config, differences, resume.allow_change, step, f"{out} holds a run of another configuration")
