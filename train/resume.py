@@ -200,7 +200,14 @@ def settle(
 def compare(config: Any, out: AnyPath, step: int, resume: ResumeConfig) -> dict[str, list[Any]]:
     """What differs from the configuration of the run, by option; raises MossAudioError if it may not."""
     _require_options(config, resume.allow_change)
-    differences = _differences(config, read_json(to_path(out) / CONFIG_FILE))
+    then = read_json(to_path(out) / CONFIG_FILE)
+    begun_from = Record.of(then).history[0].get("branch")
+    if resume.branch not in (None, begun_from):
+        raise MossAudioError(
+            f"--branch {resume.branch}: {out} holds a run that was begun from {begun_from or 'no other'}; name a new "
+            "--out"
+        )
+    differences = _differences(config, then)
     _require_allowed(config, differences, resume.allow_change, step, f"{out} holds a run of another configuration")
     return differences
 

@@ -11,10 +11,8 @@ from typing import Any
 import pytest
 import tyro
 from test_loop import (  # noqa: F401 - some are fixtures
-    MODEL,
     STEPS,
     assert_same_end,
-    assert_same_numbers,
     config,
     copy,
     corpus,
@@ -221,6 +219,8 @@ def test_a_branch_resumes_another_run(straight: Path, tmp_path: Path, config: Ru
     assert sorted(path for path in straight.rglob("*")) == before
     with pytest.raises(MossAudioError, match=r"no checkpoint of step 3, only of 4, 6"):
         train(config, tmp_path / "third", mesh=one_device(), resume=ResumeConfig(branch=f"{straight}@3"))
+    with pytest.raises(MossAudioError, match=r"holds a run that was begun from .*@4; name a new --out"):
+        train(config, same, mesh=one_device(), resume=ResumeConfig(branch=f"{straight}@6"))
     with pytest.raises(MossAudioError, match=r"can't have a branch of another model: optimizer.freeze"):
         thawed = changed(config, optimizer__freeze=())
         train(thawed, tmp_path / "third", mesh=one_device(), resume=branch)
