@@ -9,10 +9,11 @@ import pytest
 
 from moss_audio_jax.errors import MossAudioError
 from train.__main__ import main
-from train.config import RECIPES, GroupConfig, MixtureConfig, RunConfig, settle, with_named_groups
+from train.config import RECIPES, GroupConfig, MixtureConfig, RunConfig, with_named_groups
 from train.data.augment import AugmentConfig
 from train.data.mixture import ExampleOrder, source_weights
 from train.data.objectives import OBJECTIVES
+from train.resume import settle
 
 
 @pytest.fixture
@@ -28,7 +29,7 @@ def manifests(tmp_path: Path) -> tuple[str, str]:
 def parsed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., RunConfig]:
     """The configuration that `run` makes of a command line."""
     configs: list[RunConfig] = []
-    monkeypatch.setattr("train.__main__._train", lambda config, out: configs.append(config))
+    monkeypatch.setattr("train.__main__._train", lambda config, *_: configs.append(config))
 
     def parse(*arguments: object) -> RunConfig:
         common = ("run", "--recipe", "pretrain_stage2", "--out", "unused")
@@ -84,7 +85,7 @@ def test_a_run_older_than_named_groups_and_augmentation_resumes(tmp_path: Path):
         del old["mixture"][name]["weights"]
     assert old["mixture"]["speech"]["objectives"] == ["transcribe", "transcribe_words", "transcribe_sentences"]
     (tmp_path / "config.json").write_text(json.dumps(old))
-    with pytest.raises(MossAudioError, match=r"augment\.time_masks is 1 and was 0"):
+    with pytest.raises(MossAudioError, match=r"configuration: augment\.time_masks is 1"):
         settle(dataclasses.replace(config, augment=AugmentConfig(time_masks=1)), tmp_path, begun=True)
     settle(config, tmp_path, begun=True)
 
