@@ -59,6 +59,8 @@ RULES: tuple[tuple[str, Rule], ...] = (
     ("lora", "never"),
     ("lora.*", "never"),
     ("optimizer.freeze", "never"),
+    ("optimizer.name", "never"),
+    ("optimizer.ema_decay", "never"),
     # All else.
     ("optimizer.*", "asked"),
     ("step.*", "asked"),
