@@ -97,9 +97,7 @@ def test_attempts_are_logged_and_pause_ever_longer(monkeypatch: pytest.MonkeyPat
     assert "attempt 1 of 6" in caplog.messages[0]
     for pause, mean in zip(pauses, (1, 2, 4, 8, 16), strict=True):
         assert 0.5 * mean <= pause <= 1.5 * mean
-    with pytest.raises(
-        StorageError, match=r"gs://b/x: storage failed in each of 6 attempts \(\[Errno 5\]"
-    ):
+    with pytest.raises(StorageError, match=r"gs://b/x: storage failed in each of 6 attempts \(\[Errno 5\]"):
         retried("gs://b/x", failing(6, os_error(errno.EIO)))
     with pytest.raises(PermissionError):
         retried("x", failing(1, PermissionError()))
