@@ -1,7 +1,7 @@
 """Runs under faults, for about an hour on two cores: `make soak`. docs/soak.md has its figures.
 
 kills      three runs (full, LoRA, with workers), each SIGKILLed at random moments and started again until it is done
-storage    a run with its data on gs://, 1% of whose operations fail, and audio on a disk of which 1% of reads fail
+storage    a run on gs://, data and all, 1% of whose requests fail
 hosts      the data of 16 hosts against that of one, and a run of 16 processes against one of one
 changes    a run through three changes of hosts, workers and mesh against an undisturbed one
 
@@ -174,7 +174,7 @@ class Soak:
                         (copy / name[4:]).parent.mkdir(parents=True, exist_ok=True)
                         (copy / name[4:]).write_bytes(stored.content)
                 ends.append(copy)
-                counts[str(rate)] = {"operations": storage.operations, "faults": storage.injected}
+                counts[str(rate)] = {"requests": storage.requests, "faults": dict(storage.injected)}
         compare_runs(*reversed(ends))
         return counts
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_gcs import FakeGcs
+from fake_gcs import FAULTS, FakeGcs
 from test_loop import assert_same_numbers, config, corpus, one_device, restored, straight, until  # noqa: F401 - fixtures
 
 from moss_audio_jax import MossAudioError, load_model, paths
@@ -35,8 +35,17 @@ def data(corpus: Path, storage: FakeGcs) -> str:  # noqa: F811
 @pytest.fixture(scope="module")
 def run(config: RunConfig, data: str) -> paths.Path:  # noqa: F811
     """A run on gs:// that was stopped once; its configuration is that of `straight` apart from where things are."""
+    moved = moved_to(config, data)
+    out = to_path("gs://corpus/run")
+    first = until(moved, 4, profile_first=2, profile_steps=1)
+    assert train(first, out, mesh=one_device()) == Outcome(4, preempted=False)
+    assert train(moved, out, mesh=one_device()) == Outcome(6, preempted=False)
+    return out
+
+
+def moved_to(config: RunConfig, data: str) -> RunConfig:  # noqa: F811
     mixture = config.mixture
-    moved = dataclasses.replace(
+    return dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, checkpoint=f"{data}/model"),
         mixture=dataclasses.replace(
@@ -45,11 +54,6 @@ def run(config: RunConfig, data: str) -> paths.Path:  # noqa: F811
             text=dataclasses.replace(mixture.text, paths=(f"{data}/texts.jsonl",)),
         ),
     )
-    out = to_path("gs://corpus/run")
-    first = until(moved, 4, profile_first=2, profile_steps=1)
-    assert train(first, out, mesh=one_device()) == Outcome(4, preempted=False)
-    assert train(moved, out, mesh=one_device()) == Outcome(6, preempted=False)
-    return out
 
 
 def test_a_run_that_went_on_ends_like_one_on_a_disk(run: paths.Path, straight: Path, config: RunConfig):  # noqa: F811
@@ -61,6 +65,26 @@ def test_a_run_that_went_on_ends_like_one_on_a_disk(run: paths.Path, straight: P
     }
     assert len(paths.children(run / "tensorboard")) == 2
     assert list(run.glob("profile/plugins/profile/*/*"))
+
+
+def test_storage_that_fails_changes_nothing(
+    run: paths.Path,
+    straight: Path,  # noqa: F811
+    config: RunConfig,  # noqa: F811
+    storage: FakeGcs,
+    hasty: None,
+):
+    """One request in twenty, a quarter of those with their work done: on a run of its own, stopped once."""
+    out = to_path("gs://corpus/flaky")
+    moved = moved_to(config, "gs://corpus/data")
+    with storage.failing(0.05):
+        assert train(until(moved, 4), out, mesh=one_device()) == Outcome(4, preempted=False)
+        assert train(moved, out, mesh=one_device()) == Outcome(6, preempted=False)
+        assert sum(storage.injected.values()) > 20 and all(storage.injected[fault] for fault in FAULTS)
+    assert_same_numbers(out, straight, config)
+    assert restored(out, config)[1] == restored(run, config)[1]
+    assert not (out / "damaged_checkpoints").exists()
+    assert [path.name for path in paths.children(out) if path.name.endswith(".piece")] == []
 
 
 def test_what_is_not_whole_is_not_taken(run: paths.Path, straight: Path, storage: FakeGcs):  # noqa: F811

@@ -1,8 +1,10 @@
 """A run that was stopped, killed or damaged and started again ends where one that never stopped does, bit for bit."""
 
 import dataclasses
+import errno
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -13,12 +15,14 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import soundfile
 
 from convert.to_hf import convert_to_hf
-from moss_audio_jax import LoraConfig, MossAudioConfig, MossAudioError, load_model
+from moss_audio_jax import LoraConfig, MossAudioConfig, MossAudioError, audio, load_model
 from moss_audio_jax.checkpoint import build_model, save_model
+from moss_audio_jax.errors import StorageError
 from moss_audio_jax.sharding import make_mesh
 from moss_audio_jax.small_tokenizer import write_small_tokenizer
 from train.average import average
@@ -382,6 +386,116 @@ def test_a_damaged_checkpoint_is_put_aside(copy: Path, straight: Path, config: R
     assert "checkpoint 6 can't be read, 4 is taken" in capfd.readouterr().err
     assert (copy / "damaged_checkpoints" / "6").is_dir()
     assert_same_end(copy, straight, config)
+
+
+def test_a_disk_that_fails_for_a_moment_changes_nothing(
+    straight: Path, config: RunConfig, tmp_path: Path, hasty: None, monkeypatch: pytest.MonkeyPatch
+):
+    """Half of all openings of audio fail: no example is skipped for it."""
+    chance, opened = random.Random(0), audio.open_binary
+    failed = 0
+
+    def open_binary(path: str):
+        nonlocal failed
+        if chance.random() < 0.5:
+            failed += 1
+            raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+        return opened(path)
+
+    monkeypatch.setenv("MOSS_AUDIO_STORAGE_ATTEMPTS", "20")
+    monkeypatch.setattr(audio, "open_binary", open_binary)
+    assert train(config, tmp_path / "run", mesh=one_device()).step == STEPS
+    assert failed > 5
+    assert_same_end(tmp_path / "run", straight, config)
+
+
+def test_a_disk_that_stays_away_ends_the_run_to_be_tried_again(
+    config: RunConfig, tmp_path: Path, hasty: None, monkeypatch
+):
+    def open_binary(path: str):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), path)
+
+    monkeypatch.setattr(audio, "open_binary", open_binary)
+    with pytest.raises(StorageError, match=r"\.wav: storage failed in each of 6 attempts \(.*Stale file handle"):
+        train(config, tmp_path / "run", mesh=one_device())
+
+
+def failing_once(monkeypatch: pytest.MonkeyPatch, method: str, error: Exception, *, always: bool = False) -> list[int]:
+    """Makes a method of Orbax's manager fail; returns the steps it was called for."""
+    works, steps = getattr(ocp.CheckpointManager, method), []
+
+    def fails(self, step: int, *arguments, **options):
+        steps.append(step)
+        if always or len(steps) == 1:
+            raise error
+        return works(self, step, *arguments, **options)
+
+    monkeypatch.setattr(ocp.CheckpointManager, method, fails)
+    return steps
+
+
+@pytest.mark.parametrize(
+    "error", [ConnectionResetError(errno.ECONNRESET, "reset"), ValueError("UNAVAILABLE: HTTP response code: 503")]
+)
+def test_a_checkpoint_is_read_again_before_it_is_thought_damaged(
+    error: Exception, copy: Path, config: RunConfig, hasty: None, monkeypatch: pytest.MonkeyPatch
+):
+    steps = failing_once(monkeypatch, "restore", error)
+    assert int(restored(copy, config)[0].step) == STEPS
+    assert steps == [6, 6] and not (copy / "damaged_checkpoints").exists()
+    monkeypatch.undo()
+    monkeypatch.setenv("MOSS_AUDIO_STORAGE_BACKOFF", "0")
+    failing_once(monkeypatch, "restore", error, always=True)
+    with pytest.raises(StorageError, match="checkpoints: storage failed in each of 6 attempts"):
+        restored(copy, config)
+    assert (copy / "checkpoints" / "6").is_dir() and not (copy / "damaged_checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        PermissionError(errno.EACCES, "Permission denied"),
+        ValueError("PERMISSION_DENIED: Error reading"),
+        RuntimeError("RESOURCE_EXHAUSTED: Out of memory"),
+        ValueError("Requested shape: (2,) is not compatible with the stored shape: (3,)"),
+    ],
+)
+def test_what_proves_no_damage_leaves_a_checkpoint_where_it_is(
+    error: Exception, copy: Path, config: RunConfig, monkeypatch: pytest.MonkeyPatch
+):
+    failing_once(monkeypatch, "restore", error, always=True)
+    with pytest.raises(MossAudioError, match="checkpoint 6 can't be restored, and not because it is damaged"):
+        restored(copy, config)
+    assert (copy / "checkpoints" / "6").is_dir() and not (copy / "damaged_checkpoints").exists()
+
+
+def test_what_is_whole_when_read_again_is_not_damaged(copy: Path, config: RunConfig, monkeypatch: pytest.MonkeyPatch):
+    """As a file system does whose listing is behind."""
+    failing_once(monkeypatch, "restore", FileNotFoundError(errno.ENOENT, "No such file", "manifest.ocdbt"))
+    assert int(restored(copy, config)[0].step) == STEPS
+    assert not (copy / "damaged_checkpoints").exists()
+
+
+@pytest.mark.parametrize("failing", [2, 4, 6])
+def test_a_checkpoint_that_storage_fails_to_take_is_written_again(
+    failing: int, straight: Path, config: RunConfig, tmp_path: Path, hasty: None, monkeypatch: pytest.MonkeyPatch
+):
+    """In the background, where the arrays are gone already but for the last: the next one is in its place then."""
+    finalize, failed = ocp.CheckpointManager._finalize_checkpoint, []
+
+    def fails(self, step: int):
+        if step == failing and not failed:
+            failed.append(step)
+            shutil.rmtree(tmp_path / "run" / "checkpoints" / str(step))
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return finalize(self, step)
+
+    monkeypatch.setattr(ocp.CheckpointManager, "_finalize_checkpoint", fails)
+    assert train(config, tmp_path / "run", mesh=one_device()).step == STEPS
+    assert failed == [failing]
+    with Checkpoints(tmp_path / "run") as checkpoints:
+        assert checkpoints.steps == [step for step in (2, 4, 6) if step != failing or step == 6][-2:]
+    assert_same_end(tmp_path / "run", straight, config)
 
 
 def test_a_full_disk_stops_the_run_which_then_goes_on(copy: Path, straight: Path, config: RunConfig, start):
