@@ -50,6 +50,8 @@ def test_shapes_and_figures(order: ExampleOrder, maker: SampleMaker):
     assert metrics["chunk_fill"] == pytest.approx((inputs.chunk_frames > 0).mean())
     assert metrics["examples"] == inputs.segment_ids.max(1).sum()
     assert metrics["audio_seconds"] == pytest.approx(inputs.chunk_frames.sum() / 100)
+    of_group = [((batch.group == group) & (inputs.segment_ids > 0)).sum() for group in (0, 1)]
+    assert of_group == [metrics[f"tokens/{name}"] for name in order.groups] and not batch.phase.any()
     assert metrics["tokens/audio"] + metrics["tokens/text"] == (inputs.segment_ids > 0).sum()
     assert metrics["read"] >= metrics["examples"] and metrics["unreadable"] == metrics["too_long"] == 0
 
@@ -74,6 +76,8 @@ def test_lanes_read_the_order_without_gaps(order: ExampleOrder, maker: SampleMak
     read: list[int] = []
 
     class Recorded:
+        groups, phase = order.groups, order.phase
+
         def __getitem__(self, number: int):
             read.append(number)
             return order[number]
