@@ -60,7 +60,6 @@ RULES: tuple[tuple[str, Rule], ...] = (
     ("lora.*", "never"),
     ("optimizer.freeze", "never"),
     ("optimizer.name", "never"),
-    ("optimizer.ema_decay", "never"),
     # All else.
     ("optimizer.*", "asked"),
     ("step.*", "asked"),
