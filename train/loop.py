@@ -65,7 +65,7 @@ from train.step import (
     require_even_batch,
     split_microbatches,
     train_step,
-    without_recent_values,
+    with_new_data,
 )
 from train.watchdog import Watchdog
 
@@ -420,7 +420,7 @@ def _first_or_restored_state(
         return new_state(parameters, model, config.optimizer, seed=config.seed, mesh=mesh), 0
     step = int(state.step)
     if not data.set_state(data_state, allow_other_data=is_branch or record.has_other_data_since(step)):
-        state = without_recent_values(state)  # what is usual for the other data is not known yet
+        state = with_new_data(state)  # what is usual for the other data is not known yet
     return state, step
 
 

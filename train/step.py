@@ -156,12 +156,6 @@ class TrainState:
     ema: Parameters | None = None
 
 
-def without_recent_values(state: TrainState) -> TrainState:
-    """The state of a run that resumes with other data: what is a spike is learned again, from their first phase on."""
-    names = ("recent_loss", "recent_norm", "phase", "spikes_in_a_row")
-    return dataclasses.replace(state, **{name: jax.tree.map(jnp.zeros_like, getattr(state, name)) for name in names})
-
-
 def initial_parameters(config: MossAudioConfig, *, seed: int = 0, mesh: Mesh | None = None) -> Parameters:
     """Random float32 parameters, each made where it will lie; the same on every mesh."""
     shardings = {path: leaf.sharding for path, leaf in abstract_parameters(config, jnp.float32, mesh).items()}

@@ -19,7 +19,7 @@ from moss_audio_jax.model import parameter_specs
 from moss_audio_jax.released import INDEX_FILE, SINGLE_FILE, SafetensorsCheckpoint, released_leaves
 from moss_audio_jax.sharding import make_mesh
 from train import initial
-from train.config import RECIPES, settle
+from train.config import RECIPES
 from train.initial import ModelSource, first_parameters, model_config, random_parameters
 from train.loop import train
 from train.step import initial_parameters
