@@ -29,6 +29,7 @@ from train.data.pipeline import merge_states
 from train.meeting import meet
 
 BATCH_SECONDS = 1800  # for another process to read a batch
+BATCHES_KEPT = 64  # in the processes' store: none is so far behind another
 LOST = 75  # exit code, EX_TEMPFAIL: run it again
 DECISION_MILLISECONDS = 86_400_000  # a process that is gone is found out before
 # What JAX's errors say of a process that can't be reached any more.
@@ -141,7 +142,7 @@ def processes_with_this_share(mesh: Mesh) -> int:
 
 
 class HostSums:
-    """Figures of this host -> device arrays of those of all hosts: summed, or their greatest. No host waits for them.
+    """Figures of this host -> those of all hosts, summed, or the greatest of them; added up on the devices.
 
     Hosts that read the same share of the batch count as one.
     """
@@ -152,18 +153,17 @@ class HostSums:
         everywhere = NamedSharding(mesh, PartitionSpec())
         self._reduce = jax.jit(lambda sums, most: (sums.sum(0), most.max(0)), out_shardings=everywhere)
 
-    def __call__(self, sums: Mapping[str, float], greatest: Mapping[str, float]) -> dict[str, Any]:
-        """Both have the same names on all hosts, and no negative values."""
+    def __call__(self, sums: Mapping[str, float], greatest: Mapping[str, float]) -> Callable[[], dict[str, float]]:
+        """A function that waits for the figures and gives them; no host waits before.
+
+        Both have the same names on all hosts, and no negative values.
+        """
         if jax.process_count() == 1:
-            return {**sums, **greatest}
-        found = self._reduce(
-            self._put([value * self._weight for value in sums.values()]), self._put(list(greatest.values()))
-        )
-        return {
-            name: value
-            for names, values in zip((sums, greatest), found, strict=True)
-            for name, value in zip(names, values, strict=True)
-        }
+            return lambda: {**sums, **greatest}
+        names = [*sums, *greatest]
+        weighted = [value * self._weight for value in sums.values()]
+        arrays = self._reduce(self._put(weighted), self._put(list(greatest.values())))
+        return lambda: dict(zip(names, np.concatenate(jax.device_get(arrays)).tolist(), strict=True))
 
     def _put(self, values: Sequence[float]) -> jax.Array:
         """[devices, values]: this host's in one row, zeros in its others."""
@@ -181,7 +181,10 @@ def any_host_has(batch: int, here: bool) -> bool:
         return here
     client = global_state.client
     assert client is not None
-    client.key_value_set(_batch_key(jax.process_index(), batch), "1" if here else "0", allow_overwrite=True)
+    mine = jax.process_index()
+    client.key_value_set(_batch_key(mine, batch), "1" if here else "0", allow_overwrite=True)
+    if batch > BATCHES_KEPT:
+        client.key_value_delete(_batch_key(mine, batch - BATCHES_KEPT))
     return here or any(
         client.blocking_key_value_get(_batch_key(process, batch), 1000 * BATCH_SECONDS) == "1"
         for process in range(jax.process_count())

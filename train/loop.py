@@ -16,7 +16,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -269,7 +269,7 @@ class _Run:
                 self._evaluate(state)
         return self._end(state)
 
-    def _next_batch(self) -> tuple[TrainingBatch, dict[str, Any]] | None:
+    def _next_batch(self) -> tuple[TrainingBatch, Callable[[], dict[str, float]]] | None:
         """A batch and its figures over all hosts; None at the end of the data, and where the run is to stop."""
         self.watchdog.reached(f"the reading of batch {self.step + 1}")
         began = time.perf_counter()

@@ -116,7 +116,7 @@ class Report:
                 self._sinks += [_WeightsAndBiases(out, wandb)] if wandb else []
                 self._sinks += [_Lines(out, start), _TensorBoard(out, start)]
             self._sinks.append(_Progress(start, last_step, log_every, peak_flops))
-        self._pending: tuple[int, Mapping[str, jax.Array], Values] | None = None
+        self._pending: tuple[int, Mapping[str, jax.Array], Callable[[], Values]] | None = None
         self._last = time.perf_counter()
 
     def __enter__(self) -> "Report":
@@ -130,18 +130,18 @@ class Report:
                 for sink in self._sinks:
                     sink.close()
 
-    def add(self, step: int, metrics: Mapping[str, jax.Array], sums: Mapping[str, Any]) -> None:
+    def add(self, step: int, metrics: Mapping[str, jax.Array], sums: Callable[[], Values]) -> None:
         """Takes a step that was started, and writes the one before.
 
-        metrics: of `train_step`. sums: over all hosts (`distributed.HostSums`).
+        metrics: of `train_step`. sums: gives those over all hosts (`distributed.HostSums`).
         """
         self.flush()
         self._pending = step, metrics, sums
 
-    def pass_over(self, sums: Mapping[str, Any]) -> None:
+    def pass_over(self, sums: Callable[[], Values]) -> None:
         """Takes the sums of a batch that is read and not trained on: its data count, and its time is no step's."""
         with self.paused():
-            self._figures(jax.device_get(sums))
+            self._figures(sums())
 
     def flush(self) -> None:
         """Waits for the last step that was added; raises MossAudioError if too many in a row were skipped."""
@@ -150,7 +150,7 @@ class Report:
         step, metrics, sums = self._pending
         self._pending = None
         values = by_name(jax.device_get(metrics), self._groups)
-        host = self._figures({name: np.asarray(value).item() for name, value in jax.device_get(sums).items()})
+        host = self._figures(sums())
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
         rate = host["packed_tokens"] / seconds if seconds else math.inf

@@ -5,6 +5,7 @@ import re
 import struct
 import sys
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -37,8 +38,8 @@ def step_metrics(loss: float = 2.5, **changes) -> dict[str, jax.Array]:
     }
 
 
-def host_metrics(**changes) -> dict[str, float]:
-    return {"data_wait": 0.5, "packed_tokens": 500, "model_flops": 1e12} | changes
+def host_metrics(**changes) -> Callable[[], dict[str, float]]:
+    return lambda: {"data_wait": 0.5, "packed_tokens": 500, "model_flops": 1e12} | changes
 
 
 def run(out: Path, clock: SimpleNamespace, steps: range, **options) -> None:
