@@ -106,7 +106,7 @@ def test_a_line_a_step(tmp_path: Path, clock):
     assert first == (
         f'{{"step": 1, "time": 0, "step_seconds": 62.0, "tokens_per_second": {rate}, "restarts": 0, '
         '"grad_norm": 0.5, "loss": 1.0, "skipped": 0, "skipped_in_a_row": 0, '
-        '"skipped_total": 0, "tokens": 300.0, "data_wait": 0.5, "model_flops": 1000000000000.0, "packed_tokens": 500, '
+        '"skipped_total": 0, "tokens": 300.0, "data_wait": 0.5, "packed_tokens": 500, "model_flops": 1000000000000.0, '
         f'"mfu": {1 / 62}}}'
     )
     assert [(line["step"], line["step_seconds"]) for line in lines(tmp_path / "metrics.jsonl")[1:]] == [(2, 2), (3, 2)]
@@ -139,8 +139,8 @@ def test_progress_of_a_run_that_ends_with_its_data(tmp_path: Path, clock, capsys
         tmp_path, start=0, **OPTIONS | {"last_step": None}, figures=lambda sums: sums | {"epoch": 0.25}
     ) as report:
         for step in (1, 2):
-            clock.now += 2
             report.add(step, step_metrics(), host_metrics())
+            clock.now += 2
     assert capsys.readouterr().err.splitlines()[1:] == [
         "step 2  epoch 0.25  loss 2.5000  skipped 0  250 tokens/s  500.0 GFLOP/s  data wait 25%"
     ]
