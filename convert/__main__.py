@@ -201,6 +201,30 @@ def rehearse(target: Target, /, *, preset: Literal["4b", "8b", "tiny"], seed: in
         write(preset, target, seed)
 
 
+@app.command
+def average(
+    run: Source,
+    target: Target,
+    /,
+    *,
+    last: int | None = None,
+    steps: tuple[int, ...] = (),
+) -> None:
+    """Averages checkpoints of a training run into a new one, for evaluate, generate and the other conversions.
+
+    Args:
+        run: The directory of a training run.
+        target: The directory to write, new or empty.
+        last: Take this many of the newest checkpoints.
+        steps: Take the checkpoints of these steps.
+    """
+    with _reported(target):
+        from convert.average import average as write
+
+        taken = write(run, target, last=last, steps=steps)
+        print(f"the mean of the checkpoints of steps {', '.join(map(str, taken))}")
+
+
 @contextmanager
 def _reported(target: AnyPath) -> Iterator[None]:
     """For the commands that write: removes what is half written when they are stopped, says at the end what it took."""

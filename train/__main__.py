@@ -431,29 +431,6 @@ def _evaluate(
         end(INTERRUPTED)
 
 
-@app.command
-def average(
-    run: tyro.conf.Positional[PathArgument],
-    /,
-    *,
-    out: PathArgument,
-    last: int | None = None,
-    steps: tuple[int, ...] = (),
-) -> None:
-    """Averages checkpoints of a run into a new one, parameter by parameter, for evaluate, generate and convert.
-
-    Args:
-        run: The directory of a training run.
-        out: A new directory.
-        last: Take this many of the newest checkpoints.
-        steps: Take the checkpoints of these steps.
-    """
-    from train.average import average as write
-
-    taken = write(run, out, last=last, steps=steps)
-    print(f"{out}: the mean of the checkpoints of steps {', '.join(map(str, taken))}")
-
-
 def ablate_command() -> Callable[..., None]:
     """The command `ablate`."""
     from train.ablate import AblationConfig

@@ -19,13 +19,13 @@ import orbax.checkpoint as ocp
 import pytest
 import soundfile
 
+from convert.average import average
 from convert.to_hf import convert_to_hf
 from moss_audio_jax import LoraConfig, MossAudioConfig, MossAudioError, audio, load_model
 from moss_audio_jax.checkpoint import build_model, save_model
 from moss_audio_jax.errors import StorageError
 from moss_audio_jax.sharding import make_mesh
 from moss_audio_jax.small_tokenizer import write_small_tokenizer
-from train.average import average
 from train.checkpoints import Checkpoints, _parts
 from train.config import RECIPES, LoopConfig, MixtureConfig, ModelSource, RunConfig
 from train.data import DataConfig
