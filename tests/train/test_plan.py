@@ -247,3 +247,28 @@ def test_the_largest_buffers_of_xla_s_report():
         (int(2.34 * 2**30), "2×bf16[3,64,800,8192]"),
         (512 * 2**20, "f32[8,8192,512,4]"),
     )
+
+
+def test_a_run_s_own_evaluation_is_counted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Beside the state; and where it does not fit, the batch that would is named."""
+    topology = ["--topology", "v5e:2x2", *SIZES]
+    evaluating = ["--evaluate-every", "10", "--evaluate-tokens", "16", "--evaluate-count", "32"]
+
+    def evaluation(*options: str) -> dict:
+        return json.loads(run([*topology, *evaluating, *options, "--json"], monkeypatch, capsys))["evaluation"]
+
+    four, sixteen = evaluation("--evaluate-batch", "3"), evaluation("--evaluate-batch", "16")
+    assert four["fits"] and sixteen["fits"]
+    assert (four["prompts"], four["sequences"], sixteen["prompts"], sixteen["sequences"]) == (4, 4, 16, 8)
+    assert four["hbm_bytes_by_program"].keys() == {"loss", "prefill", "decode"}
+    for program, needed in four["hbm_bytes_by_program"].items():
+        assert needed < sixteen["hbm_bytes_by_program"][program]
+
+    between = (four["hbm_bytes_per_chip"] + sixteen["hbm_bytes_per_chip"]) // 2
+    smaller = dataclasses.replace(plan._chip(plan.topology_devices("v5e:2x2")), usable_hbm_bytes=between)
+    monkeypatch.setattr(plan, "_chip", lambda devices: smaller)
+    with pytest.raises(SystemExit) as ended:
+        run([*topology, *evaluating, "--evaluate-batch", "16"], monkeypatch, capsys)
+    assert ended.value.code == 1
+    shown = capsys.readouterr().out
+    assert "its evaluation DOES NOT FIT" in shown and "would fit: --evaluate-batch" in shown
