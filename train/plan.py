@@ -494,8 +494,8 @@ def _evaluation(report: dict[str, Any]) -> list[str]:
     used, usable = report["hbm_bytes_per_chip"] / GIB, report["hbm_usable_bytes_per_chip"] / GIB
     by_program = ", ".join(f"{name} {size / GIB:.2f}" for name, size in report["hbm_bytes_by_program"].items())
     lines = [
-        f"its evaluation {'FITS' if report['fits'] else 'DOES NOT FIT'}: {used:.2f} of {usable:.2f} GiB ({by_program}); "
-        f"{report['prompts']} questions at once, of up to {report['prompt_tokens']} tokens and "
+        f"its evaluation {'FITS' if report['fits'] else 'DOES NOT FIT'}: {used:.2f} of {usable:.2f} GiB "
+        f"({by_program}); {report['prompts']} questions at once, of up to {report['prompt_tokens']} tokens and "
         f"{report['prompt_chunks']} chunks, answers of up to {report['new_tokens']} tokens"
     ]
     if "would_fit" in report:
