@@ -102,7 +102,7 @@ def _compiled(
 
 
 def _unused_bytes(parameters: Any, compiled: Compiled) -> int:
-    """Of the parameters that are a program's first argument: those that it does not use, though they are on the chip."""
+    """Of the parameters, a program's first argument: of those that it does not use, though they are on the chip."""
     if compiled.inputs is None:
         return 0
     unused = jax.tree.map(lambda leaf, place: leaf if place is None else None, parameters, compiled.inputs[0][0])
