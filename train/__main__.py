@@ -241,7 +241,7 @@ def _named_recipe(arguments: list[str], default: str) -> "RunConfig":
 
 def plan_command(arguments: list[str]) -> Callable[..., None]:
     """The command `plan`; its options are those of `run` for the recipe that the arguments name, and some more."""
-    from train.config import RecipeName, RunConfig
+    from train.config import RecipeName, RunConfig, with_paths
 
     recipe_config = _named_recipe(arguments, "pretrain_stage2")
 
@@ -257,6 +257,7 @@ def plan_command(arguments: list[str]) -> Callable[..., None]:
         chunks: int | None = None,
         segments: int = 1,
         propose_batch: bool = False,
+        eval_data: tuple[str, ...] = (),
         json: bool = False,
         config: Annotated[RunConfig, tyro.conf.arg(name="")] = recipe_config,
     ) -> None:
@@ -277,7 +278,9 @@ def plan_command(arguments: list[str]) -> Callable[..., None]:
             chunks: Audio chunks of a sequence, short for --data.chunks; by default in the recipe's proportion.
             segments: Clips packed into a sequence, of equal length: attention within them is less work that counts.
             propose_batch: If it fits, find the largest batch that does, the batch doubled again and again. Compiles
-                two more programs or three.
+                two more programs or three. The evaluation is planned for the batch that was given.
+            eval_data: What the run will be evaluated on, as for `run`: the headers of its clips tell how long questions
+                are. With it, or --evaluate-every, the memory of the evaluation is planned too.
             json: Print one JSON object instead of a table.
             config: What the recipe says, and may be said otherwise.
         """
@@ -285,10 +288,10 @@ def plan_command(arguments: list[str]) -> Callable[..., None]:
 
         from train.plan import table, with_sizes
 
-        config = with_sizes(config, model, slices, batch, seq, chunks)
+        config = with_paths(with_sizes(config, model, slices, batch, seq, chunks), eval_data=eval_data)
         report = _plan(config, topology, mode, slices, segments, propose_batch)
         print(dumps(report, indent=2) if json else table(report))
-        if not report["fits"]:
+        if not (report["fits"] and report.get("evaluation", report)["fits"]):
             sys.exit(1)
 
     return plan
@@ -299,6 +302,7 @@ def _plan(
 ) -> dict[str, Any]:
     from train import plan
     from train.chips import topology_of
+    from train.plan_evaluation import plan_evaluation
 
     if mode != "train" and config.lora is not None and config.lora.int8:
         raise MossAudioError(f"lora.int8 is for training: leave it out of --mode {mode}, where no kernel is int8")
@@ -328,6 +332,8 @@ def _plan(
         report["would_fit"] = plan.what_would_fit(config, devices)
     elif propose_batch:
         report["largest_batch"] = plan.propose_batch(config, devices, report)
+    if report["fits"] and config.loop.evaluate_every is not None:
+        report["evaluation"] = plan_evaluation(config, devices, report)
     return report
 
 

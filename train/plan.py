@@ -28,10 +28,12 @@ from moss_audio_jax.checkpoint import abstract_parameters, build_model
 from moss_audio_jax.config import MossAudioConfig
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.generate import MIN_NEW_TOKENS, Sampling, decode_until, prefill_prompts
+from moss_audio_jax.inputs import ModelInputs
 from moss_audio_jax.sharding import make_mesh
 from train.calibration import calibrated
 from train.chips import GIB, Chip, chip_of, shown_topology, topology_of
 from train.config import RunConfig
+from train.data import TrainingBatch
 from train.estimate import Slice, by_kind, speed
 from train.flops import Content, forward_flops, moved_bytes, recomputed_flops, step_flops
 from train.hlo import Collective, collectives
@@ -53,6 +55,7 @@ class Compiled:
     largest: tuple[tuple[int, str], ...]
     collectives: tuple[Collective, ...]
     seconds: float
+    inputs: Any = None  # where its arguments lie; None for one that it does not use
     outputs: Any = None  # where its results lie
 
     @property
@@ -118,12 +121,12 @@ def plan_step(config: RunConfig, devices: Sequence[Any], segments: int = 1) -> d
     )
     graphdef = nnx.split(build_model(model, dict(abstract_parameters(model, jnp.float32))))[0]
     with jax.set_mesh(mesh):
-        state = _state(config, mesh)
+        state = planned_state(config, mesh)
         compiled = compile_for_memory(train_step.trace(graphdef, config.step, config.optimizer, state, batch), mesh)
     return report_step(config, mesh, compiled, segments)
 
 
-def _state(config: RunConfig, mesh: Mesh) -> TrainState:
+def planned_state(config: RunConfig, mesh: Mesh) -> TrainState:
     model = config.trained_model()
     dtypes = config.frozen_dtypes(abstract_parameters(model, jnp.float32))
     return abstract_state(model, config.optimizer, frozen_dtypes=dtypes, mesh=mesh)
@@ -135,7 +138,7 @@ def report_step(config: RunConfig, mesh: Mesh, compiled: Compiled, segments: int
     segments: of equal length, that are packed into a sequence. A token attends within its own, so model FLOPs are
         fewer; the attention kernel computes whole sequences all the same.
     """
-    model, data, state, place = config.trained_model(), config.data, _state(config, mesh), _slice(mesh)
+    model, data, state, place = config.trained_model(), config.data, planned_state(config, mesh), _slice(mesh)
     whole = Content(
         tokens=data.batch_size * data.tokens,
         chunks=data.batch_size * data.chunks,
@@ -153,10 +156,10 @@ def report_step(config: RunConfig, mesh: Mesh, compiled: Compiled, segments: int
         data_parallel=mesh.size // mesh.shape["tensor"],
         tensor=mesh.shape["tensor"],
     )
-    masters, optimizer = _bytes_on_chip(state.trainable), _bytes_on_chip((state.moments, state.ema))
+    masters, optimizer = bytes_on_chip(state.trainable), bytes_on_chip((state.moments, state.ema))
     gradients = masters * jnp.dtype(config.step.gradient_dtype).itemsize // 4
     by_kind = {
-        "parameters": masters + _bytes_on_chip(state.frozen),
+        "parameters": masters + bytes_on_chip(state.frozen),
         "optimizer": optimizer,
         "gradients": gradients,
     }
@@ -196,20 +199,32 @@ def plan_generation(
     """
     mesh = make_mesh(fsdp=-1, tensor=tensor, devices=devices)
     parameters = abstract_parameters(model, jnp.bfloat16, mesh)
-    graphdef, state = nnx.split(build_model(model, dict(parameters)))
-    prompt = slots - MIN_NEW_TOKENS
-    batch = abstract_batch(model, prompts, prompt, chunks, mesh=mesh).inputs
-    inputs = jax.tree.map(lambda x: x.update(shape=x.shape[1:], sharding=_without_first_axis(x.sharding)), batch)
+    inputs = one_batch(model, prompts, slots - MIN_NEW_TOKENS, chunks, mesh).inputs
+    answering = nnx.split(build_model(model, dict(parameters)))
+    prefill, decode, cache = compile_answering(*answering, inputs, MIN_NEW_TOKENS, model.eos_ids, mesh)
+    return report_generation(model, mesh, prefill, decode, prompts=prompts, slots=slots, chunks=chunks, cache=cache)
+
+
+def one_batch(model: MossAudioConfig, sequences: int, tokens: int, chunks: int, mesh: Mesh) -> TrainingBatch:
+    """`abstract_batch` without microbatches."""
+    batch = abstract_batch(model, sequences, tokens, chunks, mesh=mesh)
+    return jax.tree.map(lambda x: x.update(shape=x.shape[1:], sharding=_without_first_axis(x.sharding)), batch)
+
+
+def compile_answering(
+    graphdef: nnx.GraphDef, state: nnx.State, inputs: ModelInputs, new_tokens: int, eos_ids: tuple[int, ...], mesh: Mesh
+) -> tuple[Compiled, Compiled, int]:
+    """The programs that read prompts and decode answers to them, and the bytes of keys and values on one device."""
     greedy = Sampling()
     with jax.set_mesh(mesh):
-        reading = prefill_prompts.trace(graphdef, state, inputs, MIN_NEW_TOKENS, greedy, model.eos_ids, 0)
+        reading = prefill_prompts.trace(graphdef, state, inputs, new_tokens, greedy, eos_ids, 0)
         prefill = compile_for_memory(reading, mesh)
-        decode = prefill
-        if prefill.problem is None:  # decoding goes on with what was read, where that lies
-            loop = jax.tree.map(_placed, reading.out_info, prefill.outputs)
-            decode = compile_for_memory(decode_until.trace(graphdef, state, loop, slots, greedy, model.eos_ids), mesh)
-    cache = 0 if prefill.problem else _bytes_on_chip((loop.cache.keys, loop.cache.values))
-    return report_generation(model, mesh, prefill, decode, prompts=prompts, slots=slots, chunks=chunks, cache=cache)
+        if prefill.problem is not None:
+            return prefill, prefill, 0
+        # Decoding continues with what was read, where that lies.
+        loop = jax.tree.map(_placed, reading.out_info, prefill.outputs)
+        decode = compile_for_memory(decode_until.trace(graphdef, state, loop, new_tokens, greedy, eos_ids), mesh)
+    return prefill, decode, bytes_on_chip((loop.cache.keys, loop.cache.values))
 
 
 def report_generation(
@@ -226,7 +241,7 @@ def report_generation(
     """The report of answering, whose two programs were compiled. cache: bytes of keys and values on one device."""
     place, prompt = _slice(mesh), slots - MIN_NEW_TOKENS
     parameters = abstract_parameters(model, jnp.bfloat16, mesh)
-    weights = _bytes_on_chip(parameters)
+    weights = bytes_on_chip(parameters)
     worst = max((prefill, decode), key=lambda compiled: (compiled.problem is not None, compiled.total))
     content = Content(prompts * prompt, prompts * chunks, prompts * prompt**2)
     flops = forward_flops(model, content)
@@ -256,8 +271,8 @@ def plan_load(model: MossAudioConfig, devices: Sequence[Any], *, tensor: int) ->
     """
     mesh = make_mesh(fsdp=-1, tensor=tensor, devices=devices)
     parameters = abstract_parameters(model, jnp.bfloat16, mesh)
-    on_chip, chip = _bytes_on_chip(parameters), _chip(devices)
-    sizes = sorted(((_bytes_on_chip(leaf), f"{path} {leaf.shape}") for path, leaf in parameters.items()), reverse=True)
+    on_chip, chip = bytes_on_chip(parameters), _chip(devices)
+    sizes = sorted(((bytes_on_chip(leaf), f"{path} {leaf.shape}") for path, leaf in parameters.items()), reverse=True)
     fits = on_chip <= chip.usable_hbm_bytes
     problem = None if fits else "the parameters alone are larger than the memory"
     return {
@@ -283,11 +298,12 @@ def compile_for_memory(traced: Any, mesh: Mesh) -> Compiled:
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as dump:
         options = {"xla_dump_to": dump, "xla_dump_hlo_as_text": True}
-        problem, memory, outputs = None, None, None
+        problem, memory, inputs, outputs = None, None, None, None
         try:
             with _uncached():
                 executable = traced.lower().compile(compiler_options=options)
-            memory, outputs = executable.memory_analysis(), executable.output_shardings
+            memory = executable.memory_analysis()
+            inputs, outputs = executable.input_shardings, executable.output_shardings
         except jax.errors.JaxRuntimeError as error:
             problem = str(error)
             if "HbmOom" not in problem:
@@ -302,7 +318,7 @@ def compile_for_memory(traced: Any, mesh: Mesh) -> Compiled:
         return Compiled(problem.splitlines()[0], 0, total, 0, largest, tuple(found), seconds)
     arguments = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     temporaries, code = memory.temp_size_in_bytes, memory.generated_code_size_in_bytes
-    return Compiled(None, arguments, temporaries, code, largest, tuple(found), seconds, outputs)
+    return Compiled(None, arguments, temporaries, code, largest, tuple(found), seconds, inputs, outputs)
 
 
 @contextlib.contextmanager
@@ -329,7 +345,7 @@ def _largest(report: str, count: int = 8) -> tuple[tuple[int, str], ...]:
     return tuple((int(float(size) * units[unit]), shapes) for size, unit, shapes in rows[:count])
 
 
-def _bytes_on_chip(tree: Any) -> int:
+def bytes_on_chip(tree: Any) -> int:
     leaves = jax.tree.leaves(tree)
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
@@ -458,6 +474,8 @@ def table(report: dict[str, Any]) -> str:
         lines += [f"would fit: {report['would_fit'] or 'nothing that was tried; take more chips'}"]
     if "largest_batch" in report:
         lines += [f"largest batch that fits: {report['largest_batch']}"]
+    if "evaluation" in report:
+        lines += _evaluation(report["evaluation"])
     if report["mode"] == "load":
         return "\n".join([*lines, f"{report['host_bytes'] / GIB:.2f} GiB pass through a host"])
     total = report["model_flops"]
@@ -470,6 +488,19 @@ def table(report: dict[str, Any]) -> str:
         for kind, sums in report["collectives"].items()
     ]
     return "\n".join([*lines, *_estimate(report)])
+
+
+def _evaluation(report: dict[str, Any]) -> list[str]:
+    used, usable = report["hbm_bytes_per_chip"] / GIB, report["hbm_usable_bytes_per_chip"] / GIB
+    by_program = ", ".join(f"{name} {size / GIB:.2f}" for name, size in report["hbm_bytes_by_program"].items())
+    lines = [
+        f"its evaluation {'FITS' if report['fits'] else 'DOES NOT FIT'}: {used:.2f} of {usable:.2f} GiB "
+        f"({by_program}); {report['prompts']} questions at once, of up to {report['prompt_tokens']} tokens and "
+        f"{report['prompt_chunks']} chunks, answers of up to {report['new_tokens']} tokens"
+    ]
+    if "would_fit" in report:
+        lines += [f"would fit: {report['would_fit'] or 'no smaller batch; leave --evaluate-every out'}"]
+    return lines
 
 
 def _estimate(report: dict[str, Any]) -> list[str]:

@@ -9,9 +9,9 @@ import pytest
 
 from moss_audio_jax import MossAudioError
 from moss_audio_jax.sharding import make_mesh
-from train import loss, plan
+from train import loss, plan, plan_evaluation
 from train.__main__ import main
-from train.config import RECIPES
+from train.config import RECIPES, LoopConfig
 
 pytest.importorskip("libtpu", reason="compiles for TPUs")
 pytestmark = pytest.mark.tpu
@@ -247,3 +247,35 @@ def test_the_largest_buffers_of_xla_s_report():
         (int(2.34 * 2**30), "2×bf16[3,64,800,8192]"),
         (512 * 2**20, "f32[8,8192,512,4]"),
     )
+
+
+def test_a_run_s_own_evaluation_is_counted():
+    """A larger batch needs more; where that is too much, the batch that fits is named."""
+    loop = LoopConfig(evaluate_every=10, evaluate_batch=3, evaluate_tokens=16, evaluate_count=8)
+    recipe = dataclasses.replace(RECIPES["pretrain_stage2"], loop=loop)
+    config = plan.with_sizes(recipe, "tiny", slices=1, batch=8, tokens=256, chunks=None)
+    larger = dataclasses.replace(config, loop=dataclasses.replace(loop, evaluate_batch=8))
+    devices = plan.topology_devices("v5e:2x2")
+    step = {"hbm_bytes_by_kind": {"code": 0}, "hbm_usable_bytes_per_chip": 2**30}
+    found = plan_evaluation.plan_evaluation(config, devices, step)
+    assert found["fits"] and (found["prompts"], found["sequences"], found["new_tokens"]) == (4, 4, 16)
+    state = plan.planned_state(config, make_mesh(devices=devices))
+    assert min(found["hbm_bytes_by_program"].values()) > plan.bytes_on_chip(state) * 7 / 6  # copies in bfloat16
+
+    step["hbm_usable_bytes_per_chip"] = found["hbm_bytes_per_chip"]
+    too_large = plan_evaluation.plan_evaluation(larger, devices, step)
+    assert (too_large["fits"], too_large["prompts"], too_large["would_fit"]) == (False, 8, "--evaluate-batch 4")
+    assert too_large["hbm_bytes_per_chip"] > found["hbm_bytes_per_chip"]
+
+
+def test_an_evaluation_that_does_not_fit_fails_the_plan(monkeypatch: pytest.MonkeyPatch, capsys):
+    found = {"fits": False, "hbm_bytes_per_chip": 2**34, "hbm_usable_bytes_per_chip": 2**33, "would_fit": None}
+    found |= {"hbm_bytes_by_program": {"decode": 2**34}, "prompts": 8, "prompt_tokens": 96, "prompt_chunks": 1}
+    monkeypatch.setattr(plan, "plan_step", lambda *_: small_step())
+    monkeypatch.setattr(plan_evaluation, "plan_evaluation", lambda *_: found | {"new_tokens": 16})
+    monkeypatch.setattr("sys.argv", ["moss-audio-train", "plan", "--topology", "v5e:2x4", "--evaluate-every", "10"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    out = capsys.readouterr().out
+    assert ended.value.code == 1 and "its evaluation DOES NOT FIT: 16.00 of 8.00 GiB (decode 16.00); 8 questions" in out
+    assert "leave --evaluate-every out" in out
