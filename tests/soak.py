@@ -211,7 +211,8 @@ class Soak:
         self._processes(changed, 20, 2, (*every, "--workers", "3"), directory)
         self._processes(changed, 30, 1, (*every, "--mesh.fsdp", "4", "--mesh.tensor", "2"), directory, **wide)
         # A run that resumes keeps the options that it was given before.
-        self._processes(changed, 40, 4, (*every, "--workers", "1", "--mesh.fsdp", "-1", "--mesh.tensor", "1"), directory)
+        of_any_size = ("--mesh.fsdp", "-1", "--mesh.tensor", "1")
+        self._processes(changed, 40, 4, (*every, *of_any_size, "--workers", "1"), directory)
         return {"steps": 40, "changes": 3, "largest relative difference of loss": compare_curves(changed, straight)}
 
     def _processes(
