@@ -142,28 +142,39 @@ def processes_with_this_share(mesh: Mesh) -> int:
 
 
 class HostSums:
-    """Figures of this host -> those of all hosts, summed, or the greatest of them; added up on the devices.
+    """Figures of this host -> those of all hosts, summed, or the greatest of them; the training step adds them up.
 
+    A program of its own would run beside the step, in another order on each host, and mix up what they send.
     Hosts that read the same share of the batch count as one.
     """
 
     def __init__(self, mesh: Mesh):
         self._weight = 1 / processes_with_this_share(mesh)
         self._sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-        everywhere = NamedSharding(mesh, PartitionSpec())
-        self._reduce = jax.jit(lambda sums, most: (sums.sum(0), most.max(0)), out_shardings=everywhere)
 
-    def __call__(self, sums: Mapping[str, float], greatest: Mapping[str, float]) -> Callable[[], dict[str, float]]:
-        """A function that waits for the figures and gives them; no host waits before.
+    def place(self, sums: Mapping[str, float], greatest: Mapping[str, float]) -> tuple[jax.Array, jax.Array] | None:
+        """The `host_figures` of `train_step`; None for a single process. No value is negative."""
+        if jax.process_count() == 1:
+            return None
+        return self._put([value * self._weight for value in sums.values()]), self._put(list(greatest.values()))
 
-        Both have the same names on all hosts, and no negative values.
-        """
+    def of_step(
+        self, metrics: dict[str, jax.Array], sums: Mapping[str, float], greatest: Mapping[str, float]
+    ) -> Callable[[], dict[str, float]]:
+        """A function that waits for a step's figures and gives them. They are taken out of its metrics."""
         if jax.process_count() == 1:
             return lambda: {**sums, **greatest}
+        arrays = metrics.pop("host_sums"), metrics.pop("host_greatest")
         names = [*sums, *greatest]
-        weighted = [value * self._weight for value in sums.values()]
-        arrays = self._reduce(self._put(weighted), self._put(list(greatest.values())))
         return lambda: dict(zip(names, np.concatenate(jax.device_get(arrays)).tolist(), strict=True))
+
+    def now(self, sums: Mapping[str, float], own: Mapping[str, float]) -> dict[str, float]:
+        """The sums over all hosts, which wait for each other, and this host's own figures. No step may be running."""
+        if jax.process_count() == 1:
+            return {**sums, **own}
+        mine = np.array([value * self._weight for value in sums.values()])
+        found = np.asarray(multihost_utils.process_allgather(mine)).reshape(-1, len(mine)).sum(0)
+        return {**dict(zip(sums, found.tolist(), strict=True)), **own}
 
     def _put(self, values: Sequence[float]) -> jax.Array:
         """[devices, values]: this host's in one row, zeros in its others."""

@@ -16,7 +16,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Set
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -250,18 +250,21 @@ class _Run:
             taken = self._next_batch()
             if taken is None:
                 break
-            batch, sums = taken
+            batch, sums, waited = taken
             self.step += 1
             if self.step in passed_over:
-                self.report.pass_over(sums)
+                self.report.pass_over(functools.partial(self.host_sums.now, sums, waited))
                 state = dataclasses.replace(state, step=state.step + 1)
                 continue
             self.watchdog.reached(f"step {self.step}", long=self.step == start + 1)
             self.profile.before(self.step)
-            state, metrics = train_step(graphdef, config.step, config.optimizer, state, batch, self.num_groups)
+            host_figures = self.host_sums.place(sums, waited)
+            state, metrics = train_step(
+                graphdef, config.step, config.optimizer, state, batch, self.num_groups, host_figures
+            )
             self.stop.save_on_ctrl_c()
             self.profile.after(self.step, metrics)
-            self.report.add(self.step, metrics, sums)
+            self.report.add(self.step, metrics, self.host_sums.of_step(metrics, sums, waited))
             evaluates = self.held_out.is_due(self.step)
             if self._saves(evaluates):
                 self._save(state)
@@ -269,8 +272,8 @@ class _Run:
                 self._evaluate(state)
         return self._end(state)
 
-    def _next_batch(self) -> tuple[TrainingBatch, Callable[[], dict[str, float]]] | None:
-        """A batch and its figures over all hosts; None at the end of the data, and where the run is to stop."""
+    def _next_batch(self) -> tuple[TrainingBatch, dict[str, float], dict[str, float]] | None:
+        """A batch, this host's sums of it and its wait; None at the end of the data, and where the run is to stop."""
         self.watchdog.reached(f"the reading of batch {self.step + 1}")
         began = time.perf_counter()
         try:
@@ -280,7 +283,7 @@ class _Run:
             return None
         except Interrupted:
             return None
-        return batch, self.host_sums(self.data.sums, {"data_wait": time.perf_counter() - began})
+        return batch, self.data.sums, {"data_wait": time.perf_counter() - began}
 
     def _saves(self, evaluates: bool) -> bool:
         """Whether a checkpoint is due after this step; `evaluates`: before its evaluation."""

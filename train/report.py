@@ -140,7 +140,7 @@ class Report:
 
     def pass_over(self, sums: Callable[[], Values]) -> None:
         """Takes the sums of a batch that is read and not trained on: its data count, and its time is no step's."""
-        with self.paused():
+        with self.paused():  # after all steps
             self._figures(sums())
 
     def flush(self) -> None:

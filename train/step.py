@@ -285,10 +285,12 @@ def train_step(
     state: TrainState,
     batch: TrainingBatch,
     num_groups: int = 0,
+    host_figures: tuple[jax.Array, jax.Array] | None = None,
 ) -> tuple[TrainState, Metrics]:
     """The next state, and scalars about this step.
 
     graphdef: of a MossAudio with these parameters. batch: in microbatches, see `split_microbatches`.
+    host_figures: [devices, figures] to be summed, and of which the metrics have the greatest (`distributed.HostSums`).
     num_groups: of the mixture; from 2 on, the metrics have the loss of each and the tokens it was taken over, [groups].
     A step whose loss or gradient norm is not finite (a batch without supervised tokens has none) or a spike leaves
     parameters and moments as they were, bit for bit, and counts as skipped.
@@ -338,6 +340,8 @@ def train_step(
         metrics |= {"loss_of_group": group_loss / group_tokens, "tokens_of_group": group_tokens}
     if config.heard_weight:
         metrics |= {"heard_loss": heard.loss / heard.weight, "heard_accuracy": heard.correct / heard.weight}
+    if host_figures is not None:
+        metrics |= {"host_sums": host_figures[0].sum(0), "host_greatest": host_figures[1].max(0)}
     return _placed(graphdef, state.trainable | state.frozen, state), metrics
 
 
