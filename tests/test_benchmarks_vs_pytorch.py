@@ -107,7 +107,7 @@ def test_every_row_of_the_input_pipeline(tmp_path: Path):
     for one in measured:
         assert_measured(one.row)
         assert 1.0 <= one.clip_seconds <= 3.1
-        assert "cores feed 8 TPU v5e chips" in input_pipeline.cores_to_feed(one, DATA)
+        assert "cores feed 8 TPU v5e chips" in input_pipeline.cores_to_feed(one)
 
 
 def test_the_rows_of_the_input_pipeline_beside_the_model_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

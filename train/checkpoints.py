@@ -184,7 +184,7 @@ class Checkpoints:
         """Puts the checkpoints after this step into `later_checkpoints`; raises MossAudioError if it has none."""
         self._require(step)
         for later in [found for found in self.steps if found > step]:
-            self._move(later, self._run / LATER)
+            self._move(later, self._run / LATER, f"the run was resumed from the checkpoint of step {step}")
 
     def reload(self) -> None:
         """Looks again which checkpoints there are, which another process may have moved."""
@@ -245,17 +245,16 @@ class Checkpoints:
         return set() if stored is None else {name for name in NEWER if name not in stored}
 
     def _put_aside(self, step: int, reason: str) -> None:
-        name = self._move(step, self._run / DAMAGED)
-        write_whole(self._run / DAMAGED / f"{name}.txt", reason + "\n")
+        self._move(step, self._run / DAMAGED, reason)
         self._manager.reload()
 
-    def _move(self, step: int, aside: Path) -> str:
-        """Into another directory, under a name that is free there."""
+    def _move(self, step: int, aside: Path, reason: str) -> None:
+        """Into another directory, under a name that is free there, with a file that says why."""
         taken = sum(path.name.startswith(str(step)) and path.is_dir() for path in children(aside))
         name = f"{step}-{taken}" if taken else str(step)
         retried(aside, lambda: aside.mkdir(exist_ok=True))
+        write_whole(aside / f"{name}.txt", reason + "\n")  # first: on gs:// the directory is only there with a file
         (self._directory / str(step)).rename(aside / name)
-        return name
 
     def close(self) -> None:
         """Waits until the last save is whole; raises MossAudioError if it can't be written."""

@@ -208,7 +208,9 @@ def test_the_loss_is_of_all_of_a_long_text(config: RunConfig, tmp_path: Path):  
     text, path = "a word " * 100, tmp_path / "long.jsonl"
     path.write_text(json.dumps({"text": text}))
     batches = held_out(config, one_device(), tmp_path, evaluate_data=(str(path),))._batches
-    assert sum(float(batch.weights.sum()) for batch in batches) == len(text)  # of bytes and an end, all but the first
+    assert sum(float(batch.weights.sum()) for _, batch in batches) == len(
+        text
+    )  # of bytes and an end, all but the first
 
 
 @pytest.mark.alone
@@ -272,7 +274,7 @@ def test_what_can_not_be_evaluated_is_refused_before_training(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ):
-    (tmp_path / "long.jsonl").write_text(json.dumps({"text": "far too long " * 100}))
+    write_conversation(tmp_path / "long.jsonl", "far too long " * 100, "yes")
     paths = (*(str(tmp_path / path) for path in loop.get("evaluate_data", ())), str(corpus / "clips.jsonl"))
     with pytest.raises(MossAudioError, match=message):
         held_out(config, one_device(), tmp_path, **loop | {"evaluate_data": paths[:1]})
@@ -280,10 +282,16 @@ def test_what_can_not_be_evaluated_is_refused_before_training(
 
 
 def test_what_is_too_long_is_cut_as_in_training(config: RunConfig, tmp_path: Path):  # noqa: F811
-    (tmp_path / "long.jsonl").write_text(json.dumps({"text": "far too long " * 100}))
+    write_conversation(tmp_path / "long.jsonl", "Say it.", "far too long " * 100)
     truncating = dataclasses.replace(config, data=dataclasses.replace(config.data, oversize="truncate"))
     cut = held_out(truncating, one_device(), tmp_path, evaluate_data=(str(tmp_path / "long.jsonl"),))
-    assert sum(int(batch.weights.sum()) for _, batch in cut._batches) == config.data.tokens - 1
+    assert sum(int((batch.inputs.segment_ids > 0).sum()) for _, batch in cut._batches) == config.data.tokens
+    assert all(batch.weights[0, -2] == 1 for _, batch in cut._batches)  # up to a token of the answer
+
+
+def write_conversation(path: Path, question: str, answer: str) -> None:
+    turns = [{"role": role, "message_type": "text"} for role in ("user", "assistant")]
+    path.write_text(json.dumps({"conversation": [turns[0] | {"content": question}, turns[1] | {"content": answer}]}))
 
 
 @pytest.mark.parametrize(

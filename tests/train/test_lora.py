@@ -415,7 +415,7 @@ def test_what_does_not_fit_is_refused(base: Path, run: Path, model: MossAudio, t
     with pytest.raises(MossAudioError, match="lora adapts one checkpoint"):
         dataclasses.replace(config, model=ModelSource(checkpoint=str(base), encoder=str(base)))
     preset = dataclasses.replace(config, model=ModelSource(preset="small", tokenizer="learned"))
-    with pytest.raises(MossAudioError, match=r"name it with model\.checkpoint"):
+    with pytest.raises(MossAudioError, match=r"name it with --init or --model\.checkpoint"):
         train(preset, tmp_path / "preset")
     with pytest.raises(MossAudioError, match="holds an adapter, not a model: merge it"):
         first(run)
