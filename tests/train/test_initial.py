@@ -22,6 +22,7 @@ from train import initial
 from train.config import RECIPES
 from train.initial import ModelSource, first_parameters, model_config, random_parameters
 from train.loop import train
+from train.resume import settle
 from train.step import initial_parameters
 
 TINY = MossAudioConfig.preset("tiny")
