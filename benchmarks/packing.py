@@ -1,7 +1,7 @@
 """Fill of packed sequences, and examples read ahead, by the number of open bins: `python -m benchmarks.packing`.
 
 Lengths are made up, after kinds of data that people train on; no audio is read. Each lane is packed as a run does it
-(`train.data.pipeline`): the first sequences are given out while the bins are still being opened.
+(`train.data.lanes`): the first sequences are given out while the bins are still being opened.
 """
 
 import math

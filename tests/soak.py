@@ -9,7 +9,6 @@ Every part says what it compared and ends the soak with an error if something di
 in OUT/results.json and left out when the same command is run again.
 """
 
-import dataclasses
 import json
 import os
 import random
@@ -24,24 +23,13 @@ from typing import Any
 
 import jax
 import numpy as np
-import soundfile
 import tyro
 from fake_gcs import FakeGcs
 
-from moss_audio_jax import MossAudioConfig
-from moss_audio_jax.checkpoint import build_model, save_model
-from moss_audio_jax.sharding import make_mesh
-from moss_audio_jax.small_tokenizer import write_small_tokenizer
 from moss_audio_jax.tokens import Tokenizer
+from tests.train.test_loop import MODEL, write_corpus
 from train.data import DataConfig, ExampleOrder, Group, Manifest, SampleMaker, Source, TrainingData
-from train.step import initial_parameters
 
-TINY = MossAudioConfig.preset("tiny")
-MODEL = dataclasses.replace(
-    TINY,
-    audio_config=dataclasses.replace(TINY.audio_config, encoder_layers=2, deepstack_encoder_layer_indexes=(0,)),
-    language_config=dataclasses.replace(TINY.language_config, num_hidden_layers=2),
-)
 BY_THE_CLOCK = ("step_seconds", "data_wait", "mfu", "time", "tokens_per_second", "restarts")
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
@@ -55,22 +43,6 @@ MARK = "MOSS_AUDIO_SOAK"  # a variable of the environment, by which a run's proc
 STEPS = 120
 # Seconds until a kill at most: imports, compiling and restoring take some eight, and data workers import once more.
 LONGEST = {"full": 14.0, "lora": 14.0, "workers": 40.0}
-
-
-def corpus(directory: Path) -> None:
-    """clips.jsonl and texts.jsonl, and a checkpoint with its tokenizer in model/."""
-    directory.mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    clips = []
-    for number in range(60):
-        soundfile.write(directory / f"{number}.wav", rng.normal(0, 0.1, int(rng.uniform(3000, 30000))), 16000)
-        clips.append({"audio": f"{number}.wav", "text": f"number {number}"})
-    texts = [{"text": f"text {number} " * 3} for number in range(40)]
-    for name, lines in (("clips", clips), ("texts", texts)):
-        (directory / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    mesh = make_mesh(devices=jax.devices()[:1])
-    save_model(build_model(MODEL, initial_parameters(MODEL, mesh=mesh)), directory / "model")
-    write_small_tokenizer(directory / "model")
 
 
 def command(data: str, out: str, steps: int, *options: str, recipe: str = "pretrain_stage2") -> list[str]:
@@ -94,7 +66,8 @@ class Soak:
         self.data = out / "data"
         self._environment = os.environ | ENVIRONMENT | {"JAX_COMPILATION_CACHE_DIR": str(out / "compiled")}
         if not self.data.exists():
-            corpus(self.data)
+            self.data.mkdir(parents=True)
+            write_corpus(self.data, clips=60, texts=40)
 
     def start(self, arguments: Sequence[str], log: Path, **environment: str) -> subprocess.Popen:
         with log.open("a") as file:

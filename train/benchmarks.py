@@ -16,7 +16,7 @@ from typing import Any
 
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.paths import AnyPath, Path, to_path
-from train.metrics import LETTERS
+from train.choices import LETTERS
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ from moss_audio_jax.paths import AnyPath, is_remote, local_copy, to_path
 from moss_audio_jax.tokens import Tokenizer
 from train.config import RunConfig
 from train.data.budget import TooLong
+from train.data.lanes import DataConfig
 from train.data.manifest import Clip, Example, Message, checked_lines
 from train.data.objectives import OBJECTIVES, applying, nothing_to_ask
-from train.data.pipeline import DataConfig
 from train.data.samples import SampleMaker, audible
 from train.model_files import LEARNED
 

@@ -16,9 +16,9 @@ from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.int8 import int8_kernels
 from moss_audio_jax.model import parameter_specs
 from train.data.augment import AugmentConfig
+from train.data.lanes import DataConfig
 from train.data.mixture import Group, Source
 from train.data.objectives import OBJECTIVES, check_shares
-from train.data.pipeline import DataConfig
 from train.data.scenes import SceneConfig, SceneExamples
 from train.initial import ModelSource, model_config
 from train.optimizer import OptimizerConfig, is_frozen

@@ -42,6 +42,7 @@ from moss_audio_jax.processor import Processor, load_processor
 from moss_audio_jax.sharding import make_mesh, num_parts, partition_spec
 from moss_audio_jax.tokens import build_conversation
 from train.benchmarks import LAYOUTS
+from train.choices import score_choices
 from train.data.manifest import Clip
 from train.data.samples import FRAMES_PER_SECOND, TOKENS_PER_SECOND, turns_and_mels
 from train.data.scenes import SceneConfig
@@ -51,7 +52,6 @@ from train.metrics import (
     character_error_rate,
     final_answer,
     parse_timeline,
-    score_choices,
     score_events,
     score_matches,
     score_seconds,

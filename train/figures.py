@@ -5,7 +5,8 @@ from typing import Any
 
 from moss_audio_jax.config import MossAudioConfig
 from train.data import DataConfig, ExampleOrder
-from train.data.pipeline import COUNTS, total_counts
+from train.data.lanes import COUNTS
+from train.data.pipeline import total_counts
 from train.flops import Content, step_flops
 
 SECONDS_PER_HOUR = 3600

@@ -55,7 +55,8 @@ from train.figures import DataFigures
 from train.held_out import HeldOut
 from train.initial import ModelSource, first_parameters
 from train.model_files import copy_model_files, write_model_files
-from train.report import Profile, Report
+from train.profiling import Profile
+from train.report import Report
 from train.resume import Record, ResumeConfig, compare, is_begun, rewinds, settle
 from train.step import (
     TrainState,

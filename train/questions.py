@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from moss_audio_jax.errors import MossAudioError
-from moss_audio_jax.paths import AnyPath, to_path
+from moss_audio_jax.paths import AnyPath
 from train.benchmarks import read_benchmark
-from train.data.manifest import Clip, Example, Manifest, Message, TimedText
+from train.data.manifest import Clip, Example, Message, TimedText
 from train.data.objectives import OBJECTIVES, PROMPTS, TIME_QUESTIONS
 from train.data.samples import Answers, without_thought
 from train.data.scenes import SceneConfig, make_task
-from train.data.shards import Shards
+from train.data.shards import open_examples
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,7 +109,7 @@ def manifest_texts(path: AnyPath, *, limit: int | None = None) -> list[tuple[str
 
 
 def _examples(path: AnyPath, limit: int | None) -> Iterator[Example]:
-    examples = Shards(path) if to_path(path).is_dir() else Manifest(path)
+    examples = open_examples(path)
     return (examples[index] for index in range(len(examples) if limit is None else min(limit, len(examples))))
 
 

@@ -13,7 +13,6 @@ Only the first process prints and writes. A run that was killed made steps after
 again: their lines are cut off, and TensorBoard is told to forget them.
 """
 
-import contextlib
 import datetime
 import html
 import io
@@ -21,10 +20,8 @@ import json
 import math
 import os
 import re
-import signal
 import struct
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -49,7 +46,6 @@ from moss_audio_jax.paths import (
     read_bytes,
     read_text,
     to_path,
-    upload,
     write_whole,
     written_whole,
 )
@@ -64,9 +60,6 @@ SAMPLES_FILE = "samples.jsonl"
 ANSWERS = "answers"
 TENSORBOARD = "tensorboard"
 WANDB_FILE = "wandb_run.txt"
-PROFILE, PROFILE_NOW = "profile", "profile_now"
-LOOK_SECONDS = 10  # between two looks for PROFILE_NOW
-PROFILED_ON_REQUEST = 3  # steps, where no option says how many
 
 Values = Mapping[str, float]
 
@@ -477,6 +470,7 @@ class _Progress(_Sink):
             figures = self._rates(step) if self._unprinted else [f"{line['step_seconds']:.1f} s with compilation"]
             place = f"step {step}" if self._last_step is None else f"step {step}/{self._last_step}"
             epoch = [f"epoch {line['epoch']:.2f}"] if "epoch" in line else []
+            epoch += [f"{line['audio_hours']:.2f} h of audio"] if line.get("audio_hours") else []
             loss, skipped = f"loss {line['loss']:.4f}", f"skipped {line['skipped_total']}"
             self._print("  ".join([place, *epoch, loss, skipped, *figures]))
             self._unprinted = []
@@ -513,72 +507,3 @@ def _short(text: str, width: int = 100) -> str:
     """One line of a text that may have several, without what a terminal would obey."""
     line = "".join(letter if letter.isprintable() else " " for letter in " ".join(text.split()))
     return line if len(line) <= width else line[: width - 3] + "..."
-
-
-class Profile:
-    """Records a trace of the steps first..first+count-1 into out/profile, for TensorBoard's profiler or XProf.
-
-        with Profile(out, first, count) as profile:
-            profile.before(step)
-            ... start the step ...
-            profile.after(step, metrics)
-
-    It waits for the last of them, and for no other step. A run that ends earlier has a trace of what there was; no
-    trace is made of 0 steps. A file `profile_now` in the run's directory, and SIGUSR1, ask for one of the next steps.
-    """
-
-    def __init__(self, out: AnyPath, first: int, count: int):
-        if first < 1 or count < 0:
-            raise MossAudioError(
-                f"a profile starts at step 1 or later and has 0 steps or more, not {first} and {count}"
-            )
-        self._directory, self._steps = to_path(out) / PROFILE, range(first, first + count)
-        self._request, self._count = to_path(out) / PROFILE_NOW, count or PROFILED_ON_REQUEST
-        self._local = local_directory(self._directory)
-        self._recording = False
-        self._is_first_process = jax.process_index() == 0
-        self._requested = threading.Event()
-        self._looked = -math.inf
-
-    def __enter__(self) -> "Profile":
-        if self._is_first_process:
-            self._handler = signal.signal(signal.SIGUSR1, lambda *_: self._requested.set())
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        if self._is_first_process:
-            signal.signal(signal.SIGUSR1, self._handler or signal.SIG_DFL)
-        self._stop()
-
-    def before(self, step: int) -> None:
-        if not self._is_first_process or self._recording:
-            return
-        if self._is_requested():
-            self._steps = range(step, step + self._count)
-        if step in self._steps:
-            jax.profiler.start_trace(str(self._local))
-            self._recording = True
-
-    def _is_requested(self) -> bool:
-        """Looks for the file now and then, since on gs:// it takes a request."""
-        if time.monotonic() - self._looked >= LOOK_SECONDS:
-            self._looked = time.monotonic()
-            with contextlib.suppress(OSError):  # it is looked for again; a run doesn't end for a profile
-                if self._request.exists():
-                    self._request.unlink()
-                    self._requested.set()
-        requested = self._requested.is_set()
-        self._requested.clear()
-        return requested
-
-    def after(self, step: int, result: Any) -> None:
-        """result: arrays that the step computes."""
-        if self._recording and step >= self._steps[-1]:
-            jax.block_until_ready(result)
-            self._stop()
-
-    def _stop(self) -> None:
-        if self._recording:
-            self._recording = False
-            jax.profiler.stop_trace()
-            upload(self._local, self._directory)

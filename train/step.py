@@ -45,6 +45,7 @@ from train.optimizer import (
 )
 
 Metrics = dict[str, jax.Array]
+LEAST_PROGRESS = 1e-6  # a batch may hold nothing but the beginnings of long texts, none of which is behind then
 ADAPTER_DROPOUT = 1  # makes its keys others than the encoder's
 
 
@@ -303,9 +304,7 @@ def train_step(
     phase = state.phase if batch.phase is None else jnp.maximum(state.phase, batch.phase.max())
     accepted, watched = _judged(state, phase, loss, norm, config)
 
-    # In a run that ends with its data, what is behind tells how many steps there will be.
-    total_steps = None if batch.progress is None else (state.step + 1) / batch.progress.mean()
-    rate = learning_rate(optimizer, state.step, total_steps)
+    rate = learning_rate(optimizer, state.step, expected_steps(state.step, batch.progress))
     moved = apply_gradients(optimizer, state.trainable, state.moments, gradients, rate)
     trainable, moments = _select(accepted, moved, (state.trainable, state.moments))
     ema = state.ema
@@ -343,6 +342,14 @@ def train_step(
     if host_figures is not None:
         metrics |= {"host_sums": host_figures[0].sum(0), "host_greatest": host_figures[1].max(0)}
     return _placed(graphdef, state.trainable | state.frozen, state), metrics
+
+
+def expected_steps(step: jax.Array, progress: jax.Array | None) -> jax.Array | None:
+    """How many steps a run will have that ends with its data, by what is behind; None if it ends by its steps.
+
+    step: counted from 0. progress: of the batch of that step (`TrainingBatch`).
+    """
+    return None if progress is None else (step + 1) / jnp.maximum(progress.mean(), LEAST_PROGRESS)
 
 
 def _judged(

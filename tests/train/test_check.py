@@ -13,8 +13,8 @@ from moss_audio_jax.small_tokenizer import write_small_tokenizer
 from train.__main__ import main
 from train.check import check_of, require_usable
 from train.config import RECIPES, RunConfig, with_paths
+from train.data.lanes import DataConfig
 from train.data.manifest import Clip
-from train.data.pipeline import DataConfig
 from train.initial import ModelSource
 from train.loop import train
 

@@ -50,15 +50,18 @@ ENVIRONMENT = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0", "
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """clips.jsonl, texts.jsonl, and in model/ a checkpoint with its tokenizer."""
-    directory = tmp_path_factory.mktemp("corpus")
+    return write_corpus(tmp_path_factory.mktemp("corpus"), clips=12, texts=8)
+
+
+def write_corpus(directory: Path, *, clips: int, texts: int) -> Path:
+    """clips.jsonl, texts.jsonl, and in model/ a checkpoint with its tokenizer."""
     rng = np.random.default_rng(0)
-    clips = []
-    for number in range(12):
+    lines: dict[str, list[dict]] = {"clips": [], "texts": [{"text": f"text {number} " * 3} for number in range(texts)]}
+    for number in range(clips):
         soundfile.write(directory / f"{number}.wav", rng.normal(0, 0.1, int(rng.uniform(3000, 20000))), 16000)
-        clips.append({"audio": f"{number}.wav", "text": f"number {number}"})
-    texts = [{"text": f"text {number} " * 3} for number in range(8)]
-    for name, lines in (("clips", clips), ("texts", texts)):
-        (directory / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        lines["clips"].append({"audio": f"{number}.wav", "text": f"number {number}"})
+    for name, content in lines.items():
+        (directory / f"{name}.jsonl").write_text("\n".join(map(json.dumps, content)))
     mesh = one_device()
     save_model(build_model(MODEL, initial_parameters(MODEL, mesh=mesh)), directory / "model")
     write_small_tokenizer(directory / "model")

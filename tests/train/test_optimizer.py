@@ -17,6 +17,7 @@ from train.optimizer import (
     rate_of,
     split_frozen,
 )
+from train.step import expected_steps
 
 PATHS = {path: np.zeros(spec.shape) for path, spec in parameter_specs(MossAudioConfig.preset("tiny")).items()}
 PARAMETERS = {
@@ -101,6 +102,21 @@ def test_schedules_without_warm_up_or_decay():
     flat = OptimizerConfig(learning_rate=2.0, schedule="wsd", warmup_steps=0, decay_steps=0, total_steps=5)
     np.testing.assert_allclose(rates(flat, 0, 4), [2.0, 2.0])
     np.testing.assert_allclose(rates(OptimizerConfig(learning_rate=2.0, warmup_steps=0), 0), [2.0])
+
+
+@pytest.mark.parametrize(("schedule", "halfway", "last"), [("cosine", 1.128, 0.2), ("wsd", 2.0, 0.38)])
+def test_a_run_that_ends_with_its_data_has_a_rate_from_the_first_step_on(schedule, halfway, last):
+    """Also where nothing is behind yet: a first batch may hold nothing but the beginnings of long texts."""
+    config = OptimizerConfig(learning_rate=2.0, schedule=schedule, warmup_steps=0, decay_steps=10, final_fraction=0.1)
+
+    def rate(step: int, *progress: float) -> float:
+        steps = expected_steps(jnp.int32(step), jnp.float32(progress))
+        return float(learning_rate(config, jnp.int32(step), steps))
+
+    assert expected_steps(jnp.int32(3), None) is None
+    assert rate(0, 0.0, 0.0) == pytest.approx(2.0)
+    assert rate(49, 0.4, 0.6) == pytest.approx(halfway, rel=1e-3)
+    assert rate(99, 1.0, 1.0) == pytest.approx(last, rel=5e-3)
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,12 @@
 """What a run writes and prints, read back: files, event files, Weights & Biases, progress, profiles."""
 
 import json
+import os
 import re
+import signal
 import struct
 import sys
+import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +19,8 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from moss_audio_jax import MossAudioError
-from train.report import Profile, Report, ShownSample, by_name
+from train.profiling import Profile
+from train.report import Report, ShownSample, by_name
 
 OPTIONS = {"last_step": 6, "log_every": 2, "max_skipped_in_a_row": 3}
 PEAK = 1e12
@@ -136,13 +140,16 @@ def test_progress(tmp_path: Path, clock, capsys: pytest.CaptureFixture):
 
 def test_progress_of_a_run_that_ends_with_its_data(tmp_path: Path, clock, capsys: pytest.CaptureFixture):
     with Report(
-        tmp_path, start=0, **OPTIONS | {"last_step": None}, figures=lambda sums: sums | {"epoch": 0.25}
+        tmp_path,
+        start=0,
+        **OPTIONS | {"last_step": None},
+        figures=lambda sums: sums | {"epoch": 0.25, "audio_hours": 1.5},
     ) as report:
         for step in (1, 2):
             report.add(step, step_metrics(), host_metrics())
             clock.now += 2
     assert capsys.readouterr().err.splitlines()[1:] == [
-        "step 2  epoch 0.25  loss 2.5000  skipped 0  250 tokens/s  500.0 GFLOP/s  data wait 25%"
+        "step 2  epoch 0.25  1.50 h of audio  loss 2.5000  skipped 0  250 tokens/s  500.0 GFLOP/s  data wait 25%"
     ]
 
 
@@ -325,3 +332,26 @@ def test_a_profile(tmp_path: Path):
     assert not (tmp_path / "none").exists()
     with pytest.raises(MossAudioError, match="starts at step 1 or later and has 0 steps or more, not 0 and 2"):
         Profile(tmp_path, 0, 2)
+
+
+@pytest.mark.parametrize("by", ["file", "signal"])
+def test_a_profile_that_is_asked_for(by: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Its file is found by a thread: no step looks for it."""
+    monkeypatch.setattr("train.profiling.LOOK_SECONDS", 0.01)
+    step, x = jax.jit(lambda x: x + 1), jnp.zeros(())
+    with Profile(tmp_path, 1, 0) as profile:
+        profile.before(1)
+        profile.after(1, step(x))
+        assert not traced(tmp_path / "profile")
+        if by == "file":
+            (tmp_path / "profile_now").touch()
+            deadline = time.monotonic() + 10
+            while (tmp_path / "profile_now").exists():
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+        else:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        for number in range(2, 6):
+            profile.before(number)
+            profile.after(number, step(x))
+            assert len(traced(tmp_path / "profile")) == (number >= 4)

@@ -180,13 +180,8 @@ def pack_row(samples: Sequence[Sample], budget: Budget, groups: Sequence[int] | 
     return row
 
 
-def stacked(rows: Sequence[Row]) -> Row:
-    """The arrays of several rows with a first axis for the rows."""
-    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-
-
 def batch_of_rows(arrays: Row) -> TrainingBatch:
-    """A batch out of `stacked` rows."""
+    """A batch out of the arrays of its rows, which have a first axis for the rows."""
     names = {field.name for field in dataclasses.fields(ModelInputs)}
     inputs = ModelInputs(**{name: array for name, array in arrays.items() if name in names})
     return TrainingBatch(inputs, **{name: array for name, array in arrays.items() if name not in names})
@@ -194,4 +189,4 @@ def batch_of_rows(arrays: Row) -> TrainingBatch:
 
 def stack_rows(rows: Sequence[Row]) -> TrainingBatch:
     """A batch of packed sequences."""
-    return batch_of_rows(stacked(rows))
+    return batch_of_rows({name: np.stack([row[name] for row in rows]) for name in rows[0]})

@@ -21,297 +21,29 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass, field
-from functools import cached_property
-from typing import Any, Literal
+from dataclasses import asdict
+from typing import Any
 
 import grain
 import numpy as np
 from absl import flags
 
-from moss_audio_jax.errors import MossAudioError, StorageError
-from train.data.budget import Budget, TooLong
-from train.data.mixture import Drawn, ExampleOrder
-from train.data.objectives import NothingToAsk
-from train.data.packing import Bin, Packer, Row, Strategy, TrainingBatch, batch_of_rows, empty_row, pack_row, stacked
-from train.data.samples import Answers, Sample, SampleMaker, Thoughts
+from moss_audio_jax.errors import MossAudioError
+from train.data.lanes import COUNTS, DataConfig, Interrupted, Lane, LaneState
+from train.data.mixture import ExampleOrder
+from train.data.packing import Row, TrainingBatch, batch_of_rows
+from train.data.samples import SampleMaker
 
-log = logging.getLogger(__name__)
-
-Oversize = Literal["skip", "truncate", "refuse"]
-SKIPS_JUDGED_AFTER = 200  # examples of a lane: fewer say little about a rate
-KINDS = {  # of skipped examples -> what the message that ends a run calls them, and the options that allow more
-    "unreadable": ("unreadable", "data.max_skip_rate"),
-    "unlabelled": ("without labels for the objectives of their group", "data.max_unused_rate"),
-    "too_long": ("too long", "data.tokens, data.chunks or data.max_unused_rate"),
-}
-COUNTS = ("read", *KINDS, "truncated", "done", "audio_seconds")  # of a lane, since the start of the run
 STATE_VERSION = 2  # 1 had lanes of several rows
 
 
-class Interrupted(Exception):
-    """The wait for a batch was ended."""
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """How examples become batches."""
-
-    batch_size: int
-    """Packed sequences in a global batch."""
-    tokens: int
-    """Tokens of a packed sequence."""
-    chunks: int
-    """Chunks of audio (4 s) in a packed sequence; `packing.balanced_chunks` computes what goes with the tokens."""
-    open_bins: int = 4
-    """Sequences that each row of the batch fills at the same time. More of them leave less padding, and read more
-    examples ahead: this number of batches. docs/training.md has measured fill rates."""
-    strategy: Strategy = "best_fit"
-    """Where an example goes: best_fit takes the fullest open sequence that has room, first_fit the oldest."""
-    grow: tuple[str, ...] = ()
-    """STEP=FACTOR: from the batch after this step on, a batch has FACTOR times as many sequences, in as many more
-    microbatches. Several are given in order of their steps."""
-    answers: Answers = "all"
-    """Learn all answers of a conversation, or the last one."""
-    thoughts: Thoughts = "learn"
-    """Learn the thoughts that answers begin with, or mask them: they are read and not learned."""
-    oversize: Oversize = "skip"
-    """An example longer than a sequence is skipped and counted (`too_long`); or truncated and counted (`truncated`):
-    it ends with the last learned token that fits, whole clips after that are left out, and it is skipped if nothing to
-    learn is left; or refused, which stops the run. Plain text is never too long: it is split."""
-    max_skip_rate: float = 0.05
-    """Stop the run when more than this share of a row's examples can't be read."""
-    max_unused_rate: float = 0.5
-    """Stop the run when more than this share of a row's examples is too long, or has no labels for the objectives."""
-    max_skips_in_a_row: int = 64
-    """Stop the run when none of this many examples in a row of a group, within a row of the batch, can be used."""
-
-    def __post_init__(self):
-        if self.batch_size < 1 or self.open_bins < 1 or self.max_skips_in_a_row < 1:
-            raise MossAudioError(
-                f"expected a batch_size, open_bins and max_skips_in_a_row of 1 or more, "
-                f"found {self.batch_size}, {self.open_bins} and {self.max_skips_in_a_row}; correct them."
-            )
-        rates = (self.max_skip_rate, self.max_unused_rate)
-        if self.oversize not in ("skip", "truncate", "refuse") or not all(0 <= rate <= 1 for rate in rates):
-            raise MossAudioError(
-                f"expected oversize of skip, truncate, refuse, and a max_skip_rate and max_unused_rate of 0 to 1, "
-                f"found {self.oversize!r}, {self.max_skip_rate} and {self.max_unused_rate}; correct them."
-            )
-        _ = self._growth  # is checked
-
-    @property
-    def budget(self) -> Budget:
-        return Budget(self.tokens, self.chunks)
-
-    @cached_property
-    def _growth(self) -> list[tuple[int, int]]:
-        """(batches before the change, factor), in order."""
-        pairs = [text.partition("=") for text in self.grow]
-        if any(not (step.isdecimal() and factor.isdecimal() and int(factor)) for step, _, factor in pairs):
-            raise MossAudioError(f"data.grow must be STEP=FACTOR, such as 1000=2, not {' '.join(self.grow)!r}")
-        growth = [(int(step), int(factor)) for step, _, factor in pairs]
-        if growth != sorted(set(growth)):
-            raise MossAudioError(f"data.grow must have its steps in order, not {' '.join(self.grow)}")
-        return growth
-
-    def growth(self, batches: int) -> int:
-        """How many times `batch_size` sequences the next batch has, after this many batches."""
-        return next((factor for begin, factor in reversed(self._growth) if batches >= begin), 1)
-
-
-@dataclass
-class LaneState:
-    """Where a lane is: JSON when it travels.
-
-    next, piece: the sample to read next is piece `piece` of example number `next`.
-    open: of each open bin, the fields of its items (`_Item`) but the sample.
-    rows: packed sequences so far. done: examples in them, and skipped ones. audio_seconds: of audio in them.
-    read: examples so far. unreadable, unlabelled, too_long: those of them that were skipped. truncated: those that lost
-    their end. in_a_row: by group, how many were skipped since one that was not.
-    """
-
-    next: int
-    piece: int = 0
-    open: list[list[list[int]]] = field(default_factory=list)
-    rows: int = 0
-    done: int = 0
-    audio_seconds: float = 0.0
-    read: int = 0
-    unreadable: int = 0
-    unlabelled: int = 0
-    too_long: int = 0
-    truncated: int = 0
-    in_a_row: dict[str, int] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class _Item:
-    """A piece of an example in a bin. sample: None where the rest alone is known, from a state.
-
-    number: of the example. group: its index in the mixture. is_last: whether it is the example's last piece, 0 or 1.
-    """
-
-    number: int
-    group: int
-    piece: int
-    is_last: int
-    num_tokens: int
-    num_chunks: int
-    sample: Sample | None = None
-
-    def sizes(self) -> list[int]:
-        return [self.number, self.group, self.piece, self.is_last, self.num_tokens, self.num_chunks]
-
-
-class _Lane:
-    """Packed sequences out of every `batch_size`-th example, as pairs (row, JSON of `_report`), without end.
-
-    After the last example that `end` allows, the open bins are given out, and then empty rows.
-    """
-
-    def __init__(
-        self,
-        order: ExampleOrder,
-        maker: SampleMaker,
-        config: DataConfig,
-        state: Mapping[str, Any],
-        end: int | None,
-        stopped: threading.Event,
-    ):
-        self._order, self._maker, self._config, self._end, self._stopped = order, maker, config, end, stopped
-        self._state = LaneState(**state)
-        self._packer: Packer[_Item] = Packer(config.budget, config.open_bins, config.strategy)
-        self._pieces: tuple[int, int, list[Sample]] | None = None  # number, group, samples of what was read last
-        for bin in self._state.open:
-            self._packer.open_bin([_Item(*sizes) for sizes in bin])  # pyright: ignore[reportArgumentType]
-
-    def __next__(self) -> tuple[Row, str]:
-        closed = None
-        while closed is None and not self._is_at_end():
-            if self._stopped.is_set():
-                raise Interrupted
-            # The first sequences are given out before all bins are open: so a run does not wait for a whole read-ahead.
-            self._packer.open_bins = min(self._config.open_bins, 1 + self._state.rows)
-            closed = self._add_next()
-        if closed is None and self._packer.bins:
-            closed = self._packer.bins.pop(0)
-        return self._row(closed)
-
-    def _is_at_end(self) -> bool:
-        return self._end is not None and self._state.next >= self._end
-
-    def _add_next(self) -> Bin[_Item] | None:
-        """Packs the next piece of an example; returns the bin that this closes."""
-        number, piece = self._state.next, self._state.piece
-        group, pieces = self._read(number)
-        is_last = piece + 1 >= len(pieces)
-        closed = None
-        if pieces:
-            sample = pieces[piece]
-            item = _Item(number, group, piece, int(is_last), sample.num_tokens, sample.num_chunks, sample)
-            closed = self._packer.add(item)
-        else:
-            self._state.done += 1
-        self._state.next, self._state.piece = (number + self._config.batch_size, 0) if is_last else (number, piece + 1)
-        return closed
-
-    def _read(self, number: int) -> tuple[int, list[Sample]]:
-        """The group of the example of that number, and its pieces, mostly one; none if it can't be used."""
-        if self._pieces is not None and self._pieces[0] == number:
-            return self._pieces[1:]
-        drawn = self._order[number]
-        skipped: tuple[str, MossAudioError] | None = None
-        pieces: list[Sample] = []
-        try:
-            pieces = self._samples(drawn)
-        except StorageError:  # no fault of the example
-            raise
-        except TooLong as error:
-            if self._config.oversize == "refuse":
-                raise
-            skipped = "too_long", error
-        except NothingToAsk as error:
-            skipped = "unlabelled", error
-        except MossAudioError as error:
-            skipped = "unreadable", error
-        if self._state.piece == 0:
-            self._count(drawn.group, pieces, skipped)
-        elif skipped is not None:  # its first pieces are in sequences already
-            raise skipped[1]
-        self._pieces = number, self._order.groups.index(drawn.group), pieces
-        return self._pieces[1:]
-
-    def _count(self, group: str, pieces: Sequence[Sample], skipped: tuple[str, MossAudioError] | None) -> None:
-        """Counts an example that was read, and names one that is skipped at once: a run may end by it."""
-        state = self._state
-        state.read += 1
-        state.truncated += any(sample.truncated for sample in pieces)
-        state.in_a_row[group] = 0 if skipped is None else state.in_a_row.get(group, 0) + 1
-        if skipped is not None:
-            kind, problem = skipped
-            log.warning("skipped (%s): %s", kind.replace("_", " "), problem)
-            setattr(state, kind, getattr(state, kind) + 1)
-            self._check_skips(kind, group)
-
-    def _samples(self, drawn: Drawn) -> list[Sample]:
-        """Raises TooLong, or another MossAudioError, that names the example if it can't be used."""
-        budget, truncate = self._config.budget, self._config.oversize == "truncate"
-        return self._maker.fitting_all(drawn.example, drawn.rng, drawn.source.objectives, budget, truncate=truncate)
-
-    def _check_skips(self, kind: str, group: str) -> None:
-        state, config = self._state, self._config
-        named, options = KINDS[kind]
-        rate = config.max_skip_rate if kind == "unreadable" else config.max_unused_rate
-        skipped = getattr(state, kind)
-        if skipped > rate * max(state.read, SKIPS_JUDGED_AFTER):
-            raise MossAudioError(
-                f"expected at most {rate:.1%} of the examples to be {named}, found {skipped} of {state.read}; the log "
-                f"names them: repair the data, or raise {options}."
-            )
-        if state.in_a_row[group] >= config.max_skips_in_a_row:
-            raise MossAudioError(
-                f"none of {state.in_a_row[group]} examples in a row of group {group} could be used, the last ones were "
-                f"{named}; the log names them: repair the data, leave the group out, or raise {options}."
-            )
-
-    def _row(self, closed: Bin[_Item] | None) -> tuple[Row, str]:
-        config, maker = self._config, self._maker
-        self._state.open = [[item.sizes() for item in bin.items] for bin in self._packer.bins]
-        if closed is None:
-            return empty_row(config.budget, *maker.chunk_shape), json.dumps(self._report([], []))
-        samples = [item.sample or self._samples(self._order[item.number])[item.piece] for item in closed.items]
-        groups = [item.group for item in closed.items]
-        self._state.rows += 1
-        self._state.done += sum(item.is_last for item in closed.items)
-        self._state.audio_seconds += sum(sample.audio_seconds for sample in samples)
-        phase = max(self._order.phase(item.number) for item in closed.items)
-        row = pack_row(samples, config.budget, groups, phase)
-        return row, json.dumps(self._report(samples, groups))
-
-    def _report(self, samples: Sequence[Sample], groups: Sequence[int]) -> dict[str, Any]:
-        group_tokens = dict.fromkeys(self._order.groups, 0)
-        for sample, group in zip(samples, groups, strict=True):
-            group_tokens[self._order.groups[group]] += sample.num_tokens
-        return {
-            "state": vars(self._state),
-            "sums": {
-                "packed_tokens": sum(sample.num_tokens for sample in samples),
-                "packed_chunks": sum(sample.num_chunks for sample in samples),
-                "examples": len(samples),
-                "attention_pairs": sum(sample.num_tokens**2 for sample in samples),
-                **{f"tokens/{group}": tokens for group, tokens in group_tokens.items()},
-            },
-        }
-
-
 class _Rounds(grain.IterDataset):
-    """The next sequence of each of some lanes, again and again: their rows by name [lanes, ...], and their reports.
+    """The next sequence of each of some lanes, again and again, each with its report.
 
     A worker process takes every n-th of the lanes (`set_slice`, which Grain calls in it).
     """
 
-    def __init__(self, lanes: Sequence[int], make_lane: Callable[[int, threading.Event], _Lane]):
+    def __init__(self, lanes: Sequence[int], make_lane: Callable[[int, threading.Event], Lane]):
         super().__init__()
         self._lanes, self._make_lane = list(lanes), make_lane
 
@@ -323,21 +55,20 @@ class _Rounds(grain.IterDataset):
 
 
 class _RoundIterator(grain.DatasetIterator):
-    def __init__(self, lanes: Sequence[int], make_lane: Callable[[int, threading.Event], _Lane]):
+    def __init__(self, lanes: Sequence[int], make_lane: Callable[[int, threading.Event], Lane]):
         super().__init__()
         self.stopped = threading.Event()
         self._lanes = [make_lane(lane, self.stopped) for lane in lanes]
 
-    def __next__(self) -> tuple[Row, list[str]]:
-        rows, reports = zip(*map(next, self._lanes), strict=True)
-        return stacked(rows), list(reports)
+    def __next__(self) -> list[tuple[Row, str]]:
+        return [next(lane) for lane in self._lanes]
 
     def get_state(self) -> dict[str, Any]:
         return {}  # the reports have it
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Grain asks for this method; a state is restored by making new lanes of it."""
-        raise NotImplementedError
+        """Grain's iterators have to have it, and nothing calls it: `TrainingData.set_state` makes new lanes."""
+        raise TypeError("the state of the rows is that of their lanes, which are made anew")
 
 
 def _prepare_worker(*_: int) -> None:
@@ -411,8 +142,10 @@ class TrainingData(grain.DatasetIterator[TrainingBatch]):
         if self._is_at_end:
             raise StopIteration
         before = _total(self._states.values())
-        rounds = [self._round() for _ in range(self._config.growth(self._batches))]
-        reports = [report for _, reports in rounds for report in reports]
+        # Lane by lane, so that the rows of a host's lanes stay together whatever the number of hosts.
+        factor = self._config.growth(self._batches)
+        arrays: Row = {}
+        reports = [report for number in range(factor) for report in self._round(arrays, number, factor)]
         sums = {name: sum(report["sums"][name] for report in reports) for name in reports[0]["sums"]}
         if self._end is not None and not self._exists(self._batches + 1, sums["examples"] > 0):
             self._is_at_end = True
@@ -420,33 +153,37 @@ class TrainingData(grain.DatasetIterator[TrainingBatch]):
         self._batches += 1
         after = _total(self._states.values())
         self.sums = sums | {"rows": len(reports)} | {name: after[name] - before[name] for name in COUNTS}
-        # Lane by lane, so that the rows of a host's lanes stay together whatever the number of hosts.
-        arrays = {name: np.stack([rows[name] for rows, _ in rounds], 1) for name in rounds[0][0]}
         arrays = {name: array.reshape(-1, *array.shape[2:]) for name, array in arrays.items()}
         if self._end is not None:
-            arrays["progress"] = np.repeat([self._progress(lane) for lane in self._lanes], len(rounds))
+            arrays["progress"] = np.repeat([self._progress(lane) for lane in self._lanes], factor)
         return batch_of_rows(arrays)
 
-    def _round(self) -> tuple[Row, list[dict[str, Any]]]:
-        """The next sequence of every lane: arrays [lanes, ...] and reports, both in the order of the lanes."""
+    def _round(self, arrays: Row, number: int, rounds: int) -> list[dict[str, Any]]:
+        """Writes the next sequence of every lane into arrays [lanes, rounds, ...]; returns the reports by lane.
+
+        arrays: by name, made by the first round. This is the only copy of the rows on their way to the devices.
+        """
         if self._rounds is None:
             self._rounds = self._start()
-        parts = [next(self._rounds) for _ in range(max(self._workers, 1))]
-        # Worker w has every n-th lane from w on.
-        lanes = [lane for worker in range(len(parts)) for lane in self._lanes[worker :: len(parts)]]
-        places = np.argsort(lanes)
-        rows = {name: np.concatenate([rows[name] for rows, _ in parts])[places] for name in parts[0][0]}
-        reports = [json.loads(report) for _, reports in parts for report in reports]
-        reports = [reports[place] for place in places]
-        for lane, report in zip(self._lanes, reports, strict=True):
-            self._states[lane] = report["state"]
-        return rows, reports
+        reports: dict[int, dict[str, Any]] = {}
+        parts = max(self._workers, 1)
+        for part in range(parts):
+            # Worker w has every n-th lane from w on.
+            lanes = range(part, len(self._lanes), parts)
+            for lane, (row, report) in zip(lanes, next(self._rounds), strict=True):
+                for name, values in row.items():
+                    if name not in arrays:
+                        arrays[name] = np.empty((len(self._lanes), rounds, *values.shape), values.dtype)
+                    arrays[name][lane, number] = values
+                reports[lane] = json.loads(report)
+                self._states[self._lanes[lane]] = reports[lane]["state"]
+        return [reports[lane] for lane in sorted(reports)]
 
     def _start(self) -> Any:
         order, maker, config, states, end = self._order, self._maker, self._config, dict(self._states), self._end
 
-        def make_lane(lane: int, stopped: threading.Event) -> _Lane:
-            return _Lane(order, maker, config, states[lane], end, stopped)
+        def make_lane(lane: int, stopped: threading.Event) -> Lane:
+            return Lane(order, maker, config, states[lane], end, stopped)
 
         rounds = _Rounds(self._lanes, make_lane)
         if self._workers and not flags.FLAGS.is_parsed():

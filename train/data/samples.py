@@ -8,7 +8,7 @@ Qwen3's template leaves the thoughts of earlier turns out of a prompt. So does `
 prompt that the model will see. Where all answers are learned, a sequence holds them all and their thoughts with them: a
 later turn then reads the thoughts of earlier ones, in training alone.
 
-A plain text that is longer than a sequence becomes several samples, which learn all of it (`SampleMaker.fitting_all`).
+A plain text that is longer than a sequence becomes several samples, which learn all of it (`SampleMaker.fitting`).
 """
 
 import copy
@@ -147,30 +147,12 @@ class SampleMaker:
         budget: Budget,
         *,
         truncate: bool,
-    ) -> Sample:
+    ) -> list[Sample]:
         """The same within a budget, perhaps without its end (`Sample.within`); raises TooLong if it can't be.
 
-        A clip whose header says that it goes beyond the budget is not decoded. One that is slowed down is not, where
-        only that makes the sample too long.
-        """
-
-        def make(version: Example, rng: np.random.Generator) -> list[Sample]:
-            return [self._fitting(version, render(version, rng, objectives), rng, budget, truncate)]
-
-        return self._varied(example, rng, make)[0]
-
-    def fitting_all(
-        self,
-        example: Example,
-        rng: np.random.Generator,
-        objectives: Mapping[str, float] | None,
-        budget: Budget,
-        *,
-        truncate: bool,
-    ) -> list[Sample]:
-        """That sample alone; of a plain text beyond the budget all its pieces (`text_samples`), in order.
-
-        They depend on the arguments alone, so each of them can be made again. Raises as `fitting` does.
+        It is one sample, or of a plain text beyond the budget all its pieces (`text_samples`), in order. They depend on
+        the arguments alone, so each of them can be made again. A clip whose header says that it goes beyond the budget
+        is not decoded. One that is slowed down is not, where only that makes the sample too long.
         """
 
         def make(version: Example, rng: np.random.Generator) -> list[Sample]:

@@ -18,9 +18,10 @@ from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.tokens import Tokenizer
 from train.data.augment import Augmentation, AugmentConfig, VariedClip, masked
 from train.data.budget import Budget, TooLong
+from train.data.lanes import DataConfig
 from train.data.manifest import Clip, Example, Message, TimedText
 from train.data.mixture import ExampleOrder
-from train.data.pipeline import DataConfig, TrainingData
+from train.data.pipeline import TrainingData
 from train.data.samples import Sample, SampleMaker
 
 RATE = 16000
@@ -114,7 +115,7 @@ def test_sounds_are_where_their_labels_say(tokenizer: Tokenizer):
     answers = set()
     for seed in range(12):
         burst = dataclasses.replace(example(Clip(wave, name="a burst")), events=(TimedText("tone", 0.5, 1.0),))
-        sample = maker.fitting(burst, np.random.default_rng(seed), {"events": 1.0}, WHOLE, truncate=False)
+        sample = maker.fitting(burst, np.random.default_rng(seed), {"events": 1.0}, WHOLE, truncate=False)[0]
         answer = tokenizer.decode(sample.inputs.tokens[0, : sample.num_tokens][sample.learned])
         answers.add(answer)
         start, end = (float(time) for time in re.findall(r"[\d.]+", answer))
@@ -161,7 +162,7 @@ def test_masks_are_blocks_of_the_mean_of_at_most_their_width():
 def test_masks_reach_the_sample_and_padding_does_not(tokenizer: Tokenizer):
     config = AugmentConfig(time_masks=3, time_width=0.3)
     maker, rng = maker_of(tokenizer, config), np.random.default_rng(4)
-    sample = maker.fitting(example(), rng, {"events": 1.0}, WHOLE, truncate=False)
+    sample = maker.fitting(example(), rng, {"events": 1.0}, WHOLE, truncate=False)[0]
     plain = maker_of(tokenizer, AugmentConfig()).sample("line 1", conversation_of(example()))
     different = (sample.inputs.audio_chunks != plain.inputs.audio_chunks).any(axis=(0, 1, 3))
     assert 10 < different.sum() <= 90 and not different[200:].any()
@@ -181,7 +182,7 @@ def test_the_same_place_in_the_order_varies_alike_and_is_asked_the_same(order: E
     def made(maker: SampleMaker, number: int) -> Sample:
         drawn = order[number]
         objectives = {"transcribe": 1.0, "caption": 1.0, "plain_text": 1.0}
-        return maker.fitting(drawn.example, drawn.rng, objectives, WHOLE, truncate=False)
+        return maker.fitting(drawn.example, drawn.rng, objectives, WHOLE, truncate=False)[0]
 
     forwards = [made(maker, number) for number in range(20)]
     backwards = [made(other, number) for number in reversed(range(20))][::-1]
@@ -215,7 +216,7 @@ def test_audio_is_not_slowed_down_beyond_its_budget(tokenizer: Tokenizer, monkey
 
     def made(maker: SampleMaker, budget: Budget, truncate: bool) -> Sample:
         rng = np.random.default_rng(0)
-        return maker.fitting(example(Clip(sine(4), name="4 s")), rng, {"events": 1.0}, budget, truncate=truncate)
+        return maker.fitting(example(Clip(sine(4), name="4 s")), rng, {"events": 1.0}, budget, truncate=truncate)[0]
 
     for truncate in (False, True):
         assert_same_samples(made(maker, Budget(1000, 1), truncate), made(plain, Budget(1000, 1), truncate))
@@ -232,11 +233,11 @@ def test_labels_at_the_end_are_judged_by_the_times_of_the_file(tokenizer: Tokeni
     for end, fits in ((2.08, True), (2.2, False)):
         late = dataclasses.replace(example(), events=(TimedText("tone", 1.5, end),))
         if fits:
-            [sample] = maker.fitting_all(late, rng, {"events": 1.0}, WHOLE, truncate=False)
+            [sample] = maker.fitting(late, rng, {"events": 1.0}, WHOLE, truncate=False)
             assert sample.audio_seconds == 4
         else:
             with pytest.raises(MossAudioError, match=r"which ends at 2\.00 s, found 'tone' from 1\.5 to 2\.2 s"):
-                maker.fitting_all(late, rng, {"events": 1.0}, WHOLE, truncate=False)
+                maker.fitting(late, rng, {"events": 1.0}, WHOLE, truncate=False)
 
 
 def test_a_run_goes_on_with_the_same_batches_and_no_other_augmentation(order: ExampleOrder, tokenizer: Tokenizer):

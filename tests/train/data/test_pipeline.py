@@ -22,11 +22,12 @@ from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.small_tokenizer import write_small_tokenizer
 from moss_audio_jax.tokens import Tokenizer
 from tests.train.data.conftest import write_lines
+from train.data.lanes import DataConfig, Interrupted
 from train.data.manifest import Example, Manifest
 from train.data.mixture import ExampleOrder, Group, Source
 from train.data.objectives import NothingToAsk
 from train.data.packing import TrainingBatch
-from train.data.pipeline import DataConfig, Interrupted, Prefetched, TrainingData, merge_states, total_counts
+from train.data.pipeline import Prefetched, TrainingData, merge_states, total_counts
 from train.data.samples import SampleMaker
 
 CONFIG = DataConfig(batch_size=8, tokens=400, chunks=4, open_bins=3)
@@ -282,9 +283,9 @@ class Recorded(SampleMaker):
         vars(self).update(vars(maker))
         self._numbers = numbers
 
-    def fitting_all(self, example, rng, *arguments, **options):
+    def fitting(self, example, rng, *arguments, **options):
         self._numbers.append(rng.bit_generator.seed_seq.entropy[1])
-        return super().fitting_all(example, rng, *arguments, **options)
+        return super().fitting(example, rng, *arguments, **options)
 
 
 def test_the_first_batch_and_a_resumed_one_read_little_ahead(order: ExampleOrder, maker: SampleMaker):
@@ -441,7 +442,7 @@ def test_a_wait_for_data_can_be_ended(maker: SampleMaker):
         def __init__(self):
             vars(self).update(vars(maker))
 
-        def fitting_all(self, *arguments, **options):
+        def fitting(self, *arguments, **options):
             time.sleep(0.01)
             raise NothingToAsk("nothing")
 

@@ -82,7 +82,7 @@ def test_a_truncated_conversation_has_whole_clips_and_their_chunks_alone(corpus:
     for budget in (Budget(in_the_clip, 4), Budget(whole.num_tokens, 3), Budget(whole.num_tokens, 1)):
         for cut in (
             whole.within(budget, truncate=True),
-            maker.fitting(Example("line 1", conversation=both), RNG, {"conversation": 1}, budget, truncate=True),
+            maker.fitting(Example("line 1", conversation=both), RNG, {"conversation": 1}, budget, truncate=True)[0],
         ):
             assert cut.truncated and cut.num_chunks == alone.num_chunks and cut.audio_seconds == alone.audio_seconds
             np.testing.assert_array_equal(cut.learned, alone.learned)
@@ -120,7 +120,7 @@ TEXT = "One two. Three four?\nFive ü 東京が好き。音楽を聴く😀😀�
 @pytest.mark.parametrize("tokens", [2, 5, 40, 100, 10_000])
 def test_a_long_text_is_split_into_samples_that_learn_all_of_it(tokens: int, tokenizer: Tokenizer, maker: SampleMaker):
     example, budget = Example("line 1", text=TEXT), Budget(tokens, 1)
-    samples = maker.fitting_all(example, RNG, {"plain_text": 1}, budget, truncate=False)
+    samples = maker.fitting(example, RNG, {"plain_text": 1}, budget, truncate=False)
     ids = [sample.inputs.tokens[0, : sample.num_tokens] for sample in samples]
     whole = maker.sample("line 1", TEXT)
     assert max(map(len, ids)) <= tokens and not any(sample.truncated for sample in samples)
@@ -133,7 +133,7 @@ def test_a_long_text_is_split_into_samples_that_learn_all_of_it(tokens: int, tok
     if tokens >= 40:
         for part in learned:
             tokenizer.decode_bytes(part).decode()  # no character is cut
-    again = maker.fitting_all(example, np.random.default_rng(9), {"plain_text": 1}, budget, truncate=True)
+    again = maker.fitting(example, np.random.default_rng(9), {"plain_text": 1}, budget, truncate=True)
     for sample, other in zip(samples, again, strict=True):
         np.testing.assert_array_equal(sample.inputs.tokens, other.inputs.tokens)
 
@@ -143,10 +143,10 @@ def test_a_conversation_is_one_sample_as_before(corpus: Path, maker: SampleMaker
     for budget in (Budget(300, 3), Budget(100, 3)):
         if budget.tokens == 100:
             with pytest.raises(TooLong):
-                maker.fitting_all(example, RNG, None, budget, truncate=False)
+                maker.fitting(example, RNG, None, budget, truncate=False)
             continue
-        (sample,) = maker.fitting_all(example, RNG, None, budget, truncate=False)
-        expected = maker.fitting(example, RNG, None, budget, truncate=False)
+        (sample,) = maker.fitting(example, RNG, None, budget, truncate=False)
+        expected = maker(example, RNG)
         np.testing.assert_array_equal(sample.inputs.tokens, expected.inputs.tokens)
         np.testing.assert_array_equal(sample.learned, expected.learned)
 
@@ -157,12 +157,12 @@ def test_labels_beyond_the_clip_are_not_learned(maker: SampleMaker):
         example = Example("line 1", clip=clip, text="a word", words=(TimedText("word", 0.5, end),))
         for objective in ("transcribe", "transcribe_words"):
             if learned:
-                assert maker.fitting_all(example, RNG, {objective: 1}, Budget(200, 2), truncate=False)
+                assert maker.fitting(example, RNG, {objective: 1}, Budget(200, 2), truncate=False)
                 continue
             with pytest.raises(
                 MossAudioError, match=r"^line 1: expected labels within the clip, which ends at 2\.00 s"
             ):
-                maker.fitting_all(example, RNG, {objective: 1}, Budget(200, 2), truncate=False)
+                maker.fitting(example, RNG, {objective: 1}, Budget(200, 2), truncate=False)
 
 
 def test_data_of_a_fine_tune_may_be_clips_with_their_text(corpus: Path, tokenizer: Tokenizer, maker: SampleMaker):

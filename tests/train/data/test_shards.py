@@ -13,9 +13,10 @@ import soundfile
 
 from moss_audio_jax.errors import MossAudioError
 from tests.train.data.conftest import CLIPS, write_lines
+from train.data.lanes import DataConfig
 from train.data.manifest import Clip, Manifest
 from train.data.mixture import ExampleOrder, Group, Source
-from train.data.pipeline import DataConfig, TrainingData
+from train.data.pipeline import TrainingData
 from train.data.samples import SampleMaker
 from train.data.shards import Shards, prepare
 
