@@ -4,26 +4,20 @@ NumPy, SciPy and soundfile only. Two steps follow the released MOSS-Audio proces
 resampler (torchaudio's, with its defaults) and the log-mel (that of Whisper's feature extractor).
 """
 
-import io
 import math
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, BinaryIO, TypeVar, cast
 
 import ml_dtypes
 import numpy as np
 import scipy.signal
 import scipy.sparse
-import soundfile
 from numpy.lib.stride_tricks import sliding_window_view
 
+from moss_audio_jax import sound_files
 from moss_audio_jax.errors import MossAudioError
-from moss_audio_jax.paths import AnyPath, open_binary, reason
-from moss_audio_jax.retries import retried
-
-Result = TypeVar("Result")
+from moss_audio_jax.paths import AnyPath
 
 
 @dataclass(frozen=True)
@@ -42,9 +36,6 @@ SAMPLE_RATE = RELEASED_MEL.mel_sr
 
 # Decoding
 
-_DECODE_BLOCK = 1 << 18  # samples decoded at a time, so that a long file is never held in all its channels
-_UNKNOWN_LENGTH = 2**63 - 1  # libsndfile's SF_COUNT_MAX
-
 
 def load_audio(
     source: AnyPath | bytes,
@@ -56,25 +47,26 @@ def load_audio(
 ) -> np.ndarray:
     """Decodes wav, flac, ogg, mp3 or whatever else libsndfile reads; averages the channels, then resamples.
 
-    A file that was cut short is read as far as it goes.
+    All of a file is read, also of files joined one behind the other. One that was cut short or is damaged is read as
+    far as it goes; the log says how many of its seconds that is.
 
     Args:
-      source: a path (of gs:// the whole object is fetched), or the bytes of an encoded file.
+      source: a path (of gs:// the whole object is fetched; a pipe is read to its end), or the bytes of an encoded file.
       sample_rate: of the result, in Hz.
-      start, end: cut, in seconds, to the nearest sample of the file; where the format can seek, nothing
-        before the cut is decoded. An `end` beyond the file means its end. The cut is resampled as if it were
-        a file of its own.
-      name: what errors call the audio; by default the path.
+      start, end: cut, in seconds, to the nearest sample of the file; where the format can seek, little before the
+        cut is decoded. An `end` beyond the file means its end. The cut is resampled as if it were a file of its own.
+      name: what errors and the log call the audio; by default the path.
 
     Returns:
       float32 [samples], full scale at 1.
 
     Raises:
-      MossAudioError: the source cannot be read or decoded, the cut holds no sample or one that is not finite.
+      MossAudioError: the source cannot be read or decoded, has a sample rate outside 1 to 384 kHz or more than ten
+        hours, the cut holds no sample or one that is not finite.
     """
-    name = name or _name(source)
-    wave, file_rate = _of_sound(source, name, lambda sound: (_read_cut(sound, start, end, name), sound.samplerate))
-    return resample(wave, file_rate, sample_rate)
+    pieces = sound_files.read(source, start, end, name or _name(source))
+    waves = [resample(piece.wave, piece.rate, sample_rate) for piece in pieces]
+    return waves[0] if len(waves) == 1 else np.concatenate(waves)
 
 
 def num_samples(
@@ -85,123 +77,17 @@ def num_samples(
     end: float | None = None,
     name: str | None = None,
 ) -> int:
-    """How many samples `load_audio` gives, as the file's header promises: nothing is decoded.
+    """How many samples `load_audio` gives, as the file's headers promise: nothing is decoded if they say it.
 
     A file that was cut short has fewer. Arguments and errors are those of `load_audio`, but for samples that are found
     missing or not finite when they are decoded.
     """
-    name = name or _name(source)
-    (first, last), rate = _of_sound(source, name, lambda sound: (_cut(sound, start, end, name), sound.samplerate))
-    return resampled_length(last - first, rate, sample_rate)
+    pieces = sound_files.lengths(source, start, end, name or _name(source))
+    return sum(resampled_length(samples, rate, sample_rate) for samples, rate in pieces)
 
 
 def _name(source: AnyPath | bytes) -> str:
     return "audio bytes" if isinstance(source, bytes) else os.fspath(source)
-
-
-def _of_sound(source: AnyPath | bytes, name: str, read: Callable[[soundfile.SoundFile], Result]) -> Result:
-    """What `read` finds in the file, opened; what goes wrong with it is a MossAudioError that begins with `name`."""
-
-    def attempt() -> Result:
-        with io.BytesIO(source) if isinstance(source, bytes) else open_binary(source) as file:
-            if not file.read(1):
-                raise MossAudioError(f"{name}: expected audio, found 0 bytes; restore it or leave it out.")
-            file.seek(0)
-            watched = _Watched(file)
-            try:
-                with soundfile.SoundFile(cast(BinaryIO, watched)) as sound:
-                    return read(sound)
-            finally:
-                watched.raise_error()
-
-    try:
-        return retried(name, attempt)
-    except OSError as error:
-        raise MossAudioError(
-            f"{name}: expected a readable audio file, found '{reason(error)}'; check the path."
-        ) from error
-    except soundfile.LibsndfileError as error:
-        raise MossAudioError(
-            f"{name}: expected wav, flac, ogg or mp3, found data that libsndfile cannot decode "
-            f"(error {error.code}: {error.error_string.rstrip('.')}); "
-            f"convert it, for example with `ffmpeg -i INPUT OUTPUT.wav`."
-        ) from error
-
-
-class _Watched:
-    """A file for libsndfile, to which bytes that can't be read are the end of the file: what was wrong is kept here.
-
-    It has no name, since soundfile refuses some extensions (.raw) without looking inside.
-    """
-
-    def __init__(self, file: BinaryIO):
-        self._file = file
-        self._error: OSError | None = None
-        self.seek, self.tell = file.seek, file.tell
-
-    def readinto(self, buffer: Any) -> int:
-        try:
-            return cast(io.BufferedIOBase, self._file).readinto(buffer)
-        except OSError as error:
-            self._error = self._error or error
-            return 0
-
-    def raise_error(self) -> None:
-        if self._error is not None:
-            raise self._error
-
-
-def _cut(sound: soundfile.SoundFile, start: float | None, end: float | None, name: str) -> tuple[int, int]:
-    """The first sample between two times and the one after the last, at the file's own rate."""
-    if not sound.frames:
-        raise MossAudioError(f"{name}: expected audio, found 0 samples; restore it or leave it out.")
-    if sound.frames == _UNKNOWN_LENGTH:
-        raise MossAudioError(
-            f"{name}: expected the number of samples in the header, found none (written through a pipe?); "
-            f"rewrite it, for example with `ffmpeg -i INPUT OUTPUT.flac`."
-        )
-    seconds = sound.frames / sound.samplerate
-    begin = 0.0 if start is None else start
-    stop = seconds if end is None else min(end, seconds)
-    if not 0 <= begin < stop:  # NaN lands here too
-        raise MossAudioError(
-            f"{name}: expected 0 <= start < end within its {seconds:.3f} s, "
-            f"found start={start} and end={end}; correct the times or leave it out."
-        )
-    return round(begin * sound.samplerate), round(stop * sound.samplerate)
-
-
-def _read_cut(sound: soundfile.SoundFile, start: float | None, end: float | None, name: str) -> np.ndarray:
-    """The mean of the channels between two times: float32 [samples] at the file's own rate."""
-    first, last = _cut(sound, start, end, name)
-    if sound.seekable():
-        sound.seek(first)
-    else:
-        _read_mono(sound, first, name)
-    wave = _read_mono(sound, last - first, name)
-    if not len(wave):
-        raise MossAudioError(
-            f"{name}: expected samples between start={start} and end={end}, found none; "
-            f"widen the cut, or restore the file if it was cut short."
-        )
-    return wave
-
-
-def _read_mono(sound: soundfile.SoundFile, count: int, name: str) -> np.ndarray:
-    """Reads on, for `count` samples or to the end of the data; averages the channels: float32 [samples]."""
-    mono = bytearray()  # grows in place, so a header that promises too much costs no memory
-    while count > 0:
-        block = sound.read(min(count, _DECODE_BLOCK), dtype="float32", always_2d=True)
-        if not len(block):
-            break
-        if not np.isfinite(block).all():
-            raise MossAudioError(
-                f"{name}: expected finite samples, found NaN or infinity before second "
-                f"{sound.tell() / sound.samplerate:.1f}; repair it or leave it out."
-            )
-        mono += np.divide(sum(block.T), sound.channels, dtype=np.float32).data  # far faster than mean(axis=1)
-        count -= len(block)
-    return np.frombuffer(mono, dtype=np.float32)
 
 
 # Resampling
@@ -291,7 +177,7 @@ def log_mel(wave: np.ndarray, config: MelConfig = RELEASED_MEL) -> np.ndarray:
       float32 [mel_dim, samples // mel_hop_length].
 
     Raises:
-      MossAudioError: not one channel of finite floats, or shorter than one frame.
+      MossAudioError: not one channel of finite floats, shorter than one frame, or so loud that the mel overflows.
     """
     if wave.ndim != 1 or not np.issubdtype(wave.dtype, np.floating):
         raise MossAudioError(
@@ -310,10 +196,17 @@ def log_mel(wave: np.ndarray, config: MelConfig = RELEASED_MEL) -> np.ndarray:
     for begin in range(0, num_frames, _FRAME_BLOCK):
         block = slice(begin, begin + _FRAME_BLOCK)
         # Kept as complex64 but squared in float64, like the reference: it decides the last bit of the result.
-        spectrum = np.fft.rfft(frames[block] * window).astype(np.complex64)
+        with np.errstate(over="ignore"):  # what overflows is refused below
+            spectrum = np.fft.rfft(frames[block] * window).astype(np.complex64)
         power = np.square(spectrum.real, dtype=np.float64) + np.square(spectrum.imag, dtype=np.float64)
         mel[:, block] = np.log10(np.maximum(mel_bank @ power.T, _MEL_FLOOR))
-    np.maximum(mel, mel.max() - 8.0, out=mel)
+    peak = mel.max()
+    if not np.isfinite(peak):
+        raise MossAudioError(
+            f"the samples must be about -1 to 1, not up to {np.abs(wave).max():.1e}, of which the mel is not finite: "
+            "scale or restore it"
+        )
+    np.maximum(mel, peak - 8.0, out=mel)
     mel += 4.0
     mel /= 4.0
     return mel

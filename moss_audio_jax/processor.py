@@ -1,19 +1,22 @@
 """From questions and sounds to `ModelInputs`, and from generated ids back to text."""
 
-from collections.abc import Sequence
-from typing import Self
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
 
 import numpy as np
 
-from moss_audio_jax.audio import SAMPLE_RATE, load_audio, log_mel, num_audio_tokens, round_bfloat16
+from moss_audio_jax.audio import SAMPLE_RATE, load_audio, log_mel, num_audio_tokens, resample, round_bfloat16
 from moss_audio_jax.checkpoint import files_directory
 from moss_audio_jax.config import MossAudioConfig
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.inputs import ModelInputs, make_inputs
 from moss_audio_jax.paths import AnyPath
+from moss_audio_jax.sound_files import require_rate
 from moss_audio_jax.tokens import DEFAULT_SYSTEM_PROMPT, Tokenizer, build_prompt
 
-Clip = np.ndarray | AnyPath | bytes
+# A path, bytes, a file, an array or tensor, (array, rate), {"array": ..., "sampling_rate": ...}: see Processor.mel.
+Clip = Any
 
 
 class Processor:
@@ -30,7 +33,7 @@ class Processor:
     def __call__(
         self,
         texts: str | Sequence[str],
-        audio: Sequence[Sequence[Clip]] | None = None,
+        audio: Clip | Sequence[Clip] | Sequence[Sequence[Clip]] | None = None,
         *,
         system_prompt: str = DEFAULT_SYSTEM_PROMPT,
         time_markers: bool | None = None,
@@ -38,16 +41,14 @@ class Processor:
         """A batch of prompts.
 
         texts: a question for each sequence (or one whole prompt with audio spans in it: see `tokens.build_prompt`).
-        audio: for each sequence its clips in order, each a path, the bytes of an audio file, or a mono float wave
-            [samples] at 16 kHz.
+        audio: for each text a list of its clips in order, or its only clip. Of one text also the clips themselves:
+            processor("Which is louder?", ["a.wav", "b.wav"]), processor("Transcribe the audio.", "a.wav").
+            What a clip may be, `mel` says.
         time_markers: None takes the checkpoint's `enable_time_marker`.
         """
+        one = isinstance(texts, str)
         texts = [texts] if isinstance(texts, str) else list(texts)
-        audio = [[] for _ in texts] if audio is None else list(audio)
-        if len(texts) != len(audio):
-            raise MossAudioError(
-                f"{len(texts)} texts but {len(audio)} lists of clips: give audio=[[clip, ...], ...], one list a text"
-            )
+        audio = _clips_of_texts(audio, len(texts), one)
         mels = [[self.mel(clip) for clip in clips] for clips in audio]
         token_ids = [
             build_prompt(
@@ -63,11 +64,13 @@ class Processor:
         return make_inputs(token_ids, mels, config=self.config)
 
     def mel(self, clip: Clip) -> np.ndarray:
-        """Log-mel [mel bins, frames], rounded to bfloat16 as the reference rounds it whatever the model's dtype."""
-        if isinstance(clip, np.ndarray):
-            wave, name = clip, "a clip given as an array"
-        else:
-            wave, name = load_audio(clip, sample_rate=SAMPLE_RATE), "audio bytes" if isinstance(clip, bytes) else clip
+        """Log-mel [mel bins, frames], rounded to bfloat16 as the reference rounds it whatever the model's dtype.
+
+        clip: an audio file as a path (str, PathLike), as bytes, or opened to read bytes; a mono float wave [samples] at
+            16 kHz, as an array of NumPy, JAX or PyTorch; (wave, rate); {"array": wave, "sampling_rate": rate} or
+            {"bytes": ..., "path": ...} as Hugging Face's datasets have it.
+        """
+        wave, name = _wave(clip)
         try:
             return round_bfloat16(log_mel(wave))
         except MossAudioError as error:
@@ -81,3 +84,115 @@ class Processor:
 def load_processor(path: AnyPath) -> Processor:
     """The processor of whatever `load_model` reads."""
     return Processor.from_dir(files_directory(path))
+
+
+def _clips_of_texts(audio: Any, texts: int, one: bool) -> list[list[Clip]]:
+    """The clips of each of so many texts. one: the text was given without a list."""
+    if audio is None:
+        return [[] for _ in range(texts)]
+    if _is_clip(audio):
+        audio = [audio]
+    elif not isinstance(audio, Sequence):
+        raise MossAudioError(
+            f"audio must be a clip, a list of clips, or a list of clips for each text, not {_shown(audio)}: {_CLIPS}"
+        )
+    elif texts == 1 and (audio or one) and all(map(_is_clip, audio)):
+        audio = [audio]
+    if len(audio) != texts:
+        raise MossAudioError(
+            f"{texts} texts but {len(audio)} lists of clips: give audio=[[clip, ...], ...], one list a text"
+        )
+    return [_clips_of_text(clips) for clips in audio]
+
+
+def _clips_of_text(clips: Any) -> list[Clip]:
+    if clips is None:
+        return []
+    if _is_clip(clips):
+        return [clips]
+    if not isinstance(clips, Sequence):
+        raise MossAudioError(f"the clips of a text must be a list, not {_shown(clips)}: {_CLIPS}")
+    for clip in clips:
+        if not _is_clip(clip):
+            raise MossAudioError(f"a clip must be a sound, not {_shown(clip)}: {_CLIPS}")
+    return list(clips)
+
+
+_CLIPS = (
+    "give paths, bytes, opened files, float waves at 16 kHz, (wave, rate) or {'array': wave, 'sampling_rate': rate}"
+)
+
+
+def _shown(thing: Any) -> str:
+    return f"{type(thing).__name__} {str(thing)[:40]!r}"
+
+
+def _is_clip(thing: Any) -> bool:
+    return (
+        isinstance(thing, str | os.PathLike | bytes | bytearray | memoryview)
+        or (isinstance(thing, Mapping) and ({"array", "bytes", "path"} & thing.keys()) != set())
+        or hasattr(thing, "get_all_samples")  # a decoder of torchcodec, as datasets 4 have it
+        or hasattr(thing, "__array__")
+        or hasattr(thing, "read")
+        or _is_wave_with_rate(thing)
+    )
+
+
+def _is_wave_with_rate(thing: Any) -> bool:
+    return (
+        isinstance(thing, tuple)
+        and len(thing) == 2
+        and hasattr(thing[0], "__array__")
+        and isinstance(thing[1], int | float | np.integer | np.floating)
+    )
+
+
+def _wave(clip: Clip) -> tuple[np.ndarray, str]:
+    """Float [samples] at 16 kHz, and what errors call the clip."""
+    if isinstance(clip, Mapping) and clip.get("array") is None and "sampling_rate" not in clip:
+        clip, name = clip.get("bytes") or clip.get("path"), clip.get("path")
+        if clip is None:
+            raise MossAudioError(f"a clip given as a dict must hold an array, bytes or a path, not none of them: {_CLIPS}")
+        return load_audio(clip, name=name), name or "audio bytes"
+    if isinstance(clip, Mapping) or hasattr(clip, "get_all_samples"):
+        return _at_16_khz(_item(clip, "array"), _item(clip, "sampling_rate"))
+    if _is_wave_with_rate(clip):
+        return _at_16_khz(*clip)
+    if isinstance(clip, bytearray | memoryview):
+        clip = bytes(clip)
+    if isinstance(clip, bytes):
+        return load_audio(clip), "audio bytes"
+    if isinstance(clip, str | os.PathLike):
+        return load_audio(clip), os.fspath(clip)
+    if hasattr(clip, "__array__"):
+        return _at_16_khz(clip, SAMPLE_RATE)
+    if hasattr(clip, "read"):
+        name = str(getattr(clip, "name", "an opened file"))
+        content = clip.read()
+        if not isinstance(content, bytes):
+            raise MossAudioError(f"{name} must be opened to read bytes, not {type(content).__name__}: open(path, 'rb')")
+        return load_audio(content, name=name), name
+    raise MossAudioError(f"a clip must be a sound, not {_shown(clip)}: {_CLIPS}")
+
+
+def _item(clip: Any, key: str) -> Any:
+    try:
+        return clip[key]
+    except KeyError as error:
+        raise MossAudioError(f"a clip given as a dict must hold {key!r}, not only {sorted(clip)}: {_CLIPS}") from error
+
+
+def _at_16_khz(array: Any, rate: Any) -> tuple[np.ndarray, str]:
+    name = "a clip given as an array"
+    try:
+        wave = np.asarray(array)
+    except (TypeError, ValueError, RuntimeError) as error:  # of PyTorch: on a GPU, in bfloat16, with a gradient
+        raise MossAudioError(f"{name} must become one of NumPy, not fail to ({error}): convert it first") from error
+    if wave.ndim == 2 and 1 in wave.shape and wave.size > 1:  # one channel, first or last
+        wave = wave.reshape(-1)
+    if rate != SAMPLE_RATE:
+        rate = require_rate(rate, name)
+        if wave.ndim != 1 or not np.issubdtype(wave.dtype, np.floating):
+            return wave, name  # log_mel says what it must be
+        wave = resample(wave.astype(np.float32, copy=False), rate, SAMPLE_RATE)
+    return wave, name

@@ -8,7 +8,6 @@ docs/evaluation.md defines every number.
 """
 
 import contextlib
-import io
 import itertools
 import json
 import math
@@ -22,7 +21,6 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import numpy as np
-import soundfile
 import tyro
 from flax import nnx
 from jax.experimental import multihost_utils
@@ -37,7 +35,7 @@ from moss_audio_jax.generate import Sampling, generate, mesh_of
 from moss_audio_jax.inputs import ModelInputs, make_inputs, padded
 from moss_audio_jax.interruption import stops_on_ctrl_c
 from moss_audio_jax.model import MossAudio
-from moss_audio_jax.paths import AnyPath, open_binary, write_whole
+from moss_audio_jax.paths import AnyPath, write_whole
 from moss_audio_jax.processor import Processor, load_processor
 from moss_audio_jax.sharding import make_mesh, num_parts, partition_spec
 from moss_audio_jax.tokens import build_conversation
@@ -242,15 +240,7 @@ def _length(item: Item) -> float:
 
 
 def _seconds(clip: Clip) -> float:
-    if isinstance(clip.audio, np.ndarray):
-        whole = len(clip.audio) / SAMPLE_RATE
-    else:
-        try:
-            with io.BytesIO(clip.audio) if isinstance(clip.audio, bytes) else open_binary(clip.audio) as file:
-                whole = soundfile.info(file).duration
-        except (OSError, TypeError, soundfile.LibsndfileError):
-            return len(clip.wave()) / SAMPLE_RATE  # says what is wrong with it, or that nothing is
-    return min(whole, clip.end or whole) - (clip.start or 0.0)
+    return clip.num_samples() / SAMPLE_RATE
 
 
 # Measures
