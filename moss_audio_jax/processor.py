@@ -152,7 +152,9 @@ def _wave(clip: Clip) -> tuple[np.ndarray, str]:
     if isinstance(clip, Mapping) and clip.get("array") is None and "sampling_rate" not in clip:
         clip, name = clip.get("bytes") or clip.get("path"), clip.get("path")
         if clip is None:
-            raise MossAudioError(f"a clip given as a dict must hold an array, bytes or a path, not none of them: {_CLIPS}")
+            raise MossAudioError(
+                f"a clip given as a dict must hold an array, bytes or a path, not none of them: {_CLIPS}"
+            )
         return load_audio(clip, name=name), name or "audio bytes"
     if isinstance(clip, Mapping) or hasattr(clip, "get_all_samples"):
         return _at_16_khz(_item(clip, "array"), _item(clip, "sampling_rate"))

@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import re
-import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -95,11 +94,12 @@ def lengths(source: Source, start: float | None, end: float | None, name: str) -
     return _of_file(source, name, work)
 
 
-def require_rate(rate: float, name: str) -> int:
-    """The rate itself; raises MossAudioError if no sound has it."""
-    if not (rate == int(rate) and LOWEST_RATE <= rate <= HIGHEST_RATE):
+def require_rate(rate: Any, name: str) -> int:
+    """The rate itself, in Hz; raises MossAudioError if it is no whole number or beyond what sounds have."""
+    number = isinstance(rate, int | float | np.integer | np.floating)
+    if not (number and LOWEST_RATE <= rate <= HIGHEST_RATE and rate == int(rate)):
         raise MossAudioError(
-            f"{name}: the sample rate must be a whole number from {LOWEST_RATE:,} to {HIGHEST_RATE:,} Hz, not {rate:,}: "
+            f"{name}: the sample rate must be a whole number from {LOWEST_RATE:,} to {HIGHEST_RATE:,} Hz, not {rate}: "
             "correct it, or resample the file, for example with `ffmpeg -i INPUT -ar 16000 OUTPUT.wav`"
         )
     return int(rate)
@@ -235,6 +235,8 @@ def _of_file(source: Source, name: str, work: Callable[[_File], Result]) -> Resu
                 if file.error is not None:
                     raise file.error
 
+    if not isinstance(source, bytes) and "\0" in os.fspath(source):
+        raise MossAudioError(f"{name!r} must be a path, not text with a null character: give an audio file as bytes")
     try:
         return retried(name, attempt)
     except OSError as error:
@@ -262,7 +264,7 @@ def _cannot_open(name: str, error: OSError) -> str:
     if isinstance(error, IsADirectoryError):
         return f"{name} must be an audio file, not a directory: name the files in it"
     if isinstance(error, PermissionError):
-        return f"{name} must be readable for you, not closed ({reason(error)}): change its rights, `chmod u+r` if it is yours"
+        return f"{name} must be a file that you may read ({reason(error)}): change its permissions, `chmod u+r`"
     if error.errno == errno.ENAMETOOLONG:
         return f"{name[:60]}... must be the path of an audio file, not {len(name)} characters: give a path"
     return f"{name}: expected a readable audio file, found '{reason(error)}'; check the path."
@@ -387,14 +389,14 @@ def _read_mono(stream: _Stream, count: int, size: int, wave: bytearray, mix: "_M
 
 @dataclass
 class _Mix:
-    """The highest magnitudes of the channels of a clip, and of their mean."""
+    """The highest magnitude of the channels of a clip, and the highest value of their mean."""
 
     channels: float = 0.0
     mean: float = 0.0
 
     def add(self, channels: float, mono: np.ndarray) -> None:
         self.channels = max(self.channels, channels)
-        self.mean = max(self.mean, float(mono.max()), -float(mono.min()))
+        self.mean = max(self.mean, float(mono.max()))
 
     def warn_if_silent(self, name: str) -> None:
         if self.mean < _SILENT_MIX * self.channels:

@@ -144,6 +144,11 @@ def test_log_mel_refuses(wave: np.ndarray, found: str) -> None:
         log_mel(wave)
 
 
+def test_log_mel_refuses_samples_that_make_it_infinite() -> None:
+    with pytest.raises(MossAudioError, match=r"about -1 to 1, not up to 1.0e\+37"):
+        log_mel(noise(16000) * np.float32(1e37) / np.abs(noise(16000)).max())
+
+
 def test_log_mel_refuses_one_bad_sample() -> None:
     wave = noise(16000)
     wave[8000] = np.nan
@@ -295,13 +300,6 @@ def test_load_audio_reads_a_truncated_file_as_far_as_it_goes() -> None:
     np.testing.assert_array_equal(half[:60000], load_audio(whole)[:60000])
 
 
-def flac_of_unknown_length() -> bytes:
-    flac = bytearray(encoded(noise(16000), 16000, format="FLAC"))
-    flac[21] &= 0xF0  # STREAMINFO starts at byte 8; its last 36 bits before the checksum count the samples
-    flac[22:26] = bytes(4)
-    return bytes(flac)
-
-
 def with_sample(value: float) -> bytes:
     wave = noise(16000)
     wave[500] = value
@@ -313,10 +311,8 @@ def with_sample(value: float) -> bytes:
     [
         ("empty.wav", b"", {}, "0 bytes"),
         ("no_samples.wav", encoded(np.zeros(0), 16000, format="WAV"), {}, "0 samples"),
-        ("text.mp3", b"not audio at all" * 99, {}, "Format not recognised.*ffmpeg"),
-        ("headerless.raw", bytes(3200), {}, "Format not recognised.*ffmpeg"),
-        ("torn.flac", encoded(noise(160000), 16000, format="FLAC")[:99999], {}, "cannot decode.*ffmpeg"),
-        ("piped.flac", flac_of_unknown_length(), {}, "number of samples in the header.*ffmpeg"),
+        ("headerless.raw", noise(1600).tobytes(), {}, "Format not recognised.*ffmpeg"),
+        ("torn.flac", encoded(noise(160000), 16000, format="FLAC")[:100], {}, "cannot decode.*ffmpeg"),
         ("nan.wav", with_sample(np.nan), {}, "NaN or infinity"),
         ("inf.wav", with_sample(-np.inf), {}, "NaN or infinity"),
         ("late.wav", with_sample(0), {"start": 1.0}, r"within its 1.000 s, found start=1.0 and end=None"),
@@ -340,5 +336,9 @@ def test_load_audio_refuses(tmp_path: Path, file_name: str, content: bytes, cut:
 def test_load_audio_refuses_what_it_cannot_open(tmp_path: Path) -> None:
     with pytest.raises(MossAudioError, match=r"missing\.wav: .*No such file.*check the path"):
         load_audio(tmp_path / "missing.wav")
-    with pytest.raises(MossAudioError, match=r"Is a directory.*check the path"):
+    with pytest.raises(MossAudioError, match=r"not a directory: name the files in it"):
         load_audio(tmp_path)
+    with pytest.raises(MossAudioError, match="null character"):
+        load_audio("a\0b")
+    with pytest.raises(MossAudioError, match="5000 characters: give a path"):
+        load_audio("a" * 5000)
