@@ -98,11 +98,12 @@ def _clips_of_texts(audio: Any, texts: int, one: bool) -> list[list[Clip]]:
         )
     elif texts == 1 and (audio or one) and all(map(_is_clip, audio)):
         audio = [audio]
-    if len(audio) != texts:
+    lists = [_clips_of_text(clips) for clips in audio]
+    if len(lists) != texts:
         raise MossAudioError(
-            f"{texts} texts but {len(audio)} lists of clips: give audio=[[clip, ...], ...], one list a text"
+            f"{texts} texts but {len(lists)} lists of clips: give audio=[[clip, ...], ...], one list a text"
         )
-    return [_clips_of_text(clips) for clips in audio]
+    return lists
 
 
 def _clips_of_text(clips: Any) -> list[Clip]:

@@ -70,7 +70,8 @@ def read(source: Source, start: float | None, end: float | None, name: str) -> l
                 f"{name}: expected samples between start={start} and end={end}, found none; "
                 f"widen the cut, or restore the file if it was cut short."
             )
-        _warn_of_loss(name, cuts, [len(wave) for wave in waves])
+        if file.error is None:
+            _warn_of_loss(name, cuts, [len(wave) for wave in waves])
         mix.warn_if_silent(name)
         return _merged([Piece(wave, cut.stream.samplerate) for cut, wave in zip(cuts, waves, strict=True)])
 
@@ -228,9 +229,7 @@ def _of_file(source: Source, name: str, work: Callable[[_File], Result]) -> Resu
             try:
                 return work(file)
             except soundfile.LibsndfileError as error:
-                if file.error is None:
-                    raise _no_sound(file, name, error) from error
-                raise
+                raise file.error or _no_sound(file, name, error) from error
             finally:
                 if file.error is not None:
                     raise file.error

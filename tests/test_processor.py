@@ -104,7 +104,8 @@ def test_lists_of_clips_in_every_clear_form(processor):
     "texts, audio, found",
     [
         ("?", 3, "audio must be a clip, .* not int '3': give paths"),
-        ("?", [0.1, 0.2], "a clip must be a sound, not float"),
+        ("?", [0.1, 0.2], "the clips of a text must be a list, not float"),
+        ("?", [[0.1, 0.2]], "a clip must be a sound, not float"),
         ("?", [[None]], "a clip must be a sound, not NoneType"),
         ("?", {"sound": "a.wav"}, "not dict"),
         ("?", {"array": wave(1.0)}, r"must hold 'sampling_rate', not only \['array'\]"),
@@ -127,7 +128,7 @@ def test_what_is_no_clip_is_refused_in_a_sentence(processor, texts, audio, found
 
 def test_a_mel_that_is_not_finite_is_refused_by_the_name_of_its_file(processor, tmp_path):
     loud = tmp_path / "loud.wav"
-    soundfile.write(loud, wave(1.0) * np.float32(1e37), 16000, subtype="FLOAT")
+    soundfile.write(loud, wave(1.0) * np.float32(5e38), 16000, subtype="FLOAT")
     with pytest.raises(MossAudioError, match=r"loud\.wav: the samples must be about -1 to 1, not up to"):
         processor("?", loud)
 

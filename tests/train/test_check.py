@@ -116,7 +116,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def nothing_is_decoded(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("moss_audio_jax.audio._read_cut", lambda *_: pytest.fail("audio was decoded"))
+    monkeypatch.setattr("moss_audio_jax.sound_files._read_cut", lambda *_: pytest.fail("audio was decoded"))
 
 
 def config_of(directory: Path, **data) -> RunConfig:
