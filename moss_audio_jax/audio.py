@@ -61,7 +61,7 @@ def load_audio(
       float32 [samples], full scale at 1.
 
     Raises:
-      MossAudioError: the source cannot be read or decoded, has a sample rate outside 1 to 384 kHz or more than ten
+      MossAudioError: the source cannot be read or decoded, has a sample rate outside 100 Hz to 384 kHz or more than ten
         hours, the cut holds no sample or one that is not finite.
     """
     pieces = sound_files.read(source, start, end, name or _name(source))

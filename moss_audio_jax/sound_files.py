@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 Source = AnyPath | bytes
 
-LOWEST_RATE, HIGHEST_RATE = 1_000, 384_000  # Hz; the resampler's work and its result grow with the ratio of two rates
+LOWEST_RATE, HIGHEST_RATE = 100, 384_000  # Hz; the resampler's work and its result grow with the ratio of two rates
 LONGEST_HOURS = 10  # decoded at once: 2.3 GB at 16 kHz
 
 _DECODE_BLOCK = 1 << 18  # samples decoded at a time, so that a long file is never held in all its channels

@@ -110,7 +110,7 @@ def test_lists_of_clips_in_every_clear_form(processor):
         ("?", {"sound": "a.wav"}, "not dict"),
         ("?", {"array": wave(1.0)}, r"must hold 'sampling_rate', not only \['array'\]"),
         ("?", {"bytes": None, "path": None}, "must hold an array, bytes or a path"),
-        ("?", (wave(1.0), 0), "from 1,000 to 384,000 Hz, not 0"),
+        ("?", (wave(1.0), 0), "from 100 to 384,000 Hz, not 0"),
         ("?", (wave(1.0), 44100.5), "a whole number .*, not 44100.5"),
         ("?", (wave(1.0), np.nan), "a whole number .*, not nan"),
         ("?", {"array": wave(1.0), "sampling_rate": "16 kHz"}, "a whole number .*, not 16 kHz"),
@@ -128,7 +128,7 @@ def test_what_is_no_clip_is_refused_in_a_sentence(processor, texts, audio, found
 
 def test_a_mel_that_is_not_finite_is_refused_by_the_name_of_its_file(processor, tmp_path):
     loud = tmp_path / "loud.wav"
-    soundfile.write(loud, wave(1.0) * np.float32(5e38), 16000, subtype="FLOAT")
+    soundfile.write(loud, wave(1.0) * np.float32(1e38), 16000, subtype="FLOAT")
     with pytest.raises(MossAudioError, match=r"loud\.wav: the samples must be about -1 to 1, not up to"):
         processor("?", loud)
 

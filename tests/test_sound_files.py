@@ -204,11 +204,11 @@ def test_flac_through_a_pipe_is_counted():
     assert len(load_audio(bytes(flac), start=0.25, end=0.5)) == RATE // 4
 
 
-@pytest.mark.parametrize("rate", [1, 999, 384_001, 9_999_991, 2**31 - 1])
+@pytest.mark.parametrize("rate", [1, 99, 384_001, 9_999_991, 2**31 - 1])
 def test_rates_that_no_sound_has_are_refused_at_once(rate):
     tracemalloc.start()
     for function in (load_audio, num_samples):
-        with pytest.raises(MossAudioError, match=rf"clip.wav: the sample rate .* 1,000 to 384,000 Hz, not {rate}: "):
+        with pytest.raises(MossAudioError, match=rf"clip.wav: the sample rate .* 100 to 384,000 Hz, not {rate}: "):
             function(wav(noise(2000), rate=rate), name="clip.wav")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
