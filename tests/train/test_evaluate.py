@@ -154,7 +154,7 @@ def test_clips_that_cannot_be_heard_are_named(model, processor, corpus):
     empty = item("text", "", Clip(np.zeros(10, np.float32), name="clip 7 of a test"), "?")
     with pytest.raises(MossAudioError, match=r"^clip 7 of a test: .*at least 160 samples"):
         ask(model, processor, [empty])
-    with pytest.raises(MossAudioError, match=r"broken\.jsonl line 1: broken\.wav: expected wav, flac"):
+    with pytest.raises(MossAudioError, match=r"broken\.jsonl line 1: broken\.wav must be wav, flac"):
         ask(model, processor, read_items(EvaluationConfig(data=(corpus / "broken.jsonl",))))
     with pytest.raises(MossAudioError, match=r"^an item: .*holds the audio span"):
         ask(model, processor, [item("text", "", "a <|audio_bos|><|AUDIO|><|audio_eos|>")])
