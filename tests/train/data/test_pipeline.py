@@ -188,7 +188,7 @@ def test_unreadable_clips_are_skipped_counted_and_named(
             counted += data.sums["unreadable"]
     named = [record.getMessage() for record in caplog.records]
     assert {"3.wav" in line for line in named if "7.wav" not in line} == {True}
-    assert any("skipped (unreadable)" in line and "line 8: 7.wav: expected wav, flac" in line for line in named)
+    assert any("skipped (unreadable)" in line and "line 8: 7.wav must be wav, flac" in line for line in named)
     assert counted == len(named) == total_counts(data.get_state())["unreadable"] > 0
     state = data.get_state()
     resumed = TrainingData(one_source(damaged), maker, CONFIG)
