@@ -45,11 +45,16 @@ conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
 def to_path(path: AnyPath) -> Path:
     """A path of either kind; raises MossAudioError for a URL of another kind, and where gs:// can't be used."""
     text = os.fspath(path)
-    scheme = re.match(r"(\w+)://", text)
+    if not text:
+        raise MossAudioError("a path must name a file or a directory, not be empty: give '.' for the current directory")
+    scheme = re.match(r"([\w+.-]+)://", text)
     if re.match(r"gs:/(?!/)", text):
         raise MossAudioError(f"{text} lost a slash: give gs:// paths as text, which pathlib.Path does not keep")
     if scheme is not None and scheme[1] != "gs":
-        raise MossAudioError(f"{text}: expected a path of this machine or of gs://, found one of {scheme[0]}")
+        raise MossAudioError(
+            f"{text} must be a path of this machine or of gs://, not a URL of {scheme[0]}: download it, and give the "
+            "path of the copy"
+        )
     if scheme is not None and find_spec("gcsfs") is None:
         raise MossAudioError(f"{text} needs gcsfs, which is not installed: pip install 'moss-audio-jax[gcs]'")
     return epath.Path(text)

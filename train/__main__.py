@@ -2,19 +2,22 @@
 
 import os
 import signal
+import sys
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+if (
+    (__name__ == "__main__" or os.path.basename(sys.argv[0]).startswith("moss-audio"))  # not imported by a test
+    and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+):
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # during the imports below, which take seconds
 
 import argparse
 import logging
-import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from moss_audio_jax.cli import PathArgument, run_door
+from moss_audio_jax.cli import Commands, PathArgument, run_door
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.interruption import INTERRUPTED, end, ends_on_ctrl_c
 from moss_audio_jax.paths import Path, require_writable
@@ -27,7 +30,7 @@ if TYPE_CHECKING:
 
 PREEMPTED = 75  # exit code, EX_TEMPFAIL: run it again
 
-app = tyro.extras.SubcommandApp()
+app = Commands()
 
 
 @app.command
@@ -473,7 +476,7 @@ def _ablate(out: Path, config: "AblationConfig") -> None:
 
 def main() -> None:
     with ends_on_ctrl_c():
-        if sys.argv[1:2] != ["prepare"]:  # it starts faster without recipes
+        if sys.argv[1:2] not in (["prepare"], ["--version"]):  # they start faster without recipes
             app.command(name="scenes")(scenes_command())
             app.command(name="check")(check_command(sys.argv[2:]))
             app.command(name="run")(run_command(sys.argv[2:]))
