@@ -153,6 +153,8 @@ def _check(manifest: Path, config: "RunConfig", init: str | None, group: str | N
     check = check_of(with_paths(config, init), manifest, group)
     for problem in check.problems():
         print(problem)
+    for note in check.notes():
+        print(note)
     print(check.summary())
     if check.unusable or check.too_long:
         sys.exit(1)

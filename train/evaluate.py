@@ -414,6 +414,8 @@ class EvaluationConfig:
     """Manifests, and directories of shards."""
     objectives: tuple[str, ...] = ()
     """What is asked about their examples; by default all that they have labels for."""
+    default_prompt: str = ""
+    """What is asked where a conversation has audio and a blank prompt, or none."""
     scenes: int = 0
     """So many sound scenes, made on the fly."""
     scene: Annotated[SceneConfig, tyro.conf.arg(name="scenes")] = field(default_factory=SceneConfig)
@@ -446,7 +448,8 @@ def read_items(config: EvaluationConfig) -> list[Item]:
     """All that a configuration asks. Clips are held as they are stored, and decoded when they are needed."""
     items: list[Item] = []
     for path in config.data:
-        items += manifest_items(path, config.objectives, seed=config.seed, limit=config.limit)
+        options = {"seed": config.seed, "limit": config.limit, "default_prompt": config.default_prompt}
+        items += manifest_items(path, config.objectives, **options)
     items += scene_items(config.scenes, config.scene, seed=config.seed)
     for benchmark in config.benchmark:
         name, equals, path = benchmark.partition("=")

@@ -197,7 +197,8 @@ def questions_and_texts(config: RunConfig) -> tuple[list[Item], list[tuple[str, 
         return scene_items(count, config.mixture.scenes.scenes, seed=config.seed + HELD_OUT_SEED), []
     items = []
     for path in paths:
-        found = manifest_items(path, objectives, limit=count, answers=config.data.answers)
+        prompt = config.data.default_prompt
+        found = manifest_items(path, objectives, limit=count, answers=config.data.answers, default_prompt=prompt)
         if objectives and not found:
             raise MossAudioError(
                 f"{path} has no labels that evaluate_objectives {', '.join(objectives)} could ask about: name others, "

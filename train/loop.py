@@ -36,7 +36,7 @@ from moss_audio_jax.retries import retried
 from moss_audio_jax.sharding import make_mesh
 from moss_audio_jax.tokens import Tokenizer
 from train.best import Best
-from train.check import require_usable
+from train.check import require_usable, sample_maker
 from train.checkpoints import Checkpoints
 from train.chips import peak_flops
 from train.config import RunConfig
@@ -142,7 +142,6 @@ def train(config: RunConfig, out: AnyPath, *, mesh: Mesh | None = None, resume: 
         require_usable(dataclasses.replace(config, model=source))
     mesh = make_mesh(**dataclasses.asdict(config.mesh)) if mesh is None else mesh
     order = ExampleOrder(config.mixture.groups(config.seed), config.seed)
-    augmentation = Augmentation(config.augment)
     with ExitStack() as stack:
         stop = stack.enter_context(Termination())
         watchdog = stack.enter_context(Watchdog(config.loop.stuck_after))
@@ -152,8 +151,7 @@ def train(config: RunConfig, out: AnyPath, *, mesh: Mesh | None = None, resume: 
         checkpoints.reload()
         record = Record.read(out)
         tokenizer = Tokenizer.from_dir(out / RUN_MODEL)
-        answers, thoughts = config.data.answers, config.data.thoughts
-        maker = SampleMaker(tokenizer, model, answers=answers, thoughts=thoughts, augmentation=augmentation)
+        maker = sample_maker(config, tokenizer, model, Augmentation(config.augment))
         held_out = HeldOut(config, Processor(tokenizer, model), maker, mesh, out)
         data = stack.enter_context(_data(config, mesh, order, maker))
         first = config.model
