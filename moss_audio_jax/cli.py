@@ -1,9 +1,11 @@
 """What the command-line doors share: a user's mistake is one sentence and exit code 2, never a traceback."""
 
 import difflib
+import errno
 import importlib.metadata
 import os
 import platform
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
@@ -43,7 +45,7 @@ PathArgument = Annotated[
 class Commands(tyro.extras.SubcommandApp):
     """The commands of a program. Takes `--version` too, and names the command that is nearest to one there is not."""
 
-    def cli(self, *, prog: str, description: str, args: Sequence[str] | None = None, **options: Any) -> Any:
+    def cli(self, *, prog: str, description: str | None, args: Sequence[str] | None = None, **options: Any) -> Any:
         args = sys.argv[1:] if args is None else args
         names = [name.replace("_", "-") for name in self._subcommands]
         if args and args[0] == "--version":
@@ -53,7 +55,7 @@ class Commands(tyro.extras.SubcommandApp):
             advice = f"did you mean {nearest[0]}" if nearest else f"give one of {', '.join(names)}"
             raise MossAudioError(f"{prog} has no command {args[0]!r}: {advice}")
         description = (
-            f"{description.rstrip()}\n\n`{prog} --version` names the versions that a report of an error should have."
+            f"{description or ''}\n`{prog} --version` names the versions that a report of an error should have."
         )
         return super().cli(prog=prog, description=description, args=args, **options)
 
@@ -67,6 +69,39 @@ def versions() -> str:
         except importlib.metadata.PackageNotFoundError:
             continue
     return f"moss-audio-jax {found['moss-audio-jax']} (JAX {found['jax']}, Python {platform.python_version()})"
+
+
+_FULL, _NO_ACCESS = "make room there, or name another place", "give access to it, or name another place"
+_REMEDIES = {
+    errno.ENOSPC: _FULL,
+    errno.EDQUOT: _FULL,
+    errno.EFBIG: _FULL,
+    errno.EACCES: _NO_ACCESS,
+    errno.EPERM: _NO_ACCESS,
+    errno.EROFS: _NO_ACCESS,
+    errno.ENOTDIR: "a file stands where a directory is meant: name another place",
+    errno.EEXIST: "a file stands where a directory is meant: name another place",
+    errno.EISDIR: "a directory stands where a file is meant: name another place",
+    errno.ENAMETOOLONG: "name a shorter one",
+    errno.ELOOP: "a link leads back to itself: correct it",
+    errno.EMFILE: "raise the limit of open files, `ulimit -n`",
+}
+
+
+_PATH = re.compile(r"(?<![\w./])/[^\s\"';,]+")
+
+
+def storage_refusal(error: Exception) -> str | None:
+    """A sentence about what the disk refuses; None for other errors."""
+    if isinstance(error, OSError) and error.errno is not None:
+        number, place = error.errno, error.filename2 or error.filename
+    else:  # of libraries written in C++, whose errors have no number
+        number = next((number for number in _REMEDIES if os.strerror(number) in str(error)), None)
+        found = _PATH.search(str(error))
+        place = found and found[0]
+    if number not in _REMEDIES:
+        return None
+    return f"{os.fsdecode(place or 'the disk')} can't be used ({os.strerror(number)}): {_REMEDIES[number]}"
 
 
 def run_door(door: Callable[[], object]) -> None:
@@ -86,6 +121,9 @@ def run_door(door: Callable[[], object]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except Exception as error:
+        if (refusal := storage_refusal(error)) is not None:
+            print(f"error: {refusal}", file=sys.stderr)
+            sys.exit(2)
         if not is_transient(error):
             raise
         print(f"error: storage or a connection failed ({summary(error)}); run the same command again", file=sys.stderr)

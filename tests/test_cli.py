@@ -1,5 +1,6 @@
 """The command line: text out, tables, and mistakes in one sentence."""
 
+import errno
 import importlib
 import re
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 
 from convert.to_orbax import convert_to_orbax
 from moss_audio_jax import MossAudioConfig
+from moss_audio_jax.cli import run_door
 from moss_audio_jax.model import parameter_specs
 
 
@@ -123,3 +125,32 @@ def test_a_bucket_without_gcsfs_names_the_extra(monkeypatch, capsys):
     code, _, err = ended("train", ["evaluate", "gs://bucket/run", "--scenes", "1"], monkeypatch, capsys)
     assert code == 2
     assert err == "error: gs://bucket/run needs gcsfs, which is not installed: pip install 'moss-audio-jax[gcs]'\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (OSError(errno.ENOSPC, "No space", "/a/b"), "/a/b can't be used (No space left on device): make room there"),
+        (PermissionError(errno.EACCES, "no", "/a/b"), "/a/b can't be used (Permission denied): give access to it"),
+        (NotADirectoryError(errno.ENOTDIR, "no", "/a/b/c"), "/a/b/c can't be used (Not a directory): a file stands"),
+        (RuntimeError("write() failed: No space left on device; writing /a/b.x; at byte 3"), "/a/b.x can't be used"),
+        (ValueError('RESOURCE_EXHAUSTED: "s/0" in "/a/b/": No space left on device [28]'), "/a/b/ can't be used"),
+    ],
+)
+def test_what_the_disk_refuses_is_one_sentence(error, sentence, capsys):
+    def fails():
+        raise error
+
+    with pytest.raises(SystemExit) as end:
+        run_door(fails)
+    assert end.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {sentence}") and said.count("\n") == 1
+
+
+def test_other_errors_are_defects():
+    def fails():
+        raise RuntimeError("the disk has nothing to do with it")
+
+    with pytest.raises(RuntimeError):
+        run_door(fails)

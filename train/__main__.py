@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from moss_audio_jax.cli import Commands, PathArgument, run_door
+from moss_audio_jax.cli import Commands, PathArgument, run_door, storage_refusal
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.interruption import INTERRUPTED, end, ends_on_ctrl_c
 from moss_audio_jax.paths import Path, require_writable
+from moss_audio_jax.retries import retried
 
 if TYPE_CHECKING:
     from train.ablate import AblationConfig
@@ -229,7 +230,7 @@ def _stored_config(arguments: list[str]) -> "RunConfig | None":
         if scanned.branch is not None and (origin := ResumeConfig(branch=scanned.branch).origin):
             return stored_config(origin[0])
     except (MossAudioError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {storage_refusal(error) or error}", file=sys.stderr)
         sys.exit(2)
     return None
 
@@ -349,6 +350,8 @@ def _train(config: "RunConfig", out: Path, resume: "ResumeConfig") -> None:
     from train.loop import train
 
     logging.basicConfig(format="%(message)s", force=True)  # names the examples that are skipped
+    # Orbax logs the traceback of a checkpoint that can't be written, which is then raised and said in a sentence.
+    logging.getLogger("absl").addFilter(lambda record: "_SignalingThread" not in record.getMessage())
     outcome = train(config, out, resume=resume)
     first = jax.process_index() == 0
     if outcome.preempted:
@@ -436,6 +439,7 @@ def _evaluate(
         (plot, evaluation.save_plot),
     ):
         if path:
+            retried(path, lambda path=path: path.parent.mkdir(parents=True, exist_ok=True))
             save(path)
     if evaluation.partial:
         print(f"interrupted: this is of {len(evaluation.items)} of {len(items)} questions", file=sys.stderr)
@@ -476,13 +480,18 @@ def _ablate(out: Path, config: "AblationConfig") -> None:
     print((out / "ablation.md").read_text("utf-8"), end="")
 
 
+def _arguments_of(command: str) -> list[str]:
+    """What stands behind a command, which decides about its options; nothing behind another one."""
+    return sys.argv[2:] if sys.argv[1:2] == [command] else []
+
+
 def main() -> None:
     with ends_on_ctrl_c():
         if sys.argv[1:2] not in (["prepare"], ["--version"]):  # they start faster without recipes
             app.command(name="scenes")(scenes_command())
-            app.command(name="check")(check_command(sys.argv[2:]))
-            app.command(name="run")(run_command(sys.argv[2:]))
-            app.command(name="plan")(plan_command(sys.argv[2:]))
+            app.command(name="check")(check_command(_arguments_of("check")))
+            app.command(name="run")(run_command(_arguments_of("run")))
+            app.command(name="plan")(plan_command(_arguments_of("plan")))
             app.command(name="evaluate")(evaluate_command())
             app.command(name="ablate")(ablate_command())
         run_door(lambda: app.cli(prog="moss-audio-train", description=__doc__))

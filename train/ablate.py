@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from moss_audio_jax.errors import MossAudioError
-from moss_audio_jax.paths import Path
+from moss_audio_jax.paths import Path, write_whole
 from train.config import CONFIG_FILE, RECIPES, MixtureConfig, RunConfig, SceneGroupConfig
 from train.data.scenes import SceneConfig
 from train.evaluate import AnswerConfig, EvaluationConfig, Measured, evaluate
@@ -194,9 +194,9 @@ def ablate(config: AblationConfig, out: Path) -> bool:
     Raises MossAudioError for another configuration than the one the directory was begun with.
     """
     require_matplotlib()
+    items = questions(config)
     settle(config, out, begun=(out / CONFIG_FILE).exists())
     began = time.monotonic()
-    items = questions(config)
     tuning = {arm: [Run(arm, learning_rate, 0) for learning_rate in config.learning_rates] for arm in config.arms}
     expected = len(config.arms) * (len(config.learning_rates) + config.seeds - 1)
     numbers = itertools.count(1)
@@ -229,9 +229,7 @@ def _measures(run: Run, config: AblationConfig, items: Sequence[Item], directory
         if train(run_config(run, config), directory).preempted:
             return None
         results = evaluate(directory, items, EvaluationConfig(answers=config.answers), progress=True).results
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(results["measures"], indent=2) + "\n", "utf-8")
-        partial.replace(path)
+        write_whole(path, json.dumps(results["measures"], indent=2) + "\n")
     return json.loads(path.read_text("utf-8"))
 
 
@@ -249,8 +247,8 @@ def _write(
         "runs": [dataclasses.asdict(run) | {"scores": run_scores} for run, run_scores in found.items()],
         "seconds_of_last_call": round(seconds),
     }
-    (out / "ablation.json").write_text(json.dumps(results, indent=2) + "\n", "utf-8")
-    (out / "ablation.md").write_text(table(arms, chosen) + "\n", "utf-8")
+    write_whole(out / "ablation.json", json.dumps(results, indent=2) + "\n")
+    write_whole(out / "ablation.md", table(arms, chosen) + "\n")
     plot_dots(out / "ablation.png", list(_panels(arms)), unit="right answers, %")
 
 

@@ -45,7 +45,7 @@ from train.benchmarks import LAYOUTS
 from train.choices import score_choices
 from train.data.manifest import Clip
 from train.data.samples import FRAMES_PER_SECOND, TOKENS_PER_SECOND, turns_and_mels
-from train.data.scenes import SceneConfig
+from train.data.scenes import SEEDS, SceneConfig
 from train.distributed import share_of_batch
 from train.metrics import (
     EventCounts,
@@ -437,9 +437,9 @@ class EvaluationConfig:
 
     def __post_init__(self):
         require_askable(self.objectives)
-        if self.scenes < 0 or self.seed < 0 or (self.limit is not None and self.limit < 1):
+        if self.scenes < 0 or not 0 <= self.seed < SEEDS or (self.limit is not None and self.limit < 1):
             raise MossAudioError(
-                "scenes and seed must be 0 or more and limit 1 or more, "
+                f"scenes must be 0 or more, seed from 0 to {SEEDS - 1} and limit 1 or more, "
                 f"found {self.scenes}, {self.seed} and {self.limit}"
             )
 

@@ -61,6 +61,8 @@ ANSWERS = "answers"
 TENSORBOARD = "tensorboard"
 WANDB_FILE = "wandb_run.txt"
 
+RECORDS = (METRICS_FILE, SCORES_FILE, SAMPLES_FILE, ANSWERS, TENSORBOARD, WANDB_FILE)  # all of a run's directory
+
 Values = Mapping[str, float]
 
 

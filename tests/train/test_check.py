@@ -307,3 +307,16 @@ def test_a_default_prompt_is_part_of_a_sample(directory: Path):
         example = Manifest(path)[0]
         lengths[prompt] = len(maker.extent(example.name, example.conversation).learned)
     assert lengths["What is it?"] - lengths[""] == len("What is it?")  # a token for each byte
+
+
+def test_what_is_refused_after_the_directory_was_made_leaves_nothing(directory: Path, tmp_path: Path):
+    path = write(directory, "good.jsonl", [line("a.wav")])
+    config = with_paths(config_of(directory), data=(str(path),), eval_data=("nowhere.jsonl",))
+    with pytest.raises(MossAudioError, match=r"nowhere\.jsonl: expected a readable manifest"):
+        train(config, tmp_path / "new" / "run")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "mine.txt").touch()
+    with pytest.raises(MossAudioError, match=r"nowhere\.jsonl"):
+        train(config, tmp_path / "run")
+    assert [file.name for file in (tmp_path / "run").iterdir()] == ["mine.txt"]

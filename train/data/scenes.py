@@ -24,6 +24,7 @@ from train.data.objectives import EVENT_DECIMALS, PROMPTS, TIME_QUESTIONS, timel
 
 LABELS = ("tone", "chirp", "click", "noise", "dial", "hum")
 BACKGROUNDS = ("white", "pink", "brown")
+SEEDS = 2**32  # as many as a run can have
 
 
 @dataclass(frozen=True)
