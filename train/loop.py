@@ -55,6 +55,7 @@ from train.figures import DataFigures
 from train.held_out import HeldOut
 from train.initial import ModelSource, first_parameters
 from train.model_files import copy_model_files, write_model_files
+from train.overview import overview
 from train.profiling import Profile
 from train.report import RECORDS, Report
 from train.resume import Record, ResumeConfig, compare, is_begun, rewinds, settle
@@ -141,7 +142,8 @@ def train(config: RunConfig, out: AnyPath, *, mesh: Mesh | None = None, resume: 
     if config.loop.check_data:
         require_usable(dataclasses.replace(config, model=source))
     mesh = make_mesh(**dataclasses.asdict(config.mesh)) if mesh is None else mesh
-    order = ExampleOrder(config.mixture.groups(config.seed), config.seed)
+    groups = config.mixture.groups(config.seed)
+    order = ExampleOrder(groups, config.seed)
     with ExitStack() as stack:
         keep = stack.enter_context(_nothing_left(out))
         stop = stack.enter_context(Termination())
@@ -161,6 +163,7 @@ def train(config: RunConfig, out: AnyPath, *, mesh: Mesh | None = None, resume: 
         state, start = _first_or_restored_state(config, first, model, mesh, checkpoints, data, record, resume)
         figures = DataFigures(order, config.data, model, state.trainable, state_of_all(data.get_state()))
         report = stack.enter_context(_report(config, out, start, mesh, figures, record))
+        report.say(overview(config, groups, mesh, state, start))
         profile = stack.enter_context(Profile(out, config.loop.profile_first, config.loop.profile_steps))
         stack.enter_context(jax.set_mesh(mesh))
         stack.enter_context(ended_with_the_others())  # last in, first out: closing checkpoints waits for the others
@@ -388,6 +391,7 @@ def _report(config: RunConfig, out: Path, start: int, mesh: Mesh, figures: DataF
         restarts=record.starts - 1,
         wandb=config.loop.wandb,
         groups=figures.groups,
+        joining=figures.joining,
     )
 
 

@@ -52,7 +52,7 @@ def test_nothing_is_overwritten_and_values_are_checked(tmp_path: Path):
     write_scenes(tmp_path / "scenes", 1, 0, CONFIG)
     with pytest.raises(MossAudioError, match="is not an empty directory"):
         write_scenes(tmp_path / "scenes", 1, 0, CONFIG)
-    with pytest.raises(MossAudioError, match="count must be 1 or more and seed from 0 to, found 0 and 0"):
+    with pytest.raises(MossAudioError, match="count must be 1 or more and seed from 0 to 4294967295, found 0 and 0"):
         write_scenes(tmp_path / "none", 0, 0, CONFIG)
     assert not (tmp_path / "none").exists()
 
