@@ -485,6 +485,30 @@ def _arguments_of(command: str) -> list[str]:
     return sys.argv[2:] if sys.argv[1:2] == [command] else []
 
 
+def plot_command() -> Callable[..., None]:
+    """The command `plot`."""
+    default = Path("training.png")
+
+    def plot(
+        runs: tyro.conf.Positional[tuple[PathArgument, ...]],
+        /,
+        *,
+        out: PathArgument = default,
+    ) -> None:
+        """Draws how training runs went: loss, learning rate, and the scores of their evaluations, by step.
+
+        Args:
+            runs: Directories of runs, drawn over each other.
+            out: The PNG file to write.
+        """
+        from train.curves import plot_curves
+
+        plot_curves(out, runs)
+        print(f"wrote {out}")
+
+    return plot
+
+
 def main() -> None:
     with ends_on_ctrl_c():
         if sys.argv[1:2] not in (["prepare"], ["--version"]):  # they start faster without recipes
@@ -494,6 +518,7 @@ def main() -> None:
             app.command(name="plan")(plan_command(_arguments_of("plan")))
             app.command(name="evaluate")(evaluate_command())
             app.command(name="ablate")(ablate_command())
+            app.command(name="plot")(plot_command())
         run_door(lambda: app.cli(prog="moss-audio-train", description=__doc__))
 
 

@@ -8,7 +8,7 @@ about longer ones, in which times come up that no answer of training held.
     out/runs/            a directory for every run of training, with its measures
     out/ablation.json    the scores of every run
     out/ablation.md      a table of them
-    out/ablation.png     every run a dot
+    out/ablation.png     a picture of it
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from train.config import CONFIG_FILE, RECIPES, MixtureConfig, RunConfig, SceneGr
 from train.data.scenes import SceneConfig
 from train.evaluate import AnswerConfig, EvaluationConfig, Measured, evaluate
 from train.loop import train
-from train.plots import DotPanel, plot_dots, require_matplotlib
+from train.plots import plot_ranges, require_matplotlib
 from train.questions import Item, scene_items
 from train.resume import settle
 
@@ -249,7 +249,7 @@ def _write(
     }
     write_whole(out / "ablation.json", json.dumps(results, indent=2) + "\n")
     write_whole(out / "ablation.md", table(arms, chosen) + "\n")
-    plot_dots(out / "ablation.png", list(_panels(arms)), unit="right answers, %")
+    plot_ranges(out / "ablation.png", _by_source(arms), unit="right answers, % (of timelines: F1)")
 
 
 def _cells(arms: Mapping[str, Sequence[Scores]]) -> Iterator[tuple[str, str, dict[str, list[float]]]]:
@@ -279,6 +279,9 @@ def table(arms: Mapping[str, Sequence[Scores]], chosen: Mapping[str, Run]) -> st
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def _panels(arms: Mapping[str, Sequence[Scores]]) -> Iterator[DotPanel]:
+def _by_source(arms: Mapping[str, Sequence[Scores]]) -> dict[str, dict[str, dict[str, list[float]]]]:
+    """Title of a source -> task -> arm -> a score each seed."""
+    by_source: dict[str, dict[str, dict[str, list[float]]]] = {}
     for source, task, cells in _cells(arms):
-        yield DotPanel(row=source, title=task, groups=cells)
+        by_source.setdefault(f"scenes {source}" if source == TRAINED else f"{source} scenes", {})[task] = cells
+    return by_source

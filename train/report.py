@@ -84,8 +84,8 @@ class Report:
     start: the step that the run resumes from. last_step: None if it ends with its data.
     peak_flops: bfloat16 FLOP/s of all devices (`chips.peak_flops`); None shows FLOP/s rather than MFU.
     restarts: how often the run was started again so far. wandb: a project in Weights & Biases.
-    groups: the names of the mixture's, in the order of the step's metrics. joining: those that take part later, and from
-        which example on.
+    groups: the names of the mixture's, in the order of the step's metrics. joining: those that take part later, and
+        from which example on.
     """
 
     def __init__(
@@ -493,8 +493,8 @@ class _Progress(_Sink):
             self._unprinted.append(line)
         for group in [name for name in self._joining if line.get(f"tokens/{name}")]:
             self._print(
-                f"step {step}: from here on group {group} takes part (from example {self._joining.pop(group):,} on): other "
-                "examples, and if they are harder, the loss rises for a while"
+                f"step {step}: from here on group {group} takes part (from example {self._joining.pop(group):,} on): "
+                "other examples, and if they are harder, the loss rises for a while"
             )
         if not self._estimated and len(self._unprinted) == ESTIMATED_AFTER:
             self._estimated = True
