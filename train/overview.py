@@ -17,14 +17,13 @@ def overview(config: RunConfig, groups: Sequence[Group], mesh: Mesh, state: Trai
     devices = list(mesh.devices.flat)
     data = config.data
     steps = f"{config.last_step:,} steps" if config.last_step else f"{config.loop.epochs} epochs"
-    parts = [
-        f"resumes after step {start}" if start else "begins",
-        f"trains {parameters}",
-        f"on {len(devices)} {devices[0].device_kind} device{'s' if len(devices) > 1 else ''}",
-        f"with {'; '.join(map(_described, groups))}",
-        f"for {steps} of {data.batch_size} sequences of {data.tokens} tokens",
-    ]
-    return ", ".join(parts)
+    begin = f"resumes after step {start}: " if start else ""
+    plural = "s" if len(devices) > 1 else ""
+    return (
+        f"{begin}trains {parameters} on {len(devices)} {devices[0].device_kind} device{plural}; "
+        f"data: {', '.join(map(_described, groups))}; "
+        f"{steps} of {data.batch_size} sequences of {data.tokens} tokens"
+    )
 
 
 def _size(parameters: Mapping[str, jax.Array]) -> int:
@@ -34,6 +33,6 @@ def _size(parameters: Mapping[str, jax.Array]) -> int:
 def _described(group: Group) -> str:
     sizes = [len(source.examples) for source in group.sources]
     size = "made while training" if max(sizes) >= ENDLESS else f"{sum(sizes):,} examples"
-    begin = f", from example {group.begin:,} on" if group.begin else ""
-    end = f", until example {group.end:,}" if group.end is not None else ""
+    begin = f" from example {group.begin:,} on" if group.begin else ""
+    end = f" until example {group.end:,}" if group.end is not None else ""
     return f"{group.name} ({size}{begin}{end})"
