@@ -5,13 +5,16 @@ Conversions stream: a model of any size goes through less than a gigabyte of mem
 
 import os
 import signal
+import sys
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+if (
+    (__name__ == "__main__" or os.path.basename(sys.argv[0]).startswith("moss-audio"))  # not imported by a test
+    and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+):
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # during the imports below, which take seconds
 
 import json
 import pathlib
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +23,7 @@ from typing import Annotated, Literal
 import tyro
 
 from convert.memory import peak_memory
-from moss_audio_jax.cli import PathArgument, run_door
+from moss_audio_jax.cli import Commands, PathArgument, run_door
 from moss_audio_jax.interruption import cleans_up_on_signals
 from moss_audio_jax.paths import AnyPath
 
@@ -29,7 +32,7 @@ Target = Annotated[PathArgument, tyro.conf.Positional, tyro.conf.arg(metavar="TA
 Dtype = Literal["bfloat16", "float32"]
 JsonFlag = Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff]
 
-app = tyro.extras.SubcommandApp()
+app = Commands()
 
 # Heavy imports are inside the commands: JAX takes seconds to start, --help should not.
 

@@ -29,9 +29,9 @@ try:
     from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
     from transformers.models.whisper.modeling_whisper import WhisperEncoderLayer
 except ImportError as error:
-    raise MossAudioError(
-        f"comparing with PyTorch needs torch and transformers ({error}): pip install 'moss-audio-jax[test]'"
-    ) from error
+    from convert.verify import INSTALL
+
+    raise MossAudioError(f"comparing with PyTorch needs torch and transformers ({error}): {INSTALL}") from error
 
 DEFAULT_N_WINDOW = 200  # released config.json files leave it out
 

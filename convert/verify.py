@@ -41,7 +41,10 @@ THRESHOLDS: dict[str, Thresholds] = {
     "float32": Thresholds(relative_error=1e-4, kl=1e-6, top_1_agreement=0.99, top_k_overlap=0.99),
     "bfloat16": Thresholds(relative_error=0.1, kl=0.05, top_1_agreement=0.9, top_k_overlap=0.9),
 }
-INSTALL = "pip install 'moss-audio-jax[test]'"
+# The extra has PyTorch for Python 3.11 alone.
+INSTALL = (
+    "pip install 'moss-audio-jax[test]'" if sys.version_info < (3, 12) else "pip install torch transformers==4.57.1"
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,10 +6,10 @@ from typing import Literal
 
 import tyro
 
-from moss_audio_jax.cli import PathArgument, run_door
+from moss_audio_jax.cli import Commands, PathArgument, run_door
 from moss_audio_jax.tokens import DEFAULT_SYSTEM_PROMPT
 
-app = tyro.extras.SubcommandApp()
+app = Commands()
 
 
 @app.command

@@ -13,6 +13,7 @@ What is read or written by a function of this module is tried again while storag
 
 import functools
 import io
+import itertools
 import os
 import pathlib
 import posixpath
@@ -21,7 +22,7 @@ import tempfile
 import time
 import zlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
@@ -45,11 +46,16 @@ conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
 def to_path(path: AnyPath) -> Path:
     """A path of either kind; raises MossAudioError for a URL of another kind, and where gs:// can't be used."""
     text = os.fspath(path)
-    scheme = re.match(r"(\w+)://", text)
+    if not text:
+        raise MossAudioError("a path must name a file or a directory, not be empty: give '.' for the current directory")
+    scheme = re.match(r"([\w+.-]+)://", text)
     if re.match(r"gs:/(?!/)", text):
         raise MossAudioError(f"{text} lost a slash: give gs:// paths as text, which pathlib.Path does not keep")
     if scheme is not None and scheme[1] != "gs":
-        raise MossAudioError(f"{text}: expected a path of this machine or of gs://, found one of {scheme[0]}")
+        raise MossAudioError(
+            f"{text} must be a path of this machine or of gs://, not a URL of {scheme[0]}: download it, and give the "
+            "path of the copy"
+        )
     if scheme is not None and find_spec("gcsfs") is None:
         raise MossAudioError(f"{text} needs gcsfs, which is not installed: pip install 'moss-audio-jax[gcs]'")
     return epath.Path(text)
@@ -154,6 +160,9 @@ def written_whole(path: AnyPath) -> Iterator[pathlib.Path]:
     try:
         yield file
         retried(path, lambda: file.replace(path))
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a disk that is full doesn't say
+        raise
     finally:
         file.unlink(missing_ok=True)
 
@@ -295,14 +304,62 @@ def _compose(path: Path, piece: Path, generation: str) -> None:
 
 
 def require_writable(path: AnyPath) -> None:
-    """Makes a file's directory and the file, if they are not there; raises MossAudioError if that can't be done."""
+    """Raises MossAudioError unless a file, and its directory, is there or can be made; makes neither."""
+    path = to_path(path)
+    made = _missing(path.parent)
     try:
-        retried(path, lambda: to_path(path).parent.mkdir(parents=True, exist_ok=True))
+        there = exists(path)
+        retried(path, lambda: path.parent.mkdir(parents=True, exist_ok=True))
         GrowingFile(path).close()
+        if not there:
+            retried(path, lambda: path.unlink(missing_ok=True))
     except OSError as error:
         raise MossAudioError(
             f"{path}: expected a file that can be written, found '{reason(error)}'; choose another."
         ) from error
+    finally:
+        _remove_empty(made)
+
+
+@contextmanager
+def nothing_left(directory: AnyPath, names: Collection[str] | None = None) -> Iterator[Callable[[], None]]:
+    """A directory to write into; an error removes what was put there, and the directories that were made for it.
+
+    names: of all that may be put there; None if nobody else does, for a directory that is new or empty. What was there
+    before stays. Gives a function to call from when on an error is to remove nothing.
+    """
+    directory = to_path(directory)
+    made, before, removes = _missing(directory), {child.name for child in children(directory)}, True
+
+    def keep() -> None:
+        nonlocal removes
+        removes = False
+
+    try:
+        yield keep
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            error.filename = error.filename or str(directory)
+        if removes:
+            with suppress(OSError):  # the error at hand matters more
+                for child in children(directory):
+                    if child.name not in before and (names is None or child.name in names):
+                        child.rmtree() if child.is_dir() else child.unlink()
+            _remove_empty(made)
+        raise
+
+
+def _missing(directory: Path) -> list[Path]:
+    """A directory and those above it that are not there, the innermost first; on gs:// there are none to make."""
+    if is_remote(directory):
+        return []
+    return list(itertools.takewhile(lambda path: not os.path.lexists(path), (directory, *directory.parents)))
+
+
+def _remove_empty(directories: Iterable[Path]) -> None:
+    for directory in directories:
+        with suppress(OSError):  # not made after all, or there is something in it
+            directory.rmdir()
 
 
 def require_local(path: AnyPath, what: str) -> pathlib.Path:

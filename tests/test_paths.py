@@ -192,7 +192,7 @@ def test_what_is_inside_a_directory(tmp_path: Path):
 
 
 def test_other_paths_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    with pytest.raises(MossAudioError, match="s3://b/x: expected a path of this machine or of gs://, found one of s3"):
+    with pytest.raises(MossAudioError, match="s3://b/x must be a path of this machine or of gs://, not a URL of s3"):
         to_path("s3://b/x")
     with pytest.raises(MossAudioError, match="gs:/b/x lost a slash: give gs:// paths as text"):
         load_model(Path("gs://b/x"))
@@ -211,7 +211,7 @@ def test_errors_name_what_can_not_be_written_or_read(bucket: str, tmp_path: Path
     with pytest.raises(MossAudioError, match="expected a file that can be written, found 'Not a directory'"):
         paths.require_writable(tmp_path / "file" / "x" / "y")
     paths.require_writable(to_path(bucket) / "new" / "file")
-    assert (to_path(bucket) / "new" / "file").read_bytes() == b""
+    assert not paths.exists(to_path(bucket) / "new" / "file")
     with pytest.raises(MossAudioError, match=r"gs://.*/no\.wav: expected a readable audio file, found 'No such file"):
         load_audio(f"{bucket}/no.wav")
 
@@ -274,3 +274,33 @@ def same_model(found: MossAudio, expected: MossAudio) -> None:
     parameters = parameters_of(expected)
     for path, leaf in parameters_of(found).items():
         np.testing.assert_array_equal(leaf, parameters[path], err_msg=path)
+
+
+def test_an_error_leaves_nothing(tmp_path):
+    new = tmp_path / "a" / "b"
+    with pytest.raises(MossAudioError), paths.nothing_left(new):
+        (new / "sub").mkdir(parents=True)
+        (new / "sub" / "x").touch()
+        raise MossAudioError("refused")
+    assert not list(tmp_path.iterdir())
+    new.mkdir(parents=True)
+    for name in ("mine", "theirs"):
+        (new / name).touch()
+    with pytest.raises(MossAudioError), paths.nothing_left(new, ("mine", "made")):
+        for name in ("made", "others"):
+            (new / name).touch()
+        raise MossAudioError("refused")
+    assert {path.name for path in new.iterdir()} == {"mine", "theirs", "others"}
+    with pytest.raises(MossAudioError), paths.nothing_left(new) as keep:
+        (new / "kept").touch()
+        keep()
+        raise MossAudioError("later")
+    assert (new / "kept").exists()
+
+
+def test_whether_a_file_can_be_written_is_seen_without_leaving_one(tmp_path):
+    paths.require_writable(tmp_path / "new" / "file")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "old").write_text("kept")
+    paths.require_writable(tmp_path / "old")
+    assert (tmp_path / "old").read_text() == "kept"

@@ -2,22 +2,26 @@
 
 import os
 import signal
+import sys
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+if (
+    (__name__ == "__main__" or os.path.basename(sys.argv[0]).startswith("moss-audio"))  # not imported by a test
+    and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+):
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # during the imports below, which take seconds
 
 import argparse
 import logging
-import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from moss_audio_jax.cli import PathArgument, run_door
+from moss_audio_jax.cli import Commands, PathArgument, run_door, storage_refusal
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.interruption import INTERRUPTED, end, ends_on_ctrl_c
 from moss_audio_jax.paths import Path, require_writable
+from moss_audio_jax.retries import retried
 
 if TYPE_CHECKING:
     from train.ablate import AblationConfig
@@ -27,7 +31,7 @@ if TYPE_CHECKING:
 
 PREEMPTED = 75  # exit code, EX_TEMPFAIL: run it again
 
-app = tyro.extras.SubcommandApp()
+app = Commands()
 
 
 @app.command
@@ -150,6 +154,8 @@ def _check(manifest: Path, config: "RunConfig", init: str | None, group: str | N
     check = check_of(with_paths(config, init), manifest, group)
     for problem in check.problems():
         print(problem)
+    for note in check.notes():
+        print(note)
     print(check.summary())
     if check.unusable or check.too_long:
         sys.exit(1)
@@ -224,7 +230,7 @@ def _stored_config(arguments: list[str]) -> "RunConfig | None":
         if scanned.branch is not None and (origin := ResumeConfig(branch=scanned.branch).origin):
             return stored_config(origin[0])
     except (MossAudioError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {storage_refusal(error) or error}", file=sys.stderr)
         sys.exit(2)
     return None
 
@@ -344,6 +350,8 @@ def _train(config: "RunConfig", out: Path, resume: "ResumeConfig") -> None:
     from train.loop import train
 
     logging.basicConfig(format="%(message)s", force=True)  # names the examples that are skipped
+    # Orbax logs the traceback of a checkpoint that can't be written, which is then raised and said in a sentence.
+    logging.getLogger("absl").addFilter(lambda record: "_SignalingThread" not in record.getMessage())
     outcome = train(config, out, resume=resume)
     first = jax.process_index() == 0
     if outcome.preempted:
@@ -431,6 +439,7 @@ def _evaluate(
         (plot, evaluation.save_plot),
     ):
         if path:
+            retried(path, lambda path=path: path.parent.mkdir(parents=True, exist_ok=True))
             save(path)
     if evaluation.partial:
         print(f"interrupted: this is of {len(evaluation.items)} of {len(items)} questions", file=sys.stderr)
@@ -471,15 +480,45 @@ def _ablate(out: Path, config: "AblationConfig") -> None:
     print((out / "ablation.md").read_text("utf-8"), end="")
 
 
+def _arguments_of(command: str) -> list[str]:
+    """What stands behind a command, which decides about its options; nothing behind another one."""
+    return sys.argv[2:] if sys.argv[1:2] == [command] else []
+
+
+def plot_command() -> Callable[..., None]:
+    """The command `plot`."""
+    default = Path("training.png")
+
+    def plot(
+        runs: tyro.conf.Positional[tuple[PathArgument, ...]],
+        /,
+        *,
+        out: PathArgument = default,
+    ) -> None:
+        """Draws how training runs went: loss, learning rate, and the scores of their evaluations, by step.
+
+        Args:
+            runs: Directories of runs, drawn over each other.
+            out: The PNG file to write.
+        """
+        from train.curves import plot_curves
+
+        plot_curves(out, runs)
+        print(f"wrote {out}")
+
+    return plot
+
+
 def main() -> None:
     with ends_on_ctrl_c():
-        if sys.argv[1:2] != ["prepare"]:  # it starts faster without recipes
+        if sys.argv[1:2] not in (["prepare"], ["--version"]):  # they start faster without recipes
             app.command(name="scenes")(scenes_command())
-            app.command(name="check")(check_command(sys.argv[2:]))
-            app.command(name="run")(run_command(sys.argv[2:]))
-            app.command(name="plan")(plan_command(sys.argv[2:]))
+            app.command(name="check")(check_command(_arguments_of("check")))
+            app.command(name="run")(run_command(_arguments_of("run")))
+            app.command(name="plan")(plan_command(_arguments_of("plan")))
             app.command(name="evaluate")(evaluate_command())
             app.command(name="ablate")(ablate_command())
+            app.command(name="plot")(plot_command())
         run_door(lambda: app.cli(prog="moss-audio-train", description=__doc__))
 
 

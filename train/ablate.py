@@ -8,7 +8,7 @@ about longer ones, in which times come up that no answer of training held.
     out/runs/            a directory for every run of training, with its measures
     out/ablation.json    the scores of every run
     out/ablation.md      a table of them
-    out/ablation.png     every run a dot
+    out/ablation.png     a picture of it
 """
 
 import dataclasses
@@ -20,12 +20,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from moss_audio_jax.errors import MossAudioError
-from moss_audio_jax.paths import Path
+from moss_audio_jax.paths import Path, write_whole
 from train.config import CONFIG_FILE, RECIPES, MixtureConfig, RunConfig, SceneGroupConfig
 from train.data.scenes import SceneConfig
 from train.evaluate import AnswerConfig, EvaluationConfig, Measured, evaluate
 from train.loop import train
-from train.plots import DotPanel, plot_dots, require_matplotlib
+from train.plots import plot_ranges, require_matplotlib
 from train.questions import Item, scene_items
 from train.resume import settle
 
@@ -194,9 +194,9 @@ def ablate(config: AblationConfig, out: Path) -> bool:
     Raises MossAudioError for another configuration than the one the directory was begun with.
     """
     require_matplotlib()
+    items = questions(config)
     settle(config, out, begun=(out / CONFIG_FILE).exists())
     began = time.monotonic()
-    items = questions(config)
     tuning = {arm: [Run(arm, learning_rate, 0) for learning_rate in config.learning_rates] for arm in config.arms}
     expected = len(config.arms) * (len(config.learning_rates) + config.seeds - 1)
     numbers = itertools.count(1)
@@ -229,9 +229,7 @@ def _measures(run: Run, config: AblationConfig, items: Sequence[Item], directory
         if train(run_config(run, config), directory).preempted:
             return None
         results = evaluate(directory, items, EvaluationConfig(answers=config.answers), progress=True).results
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(results["measures"], indent=2) + "\n", "utf-8")
-        partial.replace(path)
+        write_whole(path, json.dumps(results["measures"], indent=2) + "\n")
     return json.loads(path.read_text("utf-8"))
 
 
@@ -249,9 +247,9 @@ def _write(
         "runs": [dataclasses.asdict(run) | {"scores": run_scores} for run, run_scores in found.items()],
         "seconds_of_last_call": round(seconds),
     }
-    (out / "ablation.json").write_text(json.dumps(results, indent=2) + "\n", "utf-8")
-    (out / "ablation.md").write_text(table(arms, chosen) + "\n", "utf-8")
-    plot_dots(out / "ablation.png", list(_panels(arms)), unit="right answers, %")
+    write_whole(out / "ablation.json", json.dumps(results, indent=2) + "\n")
+    write_whole(out / "ablation.md", table(arms, chosen) + "\n")
+    plot_ranges(out / "ablation.png", _by_source(arms), unit="right answers, % (of timelines: F1)")
 
 
 def _cells(arms: Mapping[str, Sequence[Scores]]) -> Iterator[tuple[str, str, dict[str, list[float]]]]:
@@ -281,6 +279,9 @@ def table(arms: Mapping[str, Sequence[Scores]], chosen: Mapping[str, Run]) -> st
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def _panels(arms: Mapping[str, Sequence[Scores]]) -> Iterator[DotPanel]:
+def _by_source(arms: Mapping[str, Sequence[Scores]]) -> dict[str, dict[str, dict[str, list[float]]]]:
+    """Title of a source -> task -> arm -> a score each seed."""
+    by_source: dict[str, dict[str, dict[str, list[float]]]] = {}
     for source, task, cells in _cells(arms):
-        yield DotPanel(row=source, title=task, groups=cells)
+        by_source.setdefault(f"scenes {source}" if source == TRAINED else f"{source} scenes", {})[task] = cells
+    return by_source

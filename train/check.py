@@ -7,6 +7,7 @@ or cut short, is found when it is decoded: training skips it and counts it.
 """
 
 import logging
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -19,6 +20,7 @@ from moss_audio_jax.errors import MossAudioError, StorageError
 from moss_audio_jax.paths import AnyPath, is_remote, local_copy, to_path
 from moss_audio_jax.tokens import Tokenizer
 from train.config import RunConfig
+from train.data.augment import Augmentation
 from train.data.budget import TooLong
 from train.data.lanes import DataConfig
 from train.data.manifest import Clip, Example, Message, checked_lines
@@ -42,7 +44,7 @@ class Check:
     fetch: also look at audio on gs://, whose files are fetched whole for it.
     unusable: lines that are invalid, have nothing for the objectives, or whose audio or labels can't be used.
     too_long, truncated: what becomes of examples beyond the budget. split: texts that become several sequences.
-    audio_seconds: of all clips, as cut.
+    audio_seconds: of all clips, as cut. ignored: how often each key that means nothing here is there, by its place.
     """
 
     path: AnyPath
@@ -58,6 +60,7 @@ class Check:
     truncated: int = field(default=0, init=False)
     split: int = field(default=0, init=False)
     audio_seconds: float = field(default=0.0, init=False)
+    ignored: Counter[str] = field(default_factory=Counter, init=False)
 
     def problems(self) -> Iterator[str]:
         """A sentence for every example that could not be trained on, beginning with its file and line."""
@@ -67,6 +70,7 @@ class Check:
             try:
                 if isinstance(read, MossAudioError):
                     raise read
+                self.ignored.update(read.ignored)
                 objectives, silent = self._objectives(read), self._without_audio(read)
                 if silent.clip is not None and self._is_known(read.clip):
                     read.require_labels_within(silent.clip.num_samples() / SAMPLE_RATE)
@@ -88,6 +92,12 @@ class Check:
             f"can't be used, {self.too_long} are too long and would be {beyond}, {self.truncated} truncated, "
             f"{self.split} texts split{counted}; read as {_option(self.group)}"
         )
+
+    def notes(self) -> Iterator[str]:
+        """What is no fault: keys that are not read."""
+        if self.ignored:
+            counts = ", ".join(f"{key} ({count} times)" for key, count in sorted(self.ignored.items()))
+            yield f"{self.path}: keys that mean nothing here are ignored: {counts}"
 
     def _objectives(self, example: Example) -> list[str]:
         """The objectives of the group that apply; raises NothingToAsk, which names the groups that have others."""
@@ -169,7 +179,21 @@ def _maker(config: RunConfig, model: MossAudioConfig) -> SampleMaker | None:
     if source in (None, LEARNED):
         return None
     tokenizer = Tokenizer.from_dir(files_directory(source))
-    return SampleMaker(tokenizer, model, answers=config.data.answers, thoughts=config.data.thoughts)
+    return sample_maker(config, tokenizer, model)
+
+
+def sample_maker(
+    config: RunConfig, tokenizer: Tokenizer, model: MossAudioConfig, augmentation: Augmentation | None = None
+) -> SampleMaker:
+    """Makes samples as a run with this configuration does."""
+    return SampleMaker(
+        tokenizer,
+        model,
+        answers=config.data.answers,
+        thoughts=config.data.thoughts,
+        default_prompt=config.data.default_prompt,
+        augmentation=augmentation,
+    )
 
 
 def require_usable(config: RunConfig) -> None:
@@ -194,10 +218,11 @@ def _require_usable(check: Check) -> None:
     count = check.unusable + stops * check.too_long
     if count:
         raise MossAudioError(
-            f"{count} of {check.examples} examples can't be trained on, and nothing was begun: {' '.join(shown)} "
+            f"{count} of {check.examples} examples can't be trained on, and nothing was begun: {'; '.join(shown)}. "
             f"`python -m train check {check.path} --group {check.group}` lists all; repair the data."
         )
     if check.too_long == check.examples:
         raise MossAudioError(f"every example is too long: {check.summary()}; raise the budget.")
-    if check.too_long or check.truncated:
-        log.warning("%s", check.summary())
+    notes = [check.summary()] if check.too_long or check.truncated else []
+    for note in (*notes, *check.notes()):
+        log.warning("%s", note)

@@ -8,16 +8,16 @@ docs/evaluation.md defines every number.
 """
 
 import contextlib
-import itertools
 import json
 import math
+import posixpath
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -43,7 +43,7 @@ from train.benchmarks import LAYOUTS
 from train.choices import score_choices
 from train.data.manifest import Clip
 from train.data.samples import FRAMES_PER_SECOND, TOKENS_PER_SECOND, turns_and_mels
-from train.data.scenes import SceneConfig
+from train.data.scenes import SEEDS, SceneConfig
 from train.distributed import share_of_batch
 from train.metrics import (
     EventCounts,
@@ -58,6 +58,9 @@ from train.metrics import (
     word_error_rate,
 )
 from train.questions import ASKABLE, Item, benchmark_items, manifest_items, require_askable, scene_items
+
+if TYPE_CHECKING:
+    from train.plots import TimelinePlot
 
 ONSET_TOLERANCE = 0.2  # seconds, of event F1
 SECONDS_TOLERANCE = 0.2  # seconds, of a time that was asked for
@@ -404,6 +407,8 @@ class EvaluationConfig:
     """Manifests, and directories of shards."""
     objectives: tuple[str, ...] = ()
     """What is asked about their examples; by default all that they have labels for."""
+    default_prompt: str = ""
+    """What is asked where a conversation has audio and a blank prompt, or none."""
     scenes: int = 0
     """So many sound scenes, made on the fly."""
     scene: Annotated[SceneConfig, tyro.conf.arg(name="scenes")] = field(default_factory=SceneConfig)
@@ -425,9 +430,9 @@ class EvaluationConfig:
 
     def __post_init__(self):
         require_askable(self.objectives)
-        if self.scenes < 0 or self.seed < 0 or (self.limit is not None and self.limit < 1):
+        if self.scenes < 0 or not 0 <= self.seed < SEEDS or (self.limit is not None and self.limit < 1):
             raise MossAudioError(
-                "scenes and seed must be 0 or more and limit 1 or more, "
+                f"scenes must be 0 or more, seed from 0 to {SEEDS - 1} and limit 1 or more, "
                 f"found {self.scenes}, {self.seed} and {self.limit}"
             )
 
@@ -436,7 +441,8 @@ def read_items(config: EvaluationConfig) -> list[Item]:
     """All that a configuration asks. Clips are held as they are stored, and decoded when they are needed."""
     items: list[Item] = []
     for path in config.data:
-        items += manifest_items(path, config.objectives, seed=config.seed, limit=config.limit)
+        options = {"seed": config.seed, "limit": config.limit, "default_prompt": config.default_prompt}
+        items += manifest_items(path, config.objectives, **options)
     items += scene_items(config.scenes, config.scene, seed=config.seed)
     for benchmark in config.benchmark:
         name, equals, path = benchmark.partition("=")
@@ -477,16 +483,43 @@ class Evaluation:
         write_whole(path, "".join(lines))
 
     def save_plot(self, path: AnyPath, most: int = 4) -> None:
-        """The first clips whose events were asked for: what is in them, and what the model says is."""
-        from train.plots import TimelinePlot, plot_timelines
+        """Clips whose events were asked for: what is in them, and what the model says is.
 
-        pairs = ((item, answer) for item, answer in zip(self.items, self.answers, strict=True) if has_events(item))
-        plots = [
-            TimelinePlot(item.clips[0].wave(), item.labels, parse_timeline(answer.text).items, item.name)
-            for item, answer in itertools.islice(pairs, most)
-        ]
-        if plots:  # of a partial evaluation there may be none
-            plot_timelines(path, plots)
+        They are chosen so that as many labels as possible are in them, whatever the answers.
+        """
+        from train.plots import plot_timelines
+
+        pairs = [(item, answer) for item, answer in zip(self.items, self.answers, strict=True) if has_events(item)]
+        shown = _of_all_labels([item for item, _ in pairs], most)
+        if shown:  # of a partial evaluation there may be none
+            plot_timelines(path, [timeline_plot(pairs[index][0], pairs[index][1].text) for index in shown])
+
+
+def _of_all_labels(items: Sequence[Item], most: int) -> list[int]:
+    """The indices of so many items, in order: those that bring the most new labels, by what is true, come first."""
+    chosen: list[int] = []
+    seen: set[str] = set()
+    while len(chosen) < min(most, len(items)):
+        rest = [index for index in range(len(items)) if index not in chosen]
+        chosen.append(max(rest, key=lambda index: len({label.text for label in items[index].labels} - seen)))
+        seen |= {label.text for label in items[chosen[-1]].labels}
+    return sorted(chosen)
+
+
+def timeline_plot(item: Item, answer: str) -> "TimelinePlot":
+    """A clip whose events were asked for, and what the model answered."""
+    from train.plots import TimelinePlot
+
+    said = parse_timeline(answer)
+    return TimelinePlot(item.clips[0].wave(), item.labels, said.items, clip_title(item), said.malformed, answer)
+
+
+def clip_title(item: Item) -> str:
+    """The name of the file that a question is about, and where the question is from."""
+    audio = item.clips[0].audio
+    file = posixpath.basename(audio) if isinstance(audio, str) else ""
+    place = posixpath.basename(item.name)
+    return f"{file} ({place})" if file else place
 
 
 def has_events(item: Item) -> bool:

@@ -34,6 +34,8 @@ class DataFigures:
         self._order, self._config, self._model, self._trainable = order, config, model, tuple(trainable)
         self.groups = order.groups
         self._counts = total_counts(data_state)
+        # Groups that take part later, and from which example on.
+        self.joining = {name: begin for name, begin in order.begins.items() if begin > self._counts["read"]}
 
     def __call__(self, sums: Mapping[str, float]) -> dict[str, float]:
         for name in COUNTS:

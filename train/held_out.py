@@ -34,10 +34,17 @@ from train.data.budget import Budget, TooLong
 from train.data.packing import Bin, Packer, pack_row, stack_rows
 from train.data.samples import Sample
 from train.distributed import share_of_batch
-from train.evaluate import AnswerConfig, answer_items, has_events, measure, prompt_length, whole_batch
-from train.metrics import parse_timeline
+from train.evaluate import (
+    AnswerConfig,
+    answer_items,
+    has_events,
+    measure,
+    prompt_length,
+    timeline_plot,
+    whole_batch,
+)
 from train.optimizer import Parameters
-from train.plots import plot_timeline
+from train.plots import plot_timelines
 from train.questions import Item, manifest_items, manifest_texts, scene_items
 from train.report import ShownSample
 from train.step import held_out_sums, in_compute_dtype
@@ -118,7 +125,7 @@ class HeldOut:
         if shown and has_events(item) and importlib.util.find_spec("matplotlib") and jax.process_index() == 0:
             figure = self._figures / f"step {step} {item.name.replace('/', '_')}.png"
             figure.parent.mkdir(parents=True, exist_ok=True)
-            plot_timeline(figure, item.clips[0].wave(), item.labels, parse_timeline(answer).items)
+            plot_timelines(figure, [timeline_plot(item, answer)])
         return ShownSample(item.name, item.question, item.reference, answer, figure)
 
 
@@ -197,7 +204,8 @@ def questions_and_texts(config: RunConfig) -> tuple[list[Item], list[tuple[str, 
         return scene_items(count, config.mixture.scenes.scenes, seed=config.seed + HELD_OUT_SEED), []
     items = []
     for path in paths:
-        found = manifest_items(path, objectives, limit=count, answers=config.data.answers)
+        prompt = config.data.default_prompt
+        found = manifest_items(path, objectives, limit=count, answers=config.data.answers, default_prompt=prompt)
         if objectives and not found:
             raise MossAudioError(
                 f"{path} has no labels that evaluate_objectives {', '.join(objectives)} could ask about: name others, "

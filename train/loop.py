@@ -16,8 +16,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping, Set
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Set
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import jax
@@ -30,16 +30,16 @@ from moss_audio_jax.checkpoint import RUN_CHECKPOINTS, RUN_MODEL, abstract_param
 from moss_audio_jax.config import MossAudioConfig
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.interruption import stops_on_ctrl_c
-from moss_audio_jax.paths import AnyPath, Path, children, to_path
+from moss_audio_jax.paths import AnyPath, Path, children, nothing_left, to_path
 from moss_audio_jax.processor import Processor
 from moss_audio_jax.retries import retried
 from moss_audio_jax.sharding import make_mesh
 from moss_audio_jax.tokens import Tokenizer
 from train.best import Best
-from train.check import require_usable
+from train.check import require_usable, sample_maker
 from train.checkpoints import Checkpoints
 from train.chips import peak_flops
-from train.config import RunConfig
+from train.config import CONFIG_FILE, RunConfig
 from train.data import ExampleOrder, Interrupted, Prefetched, SampleMaker, TrainingBatch, TrainingData
 from train.data.augment import Augmentation
 from train.distributed import (
@@ -55,8 +55,9 @@ from train.figures import DataFigures
 from train.held_out import HeldOut
 from train.initial import ModelSource, first_parameters
 from train.model_files import copy_model_files, write_model_files
+from train.overview import overview
 from train.profiling import Profile
-from train.report import Report
+from train.report import RECORDS, Report
 from train.resume import Record, ResumeConfig, compare, is_begun, rewinds, settle
 from train.step import (
     TrainState,
@@ -141,9 +142,10 @@ def train(config: RunConfig, out: AnyPath, *, mesh: Mesh | None = None, resume: 
     if config.loop.check_data:
         require_usable(dataclasses.replace(config, model=source))
     mesh = make_mesh(**dataclasses.asdict(config.mesh)) if mesh is None else mesh
-    order = ExampleOrder(config.mixture.groups(config.seed), config.seed)
-    augmentation = Augmentation(config.augment)
+    groups = config.mixture.groups(config.seed)
+    order = ExampleOrder(groups, config.seed)
     with ExitStack() as stack:
+        keep = stack.enter_context(_nothing_left(out))
         stop = stack.enter_context(Termination())
         watchdog = stack.enter_context(Watchdog(config.loop.stuck_after))
         checkpoints = Checkpoints(out, keep_last=config.loop.keep_last, keep_every=config.loop.keep_every)
@@ -152,8 +154,7 @@ def train(config: RunConfig, out: AnyPath, *, mesh: Mesh | None = None, resume: 
         checkpoints.reload()
         record = Record.read(out)
         tokenizer = Tokenizer.from_dir(out / RUN_MODEL)
-        answers, thoughts = config.data.answers, config.data.thoughts
-        maker = SampleMaker(tokenizer, model, answers=answers, thoughts=thoughts, augmentation=augmentation)
+        maker = sample_maker(config, tokenizer, model, Augmentation(config.augment))
         held_out = HeldOut(config, Processor(tokenizer, model), maker, mesh, out)
         data = stack.enter_context(_data(config, mesh, order, maker))
         first = config.model
@@ -162,12 +163,21 @@ def train(config: RunConfig, out: AnyPath, *, mesh: Mesh | None = None, resume: 
         state, start = _first_or_restored_state(config, first, model, mesh, checkpoints, data, record, resume)
         figures = DataFigures(order, config.data, model, state.trainable, state_of_all(data.get_state()))
         report = stack.enter_context(_report(config, out, start, mesh, figures, record))
+        report.say(overview(config, groups, mesh, state, start))
         profile = stack.enter_context(Profile(out, config.loop.profile_first, config.loop.profile_steps))
         stack.enter_context(jax.set_mesh(mesh))
         stack.enter_context(ended_with_the_others())  # last in, first out: closing checkpoints waits for the others
         between_steps = (checkpoints, report, profile, held_out, stop, watchdog)
         run = _Run(config, model, data, HostSums(mesh), *between_steps, num_groups=len(order.groups))
+        keep()
         return run(state, start, record.skipped_steps)
+
+
+def _nothing_left(out: Path) -> AbstractContextManager[Callable[[], None]]:
+    """Removes what a start that is refused has put into the directory of its run; what has begun stays."""
+    if jax.process_index() or is_begun(out):
+        return nullcontext(lambda: None)
+    return nothing_left(out, (CONFIG_FILE, RUN_MODEL, RUN_CHECKPOINTS, *RECORDS))
 
 
 def _source(config: RunConfig, out: Path, resume: ResumeConfig) -> ModelSource:
@@ -381,6 +391,7 @@ def _report(config: RunConfig, out: Path, start: int, mesh: Mesh, figures: DataF
         restarts=record.starts - 1,
         wandb=config.loop.wandb,
         groups=figures.groups,
+        joining=figures.joining,
     )
 
 

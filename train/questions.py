@@ -15,7 +15,7 @@ from moss_audio_jax.paths import AnyPath
 from train.benchmarks import read_benchmark
 from train.data.manifest import Clip, Example, Message, TimedText
 from train.data.objectives import OBJECTIVES, PROMPTS, TIME_QUESTIONS
-from train.data.samples import Answers, without_thought
+from train.data.samples import Answers, with_prompt, without_thought
 from train.data.scenes import SceneConfig, make_task
 from train.data.shards import open_examples
 
@@ -87,18 +87,20 @@ def manifest_items(
     seed: int = 0,
     limit: int | None = None,
     answers: Answers = "last",
+    default_prompt: str = "",
 ) -> list[Item]:
     """Every objective that applies to the examples of a manifest or a directory of shards.
 
     objectives: ask these only. seed: of the questions about a time; the others are asked in their first wording.
     limit: only so many examples, the first ones. answers: of a conversation's earlier turns, "last" leaves out the
     thoughts, as Qwen3's chat template does, and "all" shows them, as a sequence whose answers are all learned does.
+    default_prompt: where a conversation's is blank.
     """
     require_askable(objectives)
     return [
         item
         for index, example in enumerate(_examples(path, limit))
-        for item in example_items(example, str(path), objectives, (seed, index), answers)
+        for item in example_items(example, str(path), objectives, (seed, index), answers, default_prompt)
     ]
 
 
@@ -119,6 +121,7 @@ def example_items(
     objectives: Sequence[str] = (),
     seed: Sequence[int] = (0,),
     answers: Answers = "last",
+    default_prompt: str = "",
 ) -> Iterator[Item]:
     """Every objective, or those given, that applies to one example; see `manifest_items`."""
     for name in objectives or ASKABLE:
@@ -126,7 +129,7 @@ def example_items(
             continue
         rendered = OBJECTIVES[name].render(example, np.random.default_rng(seed))
         assert not isinstance(rendered, str)  # plain text is not askable
-        *turns, answer = rendered
+        *turns, answer = with_prompt(rendered, default_prompt)
         if name in PROMPTS:
             turns = [Message("user", (*turns[0].content[:-1], PROMPTS[name][0]))]
         if answers == "last":

@@ -60,6 +60,9 @@ SAMPLES_FILE = "samples.jsonl"
 ANSWERS = "answers"
 TENSORBOARD = "tensorboard"
 WANDB_FILE = "wandb_run.txt"
+ESTIMATED_AFTER = 5  # steps, how long a run will take
+
+RECORDS = (METRICS_FILE, SCORES_FILE, SAMPLES_FILE, ANSWERS, TENSORBOARD, WANDB_FILE)  # all of a run's directory
 
 Values = Mapping[str, float]
 
@@ -81,7 +84,8 @@ class Report:
     start: the step that the run resumes from. last_step: None if it ends with its data.
     peak_flops: bfloat16 FLOP/s of all devices (`chips.peak_flops`); None shows FLOP/s rather than MFU.
     restarts: how often the run was started again so far. wandb: a project in Weights & Biases.
-    groups: the names of the mixture's, in the order of the step's metrics.
+    groups: the names of the mixture's, in the order of the step's metrics. joining: those that take part later, and
+        from which example on.
     """
 
     def __init__(
@@ -97,6 +101,7 @@ class Report:
         restarts: int = 0,
         wandb: str | None = None,
         groups: Sequence[str] = (),
+        joining: Mapping[str, int] | None = None,
     ):
         out = to_path(out)
         self._figures = figures
@@ -108,7 +113,7 @@ class Report:
             with _writing_into(out):
                 self._sinks += [_WeightsAndBiases(out, wandb)] if wandb else []
                 self._sinks += [_Lines(out, start), _TensorBoard(out, start)]
-            self._sinks.append(_Progress(start, last_step, log_every, peak_flops))
+            self._sinks.append(_Progress(start, last_step, log_every, peak_flops, joining or {}))
         self._pending: tuple[int, Mapping[str, jax.Array], Callable[[], Values]] | None = None
         self._last = time.perf_counter()
 
@@ -122,6 +127,11 @@ class Report:
             with _writing_into(self._out):
                 for sink in self._sinks:
                     sink.close()
+
+    def say(self, line: str) -> None:
+        """Shows a line to whoever watches the run."""
+        for sink in self._sinks:
+            sink.say(line)
 
     def add(self, step: int, metrics: Mapping[str, jax.Array], sums: Callable[[], Values]) -> None:
         """Takes a step that was started, and writes the one before.
@@ -230,6 +240,8 @@ def _writing_into(out: Path) -> Iterator[None]:
 
 class _Sink:
     """Where a run's figures go, at once. What a sink has no use for, it ignores."""
+
+    def say(self, line: str) -> None: ...
 
     def write(self, step: int, line: Values) -> None: ...
 
@@ -451,10 +463,20 @@ class _WeightsAndBiases(_Sink):
 class _Progress(_Sink):
     """Lines on stderr. Rates are over the steps since the line before; the first step, which compiles, is left out."""
 
-    def __init__(self, start: int, last_step: int | None, log_every: int, peak_flops: float | None):
+    def __init__(
+        self,
+        start: int,
+        last_step: int | None,
+        log_every: int,
+        peak_flops: float | None,
+        joining: Mapping[str, int],
+    ):
         self._first, self._last_step, self._log_every = start + 1, last_step, log_every
         self._peak_flops = peak_flops
         self._unprinted: list[Values] = []
+        self._joining = dict(joining)
+        # Lines that come soon say themselves how long the rest takes.
+        self._estimated = last_step is None or log_every <= 2 * ESTIMATED_AFTER
         if peak_flops is None:
             self._print(f"FLOP/s: {CONVENTION}; no peak is known for these devices")
         else:
@@ -463,9 +485,21 @@ class _Progress(_Sink):
     def _print(self, line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
+    def say(self, line: str) -> None:
+        self._print(line)
+
     def write(self, step: int, line: Values) -> None:
         if step != self._first:
             self._unprinted.append(line)
+        for group in [name for name in self._joining if line.get(f"tokens/{name}")]:
+            self._print(
+                f"step {step}: from here on group {group} takes part (from example {self._joining.pop(group):,} on): "
+                "other examples, and if they are harder, the loss rises for a while"
+            )
+        if not self._estimated and len(self._unprinted) == ESTIMATED_AFTER:
+            self._estimated = True
+            seconds = sum(line["step_seconds"] for line in self._unprinted) / len(self._unprinted)
+            self._print(f"{seconds:.3g} s a step: about {self._left(step, seconds)} for the steps that are left")
         if step % self._log_every == 0 or step == self._last_step:
             figures = self._rates(step) if self._unprinted else [f"{line['step_seconds']:.1f} s with compilation"]
             place = f"step {step}" if self._last_step is None else f"step {step}/{self._last_step}"
@@ -487,9 +521,13 @@ class _Progress(_Sink):
             rates.append(f"MFU {flops / seconds / self._peak_flops:.1%}")
         rates.append(f"data wait {wait / seconds:.0%}")
         if self._last_step is not None:
-            left = datetime.timedelta(seconds=round((self._last_step - step) * seconds / len(self._unprinted)))
-            rates.append(f"{left} left")
+            rates.append(f"{self._left(step, seconds / len(self._unprinted))} left")
         return rates
+
+    def _left(self, step: int, seconds: float) -> datetime.timedelta:
+        """How long the steps after this one take, of so many seconds each."""
+        assert self._last_step is not None
+        return datetime.timedelta(seconds=round((self._last_step - step) * seconds))
 
     def write_scores(self, step: int, scores: Values) -> None:
         # Those of each task and class, dozens, are in the file.

@@ -14,9 +14,10 @@ from train.__main__ import main
 from train.check import check_of, require_usable
 from train.config import RECIPES, RunConfig, with_paths
 from train.data.lanes import DataConfig
-from train.data.manifest import Clip
+from train.data.manifest import Clip, Manifest
 from train.initial import ModelSource
 from train.loop import train
+from train.questions import manifest_items
 
 SPAN = "<|audio_bos|><|AUDIO|><|audio_eos|>"
 
@@ -278,3 +279,44 @@ def test_the_command_takes_the_group(
 def test_clips_know_their_length(directory: Path):
     assert Clip(str(directory / "long.wav"), 3600, 7200).num_samples() == 3600 * 16000
     assert Clip(np.zeros(32000, np.float32), 0.5).num_samples() == 24000
+
+
+def test_ignored_keys_are_counted_once(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog
+):
+    timed = line("a.wav")
+    timed["conversation"][0]["duration"] = 1.0
+    path = write(directory, "keys.jsonl", [timed | {"dataset": "mine"}, timed, line("a.wav")])
+    monkeypatch.setattr("sys.argv", ["moss-audio-train", "check", str(path)])
+    main()
+    noted = f"{path}: keys that mean nothing here are ignored: 'dataset' in the line (1 times), "
+    noted += "'duration' in message (2 times)"
+    assert capsys.readouterr().out.splitlines()[0] == noted
+    require_usable(with_paths(config_of(directory), data=(str(path),)))
+    assert caplog.messages == [noted]
+
+
+def test_a_default_prompt_is_part_of_a_sample(directory: Path):
+    audio, _, answer = line("a.wav")["conversation"]
+    path = write(directory, "unasked.jsonl", [{"conversation": [audio, answer]}])
+    lengths = {}
+    for prompt in ("", "What is it?"):
+        maker = check_of(config_of(directory, default_prompt=prompt), path).maker
+        (item,) = manifest_items(path, default_prompt=prompt)
+        assert maker is not None and item.question == prompt
+        example = Manifest(path)[0]
+        lengths[prompt] = len(maker.extent(example.name, example.conversation).learned)
+    assert lengths["What is it?"] - lengths[""] == len("What is it?")  # a token for each byte
+
+
+def test_what_is_refused_after_the_directory_was_made_leaves_nothing(directory: Path, tmp_path: Path):
+    path = write(directory, "good.jsonl", [line("a.wav")])
+    config = with_paths(config_of(directory), data=(str(path),), eval_data=("nowhere.jsonl",))
+    with pytest.raises(MossAudioError, match=r"nowhere\.jsonl: expected a readable manifest"):
+        train(config, tmp_path / "new" / "run")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "mine.txt").touch()
+    with pytest.raises(MossAudioError, match=r"nowhere\.jsonl"):
+        train(config, tmp_path / "run")
+    assert [file.name for file in (tmp_path / "run").iterdir()] == ["mine.txt"]

@@ -28,8 +28,10 @@ from train.evaluate import (
     AnswerConfig,
     Evaluation,
     EvaluationConfig,
+    _of_all_labels,
     answer_items,
     ask,
+    clip_title,
     evaluate,
     measure,
     read_items,
@@ -364,3 +366,16 @@ def test_events_are_plotted(corpus, tmp_path):
     evaluation = Evaluation(items, [Answer("[0.1]tone[0.5]", True)] * len(items), {})
     evaluation.save_plot(tmp_path / "events.png")
     assert (tmp_path / "events.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_clips_of_a_picture_hold_as_many_labels_as_possible():
+    def item(index: int, *labels: str) -> Item:
+        found = tuple(TimedText(label, 0, 1) for label in labels)
+        clip = Clip("data/a.wav") if index == 3 else Clip(np.zeros(160, np.float32))
+        return Item(f"x/m.jsonl line {index}", "", "events", (Message("user", (clip, "?")),), "", "events", found)
+
+    items = [item(0, "a"), item(1, "a"), item(2, "b", "a"), item(3, "d", "c"), item(4, "e")]
+    assert _of_all_labels(items, 3) == [2, 3, 4]
+    assert _of_all_labels(items, 4) == [0, 2, 3, 4]
+    assert _of_all_labels(items[:2], 4) == [0, 1]
+    assert [clip_title(item) for item in items[2:4]] == ["m.jsonl line 2", "a.wav (m.jsonl line 3)"]

@@ -5,10 +5,11 @@ import sys
 import numpy as np
 import pytest
 
+from moss_audio_jax.audio import log_mel
 from moss_audio_jax.errors import MossAudioError
 from train.data.manifest import TimedText
 from train.data.scenes import SceneConfig, make_scene
-from train.plots import TimelinePlot, _draw, plot_timeline, plot_timelines
+from train.plots import COLORS, TimelinePlot, _draw, _draw_ranges, _mel_bin, label_colors, plot_timelines
 
 pytest.importorskip("matplotlib")
 
@@ -40,7 +41,7 @@ def test_bars_stand_at_their_times_in_the_colour_of_their_label():
     assert [bar[:3] for bar in (predicted, noise)] == [(1.5, 1.5, 2.5), (7.75, 0.25, 2.5)]  # cut at the end of the clip
     assert tone[3] == late[3] == predicted[3]
     assert len({tone[3], hum[3], noise[3]}) == 3
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["hum", "noise", "tone"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["tone", "noise", "hum"]
     assert [text.get_text() for text in timeline.texts] == ["tone", "tone", "hum", "tone"]  # no space for `noise`
 
 
@@ -49,14 +50,17 @@ def test_awkward_predictions():
     figure = _draw([TimelinePlot(SCENE.wave, [], wrong), TimelinePlot(SCENE.wave, [], [])])
     assert len(figure.axes) == 4
     (backwards,) = bars(figure.axes[1])
-    assert backwards[:3] == (5.0, 0.0, 1.5)
-    assert [text.get_text().strip() for text in figure.axes[1].texts] == ["2 after the end"]
+    assert backwards[:3] == (4.0, 1.0, 1.5) and figure.axes[1].patches[0].get_hatch()
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["tone", "hum", "ends before it starts"]
+    shown = [text.get_text().strip() for text in figure.axes[1].texts]
+    assert shown == ["nothing", "tone", "2 after the end"]
+    assert [text.get_text().strip() for text in figure.axes[3].texts] == ["nothing", "nothing"]
     many = events(*((f"label {index}", index / 10, index / 10 + 0.1) for index in range(60)))
     assert not _draw([TimelinePlot(SCENE.wave, many, [])]).legends  # colours are shared
 
 
 def test_a_picture_is_written(tmp_path):
-    plot_timeline(tmp_path / "one.png", SCENE.wave, SCENE.events, [])
+    plot_timelines(tmp_path / "one.png", [TimelinePlot(SCENE.wave, SCENE.events, [])])
     plot_timelines(tmp_path / "two.png", [TimelinePlot(SCENE.wave, SCENE.events, SCENE.events)] * 2)
     from matplotlib.image import imread
 
@@ -68,7 +72,7 @@ def test_a_picture_is_written(tmp_path):
 @pytest.mark.parametrize(("name", "message"), [("absent/a.png", "No such file"), (".", "directory")])
 def test_files_that_cannot_be_written_are_named(tmp_path, name, message):
     with pytest.raises(MossAudioError, match=f"expected a picture that can be written.*{message}"):
-        plot_timeline(tmp_path / name, SCENE.wave, [], [])
+        plot_timelines(tmp_path / name, [TimelinePlot(SCENE.wave, [], [])])
 
 
 def test_what_is_missing_is_named(tmp_path, monkeypatch):
@@ -76,4 +80,39 @@ def test_what_is_missing_is_named(tmp_path, monkeypatch):
         plot_timelines(tmp_path / "a.png", [])
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(MossAudioError, match=r"pip install 'moss-audio-jax\[plot\]'"):
-        plot_timeline(tmp_path / "a.png", SCENE.wave, [], [])
+        plot_timelines(tmp_path / "a.png", [TimelinePlot(SCENE.wave, [], [])])
+
+
+def test_what_cannot_be_read_is_said():
+    unread = TimelinePlot(SCENE.wave, [], [], unreadable=1, answer="A tone,\nthen $noise.")
+    partly = TimelinePlot(SCENE.wave, [], events(("tone", 1.0, 2.0)), unreadable=2, answer="[1]tone[2] and [3")
+    figure = _draw([unread, partly])
+    notes = [[text.get_text().strip() for text in figure.axes[index].texts] for index in (1, 3)]
+    assert notes[0] == ["nothing", "1 piece of the answer can't be read: A tone, then $noise."]
+    assert notes[1] == ["nothing", "tone", "2 pieces of the answer can't be read"]
+    assert figure.axes[1].get_ylim() == (2, 0) and figure.axes[3].get_ylim() == (3, 0)
+
+
+def test_a_label_has_one_colour():
+    assert label_colors(["hum"])["hum"] == label_colors(["tone", "hum", "dog"])["hum"]
+    colors = label_colors(["tone", "hum", "siren", "dog", "cat", "car"])
+    assert len(set(colors.values())) == 6 and set(colors.values()) <= set(COLORS)
+    assert label_colors(["dog"])["dog"] == label_colors(["dog", "dog"])["dog"]
+
+
+def test_frequencies_stand_where_they_are_in_the_spectrogram():
+    time = np.arange(16000) / 16000
+    for hertz in (250, 1000, 4000):
+        loudest = log_mel(np.sin(2 * np.pi * hertz * time).astype(np.float32)).mean(1).argmax()
+        assert abs(_mel_bin(hertz) - (loudest + 0.5)) <= 1
+
+
+def test_compared_runs_have_one_panel():
+    values = {"short": {"start": {"a": [10.0, 30.0], "b": [50.0]}}, "long": {"end": {"a": [0.0, 0.0], "b": [5.0, 7.0]}}}
+    figure = _draw_ranges(values, "%")
+    (axes,) = figure.axes
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["", "start", "", "end"]
+    means = [line.get_xdata()[0] for line in axes.lines if line.get_marker() == "o"]
+    ranges = [tuple(line.get_xdata()) for line in axes.lines if line.get_marker() != "o"]
+    assert means == [20.0, 50.0, 0.0, 6.0] and ranges == [(10.0, 30.0), (50.0, 50.0), (0.0, 0.0), (5.0, 7.0)]

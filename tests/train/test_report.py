@@ -138,6 +138,21 @@ def test_progress(tmp_path: Path, clock, capsys: pytest.CaptureFixture):
     ]
 
 
+def test_a_group_that_joins_and_the_time_a_run_takes(tmp_path: Path, clock, capsys: pytest.CaptureFixture):
+    options = OPTIONS | {"last_step": 100, "log_every": 50, "joining": {"hard": 48, "later": 9000}}
+    with Report(tmp_path, start=0, **options) as report:
+        report.say("a run of nothing")
+        for step in range(1, 9):
+            report.add(step, step_metrics(), host_metrics(**{"tokens/hard": 3 * (step > 2), "tokens/later": 0}))
+            clock.now += 2
+    assert capsys.readouterr().err.splitlines()[1:] == [
+        "a run of nothing",
+        "step 3: from here on group hard takes part (from example 48 on): other examples, and if they are harder, the "
+        "loss rises for a while",
+        "2 s a step: about 0:03:08 for the steps that are left",
+    ]
+
+
 def test_progress_of_a_run_that_ends_with_its_data(tmp_path: Path, clock, capsys: pytest.CaptureFixture):
     with Report(
         tmp_path,

@@ -58,6 +58,8 @@ class DataConfig:
     """Learn all answers of a conversation, or the last one."""
     thoughts: Thoughts = "learn"
     """Learn the thoughts that answers begin with, or mask them: they are read and not learned."""
+    default_prompt: str = ""
+    """What is asked where a conversation has audio and a blank prompt, or none."""
     oversize: Oversize = "skip"
     """An example longer than a sequence is skipped and counted (`too_long`); or truncated and counted (`truncated`):
     it ends with the last learned token that fits, whole clips after that are left out, and it is skipped if nothing to

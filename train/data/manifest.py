@@ -17,8 +17,12 @@ placeholder for them.
 
 Or text without audio: {"text": "..."}. Labels may also stand beside a conversation about one clip. All times are
 seconds from the start of the file, also those of labels of a cut clip. Words and segments stand in the order in which
-they begin; events may be in any order. Keys that are none of these are an error, since they are mostly misspelled, and
-so is a key that is given twice; `id` and `meta` may hold anything and are ignored.
+they begin; events may be in any order. Other keys, such as `duration`, are ignored, and `train check` counts them; `id`
+and `meta` are there for what is yours. One that looks like a misspelled key or a cut (`evnts`, `start_time`, `offset`)
+is an error, as is a key that is given twice, and any other key of a line of text alone.
+
+A user's text may be blank or absent where there is a clip, and an audio message may lack its role, as MOSS-Audio's
+fine-tuning script allows; `samples.with_prompt` puts a default prompt there.
 
 Paths are relative to the manifest's directory, or gs://bucket/file; other URLs are refused. Absolute paths and those
 with `..` are followed: the released format has them, and a manifest is its user's own list of files. So look at the
@@ -26,6 +30,8 @@ paths of a manifest from strangers before `prepare` copies what they name. Shard
 path.
 """
 
+import difflib
+import functools
 import json
 import math
 import re
@@ -101,6 +107,7 @@ class Example:
     conversation: turns that end with an answer.
     clip: what the labels describe.
     text: what is said in the clip; without a clip, plain text to learn.
+    ignored: keys that mean nothing here, each with where it stands in the line.
     """
 
     name: str
@@ -111,6 +118,7 @@ class Example:
     words: tuple[TimedText, ...] = ()
     segments: tuple[TimedText, ...] = ()
     events: tuple[TimedText, ...] = ()
+    ignored: tuple[str, ...] = ()
 
     def require_labels_within(self, seconds: float) -> None:
         """Raises MossAudioError if a label ends beyond the end of the clip, which has so many seconds."""
@@ -171,6 +179,8 @@ def checked_lines(path: Path, local: AnyPath) -> Iterator[tuple[int, int, Exampl
     with _readable(path):
         for number, line in enumerate(read_lines(local), start=1):
             if line.strip():
+                if empty:
+                    _require_lines(line, path)
                 empty = False
                 try:
                     read = parse_line(line, _line_name(path, number), directory)
@@ -180,6 +190,17 @@ def checked_lines(path: Path, local: AnyPath) -> Iterator[tuple[int, int, Exampl
             offset += len(line)
     if empty:
         raise MossAudioError(f"{path}: expected a manifest of JSON lines, found no line; check the path.")
+
+
+def _require_lines(first: bytes, path: Path) -> None:
+    """Raises MossAudioError for the first line of a JSON document that is an array, or an object over several lines."""
+    begins = first.removeprefix(b"\xef\xbb\xbf").strip()
+    kind, program = ("an array", ".[]") if begins.startswith(b"[") else ("an object over several lines", ".")
+    if begins.startswith(b"[") or begins == b"{":
+        raise MossAudioError(
+            f"{path} must be JSON lines, one object in each, not {kind}: convert it with "
+            f"`jq -c '{program}' {path.name} > {path.stem}.jsonl`"
+        )
 
 
 @contextmanager
@@ -232,6 +253,10 @@ class _PathText:
     """A path as JSON has it."""
 
 
+class _Prompt:
+    """A text that may be blank."""
+
+
 # Keys and the types of their values; a line holds the keys of one of these sets.
 _LABELS: dict[str, type] = {"text": str, "caption": str, "words": list, "segments": list, "events": list}
 _CUT: dict[str, type] = {"start": float, "end": float}
@@ -242,12 +267,14 @@ _TEXT_LINE = {"text": str, **_IGNORED}
 _TIMED_TEXT = {"text": str, **_CUT}
 _TEXT_MESSAGE = {"role": str, "message_type": str, "content": str}
 _AUDIO_MESSAGE = {**_TEXT_MESSAGE, "content": _PathText, **_CUT}
+_PROMPT_MESSAGE = {**_TEXT_MESSAGE, "content": _Prompt}
 _IN_ORDER = ("words", "segments")  # what is said; events are often listed by kind
 _DATA_URL = re.compile(r"data:[^,]*;base64,")
 _PLACEHOLDER = re.compile(f"{AUDIO_SPAN.pattern}|{'|'.join(map(re.escape, AUDIO_MARKS))}")
 
 _TYPE_NAMES = {
     str: "a text that is not blank",
+    _Prompt: "a text",
     _PathText: "the path of one audio file (of several clips each has a message of its own)",
     list: "a list that is not empty",
     float: "a time of 0 s or more",
@@ -260,6 +287,7 @@ class _Line:
     def __init__(self, name: str, directory: str):
         self.name = name
         self.directory = directory
+        self.ignored: list[str] = []
 
     def fail(self, expected: str, found: str) -> NoReturn:
         raise MossAudioError(f"{self.name}: expected {expected}, found {found}; correct the line.")
@@ -280,7 +308,7 @@ class _Line:
                 self.fail(f"labels beside 'audio' ({', '.join(_LABELS)})", f"only {', '.join(content)}")
             return self.labelled(content, (), self.clip(content, "audio"))
         if "text" in content:
-            self.check(content, "a line without audio", _TEXT_LINE, required=("text",))
+            self.check(content, "a line without audio", _TEXT_LINE, required=("text",), only=True)
             return Example(self.name, text=content["text"])
         self.fail("'conversation', 'audio' or 'text'", f"the keys {_shortened(list(content))}")
 
@@ -292,6 +320,7 @@ class _Line:
             content.get("text", "").strip(),
             content.get("caption", "").strip(),
             *(tuple(self.timed_texts(content, key, clip)) for key in ("words", "segments", "events")),
+            ignored=tuple(self.ignored),
         )
 
     def turns(self, messages: list) -> Iterator[Message]:
@@ -299,9 +328,9 @@ class _Line:
         turns: list[tuple[str, list[str | Clip]]] = []
         for number, message in enumerate(messages, start=1):
             where = f"message {number}"
-            is_audio = isinstance(message, dict) and message.get("message_type") == "audio"
-            self.check(message, where, _AUDIO_MESSAGE if is_audio else _TEXT_MESSAGE, required=_TEXT_MESSAGE)
+            message = self.message(message, where)
             role, kind = message["role"], message["message_type"]
+            is_audio = kind == "audio"
             if role not in ROLES or kind not in ("audio", "text"):
                 found = f"{role!r} and {kind!r} in {where}"
                 self.fail(f"a role of {', '.join(ROLES)} and a message_type of audio, text", found)
@@ -312,16 +341,34 @@ class _Line:
             if not turns or turns[-1][0] != role:
                 turns.append((role, []))
             # Blanks at either end are dropped, as MOSS-Audio's fine-tuning script does.
-            turns[-1][1].append(self.clip(message, "content") if is_audio else message["content"].strip())
+            piece = self.clip(message, "content") if is_audio else message["content"].strip()
+            turns[-1][1].extend([piece] if piece else [])
         roles = [role for role, _ in turns if role != "system"]
         if roles[:1] != ["user"] or roles[-1] != "assistant":
             found = ", ".join(roles) or "none"
             self.fail("a conversation from a user's message to an assistant's", f"the roles {found}")
         for role, content in turns:
+            if role == "user" and not content:
+                self.fail("a text or audio from the user", "a blank text alone")
+            if role == "user" and not any(isinstance(piece, str) for piece in content):
+                content.append("")  # an empty line behind the clip, as a blank prompt has it
             if role == "assistant":
                 self.thought("\n".join(map(str, content)))
         self.placeholders([piece for _, content in turns for piece in content])
         return (Message(role, tuple(content)) for role, content in turns)
+
+    def message(self, message: Any, where: str) -> dict:
+        """A message, checked, with the role and the text that may be absent."""
+        if isinstance(message, dict) and message.get("message_type") == "audio":
+            message = {"role": "user"} | message
+            types = _AUDIO_MESSAGE
+        elif isinstance(message, dict) and message.get("role") == "user":
+            message = {"content": ""} | message
+            types = _PROMPT_MESSAGE
+        else:
+            types = _TEXT_MESSAGE
+        self.check(message, where, types, required=_TEXT_MESSAGE)
+        return message
 
     def thought(self, answer: str) -> None:
         """If the answer begins with a thought, there is an end to it and something after that."""
@@ -368,21 +415,49 @@ class _Line:
                 self.fail(f"{key} in the order in which they begin", f"{key}[{number}] at {times}")
         return iter(sorted(labels, key=lambda label: (label.start, label.end)))
 
-    def check(self, content: Any, where: str, types: dict[str, type], required: Sequence[str] | dict) -> None:
-        """`content` is an object of keys of `types` with values of theirs, and has the required ones."""
+    def check(
+        self,
+        content: Any,
+        where: str,
+        types: dict[str, type],
+        required: Sequence[str] | dict,
+        only: bool = False,
+    ) -> None:
+        """`content` is an object that has the required keys, with values of the types; only: it has no other keys.
+
+        Other keys are noted in `ignored`, unless they look like ones that would be missed.
+        """
         if not isinstance(content, dict):
             self.fail(f"{where} to be a JSON object", _shortened(content))
         for key in required:
             if key not in content:
                 self.fail(f"{key!r} in {where}", f"the keys {_shortened(list(content))}")
         for key, value in content.items():
-            if key not in types:
+            if key in types:
+                if not _is_valid(value, types[key]):
+                    self.fail(f"{key!r} in {where} to be {_TYPE_NAMES[types[key]]}", _shortened(value))
+            elif only or _looks_known(key, tuple(types)):
                 self.fail(f"the keys {', '.join(types)} in {where}", repr(key))
-            if not _is_valid(value, types[key]):
-                self.fail(f"{key!r} in {where} to be {_TYPE_NAMES[types[key]]}", _shortened(value))
+            else:
+                self.ignored.append(f"{key!r} in {_NUMBER.sub('', where)}")
+
+
+_NUMBER = re.compile(r" \d+|\[\d+\]")  # of a message, of a label
+_LIKE_A_CUT = ("start", "end", "begin", "offset")
+_ALIKE = 0.8  # of difflib's ratio: "txt" and "text" have 0.86
+
+
+@functools.lru_cache(1024)
+def _looks_known(key: str, known: tuple[str, ...]) -> bool:
+    """Whether a key may be a misspelled one of those, or cut the audio in another format's words."""
+    if key.lower().startswith(_LIKE_A_CUT):
+        return True
+    return bool(difflib.get_close_matches(key.lower(), [name for name in known if name not in _IGNORED], 1, _ALIKE))
 
 
 def _is_valid(value: Any, expected: type) -> bool:
+    if expected is _Prompt:
+        return isinstance(value, str)
     if expected in (str, _PathText):
         return isinstance(value, str) and bool(value.strip())
     if expected is float:  # Python counts True among the integers

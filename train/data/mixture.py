@@ -129,6 +129,7 @@ class ExampleOrder:
         if not names or len(set(names)) < len(names):
             raise MossAudioError(f"expected sources of different names, found {names}; rename or add some.")
         self.groups = [group.name for group in groups]
+        self.begins = {group.name: group.begin for group in groups}  # example of the order
         borders = {group.begin for group in groups} | {group.end for group in groups if group.end is not None}
         self._starts = sorted({0} | borders)
         self._seed = seed

@@ -248,6 +248,8 @@ class TrainingData(grain.DatasetIterator[TrainingBatch]):
         options = asdict(self._config) | self._maker.content_options()
         for name in ("max_skip_rate", "max_unused_rate", "max_skips_in_a_row", "grow"):
             del options[name]  # changes no sequence
+        if not options["default_prompt"]:  # which older runs have no word of
+            del options["default_prompt"]
         return options
 
     def interrupt(self) -> None:

@@ -99,9 +99,12 @@ class SampleMaker:
         time_markers: bool | None = None,
         answers: Answers = "all",
         thoughts: Thoughts = "learn",
+        default_prompt: str = "",
         augmentation: Augmentation | None = None,
     ):
         """time_markers: None takes the checkpoint's `enable_time_marker`. answers, thoughts: see above.
+
+        default_prompt: of `with_prompt`.
 
         augmentation: of the audio of examples, but not of `sample`, which evaluation calls.
         """
@@ -115,6 +118,7 @@ class SampleMaker:
         self._config = config
         self._answers: Answers = answers
         self._thoughts: Thoughts = thoughts
+        self._default_prompt = default_prompt
         self._augmentation = augmentation or Augmentation(AugmentConfig())
         self.time_markers = config.processor.enable_time_marker if time_markers is None else time_markers
         self._quiet, self._begins, self._ends = (tokenizer.encode(mark)[0] for mark in ".[]")
@@ -256,7 +260,9 @@ class SampleMaker:
     ) -> tuple[list[int], list[bool], list[np.ndarray]]:
         """Ids, whether each is learned, and the mels of the clips."""
         with _naming(name):
-            return self._plain_text(rendered) if isinstance(rendered, str) else self._turns(rendered, mel)
+            if isinstance(rendered, str):
+                return self._plain_text(rendered)
+            return self._turns(with_prompt(rendered, self._default_prompt), mel)
 
     def _heard(self, slots: np.ndarray, labels: Sequence[TimedText], rng: np.random.Generator) -> np.ndarray:
         """Ids [tokens] at the audio tokens of a labelled clip, each of them one of three things by chance.
@@ -366,6 +372,16 @@ def turns_and_mels(
                 pieces.append(piece)
         turns.append(Turn(message.role, pieces))
     return turns, mels
+
+
+def with_prompt(messages: Sequence[Message], prompt: str) -> tuple[Message, ...]:
+    """Messages with this prompt where the user's is blank."""
+    return tuple(
+        replace(message, content=(*message.content[:-1], prompt))
+        if message.role == "user" and message.content[-1] == ""
+        else message
+        for message in messages
+    )
 
 
 def without_thought(message: Message) -> Message:

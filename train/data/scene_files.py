@@ -8,19 +8,24 @@ import soundfile
 from moss_audio_jax.audio import SAMPLE_RATE
 from moss_audio_jax.checkpoint import require_empty
 from moss_audio_jax.errors import MossAudioError
-from moss_audio_jax.paths import AnyPath, Path, to_path, write_whole
+from moss_audio_jax.paths import AnyPath, Path, nothing_left, to_path, write_whole, written_whole
 from train.data.manifest import Clip, Message
-from train.data.scenes import SceneConfig, SceneTask, make_task
+from train.data.scenes import SEEDS, SceneConfig, SceneTask, make_task
 
 MANIFEST = "manifest.jsonl"
 
 
 def write_scenes(directory: AnyPath, count: int, seed: int, config: SceneConfig) -> Path:
     """Scenes 0 to `count` - 1 of a seed, in 16 bits, and the manifest, last; returns its path."""
-    if count < 1 or seed < 0:
-        raise MossAudioError(f"count must be 1 or more and seed 0 or more, found {count} and {seed}")
+    if count < 1 or not 0 <= seed < SEEDS:
+        raise MossAudioError(f"count must be 1 or more and seed from 0 to {SEEDS - 1}, found {count} and {seed}")
     directory = to_path(directory)
     require_empty(directory)
+    with nothing_left(directory):
+        return _write_scenes(directory, count, seed, config)
+
+
+def _write_scenes(directory: Path, count: int, seed: int, config: SceneConfig) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     lines = []
     for index in range(count):
@@ -28,7 +33,8 @@ def write_scenes(directory: AnyPath, count: int, seed: int, config: SceneConfig)
         name = f"{index:0{len(str(count - 1))}d}.wav"
         file = io.BytesIO()
         soundfile.write(file, task.scene.wave, SAMPLE_RATE, subtype="PCM_16", format="WAV")
-        (directory / name).write_bytes(file.getvalue())
+        with written_whole(directory / name) as partial:
+            partial.write_bytes(file.getvalue())
         lines.append(json.dumps(_line(task, name), ensure_ascii=False) + "\n")
     write_whole(directory / MANIFEST, "".join(lines))
     return directory / MANIFEST

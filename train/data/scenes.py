@@ -24,6 +24,7 @@ from train.data.objectives import EVENT_DECIMALS, PROMPTS, TIME_QUESTIONS, timel
 
 LABELS = ("tone", "chirp", "click", "noise", "dial", "hum")
 BACKGROUNDS = ("white", "pink", "brown")
+SEEDS = 2**32  # as many as a run can have
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class SceneConfig:
             low, high = getattr(self, name)
             if not low <= high:
                 raise MossAudioError(f"scenes: {name} must be a lower and an upper bound, found {low} and {high}.")
-        for name, known in (("labels", tuple(_SOUNDS)), ("backgrounds", BACKGROUNDS), ("tasks", tuple(TASKS))):
+        for name, known in (("labels", tuple(SOUNDS)), ("backgrounds", BACKGROUNDS), ("tasks", tuple(TASKS))):
             found = getattr(self, name)
             if not found or set(found) - set(known):
                 raise MossAudioError(f"scenes: {name} must be some of {', '.join(known)}, found {', '.join(found)}.")
@@ -244,7 +245,7 @@ def _synthesize(layout: Layout, rng: np.random.Generator) -> Scene:
     wave = _colored_noise(layout.samples, _SLOPES[layout.background], rng) * _gain(layout.background_db)
     for event in layout.events:
         first, last = round(event.start * SAMPLE_RATE), round(event.end * SAMPLE_RATE)
-        sound = _SOUNDS[event.text](event, last - first, rng)
+        sound = SOUNDS[event.text](event, last - first, rng)
         wave[first:last] += sound * (_gain(event.level_db) / np.abs(sound).max())
     loudest = np.abs(wave).max()
     if loudest > 1:  # events that overlap; scaled together, so that comparisons of loudness stay true
@@ -363,7 +364,7 @@ def _siren(event: Event, samples: int, rng: np.random.Generator) -> np.ndarray:
     return _ramped(np.sin(2 * np.pi * (cycles % 1).astype(np.float32)))
 
 
-_SOUNDS: dict[str, Callable[[Event, int, np.random.Generator], np.ndarray]] = {
+SOUNDS: dict[str, Callable[[Event, int, np.random.Generator], np.ndarray]] = {
     "tone": _tone,
     "chirp": _tone,
     "click": _clicks,

@@ -279,6 +279,9 @@ def _decode(record: bytes, name: str) -> Example:
     header, audio = _split(record)
     if "unreadable" in header:
         raise MossAudioError(header["unreadable"])
+    labels: dict[str, Any] = {
+        key: tuple(TimedText(**label) for label in header[key]) for key in ("words", "segments", "events")
+    }
     clips, begin = [], 0
     for clip in header["clips"]:
         clips.append(Clip(audio[begin : begin + clip["bytes"]], name=clip["name"]))
@@ -297,5 +300,5 @@ def _decode(record: bytes, name: str) -> Example:
         None if header["clip"] is None else clips[header["clip"]],
         header["text"],
         header["caption"],
-        *(tuple(TimedText(**label) for label in header[key]) for key in ("words", "segments", "events")),
+        **labels,
     )

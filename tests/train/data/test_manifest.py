@@ -9,6 +9,7 @@ import soundfile
 
 from moss_audio_jax.errors import MossAudioError
 from train.data.manifest import Clip, Manifest, TimedText, parse_line
+from train.data.samples import with_prompt
 
 RELEASED = {
     "conversation": [
@@ -166,3 +167,69 @@ def test_clips_are_cut(tmp_path: Path):
     assert absent.clip is not None
     with pytest.raises(MossAudioError, match=r"m\.jsonl line 3: \.\./b\.wav: expected a readable audio file"):
         absent.clip.wave()
+
+
+# What MOSS-Audio's fine-tuning script takes
+
+
+def test_keys_that_mean_nothing_are_ignored_and_noted():
+    conversation = [dict(piece) for piece in RELEASED["conversation"]]
+    conversation[0]["duration"] = 3.2
+    events = [{"text": "hum", "start": 0, "end": 1, "confidence": 0.9}]
+    example = parse({"conversation": conversation, "dataset": "mine", "events": events, "id": 7})
+    assert example.ignored == ("'dataset' in the line", "'duration' in message", "'confidence' in events")
+    assert example.conversation[0].content[1] == "Transcribe the audio."
+
+
+@pytest.mark.parametrize("key", ["evnts", "Words", "start_time", "end_s", "offset"])
+def test_keys_that_would_be_missed_are_refused(key: str):
+    with pytest.raises(MossAudioError, match=f"line 3: expected the keys .* in the line, found '{key}'"):
+        parse({"audio": "a.wav", "text": "hi", key: 1})
+
+
+def test_a_text_alone_has_no_other_keys():
+    """Else a clip under another name would become a text without audio."""
+    with pytest.raises(MossAudioError, match="in a line without audio, found 'audio_path'"):
+        parse({"audio_path": "a.wav", "text": "hi"})
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        [],
+        [{"role": "user", "message_type": "text", "content": " "}],
+        [{"role": "user", "message_type": "text"}],
+    ],
+)
+def test_a_blank_prompt_gets_the_default(prompt: list):
+    audio, _, answer = RELEASED["conversation"]
+    del (audio := dict(audio))["role"]
+    question, reply = parse({"conversation": [audio, *prompt, answer]}).conversation
+    assert question.role == "user" and isinstance(question.content[0], Clip) and question.content[1:] == ("",)
+    assert with_prompt((question, reply), "What is said?")[0].content[1:] == ("What is said?",)
+    assert with_prompt((question, reply), "") == (question, reply)
+
+
+def test_a_prompt_that_is_there_stays():
+    turns = parse(RELEASED).conversation
+    assert with_prompt(turns, "What is said?") == turns
+
+
+def test_a_blank_question_without_a_clip_is_refused():
+    with pytest.raises(MossAudioError, match="expected a text or audio from the user, found a blank text alone"):
+        parse({"conversation": [{"role": "user", "message_type": "text", "content": ""}, RELEASED["conversation"][2]]})
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        (json.dumps([RELEASED], indent=2), "an array: convert it with `jq -c '.[]' train.json > train.jsonl`"),
+        (json.dumps([RELEASED]), "an array"),
+        ("\ufeff" + json.dumps(RELEASED, indent=2), "an object over several lines: convert it with `jq -c '.' train"),
+    ],
+)
+def test_a_json_document_is_refused_as_one(text: str, found: str, tmp_path: Path):
+    (tmp_path / "train.json").write_text(text)
+    with pytest.raises(MossAudioError) as error:
+        Manifest(tmp_path / "train.json")
+    assert str(error.value).startswith(f"{tmp_path / 'train.json'} must be JSON lines, one object in each, not {found}")

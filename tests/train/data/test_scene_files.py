@@ -1,5 +1,6 @@
 """Scenes as files: what training and evaluation read of them is what was made."""
 
+import errno
 import sys
 from pathlib import Path
 
@@ -51,6 +52,39 @@ def test_nothing_is_overwritten_and_values_are_checked(tmp_path: Path):
     write_scenes(tmp_path / "scenes", 1, 0, CONFIG)
     with pytest.raises(MossAudioError, match="is not an empty directory"):
         write_scenes(tmp_path / "scenes", 1, 0, CONFIG)
-    with pytest.raises(MossAudioError, match="count must be 1 or more and seed 0 or more, found 0 and 0"):
+    with pytest.raises(MossAudioError, match="count must be 1 or more and seed from 0 to 4294967295, found 0 and 0"):
         write_scenes(tmp_path / "none", 0, 0, CONFIG)
     assert not (tmp_path / "none").exists()
+
+
+def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def write(path: Path, content: bytes) -> int:
+        if "2.wav" in path.name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return whole(path, content)
+
+    whole = Path.write_bytes
+    monkeypatch.setattr(Path, "write_bytes", write)
+    with pytest.raises(OSError, match="No space left") as error:
+        write_scenes(tmp_path / "new" / "scenes", 4, 0, CONFIG)
+    assert error.value.filename == str(tmp_path / "new" / "scenes" / "2.wav")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("seed", ["99999999999999999999", "4294967296", "-1"])
+def test_seeds_that_no_run_can_have_are_refused(
+    seed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    commands = (
+        ("scenes", str(tmp_path / "new"), "--count", "1"),
+        ("evaluate", "nowhere", "--scenes", "1"),
+        ("run", "--recipe", "time_events", "--out", str(tmp_path / "new")),
+    )
+    for command in commands:
+        monkeypatch.setattr(sys, "argv", ["moss-audio-train", *command, "--seed", seed])
+        with pytest.raises(SystemExit) as end:
+            main()
+        error = capsys.readouterr().err
+        assert end.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
+        assert f" {seed}" in error and any(most in error for most in ("4294967295", "2**32 - 1"))
+    assert not list(tmp_path.iterdir())

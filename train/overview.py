@@ -1,0 +1,38 @@
+"""What a run is, in a line: what it trains, on what data and devices, and how long."""
+
+from collections.abc import Mapping, Sequence
+
+import jax
+from jax.sharding import Mesh
+
+from train.config import RunConfig
+from train.data.mixture import ENDLESS, Group
+from train.step import TrainState
+
+
+def overview(config: RunConfig, groups: Sequence[Group], mesh: Mesh, state: TrainState, start: int) -> str:
+    """One line about a run that begins, or resumes after step `start`."""
+    trained, frozen = _size(state.trainable), _size(state.frozen)
+    parameters = f"{trained:,} parameters" if not frozen else f"{trained:,} of {trained + frozen:,} parameters"
+    devices = list(mesh.devices.flat)
+    data = config.data
+    steps = f"{config.last_step:,} steps" if config.last_step else f"{config.loop.epochs} epochs"
+    begin = f"resumes after step {start}: " if start else ""
+    plural = "s" if len(devices) > 1 else ""
+    return (
+        f"{begin}trains {parameters} on {len(devices)} {devices[0].device_kind} device{plural}; "
+        f"data: {', '.join(map(_described, groups))}; "
+        f"{steps} of {data.batch_size} sequences of {data.tokens} tokens"
+    )
+
+
+def _size(parameters: Mapping[str, jax.Array]) -> int:
+    return sum(array.size for array in parameters.values())
+
+
+def _described(group: Group) -> str:
+    sizes = [len(source.examples) for source in group.sources]
+    size = "made while training" if max(sizes) >= ENDLESS else f"{sum(sizes):,} examples"
+    begin = f" from example {group.begin:,} on" if group.begin else ""
+    end = f" until example {group.end:,}" if group.end is not None else ""
+    return f"{group.name} ({size}{begin}{end})"
