@@ -214,7 +214,7 @@ def _require_usable(check: Check) -> None:
     stops = check.data.oversize == "refuse"
     for problem in check.problems():
         if len(shown) < SHOWN and (stops or check.unusable > len(shown)):
-            shown.append(problem)
+            shown.append(problem.rstrip("."))
     count = check.unusable + stops * check.too_long
     if count:
         raise MossAudioError(
