@@ -18,11 +18,12 @@ import tensorstore as ts
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 
-from moss_audio_jax.config import CONFIG_FILES, MossAudioConfig, read_json
-from moss_audio_jax.errors import MossAudioError, StorageError
+from moss_audio_jax.config import CONFIG_FILES, MossAudioConfig
+from moss_audio_jax.errors import MossAudioError, StorageError, shown
 from moss_audio_jax.int8 import int8_kernels
+from moss_audio_jax.json_files import read_json
 from moss_audio_jax.model import MossAudio, adapter_specs, parameter_specs
-from moss_audio_jax.paths import AnyPath, Path, absolute, children, exists, is_inside, to_path, url
+from moss_audio_jax.paths import AnyPath, Path, absolute, children, exists, is_inside, is_plain_name, to_path, url
 from moss_audio_jax.peft_files import ADAPTER_CONFIG, PeftAdapter, adapted_config, base_of
 from moss_audio_jax.released import (
     INDEX_FILE,
@@ -32,6 +33,7 @@ from moss_audio_jax.released import (
     SafetensorsCheckpoint,
 )
 from moss_audio_jax.retries import is_transient, retried, summary
+from moss_audio_jax.schema import SWITCH, TEXT, Rule, check_keys, integer, none_or
 from moss_audio_jax.sharding import check_heads, named_sharding
 
 Result = TypeVar("Result")
@@ -142,6 +144,8 @@ def is_adapter(path: AnyPath) -> bool:
 def base_directory(adapter: AnyPath) -> Path:
     """Where the model lies that an adapter was made for."""
     base = base_of(files_directory(adapter))
+    if base is not None and exists(base) and is_adapter(base):
+        raise MossAudioError(f"{adapter} is for {base}, which holds an adapter itself: name the model's directory")
     if base is None or not to_path(base).is_dir():
         raise MossAudioError(
             f"{adapter} holds an adapter for {base or 'a model that it does not name'}, which is no directory here: "
@@ -243,12 +247,22 @@ def _best_evaluation(run: Path, newest: Path) -> dict[str, Any] | None:
     That file is not there in runs of older versions, and is ahead if newer checkpoints have been taken away.
     """
     file = run / RUN_BEST_FILE
-    if file.exists() and (best := read_json(file))["evaluated"] <= int(newest.name):
+    if file.exists() and ((best := read_best(file))["evaluated"] or 0) <= int(newest.name):
         return best
-    if not (newest / RUN_BEST).is_dir():
-        return None
-    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
-        return checkpointer.restore(newest / RUN_BEST)
+    file = newest / RUN_BEST / "metadata"  # as Orbax calls JSON
+    return read_best(file) if exists(file) else None
+
+
+_STEP = none_or(integer(0, 2**63 - 1))
+
+
+def read_best(file: Path) -> dict[str, Any]:
+    """JSON of a best evaluation; raises MossAudioError where a step is no number: it names a directory."""
+    best = read_json(file)
+    TEXT.check(f"{file}: metric", best.get("metric"))
+    for name in ("step", "evaluated"):
+        _STEP.check(f"{file}: {name}", best.get(name))
+    return {"step": None, "evaluated": None} | best
 
 
 def files_directory(path: AnyPath) -> Path:
@@ -347,6 +361,7 @@ def stored_shapes(params: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     """Path -> shape and dtype of what an Orbax directory holds; no tensor is read."""
 
     def read() -> Any:
+        _check_tree(params)
         # Asked first, because Orbax reports damage here by a traceback of its event loop.
         ts.KvStore.open({"driver": "ocdbt", "base": f"{url(params)}/"}).result().list().result()
         return ocp.PyTreeCheckpointHandler().metadata(absolute(params))
@@ -357,9 +372,40 @@ def stored_shapes(params: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         raise
     except FileNotFoundError as error:
         raise MossAudioError(f"{params} is no Orbax checkpoint, or an unfinished one: convert it again") from error
-    except (ValueError, OSError) as error:
-        raise MossAudioError(f"{params} can't be read, its files are damaged ({error}): convert it again") from error
+    except DAMAGE as error:
+        raise _damaged(params, error) from error
     return flatten(metadata.tree, lambda leaf: (tuple(leaf.shape), np.dtype(leaf.dtype)))
+
+
+# What Orbax and TensorStore raise for files that hold something else than they expect.
+DAMAGE = (ValueError, OSError, TypeError, LookupError, AttributeError, RecursionError, OverflowError)
+
+
+def _damaged(params: Path, error: BaseException) -> MossAudioError:
+    return MossAudioError(f"{params} can't be read, its files are damaged ({summary(error)}): convert it again")
+
+
+def _check_tree(params: Path) -> None:
+    """Raises MossAudioError unless Orbax's description of a tree is one, whose names are plain.
+
+    Orbax makes paths of them.
+    """
+    file = params / "_METADATA"
+    if not exists(file):
+        raise MossAudioError(f"{params} is no Orbax checkpoint, or an unfinished one: convert it again")
+    content = read_json(file)
+    check_keys(content, {"use_ocdbt": Rule("true", lambda value: value is True), "use_zarr3": SWITCH}, str(file))
+    tree = content.get("tree_metadata")
+    if not isinstance(tree, dict) or not tree:
+        raise MossAudioError(f"{file}: tree_metadata must name parameters, not be {shown(tree)}: convert it again")
+    for name, leaf in tree.items():
+        keys = leaf.get("key_metadata") if isinstance(leaf, dict) else None
+        if not isinstance(keys, list) or not all(
+            isinstance(key, dict) and is_plain_name(key.get("key")) for key in keys
+        ):
+            raise MossAudioError(
+                f"{file}: {shown(name)} must have plain names as keys, not {shown(keys)}: convert it again"
+            )
 
 
 def check_stored(params: Path, config: MossAudioConfig) -> None:
@@ -417,10 +463,8 @@ def _restore(params: Path, abstract: dict[str, jax.ShapeDtypeStruct]) -> dict[st
         return retried_alone(params, read)
     except MossAudioError:
         raise
-    except (ValueError, OSError) as error:
-        raise MossAudioError(
-            f"{params} can't be restored, its files are damaged ({error}): convert it again"
-        ) from error
+    except DAMAGE as error:
+        raise _damaged(params, error) from error
 
 
 def retried_alone(path: AnyPath, work: Callable[[], Result]) -> Result:

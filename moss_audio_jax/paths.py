@@ -76,6 +76,11 @@ def join(directory: AnyPath, name: str) -> str:
     return scheme + separator + posixpath.normpath(place) if separator else joined
 
 
+def is_plain_name(name: object) -> bool:
+    """Whether a name out of a file can only mean something in the directory it is looked up in."""
+    return isinstance(name, str) and re.fullmatch(r"\w[\w.+-]{0,199}", name, re.ASCII) is not None
+
+
 def is_inside(directory: AnyPath, file: AnyPath) -> bool:
     """Whether a file is where its name says, neither by `..` nor by a link elsewhere."""
     # Of gs:// paths, which have no links, realpath resolves `..` alone.

@@ -6,7 +6,6 @@ model may start, are read by the same table.
 """
 
 import dataclasses
-import json
 import math
 import re
 from collections import Counter
@@ -19,10 +18,11 @@ import numpy as np
 from flax import nnx
 from safetensors import SafetensorError, safe_open
 
-from moss_audio_jax.config import MossAudioConfig, read_json, read_language
-from moss_audio_jax.errors import MossAudioError
+from moss_audio_jax.config import MossAudioConfig, read_language
+from moss_audio_jax.errors import MossAudioError, shown
+from moss_audio_jax.json_files import parse_json, read_json
 from moss_audio_jax.model import adapter_specs, parameter_specs
-from moss_audio_jax.paths import AnyPath, is_inside, require_local, to_path
+from moss_audio_jax.paths import AnyPath, is_inside, is_plain_name, require_local, to_path
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -267,7 +267,7 @@ class Qwen3Checkpoint(SafetensorsCheckpoint):
         content = read_json(path)
         try:
             self.config = read_language(content, "config.json")
-        except (MossAudioError, TypeError, ValueError, KeyError, AttributeError) as error:
+        except MossAudioError as error:
             raise MossAudioError(f"{path}: this Qwen3 configuration can't be used: {error}") from error
         self.tied = content.get("tie_word_embeddings", False) is True
         whole = MossAudioConfig(
@@ -290,17 +290,14 @@ def _read_weight_map(directory: Path) -> dict[str, str]:
     path = directory / INDEX_FILE
     if not path.exists():
         return {}
-    try:
-        weight_map = _parse_json(path.read_bytes()).get("weight_map")
-    except (OSError, ValueError, RecursionError) as error:
-        raise MossAudioError(f"{path} can't be read as an index ({error}): fetch the file again") from error
+    weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise MossAudioError(f"{path} has no weight_map: fetch the file again")
     if (directory / SINGLE_FILE).exists() and SINGLE_FILE not in weight_map.values():
         raise MossAudioError(
             f"{directory} holds {SINGLE_FILE} and an {INDEX_FILE} that names other files: remove the one that is stale"
         )
-    return {name: file if isinstance(file, str) else json.dumps(file) for name, file in weight_map.items()}
+    return {name: file if isinstance(file, str) else shown(file) for name, file in weight_map.items()}
 
 
 def _read_headers(
@@ -331,8 +328,8 @@ def _read_headers(
 
 def _check_file(directory: Path, file: str) -> None:
     path = directory / file
-    if not re.fullmatch(r"\w[\w.+-]{0,199}", file, re.ASCII):
-        raise MossAudioError(f"{INDEX_FILE} names {file[:80]!r}: only plain file names inside the directory are read")
+    if not is_plain_name(file):
+        raise MossAudioError(f"{INDEX_FILE} names {shown(file)}: only plain file names inside the directory are read")
     if not path.exists():
         raise MossAudioError(f"{file} is missing")
     if not is_inside(directory, path):
@@ -350,7 +347,7 @@ def _read_header(directory: Path, file: str) -> dict[str, TensorHeader]:
             pass  # checks the whole header, and that the file is as long as it says
         with (directory / file).open("rb") as handle:
             length = int.from_bytes(handle.read(8), "little")
-            header = _parse_json(handle.read(length))
+            header = parse_json(handle.read(length))
     except (SafetensorError, OSError, ValueError) as error:
         raise MossAudioError(f"{file} is damaged or no safetensors file ({error}): fetch it again") from error
     header.pop("__metadata__", None)
@@ -370,19 +367,3 @@ def _tensor_problems(name: str, tensor: TensorHeader, expected: dict[str, tuple[
         types = ", ".join(SAFETENSORS_DTYPES)
         problems.append(f"{name} in {tensor.file} is of type {tensor.stored_dtype}, and this port reads {types}")
     return problems
-
-
-def _parse_json(text: bytes) -> dict[str, Any]:
-    """A JSON object in which no key stands twice: safetensors, and Python, would silently take the last."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        counts = Counter(key for key, _ in pairs)
-        doubled = [key for key, count in counts.items() if count > 1]
-        if doubled:
-            raise ValueError(f"{', '.join(doubled[:5])} stands in it more than once")
-        return dict(pairs)
-
-    content = json.loads(text, object_pairs_hook=unique)
-    if not isinstance(content, dict):
-        raise ValueError(f"it holds a {type(content).__name__} instead of an object")
-    return content

@@ -124,7 +124,7 @@ def test_moss_music_tied_heads_and_several_ends(released, tmp_path):
         ("language_config", {"layer_types": ["sliding_attention"] * 36}, "layer_types"),
         ("language_config", {"hidden_size": None}, "hidden_size"),
         ("language_config", {"num_key_value_heads": 5}, "num_key_value_heads"),
-        ("language_config", {"num_hidden_layers": 2}, "DeepStack"),
+        ("language_config", {"num_hidden_layers": 2}, "layer_types"),
     ],
 )
 def test_what_this_port_does_not_implement_is_refused(section, values, named, released, tmp_path):
