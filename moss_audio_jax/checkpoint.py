@@ -368,13 +368,13 @@ def stored_shapes(params: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
 
     try:
         metadata = retried(params, read)
+        return flatten(metadata.tree, lambda leaf: (tuple(leaf.shape), np.dtype(leaf.dtype)))
     except MossAudioError:
         raise
     except FileNotFoundError as error:
         raise MossAudioError(f"{params} is no Orbax checkpoint, or an unfinished one: convert it again") from error
     except DAMAGE as error:
         raise _damaged(params, error) from error
-    return flatten(metadata.tree, lambda leaf: (tuple(leaf.shape), np.dtype(leaf.dtype)))
 
 
 # What Orbax and TensorStore raise for files that hold something else than they expect.

@@ -293,7 +293,7 @@ class MossAudioConfig:
         rope = language.get("rope_parameters") or language
         rope["rope_theta"] = self.language_config.rope_theta
         # What the released files repeat follows its original.
-        config.update({key: getattr(self.language_config, key) for key in _REPEATED if key in config})
+        config.update({key: getattr(self.language_config, key) for key in _REPEATED if config.get(key) is not None})
         if language.get("layer_types"):
             language["layer_types"] = ["full_attention"] * self.language_config.num_hidden_layers
         if self.processor != ProcessorConfig() or "processor_config.json" in files:

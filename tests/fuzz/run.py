@@ -13,11 +13,11 @@ import base64
 import collections
 import ctypes
 import dataclasses
-import faulthandler
 import json
 import multiprocessing
 import os
 import random
+import resource
 import struct
 import sys
 import tempfile
@@ -30,7 +30,7 @@ from typing import Any
 
 import tyro
 
-HANG_SECONDS = 10.0
+HANG_SECONDS = 20.0
 ADDRESS_SPACE = 12 << 30  # more than that is asked for by a number in a file alone
 CORPUS = Path(__file__).parents[1] / "data" / "fuzz.jsonl"
 
@@ -59,26 +59,26 @@ class Bench:
     def __init__(self, directory: Path):
         from tests.fuzz import checkpoints
 
-        self._kinds = {kind.name: kind for kind in checkpoints.KINDS}
+        self.kinds = {kind.name: kind for kind in checkpoints.KINDS}
         self._directory = directory
         checkpoints.write_checkpoints(directory)
         self._files = {
             name: sorted(file for file in (directory / kind.directory).glob(kind.pattern) if file.is_file())
-            for name, kind in self._kinds.items()
+            for name, kind in self.kinds.items()
         }
         # Orbax names files at random: those of equal sizes would be in another order each time.
         self._content = {file: file.read_bytes() for files in self._files.values() for file in files}
         for files in self._files.values():
             files.sort(key=lambda file: (self._content[file], file))
-        self._shares = [kind.share for kind in self._kinds.values()]
+        self._shares = [kind.share for kind in self.kinds.values()]
         self._watch = _Watch(directory)
-        for kind in self._kinds.values():
+        for kind in self.kinds.values():
             kind.read(directory / kind.directory, random.Random(0))
         self._watch.outside(kind.directory)
 
     def draw(self, seed: int, number: int) -> Input:
         rng = random.Random(f"{seed}:{number}")
-        (kind,) = rng.choices(list(self._kinds.values()), self._shares)
+        (kind,) = rng.choices(list(self.kinds.values()), self._shares)
         file = rng.choice(self._files[kind.name])
         mutation = rng.choice(kind.mutations)
         content = mutation(rng, self._content[file])
@@ -88,7 +88,7 @@ class Bench:
         """What became of it, `read` or `refused`, or what is wrong with that."""
         from moss_audio_jax import MossAudioError
 
-        kind = self._kinds[found.kind]
+        kind = self.kinds[found.kind]
         file = self._place(found)
         file.write_bytes(found.content)
         result, defect = "read", None
@@ -114,10 +114,13 @@ class Bench:
         return file if file in self._content else self._files[found.kind][0]
 
 
+_NOT_OURS = (sys.prefix, sys.base_prefix, os.path.realpath(sys.base_prefix), str(Path(__file__).parent), "<frozen")
+
+
 def _summary(error: BaseException) -> str:
-    """Type, message and the place: in our files the innermost line."""
+    """Type, message and the place: the innermost function of this repository that is not the fuzzer's."""
     frames = traceback.extract_tb(error.__traceback__)
-    ours = [frame for frame in frames if "site-packages" not in frame.filename and "fuzz" not in frame.filename]
+    ours = [frame for frame in frames if not frame.filename.startswith(_NOT_OURS)]
     frame = (ours or frames)[-1]
     place = f"{Path(frame.filename).name}:{frame.name}"
     return f"{type(error).__name__} in {place}: {str(error)[:200]}"
@@ -167,37 +170,56 @@ class _Watch:
         return sorted(set(found))
 
 
-def work(pipe: Connection, seed: int, first: int, last: int, step: int, stop_at: float) -> None:
-    """Tries inputs first, first + step, ...; tells each one's number before it, and what is wrong with it after it."""
-    import resource
+def work(pipe: Connection, current: Any, seed: int, first: int, last: int, step: int, stop_at: float) -> None:
+    """Tries inputs first, first + step, ...; keeps the number in `current`, and tells what is wrong with any.
 
+    If `current` is a number already, that input ended the process before, which could not tell of it.
+    """
     from tests.fuzz import checkpoints
 
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
     with tempfile.TemporaryDirectory(dir=_scratch()) as directory, checkpoints.remembered_shapes():
         bench = Bench(Path(directory))
+        if current.value >= 0:
+            pipe.send(("ended", current.value, bench.draw(seed, current.value), ""))
         counts: collections.Counter = collections.Counter()
+        shown = time.time()
         for number in range(first, last, step):
             found = bench.draw(seed, number)
-            pipe.send(("try", number, found))
-            faulthandler.dump_traceback_later(HANG_SECONDS, exit=True)
+            current.value = number
             result, defect = bench.try_input(found, f"{seed}:{number}")
-            faulthandler.cancel_dump_traceback_later()
             counts[found.kind, result] += 1
             if defect is not None:
-                pipe.send(("defect", number, defect))
-            if len(counts) and number // step % 500 == 499:
-                pipe.send(("counts", number, dict(counts)))
+                pipe.send(("defect", number, found, defect))
+            if (now := time.time()) - shown > 1:
+                pipe.send(("counts", number, None, dict(counts)))
                 counts.clear()
-            if time.time() > stop_at:
+                shown = now
+            if now > stop_at:
                 break
-        pipe.send(("counts", number, dict(counts)))
-        pipe.send(("done", number, None))
+        current.value = -1
+        pipe.send(("counts", last, None, dict(counts)))
+        pipe.send(("done", last, None, ""))
 
 
 def _scratch() -> str | None:
     """Memory, where there is a file system in it."""
     return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+
+
+class _Worker:
+    """A process, and the input that it is at."""
+
+    def __init__(self, process: Any, current: Any, ended_by: int):
+        self.process, self.current, self.ended_by = process, current, ended_by
+        self._seen, self._since = ended_by, time.monotonic()
+
+    def end_if_it_hangs(self) -> None:
+        number = self.current.value
+        if number != self._seen:
+            self._seen, self._since = number, time.monotonic()
+        elif number != self.ended_by and time.monotonic() - self._since > HANG_SECONDS:
+            self.process.kill()
 
 
 class Fuzzer:
@@ -209,50 +231,50 @@ class Fuzzer:
         self.counts: collections.Counter = collections.Counter()
         self.defects: dict[str, list[int]] = {}
         self._context = multiprocessing.get_context("spawn")
-        self._workers: dict[Connection, tuple[Any, int, Input | None]] = {}
+        self._workers: dict[Connection, _Worker] = {}
 
     def run(self) -> None:
         for first in range(self._processes):
             self._start(first)
         shown = time.monotonic()
         while self._workers:
-            for pipe in wait(list(self._workers)):
+            for pipe in wait(list(self._workers), timeout=1):
                 self._hear(pipe)  # pyright: ignore[reportArgumentType]
+            for worker in self._workers.values():
+                worker.end_if_it_hangs()
             if time.monotonic() - shown > 60:
                 shown = time.monotonic()
                 print(f"{sum(self.counts.values()):,} inputs, {len(self.defects)} kinds of defect", flush=True)
 
-    def _start(self, first: int) -> None:
+    def _start(self, first: int, ended_by: int = -1) -> None:
         ours, theirs = self._context.Pipe()
-        arguments = (theirs, self._seed, first, self._inputs, self._processes, self._stop_at)
+        current = self._context.RawValue(ctypes.c_longlong, ended_by)
+        arguments = (theirs, current, self._seed, first, self._inputs, self._processes, self._stop_at)
         process = self._context.Process(target=work, args=arguments, daemon=True)
         process.start()
         theirs.close()
-        self._workers[ours] = process, first, None
+        self._workers[ours] = _Worker(process, current, ended_by)
 
     def _hear(self, pipe: Connection) -> None:
-        process, number, tried = self._workers[pipe]
         try:
-            what, number, content = pipe.recv()
-        except EOFError:
-            del self._workers[pipe]
-            process.join()
-            if tried is None:
-                raise SystemExit(f"a process ended before its first input, with exit code {process.exitcode}") from None
-            self._note(number, f"ended the process with exit code {process.exitcode}, or took too long", tried)
-            self.counts[tried.kind, "defect"] += 1
-            self._start(number + self._processes)
+            what, number, tried, content = pipe.recv()
+        except (EOFError, ConnectionResetError):
+            worker = self._workers.pop(pipe)
+            worker.process.join()
+            number = worker.current.value
+            if number == worker.ended_by:
+                raise SystemExit(f"a process ended without an input: exit code {worker.process.exitcode}") from None
+            self._start(number + self._processes, number)
             return
-        if what == "try":
-            self._workers[pipe] = process, number, content
+        if what == "ended":
+            self._note(number, "the process crashed or took too long", tried)
+            self.counts[tried.kind, "defect"] += 1
         elif what == "defect":
-            assert tried is not None
             self._note(number, content, tried)
         elif what == "counts":
             self.counts.update(content)
         else:
-            del self._workers[pipe]
-            process.join()
+            self._workers.pop(pipe).process.join()
 
     def _note(self, number: int, defect: str, tried: Input) -> None:
         """The first input of each kind of defect is saved."""
@@ -301,7 +323,8 @@ def run(
     fuzzer.run()
     total, took = sum(fuzzer.counts.values()), time.monotonic() - began
     print(summary(fuzzer.counts))
-    print(f"{total:,} inputs in {took:.0f} s, {total / took:.0f} a second")
+    used = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
+    print(f"{total:,} inputs in {took:.0f} s, {total / took:.0f} a second, {total / used:.0f} a second of one core")
     for place, numbers in sorted(fuzzer.defects.items(), key=lambda found: -len(found[1])):
         print(f"{len(numbers):6} {place}, first {seed}:{numbers[0]}")
     sys.exit(1 if fuzzer.defects else 0)
