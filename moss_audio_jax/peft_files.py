@@ -123,10 +123,11 @@ def _expression(layer: str, released: dict[str, Any]) -> str:
 def _read_lora(content: dict[str, Any], config: MossAudioConfig) -> LoraConfig:
     if content.get("peft_type") != "LORA":
         raise MossAudioError(f"peft_type is {shown(content.get('peft_type'))}, and this port reads LORA only")
-    if content.get("bias", "none") != "none" or content.get("init_lora_weights", True) not in _INITIALISERS:
+    bias, initialiser = content.get("bias", "none"), content.get("init_lora_weights", True)
+    if bias != "none" or initialiser not in _INITIALISERS:
         raise MossAudioError(
-            f"bias is {shown(content.get('bias'))} and init_lora_weights {shown(content.get('init_lora_weights'))}; this "
-            f"port reads bias 'none' and {', '.join(map(repr, _INITIALISERS))}: convert the adapter to plain LoRA with PEFT"
+            f"bias is {shown(bias)} and init_lora_weights {shown(initialiser)}; this port "
+            f"reads bias 'none' and {', '.join(map(repr, _INITIALISERS))}: convert the adapter to plain LoRA with PEFT"
         )
     unknown = {key: value for key, value in content.items() if value and key not in _HARMLESS + _READ}
     if unknown:
