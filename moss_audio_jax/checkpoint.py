@@ -378,7 +378,8 @@ def stored_shapes(params: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
 
 
 # What Orbax and TensorStore raise for files that hold something else than they expect.
-DAMAGE = (ValueError, OSError, TypeError, LookupError, AttributeError, RecursionError, OverflowError)
+DAMAGE = (ValueError, OSError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError)
+DAMAGE += (NotImplementedError, RecursionError)
 
 
 def _damaged(params: Path, error: BaseException) -> MossAudioError:

@@ -279,6 +279,12 @@ def _read_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
     model, added = content.get("model"), content.get("added_tokens") or []
     if not isinstance(model, dict) or model.get("type") not in ("BPE", None):
         raise MossAudioError(f"{path}: its model must be BPE, as Qwen's is: use the tokenizer of the released model")
+    set_otherwise = [name for name in _BPE_SETTINGS if model.get(name) not in (None, False, "")]
+    if set_otherwise:
+        raise MossAudioError(
+            f"{path}: {set_otherwise[0]} is {shown(model[set_otherwise[0]])}, which Qwen's tokenizers leave out: use the "
+            "tokenizer of the released model"
+        )
     vocabulary = model.get("vocab")
     _require_ids(vocabulary, f"{path}: vocab")
     if not isinstance(added, list):
@@ -298,6 +304,8 @@ def _read_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
         raise MossAudioError(f"{path} can't be read as a tokenizer ({summary(error)}): fetch it again") from error
 
 
+# The library panics where a prefix is longer than a token; with dropout a text would have other ids each time.
+_BPE_SETTINGS = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "fuse_unk")
 # The parts of a byte-level BPE. The library has others, some of which panic or never end on settings that it takes.
 _TOKENIZER_PARTS = {
     "normalizer": ("NFC", "Sequence"),
