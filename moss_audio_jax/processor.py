@@ -25,7 +25,13 @@ class Processor:
 
     @classmethod
     def from_dir(cls, directory: AnyPath) -> Self:
-        return cls(Tokenizer.from_dir(directory), MossAudioConfig.from_hf(directory))
+        tokenizer, config = Tokenizer.from_dir(directory), MossAudioConfig.from_hf(directory)
+        if tokenizer.size > config.language_config.vocab_size:  # JAX would take the last embedding for ids past it
+            raise MossAudioError(
+                f"{directory}: its tokenizer has ids up to {tokenizer.size - 1}, and the model's vocab_size is "
+                f"{config.language_config.vocab_size}: use the tokenizer of this model"
+            )
+        return cls(tokenizer, config)
 
     def __call__(
         self,

@@ -122,6 +122,11 @@ class Tokenizer:
         """What cuts text into words, across whose borders nothing is merged."""
         return self._core.pre_tokenizer
 
+    @property
+    def size(self) -> int:
+        """One more than the largest id."""
+        return max(self._bytes) + 1
+
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, special tokens in it included; nothing is added at either end."""
         try:
@@ -281,9 +286,10 @@ def _read_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
         raise MossAudioError(f"{path}: its model must be BPE, as Qwen's is: use the tokenizer of the released model")
     set_otherwise = [name for name in _BPE_SETTINGS if model.get(name) not in (None, False, "")]
     if set_otherwise:
+        name = set_otherwise[0]
         raise MossAudioError(
-            f"{path}: {set_otherwise[0]} is {shown(model[set_otherwise[0]])}, which Qwen's tokenizers leave out: use the "
-            "tokenizer of the released model"
+            f"{path}: {name} is {shown(model[name])}, which Qwen's tokenizers leave out: use the tokenizer of the "
+            "released model"
         )
     vocabulary = model.get("vocab")
     _require_ids(vocabulary, f"{path}: vocab")
