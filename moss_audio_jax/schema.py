@@ -33,9 +33,13 @@ class Rule:
             raise MossAudioError(f"{name} must be {self.expected}, not {shown(value)}")
 
 
+def _is_a(kind: type, value: Any) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)  # Python counts True among the integers
+
+
 def integer(least: int, most: int) -> Rule:
-    def accepts(value: Any) -> bool:  # Python counts True among the integers
-        return isinstance(value, numbers.Integral) and not isinstance(value, bool) and least <= int(value) <= most
+    def accepts(value: Any) -> bool:
+        return _is_a(numbers.Integral, value) and least <= value <= most
 
     return Rule(f"an integer from {least:,} to {most:,}", accepts)
 
@@ -44,9 +48,8 @@ def number(least: float, most: float, *, below: bool = False) -> Rule:
     """A finite number; with `below`, `most` itself is none."""
 
     def accepts(value: Any) -> bool:
-        if not isinstance(value, numbers.Real) or isinstance(value, bool):
-            return False
-        return bool(least <= value <= most) and not (below and value == most)  # NaN is in no range
+        # NaN is in no range.
+        return _is_a(numbers.Real, value) and bool(least <= value <= most) and not (below and value == most)
 
     return Rule(f"a number from {least:g} to {'below ' if below else ''}{most:g}", accepts)
 

@@ -172,8 +172,7 @@ class StreamDecoder:
 def _read_released(directory: Path) -> tokenizers.Tokenizer:
     added = _read_added_tokens(directory)
     # Added tokens stand in the vocabulary too: the library numbers those it does not find there by itself.
-    vocabulary = read_json(directory / "vocab.json")
-    _require_ids(vocabulary, directory / "vocab.json")
+    vocabulary = _ids(read_json(directory / "vocab.json"), directory / "vocab.json")
     vocabulary |= {token.content: token_id for token_id, token in added.items()}
     merges = _read_merges(directory / "merges.txt")
     try:
@@ -218,8 +217,8 @@ _TOKEN_ID = integer(0, INT32)
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
-def _require_ids(vocabulary: object, where: object) -> None:
-    """Raises MossAudioError unless this is an object of texts and their ids, each a number that fits int32."""
+def _ids(vocabulary: Any, where: object) -> dict[str, int]:
+    """An object of tokens and their ids; raises MossAudioError unless each is a text, and a number that fits int32."""
     if not isinstance(vocabulary, dict):
         raise MossAudioError(f"{where} must hold an object of tokens and ids, not {shown(vocabulary)}")
     for token, token_id in vocabulary.items():
@@ -227,6 +226,7 @@ def _require_ids(vocabulary: object, where: object) -> None:
             _TOKEN_ID.check(f"{where}: the id of {shown(token)}", token_id)
         if not token:
             raise MossAudioError(f"{where}: the token of id {token_id} must be a text, not an empty one")
+    return vocabulary
 
 
 def _read_added_tokens(directory: Path) -> dict[int, AddedToken]:
@@ -243,8 +243,7 @@ def _read_added_tokens(directory: Path) -> dict[int, AddedToken]:
         if len({token.content for token in tokens.values()}) < len(tokens):
             raise MossAudioError(f"{where}: a token has two ids in added_tokens_decoder: fetch the file again")
         return tokens
-    where = directory / "added_tokens.json"
-    _require_ids(added, where)
+    _ids(added, directory / "added_tokens.json")
     special = {token for content in (names, config) for token in _special_tokens(content)}
     return {token_id: AddedToken(token, special=token in special) for token, token_id in added.items()}
 
@@ -291,8 +290,7 @@ def _read_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
             f"{path}: {name} is {shown(model[name])}, which Qwen's tokenizers leave out: use the tokenizer of the "
             "released model"
         )
-    vocabulary = model.get("vocab")
-    _require_ids(vocabulary, f"{path}: vocab")
+    vocabulary = _ids(model.get("vocab"), f"{path}: vocab")
     if not isinstance(added, list):
         raise MossAudioError(f"{path}: added_tokens must be a list, not {shown(added)}")
     for token in added:
