@@ -7,6 +7,7 @@ tokenizer files. `load_model` reads that, the newest checkpoint of a training ru
 import dataclasses
 import fnmatch
 import functools
+import os
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, TypeVar
 
@@ -22,8 +23,9 @@ from moss_audio_jax.config import CONFIG_FILES, MossAudioConfig, read_json
 from moss_audio_jax.errors import MossAudioError, StorageError
 from moss_audio_jax.int8 import int8_kernels
 from moss_audio_jax.model import MossAudio, adapter_specs, parameter_specs
-from moss_audio_jax.paths import AnyPath, Path, absolute, children, exists, is_inside, to_path, url
+from moss_audio_jax.paths import AnyPath, Path, absolute, children, exists, file_in, is_inside, to_path, url
 from moss_audio_jax.peft_files import ADAPTER_CONFIG, PeftAdapter, adapted_config, base_of
+from moss_audio_jax.recognition import not_a_model, not_an_adapter
 from moss_audio_jax.released import (
     INDEX_FILE,
     SAFETENSORS_DTYPES,
@@ -90,6 +92,7 @@ def load_adapter(model: MossAudio, path: AnyPath) -> MossAudio:
     """
     if model.config.lora is not None:
         raise MossAudioError(f"{path}: the model has an adapter already; load this one onto the model without it")
+    require_adapter(path)
     config = adapted_config(files_directory(path), model.config)
     parameters = parameters_of(model)
     norm = parameters["language_model.norm.scale"]
@@ -145,9 +148,35 @@ def base_directory(adapter: AnyPath) -> Path:
     if base is None or not to_path(base).is_dir():
         raise MossAudioError(
             f"{adapter} holds an adapter for {base or 'a model that it does not name'}, which is no directory here: "
-            "name the model's directory, and the adapter beside it"
+            "name the model's directory, and the adapter beside it (generate MODEL --adapter, convert --base)"
+        )
+    if is_adapter(base):
+        raise MossAudioError(
+            f"{adapter} names {base} as its model, which holds an adapter itself: merge that one with `python -m "
+            "convert to-hf`, and name the model's directory and the adapter beside it"
         )
     return to_path(base)
+
+
+def require_adapter(path: AnyPath) -> None:
+    """Raises MossAudioError, with what is there instead, for a path that holds no adapter of LoRA."""
+    if not is_adapter(path):
+        raise MossAudioError(not_an_adapter(path, orbax_paths(path) is not None or is_released(path)))
+
+
+def processor_directories(path: AnyPath) -> tuple[Path, Path]:
+    """Where the tokenizer files and the configuration of a checkpoint are: an adapter may have its model's."""
+    own = files_directory(path)
+    configured, tokenized = (
+        any(exists(own / name) for name in names) for names in (CONFIG_FILES[:1], ("vocab.json", "tokenizer.json"))
+    )
+    if configured and tokenized:
+        return own, own
+    if not is_adapter(path):
+        layout_of(path)  # says what is there instead of a checkpoint
+        return own, own
+    base = files_directory(base_directory(path))
+    return own if tokenized else base, own if configured else base
 
 
 def layout_of(path: AnyPath) -> Literal["orbax", "released"]:
@@ -158,12 +187,7 @@ def layout_of(path: AnyPath) -> Literal["orbax", "released"]:
         return "released"
     if (to_path(path) / RUN_CHECKPOINTS).is_dir():
         raise MossAudioError(f"{path} is a training run without a checkpoint so far: wait until it has saved one")
-    found = f"holds neither {PARAMS}/ nor {SINGLE_FILE} nor {INDEX_FILE}" if exists(path) else "does not exist"
-    if is_adapter(path):
-        found = "holds an adapter of LoRA and no model"
-    raise MossAudioError(
-        f"{path} {found}: give a released MOSS-Audio directory, one that convert to-orbax wrote, or a training run"
-    )
+    raise MossAudioError(not_a_model(path))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -338,13 +362,28 @@ def _plain_files(directory: AnyPath, patterns: Iterable[str]) -> list[Path]:
     there = children(directory)
     files = [file for pattern in patterns for file in there if fnmatch.fnmatchcase(file.name, pattern)]
     for file in files:
-        if not file.is_file() or not is_inside(directory, file):
-            raise MossAudioError(f"{file} is not a file inside its directory: copy the file itself there (`cp -L`)")
+        file_in(directory, file.name)
+        if not file.is_file():
+            raise MossAudioError(f"{file} must be a file, but is none: remove it, or copy the file itself there")
     return files
+
+
+def _require_inside(params: Path) -> None:
+    """Refuses a tree of which something is a link to outside of the checkpoint's directory, or the run's."""
+    directory = absolute(params).parent
+    root = directory.parent.parent if directory.parent.name == RUN_CHECKPOINTS else directory
+    for parent, directories, files in os.walk(params):  # gs:// has no links, and this finds nothing there
+        for path in (parent, *(os.path.join(parent, name) for name in directories + files)):
+            if not is_inside(root, path):
+                raise MossAudioError(
+                    f"{path} is a link to outside of {root}, which nothing of a checkpoint may be: copy what it "
+                    "names there (`cp -rL`)"
+                )
 
 
 def stored_shapes(params: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     """Path -> shape and dtype of what an Orbax directory holds; no tensor is read."""
+    _require_inside(params)
 
     def read() -> Any:
         # Asked first, because Orbax reports damage here by a traceback of its event loop.

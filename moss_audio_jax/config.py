@@ -13,8 +13,9 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 from moss_audio_jax.errors import MossAudioError
-from moss_audio_jax.paths import AnyPath, Path, exists, read_text, to_path, write_whole
+from moss_audio_jax.paths import AnyPath, Path, exists, file_in, read_text, to_path, write_whole
 from moss_audio_jax.patterns import matches
+from moss_audio_jax.recognition import foreign_content
 
 MODEL_TYPES = ("moss_audio", "moss_music")
 ADAPTER_LEAVES = (".lora_a", ".lora_b")  # how the paths of LoRA's parameters end
@@ -312,6 +313,8 @@ def read_json(path: AnyPath) -> dict[str, Any]:
     try:
         content = json.loads(read_text(path))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        if what := foreign_content(path):
+            raise MossAudioError(f"{path} is {what}") from error
         raise MossAudioError(f"{path} can't be read as JSON ({error}): fetch the file again") from error
     if not isinstance(content, dict):
         raise MossAudioError(f"{path} must hold a JSON object, but holds a {type(content).__name__}")
@@ -319,7 +322,8 @@ def read_json(path: AnyPath) -> dict[str, Any]:
 
 
 def _read_files(directory: Path) -> dict[str, dict]:
-    return {name: read_json(directory / name) for name in CONFIG_FILES if exists(directory / name)}
+    files = {name: file_in(directory, name) for name in CONFIG_FILES}
+    return {name: read_json(file) for name, file in files.items() if exists(file)}
 
 
 def _require_values(content: Mapping, allowed: Mapping[str, tuple], where: str) -> None:

@@ -77,9 +77,34 @@ def join(directory: AnyPath, name: str) -> str:
 
 
 def is_inside(directory: AnyPath, file: AnyPath) -> bool:
-    """Whether a file is where its name says, neither by `..` nor by a link elsewhere."""
+    """Whether a file is where its name says, neither by `..` nor by a link elsewhere.
+
+    A Hugging Face cache keeps the files of `models--OWNER--NAME/snapshots/HASH` in `models--OWNER--NAME/blobs`: links
+    from a snapshot to its own repository's blobs count as inside.
+    """
     # Of gs:// paths, which have no links, realpath resolves `..` alone.
-    return pathlib.Path(os.path.realpath(file)).is_relative_to(os.path.realpath(directory))
+    inside, real = pathlib.Path(os.path.realpath(directory)), pathlib.Path(os.path.realpath(file))
+    return real.is_relative_to(inside) or real.parent == _blobs(inside)
+
+
+def _blobs(directory: pathlib.Path) -> pathlib.Path | None:
+    """Where a Hugging Face cache keeps the files of the snapshot that a directory is, or is in."""
+    for snapshot in (directory, *directory.parents):
+        repository = snapshot.parent.parent
+        if snapshot.parent.name == "snapshots" and repository.name.startswith("models--"):
+            return repository / "blobs"
+    return None
+
+
+def file_in(directory: AnyPath, name: str) -> Path:
+    """The path of a directory's file, there or not; raises MossAudioError for a link that leads out of there."""
+    path = to_path(directory) / name
+    if not is_inside(directory, path):
+        raise MossAudioError(
+            f"{path} is a link to outside the directory, which no file of a checkpoint may be: copy the file itself "
+            "there (`cp -L`, or `hf download --local-dir`)"
+        )
+    return path
 
 
 def children(directory: AnyPath) -> list[Path]:

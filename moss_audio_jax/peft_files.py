@@ -16,7 +16,7 @@ from moss_audio_jax.config import LoraConfig, MossAudioConfig, read_json
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.lora import adaptable_layers
 from moss_audio_jax.model import MossAudio
-from moss_audio_jax.paths import AnyPath, to_path, write_whole
+from moss_audio_jax.paths import AnyPath, file_in, to_path, write_whole
 from moss_audio_jax.released import SafetensorsCheckpoint, adapter_leaves, released_leaves
 
 ADAPTER_CONFIG, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -44,7 +44,7 @@ class PeftAdapter(SafetensorsCheckpoint):
 
 def adapted_config(directory: AnyPath, config: MossAudioConfig) -> MossAudioConfig:
     """The configuration of a model with the adapter that a directory's adapter_config.json describes."""
-    path = to_path(directory) / ADAPTER_CONFIG
+    path = file_in(directory, ADAPTER_CONFIG)
     try:
         lora = _read_lora(read_json(path), config)
     except MossAudioError as error:
@@ -56,7 +56,11 @@ def adapted_config(directory: AnyPath, config: MossAudioConfig) -> MossAudioConf
 
 def base_of(directory: AnyPath) -> str | None:
     """What an adapter says that it was made for: a directory, or a name on a hub."""
-    return read_json(to_path(directory) / ADAPTER_CONFIG).get("base_model_name_or_path")
+    path = file_in(directory, ADAPTER_CONFIG)
+    base = read_json(path).get("base_model_name_or_path")
+    if not isinstance(base, str | None):
+        raise MossAudioError(f"{path}: base_model_name_or_path must be a directory or null, not {base!r}")
+    return base or None
 
 
 def write_adapter_config(directory: AnyPath, config: MossAudioConfig, base: str | None) -> None:

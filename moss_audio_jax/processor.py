@@ -6,7 +6,7 @@ from typing import Self
 import numpy as np
 
 from moss_audio_jax.audio import SAMPLE_RATE, load_audio, log_mel, num_audio_tokens, round_bfloat16
-from moss_audio_jax.checkpoint import files_directory
+from moss_audio_jax.checkpoint import processor_directories
 from moss_audio_jax.config import MossAudioConfig
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.inputs import ModelInputs, make_inputs
@@ -80,4 +80,5 @@ class Processor:
 
 def load_processor(path: AnyPath) -> Processor:
     """The processor of whatever `load_model` reads."""
-    return Processor.from_dir(files_directory(path))
+    tokenizer, config = processor_directories(path)
+    return Processor(Tokenizer.from_dir(tokenizer), MossAudioConfig.from_hf(config))

@@ -22,7 +22,8 @@ from safetensors import SafetensorError, safe_open
 from moss_audio_jax.config import MossAudioConfig, read_json, read_language
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.model import adapter_specs, parameter_specs
-from moss_audio_jax.paths import AnyPath, is_inside, require_local, to_path
+from moss_audio_jax.paths import AnyPath, file_in, require_local
+from moss_audio_jax.recognition import foreign_content
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -263,7 +264,7 @@ class Qwen3Checkpoint(SafetensorsCheckpoint):
     """
 
     def __init__(self, directory: AnyPath):
-        path = to_path(directory) / "config.json"
+        path = file_in(directory, "config.json")
         content = read_json(path)
         try:
             self.config = read_language(content, "config.json")
@@ -287,12 +288,14 @@ def _qwen3_name(released_name: str) -> str:
 
 def _read_weight_map(directory: Path) -> dict[str, str]:
     """Tensor name -> file, as the index has it; empty if there is a single file and no index."""
-    path = directory / INDEX_FILE
+    path = file_in(directory, INDEX_FILE)
     if not path.exists():
         return {}
     try:
         weight_map = _parse_json(path.read_bytes()).get("weight_map")
     except (OSError, ValueError, RecursionError) as error:
+        if what := foreign_content(path):
+            raise MossAudioError(f"{path} is {what}") from error
         raise MossAudioError(f"{path} can't be read as an index ({error}): fetch the file again") from error
     if not isinstance(weight_map, dict) or not weight_map:
         raise MossAudioError(f"{path} has no weight_map: fetch the file again")
@@ -335,11 +338,7 @@ def _check_file(directory: Path, file: str) -> None:
         raise MossAudioError(f"{INDEX_FILE} names {file[:80]!r}: only plain file names inside the directory are read")
     if not path.exists():
         raise MossAudioError(f"{file} is missing")
-    if not is_inside(directory, path):
-        raise MossAudioError(
-            f"{file} is a link to outside the directory: copy the file itself here (`cp -L`, or `hf download "
-            "--local-dir`)"
-        )
+    file_in(directory, file)
     if not path.is_file():
         raise MossAudioError(f"{file} is not a file")
 
@@ -352,7 +351,10 @@ def _read_header(directory: Path, file: str) -> dict[str, TensorHeader]:
             length = int.from_bytes(handle.read(8), "little")
             header = _parse_json(handle.read(length))
     except (SafetensorError, OSError, ValueError) as error:
-        raise MossAudioError(f"{file} is damaged or no safetensors file ({error}): fetch it again") from error
+        what = foreign_content(directory / file)
+        raise MossAudioError(
+            f"{file} is {what}" if what else f"{file} is damaged or no safetensors file ({error}): fetch it again"
+        ) from error
     header.pop("__metadata__", None)
     return {
         name: TensorHeader(file, 8 + length + entry["data_offsets"][0], tuple(entry["shape"]), entry["dtype"])
