@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from convert.checkpoints import DTYPE_KEYS, Checkpoint, by_released_name
+from convert.checkpoints import DTYPE_KEYS, Checkpoint, by_released_name, with_rope_theta
 from convert.pieces import row_blocks
 from moss_audio_jax.checkpoint import companion_files
 from moss_audio_jax.config import read_json
@@ -34,7 +34,9 @@ class TensorComparison:
 
 
 def companion_differences(source: AnyPath, target: AnyPath) -> list[str]:
-    """How configuration and tokenizer files differ; the type of the weights in config.json may."""
+    """How configuration and tokenizer files differ; the type of the weights in config.json may, and whether
+    its rotary base stands where transformers 4 reads it too.
+    """
     files = [{file.name: file for file in companion_files(directory)} for directory in (source, target)]
     problems = []
     for name in sorted(files[0].keys() | files[1].keys()):
@@ -52,7 +54,7 @@ def _content(file: Path) -> Any:
         return file.read_bytes()
     content = read_json(file)
     if file.name == "config.json":
-        content = {key: value for key, value in content.items() if key not in DTYPE_KEYS}
+        content = {key: value for key, value in with_rope_theta(content).items() if key not in DTYPE_KEYS}
     return json.dumps(content, sort_keys=True)
 
 

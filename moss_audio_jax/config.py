@@ -262,8 +262,10 @@ class MossAudioConfig:
         if "n_window" in encoder or self.audio_config.chunk_frames != EncoderConfig.chunk_frames:
             frames = self.audio_config.chunk_frames
             encoder["n_window"] = None if frames is None else frames // 2
-        rope = language.get("rope_parameters") or language
-        rope["rope_theta"] = self.language_config.rope_theta
+        # Transformers 4 reads the one alone, and 5 writes the other alone.
+        for rope in (language, language.get("rope_parameters")):
+            if rope:
+                rope["rope_theta"] = self.language_config.rope_theta
         # What the released files repeat follows its original.
         repeated = {
             "num_hidden_layers": self.language_config.num_hidden_layers,
@@ -386,7 +388,13 @@ def read_language(content: dict, where: str = "language_config") -> LanguageConf
     _require_values(rope, {"rope_type": ("default",)}, f"{where}.rope_parameters")
     unknown = sorted(set(rope) - {"rope_type", "rope_theta"})
     _require(not unknown, f"{where}.rope_parameters has {unknown}, which this port does not implement")
-    fields: dict[str, Any] = _known_fields(LanguageConfig, content) | {"rope_theta": rope.get("rope_theta")}
+    thetas = [each["rope_theta"] for each in (rope, content) if each.get("rope_theta") is not None]
+    _require(
+        len(set(thetas)) < 2,
+        f"{where}.rope_parameters has the rope_theta {thetas[0]} and {where} itself {thetas[-1]}: correct the one that "
+        "the model was not trained with",
+    )
+    fields: dict[str, Any] = _known_fields(LanguageConfig, content) | {"rope_theta": thetas[0] if thetas else None}
     if content.get("head_dim", 0) is None:  # null in some Qwen configs: derived
         fields["head_dim"] = content["hidden_size"] // content["num_attention_heads"]
     missing = [key for key in _LANGUAGE_KEYS if fields.get(key) is None]

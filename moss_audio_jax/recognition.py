@@ -86,7 +86,7 @@ def not_a_model(path: AnyPath, wanted: str = MODEL) -> str:
 def not_an_adapter(path: AnyPath, is_model: bool) -> str:
     """The same for a path that is no adapter of LoRA. is_model: a whole model is there instead."""
     if is_model:
-        return f"{path} holds a model and no adapter of LoRA: give it where a model is asked for, or {ADAPTER}"
+        return f"{path} holds a model and no adapter of LoRA: give {ADAPTER}"
     names = [entry.name for entry in children(path)]
     for pattern, what in _ADAPTERS:
         if pattern in names:
@@ -115,7 +115,7 @@ def _nothing_there(path: Path, wanted: str) -> str:
 def _a_file(path: Path, wanted: str) -> str:
     what = foreign_content(path)
     if what == SOUND or _matching([path.name.lower()], _SOUNDS):
-        return f"{path} is a sound, and no model: give the model first, then the clips"
+        return f"{path} is a sound: give {'the model first, then the clips' if wanted == MODEL else wanted}"
     if what:
         return f"{path} is {what}"
     if path.suffix == ".safetensors":

@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Set
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +189,8 @@ class SafetensorsCheckpoint:
         weight_map = _read_weight_map(self.directory) if single_file == SINGLE_FILE else {}
         self.tensors, problems = _read_headers(self.directory, weight_map, single_file)
         expected = {name: leaf.tensor_shape for leaf in self.leaves.values() for name in leaf.names}
+        if wrapped := _wrapped_names(self.tensors.keys(), expected.keys()):
+            raise MossAudioError(f"{self.directory}: {wrapped}")
         if weight_map or not problems:  # else the only file is unreadable, and nothing is known of its tensors
             missing = expected.keys() - self.tensors.keys() - weight_map.keys()
             problems += [f"{name} is missing" for name in sorted(missing)]
@@ -360,6 +362,41 @@ def _read_header(directory: Path, file: str) -> dict[str, TensorHeader]:
         name: TensorHeader(file, 8 + length + entry["data_offsets"][0], tuple(entry["shape"]), entry["dtype"])
         for name, entry in header.items()
     }
+
+
+# What PyTorch's wrappers put into the names of tensors, whose it is, and what saves the model without it.
+_WRAPPERS = {
+    "module.": ("DataParallel", "save `model.module`"),
+    "_orig_mod.": ("torch.compile", "save `model._orig_mod`"),
+    "_fsdp_wrapped_module.": ("FSDP", "save its full state dict"),
+    "_checkpoint_wrapped_module.": ("activation checkpointing", "save the model without it"),
+    "base_layer.": ("PEFT, for layers whose adapter is not merged,", "save `model.merge_and_unload()`"),
+    "base_model.model.": ("PEFT", "save `model.merge_and_unload()`, or the adapter alone"),
+}
+
+
+def _wrapped_names(names: Set[str], expected: Set[str]) -> str:
+    """What was put into tensors' names, how many have it and what helps; empty if nothing was."""
+    counts: Counter[str] = Counter()
+    for name in names - expected:
+        found = [part for part in _WRAPPERS if f".{part}" in f".{name}"]
+        bare = f".{name}"
+        for part in found:
+            bare = bare.replace(f".{part}", ".")
+        if bare[1:] in expected:
+            counts.update(found)
+        elif prefix := next((name[:dot] for dot in _dots(name) if name[dot:] in expected), ""):
+            counts[prefix] += 1
+    if not counts:
+        return ""
+    found = [f"{count} of {len(names)} tensors have {part!r} in their names" for part, count in counts.most_common(3)]
+    whose, cure = _WRAPPERS.get(counts.most_common(1)[0][0], ("another model around this one", "save this model alone"))
+    return f"{', and '.join(found)}, as {whose} puts there: {cure}, or rename the tensors"
+
+
+def _dots(name: str) -> Iterator[int]:
+    """Where the parts of a name begin, but for the first."""
+    return (match.end() for match in re.finditer(r"\.", name))
 
 
 def _tensor_problems(name: str, tensor: TensorHeader, expected: dict[str, tuple[int, ...]]) -> list[str]:
