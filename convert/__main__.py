@@ -5,14 +5,17 @@ Conversions stream: a model of any size goes through less than a gigabyte of mem
 
 import os
 import signal
+import sys
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # during the imports below, which take seconds
+# During the imports below, which take seconds, however the command was started.
+if (__name__ == "__main__" or os.path.basename(sys.argv[0]).startswith("moss-audio-convert")) and (
+    signal.getsignal(signal.SIGINT) is signal.default_int_handler
+):
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import json
 import math
 import pathlib
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -22,7 +22,8 @@ class TensorComparison:
     """One tensor of both checkpoints.
 
     equal: the target's bits are those of the source converted to the target's type. max_abs_error and
-    max_relative_error are the differences to the source, 0 where the types are the same and the bits equal.
+    max_relative_error are the differences to the source, 0 where the types are the same and the bits equal. finite:
+    neither side holds NaN or infinity.
     """
 
     name: str
@@ -31,6 +32,7 @@ class TensorComparison:
     equal: bool
     max_abs_error: float
     max_relative_error: float
+    finite: bool
 
 
 def companion_differences(source: AnyPath, target: AnyPath) -> list[str]:
@@ -82,15 +84,16 @@ def compare_tensors(source: Checkpoint, target: Checkpoint) -> Iterator[TensorCo
     }
     for name, leaf in tqdm(common.items(), unit="tensor", disable=None):
         dtypes = source.dtype(name), target.dtype(name)
-        equal, max_abs, max_relative = True, 0.0, 0.0
+        equal, max_abs, max_relative, finite = True, 0.0, 0.0, True
         for start, stop in row_blocks(leaf, max(dtype.itemsize for dtype in dtypes)):
             expected, found = source.read(name, start, stop), target.read(name, start, stop)
             same = same_bits(expected, found)
             equal &= same
+            finite &= bool(np.isfinite(found).all()) and (same or bool(np.isfinite(expected).all()))
             if not same or dtypes[0] != dtypes[1]:
                 block_abs, block_relative = largest_errors(expected, found)
                 max_abs, max_relative = max(max_abs, block_abs), max(max_relative, block_relative)
-        yield TensorComparison(name, str(dtypes[0]), str(dtypes[1]), equal, max_abs, max_relative)
+        yield TensorComparison(name, str(dtypes[0]), str(dtypes[1]), equal, max_abs, max_relative, finite)
 
 
 def same_bits(expected: np.ndarray, found: np.ndarray) -> bool:

@@ -31,7 +31,7 @@ try:
     from transformers.models.whisper.modeling_whisper import WhisperEncoderLayer
 except ImportError as error:
     raise MossAudioError(
-        f"comparing with PyTorch needs torch and transformers ({error}): pip install 'moss-audio-jax[test]'"
+        f"comparing with PyTorch needs torch and transformers ({error}): pip install torch 'transformers==4.57.1'"
     ) from error
 
 DEFAULT_N_WINDOW = 200  # released config.json files leave it out

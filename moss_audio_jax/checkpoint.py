@@ -73,11 +73,24 @@ def load_model(path: AnyPath, *, dtype: Any = None, mesh: Mesh | None = None) ->
         return load_adapter(load_model(base_directory(path), dtype=dtype, mesh=mesh), path)
     if dtype is None:
         dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    dtype = _compute_dtype(dtype)
     if layout_of(path) == "orbax":
         config = MossAudioConfig.from_hf(files_directory(path))
         return build_model(config, restore(path, config, abstract_parameters(config, dtype, mesh)))
     released = ReleasedCheckpoint(path)
     return build_model(released.config, assemble(released, abstract_parameters(released.config, dtype, mesh)))
+
+
+def _compute_dtype(dtype: Any) -> np.dtype:
+    """One that the model computes in, from its name or type."""
+    names = ("bfloat16", "float16", "float32", *(["float64"] if jax.config.read("jax_enable_x64") else []))
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError:
+        found = None
+    if found is None or found.name not in names:
+        raise MossAudioError(f"dtype must be one of {', '.join(names)}, not {dtype!r}")
+    return found
 
 
 def load_adapter(model: MossAudio, path: AnyPath) -> MossAudio:
@@ -323,16 +336,35 @@ def build_model(config: MossAudioConfig, parameters: dict[str, Any]) -> MossAudi
     return nnx.merge(graphdef, nnx.from_flat_state(flat))
 
 
-def save_model(model: MossAudio, path: AnyPath) -> None:
-    """Writes parameters and configuration; `copy_tokenizer` adds the rest. `path` must be new or empty."""
+def save_model(model: MossAudio, path: AnyPath, *, tokenizer: AnyPath | None = None) -> None:
+    """Writes parameters, configuration and tokenizer files, for `load_model` and `load_processor`.
+
+    path: must be new or empty. tokenizer: a checkpoint whose tokenizer files are copied; None takes the one that the
+    model was loaded from, if it is still there. A model that was not loaded has none.
+    Raises MossAudioError for a model that could not be loaded again: with an adapter, or kernels in int8.
+    """
     if model.config.lora is not None:
         raise MossAudioError(f"{path}: a model with an adapter can't be saved whole; merge it with merge_adapter first")
+    parameters = parameters_of(model)
+    others = [f"{name} {leaf.dtype}" for name, leaf in parameters.items() if leaf.dtype not in _STORABLE]
+    others += sorted(parameters.keys() - parameter_specs(model.config).keys())
+    if others:
+        raise MossAudioError(
+            f"{path}: a saved model has floating-point parameters of its configuration alone, not {', '.join(others[:5])}; "
+            "load its base by load_model, and save that"
+        )
     path = absolute(path)
     require_empty(path)
     path.mkdir(parents=True, exist_ok=True)
+    source = model.config.directory if tokenizer is None else tokenizer
+    if source is not None:
+        copy_tokenizer(source, path)
     model.config.save_hf(path)
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(path / PARAMS, unflatten(parameters_of(model)))
+        checkpointer.save(path / PARAMS, unflatten(parameters))
+
+
+_STORABLE = frozenset(SAFETENSORS_DTYPES.values())
 
 
 def require_empty(path: AnyPath) -> None:
@@ -456,9 +488,14 @@ def _restore(params: Path, abstract: dict[str, jax.ShapeDtypeStruct]) -> dict[st
         return retried_alone(params, read)
     except MossAudioError:
         raise
-    except (ValueError, OSError) as error:
+    except Exception as error:
+        # Orbax raises what TensorStore says of a chunk once more, as a plain Exception.
+        damage = error.__cause__ if type(error) is Exception else error
+        if not isinstance(damage, ValueError | OSError):
+            raise
         raise MossAudioError(
-            f"{params} can't be restored, its files are damaged ({error}): convert it again"
+            f"{params} can't be restored, its files are damaged ({summary(damage)}): convert or copy it again, or take "
+            "another checkpoint of the run"
         ) from error
 
 

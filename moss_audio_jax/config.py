@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 from moss_audio_jax.errors import MossAudioError
-from moss_audio_jax.paths import AnyPath, Path, exists, file_in, read_text, to_path, write_whole
+from moss_audio_jax.paths import AnyPath, Path, absolute, exists, file_in, read_text, to_path, write_whole
 from moss_audio_jax.patterns import matches
 from moss_audio_jax.recognition import foreign_content
 
@@ -165,6 +165,7 @@ class MossAudioConfig:
 
     lora: adapters that the model has beside the released parameters; no released file tells of them.
     raw: the files as they were read (for a new checkpoint the 4B's), so that they can be written back equal.
+    directory: where they were read from, and where the tokenizer files are; None for a new checkpoint.
     """
 
     audio_config: EncoderConfig = EncoderConfig()
@@ -179,6 +180,7 @@ class MossAudioConfig:
     raw: Mapping[str, dict] = dataclasses.field(
         default_factory=lambda: _read_files(to_path(__file__).parent / "released_4b"), compare=False, repr=False
     )
+    directory: str | None = dataclasses.field(default=None, compare=False, repr=False)
 
     def __post_init__(self):
         _require(
@@ -217,7 +219,7 @@ class MossAudioConfig:
         if "config.json" not in raw:
             raise MossAudioError(f"{directory} holds no config.json: give the directory of a MOSS-Audio checkpoint")
         try:
-            return cls._from_raw(raw)
+            return dataclasses.replace(cls._from_raw(raw), directory=str(absolute(directory)))
         except (MossAudioError, TypeError, ValueError, KeyError, AttributeError) as error:
             raise MossAudioError(f"{directory}: its configuration can't be used: {error}") from error
 
@@ -289,7 +291,7 @@ class MossAudioConfig:
 
 
 # Fields of MossAudioConfig that are no keys of that file, or are read and written by themselves.
-_NOT_IN_CONFIG_JSON = ("audio_config", "language_config", "processor", "eos_ids", "lora", "raw")
+_NOT_IN_CONFIG_JSON = ("audio_config", "language_config", "processor", "eos_ids", "lora", "raw", "directory")
 IMPLEMENTED_MEL = {
     "mel_sr": (16000,),
     "mel_n_fft": (400,),
@@ -317,6 +319,8 @@ def read_json(path: AnyPath) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         if what := foreign_content(path):
             raise MossAudioError(f"{path} is {what}") from error
+        if isinstance(error, PermissionError):
+            raise MossAudioError(f"{path} can't be read ({error.strerror}): ask its owner for access") from error
         raise MossAudioError(f"{path} can't be read as JSON ({error}): fetch the file again") from error
     if not isinstance(content, dict):
         raise MossAudioError(f"{path} must hold a JSON object, but holds a {type(content).__name__}")

@@ -116,6 +116,8 @@ def children(directory: AnyPath) -> list[Path]:
         return retried(directory, lambda: sorted(directory.iterdir()))
     except (FileNotFoundError, NotADirectoryError):
         return []
+    except PermissionError as error:
+        raise _unreadable(directory, error) from error
 
 
 def exists(path: AnyPath) -> bool:
@@ -127,7 +129,13 @@ def exists(path: AnyPath) -> bool:
         retried(path, lambda: os.stat(path))
     except (FileNotFoundError, NotADirectoryError):
         return False
+    except PermissionError as error:
+        raise _unreadable(path, error) from error
     return True
+
+
+def _unreadable(path: Path, error: OSError) -> MossAudioError:
+    return MossAudioError(f"{path} can't be read ({reason(error)}): ask its owner for access, or give another path")
 
 
 def reason(error: OSError) -> str:

@@ -16,7 +16,8 @@ from moss_audio_jax.config import LoraConfig, MossAudioConfig, read_json
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.lora import adaptable_layers
 from moss_audio_jax.model import MossAudio
-from moss_audio_jax.paths import AnyPath, file_in, to_path, write_whole
+from moss_audio_jax.paths import AnyPath, exists, file_in, to_path, write_whole
+from moss_audio_jax.recognition import not_an_adapter
 from moss_audio_jax.released import SafetensorsCheckpoint, adapter_leaves, released_leaves
 
 ADAPTER_CONFIG, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -39,6 +40,8 @@ class PeftAdapter(SafetensorsCheckpoint):
 
     def __init__(self, directory: AnyPath, config: MossAudioConfig):
         self.config = adapted_config(directory, config)
+        if not exists(to_path(directory) / ADAPTER_FILE):
+            raise MossAudioError(not_an_adapter(directory, is_model=False))
         super().__init__(directory, adapter_leaves(self.config), tied=False, single_file=ADAPTER_FILE)
 
 

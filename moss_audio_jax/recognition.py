@@ -90,7 +90,9 @@ def not_an_adapter(path: AnyPath, is_model: bool) -> str:
     names = [entry.name for entry in children(path)]
     for pattern, what in _ADAPTERS:
         if pattern in names:
-            return f"{path} has {pattern}, {what}"
+            return f"{path} holds {pattern}, {what}"
+    if "adapter_config.json" in names:
+        return f"{path} holds adapter_config.json and no adapter_model.safetensors: fetch that file too"
     if names:
         return f"{path} holds no adapter_config.json: give {ADAPTER}"
     return not_a_model(path, ADAPTER)

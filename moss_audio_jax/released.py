@@ -347,11 +347,13 @@ def _check_file(directory: Path, file: str) -> None:
 
 def _read_header(directory: Path, file: str) -> dict[str, TensorHeader]:
     try:
-        with safe_open(directory / file, framework="numpy"):
-            pass  # checks the whole header, and that the file is as long as it says
         with (directory / file).open("rb") as handle:
+            with safe_open(directory / file, framework="numpy"):
+                pass  # checks the whole header, and that the file is as long as it says
             length = int.from_bytes(handle.read(8), "little")
             header = _parse_json(handle.read(length))
+    except PermissionError as error:
+        raise MossAudioError(f"{file} can't be read ({error.strerror}): ask its owner for access") from error
     except (SafetensorError, OSError, ValueError) as error:
         what = foreign_content(directory / file)
         raise MossAudioError(
