@@ -14,7 +14,7 @@ from typing import Annotated, Any, Self
 
 from moss_audio_jax.errors import MossAudioError, shown
 from moss_audio_jax.json_files import read_json
-from moss_audio_jax.paths import AnyPath, Path, exists, to_path, write_whole
+from moss_audio_jax.paths import AnyPath, Path, absolute, exists, file_in, to_path, write_whole
 from moss_audio_jax.patterns import matches
 from moss_audio_jax.schema import (
     INT32,
@@ -185,6 +185,7 @@ class MossAudioConfig:
 
     lora: adapters that the model has beside the released parameters; no released file tells of them.
     raw: the files as they were read (for a new checkpoint the 4B's), so that they can be written back equal.
+    directory: where they were read from, and where the tokenizer files are; None for a new checkpoint.
     """
 
     audio_config: EncoderConfig = EncoderConfig()
@@ -199,6 +200,7 @@ class MossAudioConfig:
     raw: Mapping[str, dict] = dataclasses.field(
         default_factory=lambda: _read_files(to_path(__file__).parent / "released_4b"), compare=False, repr=False
     )
+    directory: str | None = dataclasses.field(default=None, compare=False, repr=False)
 
     def __post_init__(self):
         check_fields(self)
@@ -233,7 +235,7 @@ class MossAudioConfig:
         if "config.json" not in raw:
             raise MossAudioError(f"{directory} holds no config.json: give the directory of a MOSS-Audio checkpoint")
         try:
-            return cls._from_raw(raw)
+            return dataclasses.replace(cls._from_raw(raw), directory=str(absolute(directory)))
         except MossAudioError as error:
             raise MossAudioError(f"{directory}: its configuration can't be used: {error}") from error
 
@@ -290,8 +292,10 @@ class MossAudioConfig:
         if "n_window" in encoder or self.audio_config.chunk_frames != EncoderConfig.chunk_frames:
             frames = self.audio_config.chunk_frames
             encoder["n_window"] = None if frames is None else frames // 2
-        rope = language.get("rope_parameters") or language
-        rope["rope_theta"] = self.language_config.rope_theta
+        # Transformers 4 reads the one alone, and 5 writes the other alone.
+        for rope in (language, language.get("rope_parameters")):
+            if rope:
+                rope["rope_theta"] = self.language_config.rope_theta
         # What the released files repeat follows its original.
         config.update({key: getattr(self.language_config, key) for key in _REPEATED if config.get(key) is not None})
         if language.get("layer_types"):
@@ -311,7 +315,7 @@ class MossAudioConfig:
 
 
 # Fields of MossAudioConfig that are no keys of that file, or are read and written by themselves.
-_NOT_IN_CONFIG_JSON = ("audio_config", "language_config", "processor", "eos_ids", "lora", "raw")
+_NOT_IN_CONFIG_JSON = ("audio_config", "language_config", "processor", "eos_ids", "lora", "raw", "directory")
 IMPLEMENTED_MEL = {
     "mel_sr": (16000,),
     "mel_n_fft": (400,),
@@ -344,7 +348,8 @@ CONFIG_FILES = ("config.json", "processor_config.json", "generation_config.json"
 
 
 def _read_files(directory: Path) -> dict[str, dict]:
-    return {name: read_json(directory / name) for name in CONFIG_FILES if exists(directory / name)}
+    files = {name: file_in(directory, name) for name in CONFIG_FILES}
+    return {name: read_json(file) for name, file in files.items() if exists(file)}
 
 
 def _require_values(content: Mapping, allowed: Mapping[str, tuple], where: str) -> None:
@@ -428,13 +433,19 @@ def read_language(content: dict, where: str = "language_config") -> LanguageConf
 
 
 def _read_rope_theta(content: dict, where: str) -> Any:
-    """Transformers 5 moves it into rope_parameters."""
-    rope = content.get("rope_parameters") or {"rope_theta": content.get("rope_theta")}
+    """Transformers 5 moves it into rope_parameters; where it stands in both, they agree."""
+    rope = content.get("rope_parameters") or {}
     _require(isinstance(rope, dict), f"{where}.rope_parameters must be an object, not {shown(rope)}")
     _require_values(rope, {"rope_type": ("default",)}, f"{where}.rope_parameters")
     unknown = sorted(set(rope) - {"rope_type", "rope_theta"})
     _require(not unknown, f"{where}.rope_parameters has {shown(unknown)}, which this port does not implement")
-    return rope.get("rope_theta")
+    inner, outer = rope.get("rope_theta"), content.get("rope_theta")
+    _require(
+        inner is None or outer is None or inner == outer,
+        f"{where}.rope_parameters has the rope_theta {shown(inner)} and {where} itself {shown(outer)}: correct the one "
+        "that the model was not trained with",
+    )
+    return outer if inner is None else inner
 
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -9,6 +9,7 @@ from typing import Any
 
 from moss_audio_jax.errors import MossAudioError, shown
 from moss_audio_jax.paths import AnyPath, is_remote, read_bytes, reason, to_path
+from moss_audio_jax.recognition import foreign_content
 from moss_audio_jax.retries import retried
 
 MAX_BYTES = 1 << 28  # the largest of a released checkpoint, tokenizer.json, has 11 MB
@@ -29,9 +30,13 @@ def read_json(path: AnyPath) -> dict[str, Any]:
         return parse_json(read_bytes(path))
     except MossAudioError:
         raise
+    except PermissionError as error:
+        raise MossAudioError(f"{path} can't be read ({reason(error)}): ask its owner for access") from error
     except OSError as error:
         raise MossAudioError(f"{path} can't be read ({reason(error)}): fetch the file again") from error
     except ValueError as error:
+        if what := foreign_content(path):
+            raise MossAudioError(f"{path} is {what}") from error
         raise MossAudioError(f"{path} can't be read as JSON ({error}): fetch the file again") from error
 
 

@@ -20,7 +20,8 @@ from moss_audio_jax.errors import MossAudioError, shown
 from moss_audio_jax.json_files import read_json
 from moss_audio_jax.lora import adaptable_layers
 from moss_audio_jax.model import MossAudio
-from moss_audio_jax.paths import AnyPath, to_path, write_whole
+from moss_audio_jax.paths import AnyPath, exists, file_in, to_path, write_whole
+from moss_audio_jax.recognition import not_an_adapter
 from moss_audio_jax.released import SafetensorsCheckpoint, adapter_leaves, released_leaves
 from moss_audio_jax.schema import SWITCH, Rule, check_keys, integer, number
 
@@ -67,12 +68,14 @@ class PeftAdapter(SafetensorsCheckpoint):
 
     def __init__(self, directory: AnyPath, config: MossAudioConfig):
         self.config = adapted_config(directory, config)
+        if not exists(to_path(directory) / ADAPTER_FILE):
+            raise MossAudioError(not_an_adapter(directory, is_model=False))
         super().__init__(directory, adapter_leaves(self.config), tied=False, single_file=ADAPTER_FILE)
 
 
 def adapted_config(directory: AnyPath, config: MossAudioConfig) -> MossAudioConfig:
     """The configuration of a model with the adapter that a directory's adapter_config.json describes."""
-    path = to_path(directory) / ADAPTER_CONFIG
+    path = file_in(directory, ADAPTER_CONFIG)
     try:
         lora = _read_lora(read_json(path), config)
     except MossAudioError as error:
@@ -82,11 +85,11 @@ def adapted_config(directory: AnyPath, config: MossAudioConfig) -> MossAudioConf
 
 def base_of(directory: AnyPath) -> str | None:
     """What an adapter says that it was made for: a directory, or a name on a hub."""
-    path = to_path(directory) / ADAPTER_CONFIG
+    path = file_in(directory, ADAPTER_CONFIG)
     base = read_json(path).get("base_model_name_or_path")
-    if base is not None:
+    if base:
         _NAME.check(f"{path}: base_model_name_or_path", base)
-    return base
+    return base or None
 
 
 def write_adapter_config(directory: AnyPath, config: MossAudioConfig, base: str | None) -> None:

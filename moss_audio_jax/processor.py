@@ -6,7 +6,7 @@ from typing import Self
 import numpy as np
 
 from moss_audio_jax.audio import SAMPLE_RATE, load_audio, log_mel, num_audio_tokens, round_bfloat16
-from moss_audio_jax.checkpoint import files_directory
+from moss_audio_jax.checkpoint import processor_directories
 from moss_audio_jax.config import MossAudioConfig
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.inputs import ModelInputs, make_inputs
@@ -20,18 +20,18 @@ class Processor:
     """Everything around the network that a checkpoint defines: tokenizer, prompt, time markers, mel."""
 
     def __init__(self, tokenizer: Tokenizer, config: MossAudioConfig):
+        vocab_size = config.language_config.vocab_size
+        if tokenizer.size > vocab_size:  # JAX would take the last embedding for ids past it
+            raise MossAudioError(
+                f"the tokenizer has ids up to {tokenizer.size - 1}, and the vocab_size of "
+                f"{config.directory or 'the model'} is {vocab_size}: use the tokenizer of this model"
+            )
         self.tokenizer = tokenizer
         self.config = config
 
     @classmethod
     def from_dir(cls, directory: AnyPath) -> Self:
-        tokenizer, config = Tokenizer.from_dir(directory), MossAudioConfig.from_hf(directory)
-        if tokenizer.size > config.language_config.vocab_size:  # JAX would take the last embedding for ids past it
-            raise MossAudioError(
-                f"{directory}: its tokenizer has ids up to {tokenizer.size - 1}, and the model's vocab_size is "
-                f"{config.language_config.vocab_size}: use the tokenizer of this model"
-            )
-        return cls(tokenizer, config)
+        return cls(Tokenizer.from_dir(directory), MossAudioConfig.from_hf(directory))
 
     def __call__(
         self,
@@ -86,4 +86,5 @@ class Processor:
 
 def load_processor(path: AnyPath) -> Processor:
     """The processor of whatever `load_model` reads."""
-    return Processor.from_dir(files_directory(path))
+    tokenizer, config = processor_directories(path)
+    return Processor(Tokenizer.from_dir(tokenizer), MossAudioConfig.from_hf(config))

@@ -28,7 +28,8 @@ from tokenizers import AddedToken, Regex, models, pre_tokenizers
 from moss_audio_jax.config import ProcessorConfig
 from moss_audio_jax.errors import MossAudioError, shown
 from moss_audio_jax.json_files import read_json
-from moss_audio_jax.paths import AnyPath, Path, exists, read_text, to_path
+from moss_audio_jax.paths import AnyPath, Path, exists, file_in, read_text, to_path
+from moss_audio_jax.recognition import foreign_content
 from moss_audio_jax.retries import summary
 from moss_audio_jax.schema import INT32, integer
 
@@ -104,18 +105,24 @@ class Tokenizer:
 
     @classmethod
     def from_dir(cls, directory: AnyPath) -> Self:
-        """Reads vocab.json, merges.txt and the added tokens, as released; without those, tokenizer.json."""
+        """Reads vocab.json, merges.txt and the added tokens, as released; or tokenizer.json, as transformers 5 saves it.
+
+        Where both are there tokenizer.json counts, which may add tokens. Raises MossAudioError if the two disagree.
+        """
         directory = to_path(directory)
-        missing = [name for name in ("vocab.json", "merges.txt") if not exists(directory / name)]
-        if not missing:
-            return cls(_read_released(directory), directory)
-        path = directory / "tokenizer.json"
-        if not exists(path):
+        path = file_in(directory, "tokenizer.json")
+        missing = [name for name in ("vocab.json", "merges.txt") if not exists(file_in(directory, name))]
+        if missing and not exists(path):
             raise MossAudioError(
                 f"{directory} holds no {' and no '.join(missing)} (and no tokenizer.json in their place): "
                 "copy the tokenizer files from the released model"
             )
-        return cls(_read_tokenizer_json(path), path)
+        if not exists(path):
+            return cls(_read_released(directory), directory)
+        core = _read_tokenizer_json(path)
+        if not missing:
+            _require_same(core, path)
+        return cls(core, path)
 
     @property
     def pre_tokenizer(self) -> pre_tokenizers.PreTokenizer:
@@ -169,6 +176,34 @@ class StreamDecoder:
         return self._utf8.decode(b"", final=True)
 
 
+def _require_same(core: tokenizers.Tokenizer, path: Path) -> None:
+    """Compares a tokenizer.json, read as `core`, with the released files beside it: it may only add tokens to those."""
+    added = {token.content: token_id for token_id, token in core.get_added_tokens_decoder().items()}
+    found = core.get_vocab(with_added_tokens=True)
+    expected = read_json(path.with_name("vocab.json"))
+    expected |= {token.content: token_id for token_id, token in _read_added_tokens(path.parent).items()}
+    differing = [token for token in expected if found.get(token) != expected[token]]
+    differing += sorted(found.keys() - expected.keys() - added.keys())
+    if differing:
+        token = differing[0]
+        ids = [f"with the id {side[token]}" if token in side else "not" for side in (found, expected)]
+        problem = f"{token!r} is {ids[0]} in the one and {ids[1]} in the others"
+    elif _merges(path) != _read_merges(path.with_name("merges.txt")):
+        problem = "their merges differ"
+    else:
+        return
+    raise MossAudioError(
+        f"{path} and the vocab.json, merges.txt and added tokens beside it are different tokenizers ({problem}): remove "
+        "whichever the model was not trained with"
+    )
+
+
+def _merges(path: Path) -> list[tuple[str, ...]]:
+    """Of a tokenizer.json that has been read; older ones hold each as a text."""
+    merges = read_json(path)["model"].get("merges", [])
+    return [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in merges]
+
+
 def _read_released(directory: Path) -> tokenizers.Tokenizer:
     added = _read_added_tokens(directory)
     # Added tokens stand in the vocabulary too: the library numbers those it does not find there by itself.
@@ -198,7 +233,11 @@ def _read_merges(path: Path) -> list[tuple[str, str]]:
     try:
         lines = read_text(path).splitlines()
     except (OSError, UnicodeDecodeError) as error:
+        if what := foreign_content(path):
+            raise MossAudioError(f"{path} is {what}") from error
         raise MossAudioError(f"{path} can't be read ({error}): fetch the file again") from error
+    if what := foreign_content(path):  # text too
+        raise MossAudioError(f"{path} is {what}")
     merges = []
     for number, line in enumerate(lines, start=1):
         if not line.strip() or (number == 1 and line.startswith("#version:")):
@@ -232,7 +271,7 @@ def _ids(vocabulary: Any, where: object) -> dict[str, int]:
 def _read_added_tokens(directory: Path) -> dict[int, AddedToken]:
     """Tokens by id: `added_tokens_decoder` in tokenizer_config.json or else the older added_tokens.json."""
     config, names, added = (
-        read_json(directory / name) if exists(directory / name) else {}
+        read_json(directory / name) if exists(file_in(directory, name)) else {}
         for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
     )
     if "added_tokens_decoder" in config:

@@ -77,5 +77,5 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path):
     write_small_tokenizer(tmp_path)
     vocabulary = json.loads((tmp_path / "vocab.json").read_text("utf-8"))
     (tmp_path / "vocab.json").write_text(json.dumps(vocabulary | {"ab": 512}), "utf-8")
-    with pytest.raises(MossAudioError, match="ids up to 512, and the model's vocab_size is 512"):
+    with pytest.raises(MossAudioError, match=r"ids up to 512, and the vocab_size of .* is 512"):
         load_processor(tmp_path)
