@@ -253,6 +253,7 @@ def _read_merges(path: Path) -> list[tuple[str, str]]:
 
 
 _TOKEN_ID = integer(0, INT32)
+_ADDED_LENGTH = 256  # the library takes a time that grows with its square: minutes for 70,000 characters
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
@@ -284,7 +285,10 @@ def _read_added_tokens(directory: Path) -> dict[int, AddedToken]:
         return tokens
     _ids(added, directory / "added_tokens.json")
     special = {token for content in (names, config) for token in _special_tokens(content)}
-    return {token_id: AddedToken(token, special=token in special) for token, token_id in added.items()}
+    return {
+        token_id: _added_token({"content": token, "special": token in special}, directory / "added_tokens.json")
+        for token, token_id in added.items()
+    }
 
 
 def _parse_id(text: str, where: Path) -> int:
@@ -297,8 +301,11 @@ def _parse_id(text: str, where: Path) -> int:
 def _added_token(token: Any, where: Path) -> AddedToken:
     """From an object with a content and perhaps flags."""
     content = token.get("content") if isinstance(token, dict) else None
-    if not isinstance(content, str) or not content:
-        raise MossAudioError(f"{where}: an added token must be an object with a text as content, not {shown(token)}")
+    if not isinstance(content, str) or not 0 < len(content) <= _ADDED_LENGTH:
+        raise MossAudioError(
+            f"{where}: an added token must be an object whose content is a text of 1 to {_ADDED_LENGTH} characters, not "
+            f"{shown(token)}"
+        )
     flags = {name: token[name] for name in _FLAGS if name in token}
     for name, value in flags.items():
         if not isinstance(value, bool):
