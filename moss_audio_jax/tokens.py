@@ -303,8 +303,8 @@ def _added_token(token: Any, where: Path) -> AddedToken:
     content = token.get("content") if isinstance(token, dict) else None
     if not isinstance(content, str) or not 0 < len(content) <= _ADDED_LENGTH:
         raise MossAudioError(
-            f"{where}: an added token must be an object whose content is a text of 1 to {_ADDED_LENGTH} characters, not "
-            f"{shown(token)}"
+            f"{where}: an added token must be an object whose content is a text of 1 to {_ADDED_LENGTH} characters, "
+            f"not {shown(token)}"
         )
     flags = {name: token[name] for name in _FLAGS if name in token}
     for name, value in flags.items():
