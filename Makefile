@@ -5,7 +5,10 @@ export JAX_PLATFORMS ?= cpu
 # Tests start processes that need the same programs: each is compiled once.
 test: export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.venv/compiled
 
-.PHONY: demo test gates soak check format clean
+# `make fuzz` tries as many damaged checkpoints.
+FUZZ_INPUTS ?= 1000000
+
+.PHONY: demo test gates soak fuzz check format clean
 
 demo: .venv/core
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash runs/demo.sh demo-out
@@ -22,6 +25,10 @@ gates: .venv/test
 # Runs under kills and faults, about an hour: docs/soak.md.
 soak: .venv/test
 	PYTHONPATH=. $(BIN)/python tests/soak.py
+
+# Damaged checkpoints, a million by default, an hour on two cores: docs/robustness.md.
+fuzz: .venv/test
+	PYTHONPATH=. $(BIN)/python -m tests.fuzz.run --inputs $(FUZZ_INPUTS)
 
 check: .venv/test
 	$(BIN)/ruff check .

@@ -7,13 +7,14 @@ import os
 import signal
 import sys
 
-if (
-    (__name__ == "__main__" or os.path.basename(sys.argv[0]).startswith("moss-audio"))  # not imported by a test
-    and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+# During the imports below, which take seconds, however the command was started.
+if (__name__ == "__main__" or os.path.basename(sys.argv[0]).startswith("moss-audio-convert")) and (
+    signal.getsignal(signal.SIGINT) is signal.default_int_handler
 ):
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # during the imports below, which take seconds
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import json
+import math
 import pathlib
 import time
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ import tyro
 
 from convert.memory import peak_memory
 from moss_audio_jax.cli import Commands, PathArgument, run_door
+from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.interruption import cleans_up_on_signals
 from moss_audio_jax.paths import AnyPath
 
@@ -84,6 +86,8 @@ def to_hf(
         shard_gb: Gigabytes (10^9 bytes) of tensors in a file, at most; what fits in one gets no index.
         base: The model that an adapter is merged into, if not the one that it names.
     """
+    if not 1 <= shard_gb * 10**9 < math.inf:
+        raise MossAudioError(f"--shard-gb must be a number of gigabytes above 0, not {shard_gb}")
     with _reported(target):
         import numpy as np
 

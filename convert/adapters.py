@@ -13,7 +13,16 @@ from convert.pieces import cast, row_blocks
 from convert.safetensors_files import TensorBlocks, write_file
 from convert.staging import check_target, staged
 from convert.to_orbax import leaf_dtypes, pieces
-from moss_audio_jax.checkpoint import PARAMS, base_directory, companion_files, files_directory, is_adapter, orbax_paths
+from moss_audio_jax.checkpoint import (
+    PARAMS,
+    base_directory,
+    companion_files,
+    files_directory,
+    is_adapter,
+    is_released,
+    orbax_paths,
+    require_adapter,
+)
 from moss_audio_jax.config import MossAudioConfig
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.paths import AnyPath, to_path
@@ -24,15 +33,17 @@ from moss_audio_jax.released import PEFT_PREFIX, adapter_leaves
 class MergedCheckpoint:
     """A model with an adapter merged into it, seen as released tensors, read in rows; the same face as the others'.
 
-    base: the model's directory; None takes the one that the adapter names.
-    Tensors have the model's own types; W + scale B A is summed in float32 and rounded once.
+    base: the model's directory; None takes the one that the adapter names. dtype: what tensors are read in; None takes
+    the model's own types, which `dtype` gives in any case.
+    W + scale B A is summed in float32 and rounded once, to what it is read in.
     """
 
-    def __init__(self, adapter: AnyPath, base: AnyPath | None = None):
+    def __init__(self, adapter: AnyPath, base: AnyPath | None = None, dtype: np.dtype | None = None):
         base = base_directory(adapter) if base is None else base
         if is_adapter(base):
             raise MossAudioError(f"{base} holds an adapter, not a model: give the model that {adapter} is for")
-        self._base = open_checkpoint(base)
+        require_adapter(adapter)
+        self._base, self._read_as = open_checkpoint(base), dtype
         self._adapter = _open_adapter(adapter, self._base.config)
         assert self._adapter.config.lora is not None
         self._scale = self._adapter.config.lora.scale
@@ -46,15 +57,16 @@ class MergedCheckpoint:
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Rows [start, stop) of a tensor, all by default."""
+        dtype = self._read_as or self.dtype(name)
         if PEFT_PREFIX + name in self._names:
-            return cast(self._adapter.read(PEFT_PREFIX + name, start, stop), self.dtype(name), name)
+            return cast(self._adapter.read(PEFT_PREFIX + name, start, stop), dtype, name)
         rows = self._base.read(name, start, stop)
         layer = PEFT_PREFIX + name.removesuffix(".weight")
         if f"{layer}.lora_A.weight" not in self._names:
-            return rows
+            return cast(rows, dtype, name)
         a, b = (self._adapter.read(f"{layer}.lora_A.weight"), self._adapter.read(f"{layer}.lora_B.weight", start, stop))
         product = b.astype(np.float32) @ a.astype(np.float32)
-        return cast(rows.astype(np.float32) + np.float32(self._scale) * product, rows.dtype, name)
+        return cast(rows.astype(np.float32) + np.float32(self._scale) * product, dtype, name)
 
 
 def convert_to_peft(source: AnyPath, target: AnyPath, dtype: np.dtype | None = None) -> None:
@@ -92,6 +104,8 @@ def convert_from_peft(source: AnyPath, target: AnyPath, base: AnyPath | None = N
     adapter names. Tensors stay in the types they have, and adapter_config.json as it is.
     """
     target = check_target(target)
+    if not is_released(source):  # else the sentence below says it
+        require_adapter(source)
     if not is_adapter(source) or orbax_paths(source) is not None:
         raise MossAudioError(f"{source} is no adapter of PEFT's: give a directory with {ADAPTER_CONFIG}")
     base = base_directory(source) if base is None else base

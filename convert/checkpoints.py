@@ -3,7 +3,7 @@
 import json
 import re
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -46,12 +46,30 @@ def by_released_name(leaves: dict[str, ReleasedLeaf]) -> dict[str, ReleasedLeaf]
     return {name: named[name] for name in sorted(named, key=numerically)}
 
 
-def copy_companions(source: Checkpoint, target: Path, dtype: np.dtype | None) -> None:
-    """Copies configuration and tokenizer files byte for byte, except that config.json tells of a changed type."""
+def with_rope_theta(config: dict[str, Any]) -> dict[str, Any]:
+    """config.json's content with the rotary base where transformers 4 reads it: 5 writes rope_parameters alone."""
+    language = config.get("language_config", {})
+    theta = (language.get("rope_parameters") or {}).get("rope_theta")
+    if theta is None or "rope_theta" in language:
+        return config
+    return config | {"language_config": language | {"rope_theta": theta}}
+
+
+def copy_companions(source: Checkpoint, target: Path, dtype: np.dtype | None, *, export: bool = False) -> None:
+    """Copies configuration and tokenizer files byte for byte, except that config.json tells of a changed type.
+
+    export: config.json also says what transformers 4 would not find in one of 5.
+    """
     for file in companion_files(source.directory):
         file.copy(target / file.name, overwrite=True)
     if dtype is not None and any(source.dtype(name) != dtype for name in by_released_name(source.leaves)):
         config = read_json(target / "config.json")
         keys = [key for key in DTYPE_KEYS if key in config] or DTYPE_KEYS[:1]
         config |= dict.fromkeys(keys, str(dtype))
-        (target / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        _write_config(config, target)
+    if export and (exported := with_rope_theta(config := read_json(target / "config.json"))) != config:
+        _write_config(exported, target)
+
+
+def _write_config(config: dict[str, Any], target: Path) -> None:
+    (target / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")

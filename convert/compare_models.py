@@ -13,6 +13,7 @@ from scipy.special import log_softmax
 
 from moss_audio_jax.audio import SAMPLE_RATE, load_audio, log_mel, num_audio_tokens, round_bfloat16
 from moss_audio_jax.checkpoint import files_directory, load_model, tokenizer_files
+from moss_audio_jax.compilation import jit
 from moss_audio_jax.config import MossAudioConfig
 from moss_audio_jax.inputs import ModelInputs, make_inputs
 from moss_audio_jax.language_model import KVCache
@@ -121,12 +122,7 @@ def jax_stages(
     return {stage: np.asarray(values, np.float32) for stage, values in stages.items()}
 
 
-# Without this pass XLA would keep float32 copies of all bfloat16 weights on the CPU: three times the memory.
-@functools.partial(
-    jax.jit,
-    static_argnums=0,
-    compiler_options={"xla_disable_hlo_passes": "while-loop-invariant-code-motion"},
-)
+@functools.partial(jit, static_argnums=0)
 def _compiled_stages(
     graphdef: nnx.GraphDef, state: nnx.State, inputs: ModelInputs, slots: jax.Array, positions: jax.Array
 ) -> dict[str, jax.Array]:

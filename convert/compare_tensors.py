@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from convert.checkpoints import DTYPE_KEYS, Checkpoint, by_released_name
+from convert.checkpoints import DTYPE_KEYS, Checkpoint, by_released_name, with_rope_theta
 from convert.pieces import row_blocks
 from moss_audio_jax.checkpoint import companion_files
 from moss_audio_jax.config import read_json
@@ -22,7 +22,8 @@ class TensorComparison:
     """One tensor of both checkpoints.
 
     equal: the target's bits are those of the source converted to the target's type. max_abs_error and
-    max_relative_error are the differences to the source, 0 where the types are the same and the bits equal.
+    max_relative_error are the differences to the source, 0 where the types are the same and the bits equal. finite:
+    neither side holds NaN or infinity.
     """
 
     name: str
@@ -31,10 +32,13 @@ class TensorComparison:
     equal: bool
     max_abs_error: float
     max_relative_error: float
+    finite: bool
 
 
 def companion_differences(source: AnyPath, target: AnyPath) -> list[str]:
-    """How configuration and tokenizer files differ; the type of the weights in config.json may."""
+    """How configuration and tokenizer files differ; the type of the weights in config.json may, and whether
+    its rotary base stands where transformers 4 reads it too.
+    """
     files = [{file.name: file for file in companion_files(directory)} for directory in (source, target)]
     problems = []
     for name in sorted(files[0].keys() | files[1].keys()):
@@ -52,7 +56,7 @@ def _content(file: Path) -> Any:
         return file.read_bytes()
     content = read_json(file)
     if file.name == "config.json":
-        content = {key: value for key, value in content.items() if key not in DTYPE_KEYS}
+        content = {key: value for key, value in with_rope_theta(content).items() if key not in DTYPE_KEYS}
     return json.dumps(content, sort_keys=True)
 
 
@@ -80,15 +84,16 @@ def compare_tensors(source: Checkpoint, target: Checkpoint) -> Iterator[TensorCo
     }
     for name, leaf in tqdm(common.items(), unit="tensor", disable=None):
         dtypes = source.dtype(name), target.dtype(name)
-        equal, max_abs, max_relative = True, 0.0, 0.0
+        equal, max_abs, max_relative, finite = True, 0.0, 0.0, True
         for start, stop in row_blocks(leaf, max(dtype.itemsize for dtype in dtypes)):
             expected, found = source.read(name, start, stop), target.read(name, start, stop)
             same = same_bits(expected, found)
             equal &= same
+            finite &= bool(np.isfinite(found).all()) and (same or bool(np.isfinite(expected).all()))
             if not same or dtypes[0] != dtypes[1]:
                 block_abs, block_relative = largest_errors(expected, found)
                 max_abs, max_relative = max(max_abs, block_abs), max(max_relative, block_relative)
-        yield TensorComparison(name, str(dtypes[0]), str(dtypes[1]), equal, max_abs, max_relative)
+        yield TensorComparison(name, str(dtypes[0]), str(dtypes[1]), equal, max_abs, max_relative, finite)
 
 
 def same_bits(expected: np.ndarray, found: np.ndarray) -> bool:

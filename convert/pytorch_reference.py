@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from convert.checkpoints import with_rope_theta
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.released import IGNORED_TENSORS, INDEX_FILE, SINGLE_FILE
 
@@ -137,7 +138,7 @@ class ReferenceModel(nn.Module):
 
     def __init__(self, config: Mapping[str, Any]):
         super().__init__()
-        self.config = dict(config)
+        self.config = config = with_rope_theta(dict(config))
         language_config = Qwen3Config(**config["language_config"])
         hidden_size = language_config.hidden_size
         shape = config["audio_config"]["output_dim"], config["adapter_hidden_size"], hidden_size

@@ -30,7 +30,7 @@ def staged(target: Path, required_bytes: int) -> Iterator[Path]:
 
     Says what will be needed and refuses if the disk has not that much room.
     """
-    existing = next(parent for parent in target.parents if parent.exists())
+    existing = next(parent for parent in target.parents if os.path.exists(parent))
     free = shutil.disk_usage(existing).free
     required = required_bytes + required_bytes // 50 + (1 << 20)  # headers, manifests, padding
     print(

@@ -29,13 +29,11 @@ def convert_to_hf(
     single tensor is larger. base: where `source` is an adapter, the model that it is merged into; None takes the one
     that it names.
     """
-    if shard_bytes < 1:
-        raise MossAudioError(f"--shard-gb must be above 0, not {shard_bytes / 1e9}")
     target = check_target(target)
     if base is not None and not is_adapter(source):
         raise MossAudioError(f"{source} is no adapter that could be merged into {base}: leave --base out")
     if is_adapter(source):
-        checkpoint = MergedCheckpoint(source, base)
+        checkpoint = MergedCheckpoint(source, base, dtype)
     elif layout_of(source) == "released":
         raise MossAudioError(f"{source} is a released directory already: give one that to-orbax or training wrote")
     else:
@@ -51,5 +49,5 @@ def convert_to_hf(
         stored_as = dtype or checkpoint.dtype(name)
         tensors.append(TensorBlocks(name, leaf.tensor_shape, stored_as, partial(blocks, name, stored_as)))
     with staged(target, sum(tensor.nbytes for tensor in tensors)) as work:
-        copy_companions(checkpoint, work, dtype)
+        copy_companions(checkpoint, work, dtype, export=True)
         write_safetensors(work, tensors, shard_bytes)

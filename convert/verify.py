@@ -41,10 +41,8 @@ THRESHOLDS: dict[str, Thresholds] = {
     "float32": Thresholds(relative_error=1e-4, kl=1e-6, top_1_agreement=0.99, top_k_overlap=0.99),
     "bfloat16": Thresholds(relative_error=0.1, kl=0.05, top_1_agreement=0.9, top_k_overlap=0.9),
 }
-# The extra has PyTorch for Python 3.11 alone.
-INSTALL = (
-    "pip install 'moss-audio-jax[test]'" if sys.version_info < (3, 12) else "pip install torch transformers==4.57.1"
-)
+# Not by an extra: those leave PyTorch out for versions of Python that its tested release has no wheel for.
+INSTALL = "pip install torch 'transformers==4.57.1'"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,6 +188,11 @@ def table(report: Report) -> str:
             f"{max(t.max_relative_error for t in equal):.3g} relative"
         )
         lines.append(f"{len(equal)} tensors {what}")
+    lines += [
+        f"{t.name} holds NaN or infinity: no answer of this model means anything"
+        for t in report.tensors
+        if not t.finite
+    ]
     lines += _model_lines(report)
     return "\n".join([*lines, "PASSED" if report.passed else "FAILED"])
 

@@ -7,6 +7,7 @@ tokenizer files. `load_model` reads that, the newest checkpoint of a training ru
 import dataclasses
 import fnmatch
 import functools
+import os
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, TypeVar
 
@@ -18,12 +19,25 @@ import tensorstore as ts
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 
-from moss_audio_jax.config import CONFIG_FILES, MossAudioConfig, read_json
-from moss_audio_jax.errors import MossAudioError, StorageError
+from moss_audio_jax.config import CONFIG_FILES, MossAudioConfig
+from moss_audio_jax.errors import MossAudioError, StorageError, shown
 from moss_audio_jax.int8 import int8_kernels
+from moss_audio_jax.json_files import read_json
 from moss_audio_jax.model import MossAudio, adapter_specs, parameter_specs
-from moss_audio_jax.paths import AnyPath, Path, absolute, children, exists, is_inside, to_path, url
+from moss_audio_jax.paths import (
+    AnyPath,
+    Path,
+    absolute,
+    children,
+    exists,
+    file_in,
+    is_inside,
+    is_plain_name,
+    to_path,
+    url,
+)
 from moss_audio_jax.peft_files import ADAPTER_CONFIG, PeftAdapter, adapted_config, base_of
+from moss_audio_jax.recognition import not_a_model, not_an_adapter
 from moss_audio_jax.released import (
     INDEX_FILE,
     SAFETENSORS_DTYPES,
@@ -32,6 +46,7 @@ from moss_audio_jax.released import (
     SafetensorsCheckpoint,
 )
 from moss_audio_jax.retries import is_transient, retried, summary
+from moss_audio_jax.schema import SWITCH, TEXT, Rule, check_keys, integer, none_or
 from moss_audio_jax.sharding import check_heads, named_sharding
 
 Result = TypeVar("Result")
@@ -71,11 +86,24 @@ def load_model(path: AnyPath, *, dtype: Any = None, mesh: Mesh | None = None) ->
         return load_adapter(load_model(base_directory(path), dtype=dtype, mesh=mesh), path)
     if dtype is None:
         dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    dtype = _compute_dtype(dtype)
     if layout_of(path) == "orbax":
         config = MossAudioConfig.from_hf(files_directory(path))
         return build_model(config, restore(path, config, abstract_parameters(config, dtype, mesh)))
     released = ReleasedCheckpoint(path)
     return build_model(released.config, assemble(released, abstract_parameters(released.config, dtype, mesh)))
+
+
+def _compute_dtype(dtype: Any) -> np.dtype:
+    """One that the model computes in, from its name or type."""
+    names = ("bfloat16", "float16", "float32", *(["float64"] if jax.config.read("jax_enable_x64") else []))
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError:
+        found = None
+    if found is None or found.name not in names:
+        raise MossAudioError(f"dtype must be one of {', '.join(names)}, not {dtype!r}")
+    return found
 
 
 def load_adapter(model: MossAudio, path: AnyPath) -> MossAudio:
@@ -90,6 +118,7 @@ def load_adapter(model: MossAudio, path: AnyPath) -> MossAudio:
     """
     if model.config.lora is not None:
         raise MossAudioError(f"{path}: the model has an adapter already; load this one onto the model without it")
+    require_adapter(path)
     config = adapted_config(files_directory(path), model.config)
     parameters = parameters_of(model)
     norm = parameters["language_model.norm.scale"]
@@ -145,9 +174,35 @@ def base_directory(adapter: AnyPath) -> Path:
     if base is None or not to_path(base).is_dir():
         raise MossAudioError(
             f"{adapter} holds an adapter for {base or 'a model that it does not name'}, which is no directory here: "
-            "name the model's directory, and the adapter beside it"
+            "name the model's directory, and the adapter beside it (generate MODEL --adapter, convert --base)"
+        )
+    if is_adapter(base):
+        raise MossAudioError(
+            f"{adapter} names {base} as its model, which holds an adapter itself: merge that one with `python -m "
+            "convert to-hf`, and name the model's directory and the adapter beside it"
         )
     return to_path(base)
+
+
+def require_adapter(path: AnyPath) -> None:
+    """Raises MossAudioError, with what is there instead, for a path that holds no adapter of LoRA."""
+    if not is_adapter(path):
+        raise MossAudioError(not_an_adapter(path, orbax_paths(path) is not None or is_released(path)))
+
+
+def processor_directories(path: AnyPath) -> tuple[Path, Path]:
+    """Where the tokenizer files and the configuration of a checkpoint are: an adapter may have its model's."""
+    own = files_directory(path)
+    configured, tokenized = (
+        any(exists(own / name) for name in names) for names in (CONFIG_FILES[:1], ("vocab.json", "tokenizer.json"))
+    )
+    if configured and tokenized:
+        return own, own
+    if not is_adapter(path):
+        layout_of(path)  # says what is there instead of a checkpoint
+        return own, own
+    base = files_directory(base_directory(path))
+    return own if tokenized else base, own if configured else base
 
 
 def layout_of(path: AnyPath) -> Literal["orbax", "released"]:
@@ -158,12 +213,7 @@ def layout_of(path: AnyPath) -> Literal["orbax", "released"]:
         return "released"
     if (to_path(path) / RUN_CHECKPOINTS).is_dir():
         raise MossAudioError(f"{path} is a training run without a checkpoint so far: wait until it has saved one")
-    found = f"holds neither {PARAMS}/ nor {SINGLE_FILE} nor {INDEX_FILE}" if exists(path) else "does not exist"
-    if is_adapter(path):
-        found = "holds an adapter of LoRA and no model"
-    raise MossAudioError(
-        f"{path} {found}: give a released MOSS-Audio directory, one that convert to-orbax wrote, or a training run"
-    )
+    raise MossAudioError(not_a_model(path))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,12 +293,22 @@ def _best_evaluation(run: Path, newest: Path) -> dict[str, Any] | None:
     That file is not there in runs of older versions, and is ahead if newer checkpoints have been taken away.
     """
     file = run / RUN_BEST_FILE
-    if file.exists() and (best := read_json(file))["evaluated"] <= int(newest.name):
+    if file.exists() and ((best := read_best(file))["evaluated"] or 0) <= int(newest.name):
         return best
-    if not (newest / RUN_BEST).is_dir():
-        return None
-    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
-        return checkpointer.restore(newest / RUN_BEST)
+    file = newest / RUN_BEST / "metadata"  # as Orbax calls JSON
+    return read_best(file) if exists(file) else None
+
+
+_STEP = none_or(integer(0, 2**63 - 1))
+
+
+def read_best(file: Path) -> dict[str, Any]:
+    """JSON of a best evaluation; raises MossAudioError where a step is no number: it names a directory."""
+    best = read_json(file)
+    TEXT.check(f"{file}: metric", best.get("metric"))
+    for name in ("step", "evaluated"):
+        _STEP.check(f"{file}: {name}", best.get(name))
+    return {"step": None, "evaluated": None} | best
 
 
 def files_directory(path: AnyPath) -> Path:
@@ -299,16 +359,35 @@ def build_model(config: MossAudioConfig, parameters: dict[str, Any]) -> MossAudi
     return nnx.merge(graphdef, nnx.from_flat_state(flat))
 
 
-def save_model(model: MossAudio, path: AnyPath) -> None:
-    """Writes parameters and configuration; `copy_tokenizer` adds the rest. `path` must be new or empty."""
+def save_model(model: MossAudio, path: AnyPath, *, tokenizer: AnyPath | None = None) -> None:
+    """Writes parameters, configuration and tokenizer files, for `load_model` and `load_processor`.
+
+    path: must be new or empty. tokenizer: a checkpoint whose tokenizer files are copied; None takes the one that the
+    model was loaded from, if it is still there. A model that was not loaded has none.
+    Raises MossAudioError for a model that could not be loaded again: with an adapter, or kernels in int8.
+    """
     if model.config.lora is not None:
         raise MossAudioError(f"{path}: a model with an adapter can't be saved whole; merge it with merge_adapter first")
+    parameters = parameters_of(model)
+    others = [f"{name} {leaf.dtype}" for name, leaf in parameters.items() if leaf.dtype not in _STORABLE]
+    others += sorted(parameters.keys() - parameter_specs(model.config).keys())
+    if others:
+        raise MossAudioError(
+            f"{path}: a saved model has the floating-point parameters of its configuration, not {', '.join(others[:5])}; "
+            "load its base by load_model, and save that"
+        )
     path = absolute(path)
     require_empty(path)
     path.mkdir(parents=True, exist_ok=True)
+    source = model.config.directory if tokenizer is None else tokenizer
+    if source is not None:
+        copy_tokenizer(source, path)
     model.config.save_hf(path)
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(path / PARAMS, unflatten(parameters_of(model)))
+        checkpointer.save(path / PARAMS, unflatten(parameters))
+
+
+_STORABLE = frozenset(SAFETENSORS_DTYPES.values())
 
 
 def require_empty(path: AnyPath) -> None:
@@ -338,28 +417,76 @@ def _plain_files(directory: AnyPath, patterns: Iterable[str]) -> list[Path]:
     there = children(directory)
     files = [file for pattern in patterns for file in there if fnmatch.fnmatchcase(file.name, pattern)]
     for file in files:
-        if not file.is_file() or not is_inside(directory, file):
-            raise MossAudioError(f"{file} is not a file inside its directory: copy the file itself there (`cp -L`)")
+        file_in(directory, file.name)
+        if not file.is_file():
+            raise MossAudioError(f"{file} must be a file, but is none: remove it, or copy the file itself there")
     return files
+
+
+def _require_inside(params: Path) -> None:
+    """Refuses a tree of which something is a link to outside of the checkpoint's directory, or the run's."""
+    directory = absolute(params).parent
+    root = directory.parent.parent if directory.parent.name == RUN_CHECKPOINTS else directory
+    for parent, directories, files in os.walk(params):  # gs:// has no links, and this finds nothing there
+        for path in (parent, *(os.path.join(parent, name) for name in directories + files)):
+            if not is_inside(root, path):
+                raise MossAudioError(
+                    f"{path} is a link to outside of {root}, which nothing of a checkpoint may be: copy what it "
+                    "names there (`cp -rL`)"
+                )
 
 
 def stored_shapes(params: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     """Path -> shape and dtype of what an Orbax directory holds; no tensor is read."""
+    _require_inside(params)
 
     def read() -> Any:
+        _check_tree(params)
         # Asked first, because Orbax reports damage here by a traceback of its event loop.
         ts.KvStore.open({"driver": "ocdbt", "base": f"{url(params)}/"}).result().list().result()
         return ocp.PyTreeCheckpointHandler().metadata(absolute(params))
 
     try:
         metadata = retried(params, read)
+        return flatten(metadata.tree, lambda leaf: (tuple(leaf.shape), np.dtype(leaf.dtype)))
     except MossAudioError:
         raise
     except FileNotFoundError as error:
         raise MossAudioError(f"{params} is no Orbax checkpoint, or an unfinished one: convert it again") from error
-    except (ValueError, OSError) as error:
-        raise MossAudioError(f"{params} can't be read, its files are damaged ({error}): convert it again") from error
-    return flatten(metadata.tree, lambda leaf: (tuple(leaf.shape), np.dtype(leaf.dtype)))
+    except DAMAGE as error:
+        raise _damaged(params, error) from error
+
+
+# What Orbax and TensorStore raise for files that hold something else than they expect.
+DAMAGE = (ValueError, OSError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError)
+DAMAGE += (NotImplementedError, RecursionError)
+
+
+def _damaged(params: Path, error: BaseException) -> MossAudioError:
+    return MossAudioError(f"{params} can't be read, its files are damaged ({summary(error)}): convert it again")
+
+
+def _check_tree(params: Path) -> None:
+    """Raises MossAudioError unless Orbax's description of a tree is one, whose names are plain.
+
+    Orbax makes paths of them.
+    """
+    file = params / "_METADATA"
+    if not exists(file):
+        raise MossAudioError(f"{params} is no Orbax checkpoint, or an unfinished one: convert it again")
+    content = read_json(file)
+    check_keys(content, {"use_ocdbt": Rule("true", lambda value: value is True), "use_zarr3": SWITCH}, str(file))
+    tree = content.get("tree_metadata")
+    if not isinstance(tree, dict) or not tree:
+        raise MossAudioError(f"{file}: tree_metadata must name parameters, not be {shown(tree)}: convert it again")
+    for name, leaf in tree.items():
+        keys = leaf.get("key_metadata") if isinstance(leaf, dict) else None
+        if not isinstance(keys, list) or not all(
+            isinstance(key, dict) and is_plain_name(key.get("key")) for key in keys
+        ):
+            raise MossAudioError(
+                f"{file}: {shown(name)} must have plain names as keys, not {shown(keys)}: convert it again"
+            )
 
 
 def check_stored(params: Path, config: MossAudioConfig) -> None:
@@ -417,9 +544,14 @@ def _restore(params: Path, abstract: dict[str, jax.ShapeDtypeStruct]) -> dict[st
         return retried_alone(params, read)
     except MossAudioError:
         raise
-    except (ValueError, OSError) as error:
+    except Exception as error:
+        # Orbax raises what TensorStore says of a chunk once more, as a plain Exception.
+        damage = error.__cause__ if type(error) is Exception else error
+        if not isinstance(damage, DAMAGE):
+            raise
         raise MossAudioError(
-            f"{params} can't be restored, its files are damaged ({error}): convert it again"
+            f"{params} can't be restored, its files are damaged ({summary(damage)}): convert or copy it again, or take "
+            "another checkpoint of the run"
         ) from error
 
 

@@ -10,11 +10,29 @@ import dataclasses
 import json
 import math
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
-from moss_audio_jax.errors import MossAudioError
-from moss_audio_jax.paths import AnyPath, Path, exists, read_text, to_path, write_whole
+from moss_audio_jax.errors import MossAudioError, shown
+from moss_audio_jax.json_files import read_json
+from moss_audio_jax.paths import AnyPath, Path, absolute, exists, file_in, to_path, write_whole
 from moss_audio_jax.patterns import matches
+from moss_audio_jax.schema import (
+    INT32,
+    SWITCH,
+    Epsilon,
+    Indexes,
+    Layers,
+    Share,
+    Size,
+    Switch,
+    TokenId,
+    TokenIds,
+    check_fields,
+    check_keys,
+    integer,
+    none_or,
+    number,
+)
 
 MODEL_TYPES = ("moss_audio", "moss_music")
 ADAPTER_LEAVES = (".lora_a", ".lora_b")  # how the paths of LoRA's parameters end
@@ -34,21 +52,22 @@ class EncoderConfig:
     encodes a whole clip at once, as an earlier public version of the model did.
     """
 
-    d_model: int = 1280
-    output_dim: int = 1280
-    num_mel_bins: int = 128
-    encoder_layers: int = 32
-    encoder_attention_heads: int = 20
-    encoder_ffn_dim: int = 5120
-    downsample_hidden_size: int = 480
-    dropout: float = 0.1
-    attention_dropout: float = 0.1
-    activation_dropout: float = 0.0
-    layer_norm_eps: float = 1e-5
-    deepstack_encoder_layer_indexes: tuple[int, ...] = (8, 16, 24)
-    chunk_frames: int | None = 400
+    d_model: Size = 1280
+    output_dim: Size = 1280
+    num_mel_bins: Size = 128
+    encoder_layers: Layers = 32
+    encoder_attention_heads: Size = 20
+    encoder_ffn_dim: Size = 5120
+    downsample_hidden_size: Size = 480
+    dropout: Share = 0.1
+    attention_dropout: Share = 0.1
+    activation_dropout: Share = 0.0
+    layer_norm_eps: Epsilon = 1e-5
+    deepstack_encoder_layer_indexes: Indexes = (8, 16, 24)
+    chunk_frames: Annotated[int | None, none_or(integer(1, 2**20))] = 400
 
     def __post_init__(self):
+        check_fields(self)
         _require(
             self.d_model % self.encoder_attention_heads == 0,
             f"d_model {self.d_model} must be a multiple of encoder_attention_heads {self.encoder_attention_heads}",
@@ -62,7 +81,7 @@ class EncoderConfig:
             f"num_mel_bins must be a multiple of {DOWNSAMPLE_RATE}, not {self.num_mel_bins}",
         )
         _require(
-            self.chunk_frames is None or (self.chunk_frames > 0 and self.chunk_frames % DOWNSAMPLE_RATE == 0),
+            self.chunk_frames is None or self.chunk_frames % DOWNSAMPLE_RATE == 0,
             f"chunk_frames (twice n_window) must be a positive multiple of {DOWNSAMPLE_RATE} or None, "
             f"not {self.chunk_frames}",
         )
@@ -87,19 +106,20 @@ class EncoderConfig:
 class LanguageConfig:
     """The Qwen3 language model (`language_config`)."""
 
-    vocab_size: int = 151936
-    hidden_size: int = 2560
-    intermediate_size: int = 9728
-    num_hidden_layers: int = 36
-    num_attention_heads: int = 32
-    num_key_value_heads: int = 8
-    head_dim: int = 128
-    max_position_embeddings: int = 40960
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 1_000_000
-    initializer_range: float = 0.02
+    vocab_size: Size = 151936
+    hidden_size: Size = 2560
+    intermediate_size: Size = 9728
+    num_hidden_layers: Layers = 36
+    num_attention_heads: Size = 32
+    num_key_value_heads: Size = 8
+    head_dim: Size = 128
+    max_position_embeddings: Annotated[int, integer(1, INT32)] = 40960
+    rms_norm_eps: Epsilon = 1e-6
+    rope_theta: Annotated[float, number(1, 1e15)] = 1_000_000
+    initializer_range: Annotated[float, number(0, 100)] = 0.02
 
     def __post_init__(self):
+        check_fields(self)
         _require(
             self.num_attention_heads % self.num_key_value_heads == 0,
             f"num_attention_heads {self.num_attention_heads} must be a multiple of "
@@ -112,10 +132,13 @@ class LanguageConfig:
 class ProcessorConfig:
     """Ids and switches of the audio span in a prompt (processor_config.json)."""
 
-    enable_time_marker: bool = True
-    audio_token_id: int = 151654
-    audio_start_id: int = 151669
-    audio_end_id: int = 151670
+    enable_time_marker: Switch = True
+    audio_token_id: TokenId = 151654
+    audio_start_id: TokenId = 151669
+    audio_end_id: TokenId = 151670
+
+    def __post_init__(self):
+        check_fields(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,18 +158,16 @@ class LoraConfig:
     et al. 2025, thinkingmachines.ai/blog/lora). The alpha itself is our choice and was not compared with others.
     """
 
-    rank: int = 64
-    alpha: float = 32.0
-    dropout: float = 0.0
-    rslora: bool = False
+    rank: Size = 64
+    alpha: Annotated[float, number(1e-9, 1e9)] = 32.0
+    dropout: Share = 0.0
+    rslora: Switch = False
     targets: tuple[str, ...] = ("language_model.layers.*_proj",)
     full: tuple[str, ...] = ()
     int8: tuple[str, ...] = ()
 
     def __post_init__(self):
-        _require(self.rank >= 1, f"lora.rank must be 1 or more, not {self.rank}")
-        _require(self.alpha > 0, f"lora.alpha must be above 0, not {self.alpha}")
-        _require(0 <= self.dropout < 1, f"lora.dropout must be 0 or more and below 1, not {self.dropout}")
+        check_fields(self, "lora.")
         _require(bool(self.targets), "lora.targets names no layers: give at least one pattern")
 
     @property
@@ -164,30 +185,28 @@ class MossAudioConfig:
 
     lora: adapters that the model has beside the released parameters; no released file tells of them.
     raw: the files as they were read (for a new checkpoint the 4B's), so that they can be written back equal.
+    directory: where they were read from, and where the tokenizer files are; None for a new checkpoint.
     """
 
     audio_config: EncoderConfig = EncoderConfig()
     language_config: LanguageConfig = LanguageConfig()
-    adapter_hidden_size: int = 8192
-    deepstack_num_inject_layers: int | None = None
-    tie_word_embeddings: bool = False
+    adapter_hidden_size: Size = 8192
+    deepstack_num_inject_layers: Annotated[int | None, none_or(integer(0, 2**10))] = None
+    tie_word_embeddings: Switch = False
     model_type: str = "moss_audio"
     processor: ProcessorConfig = ProcessorConfig()
-    eos_ids: tuple[int, ...] = (151645,)
+    eos_ids: TokenIds = (151645,)
     lora: LoraConfig | None = None
     raw: Mapping[str, dict] = dataclasses.field(
         default_factory=lambda: _read_files(to_path(__file__).parent / "released_4b"), compare=False, repr=False
     )
+    directory: str | None = dataclasses.field(default=None, compare=False, repr=False)
 
     def __post_init__(self):
+        check_fields(self)
         _require(
             self.model_type in MODEL_TYPES,
-            f"model_type must be one of {MODEL_TYPES}, not {self.model_type!r}",
-        )
-        injected = self.deepstack_num_inject_layers
-        _require(
-            injected is None or injected >= 0,
-            f"deepstack_num_inject_layers must be null or >= 0, not {injected}",
+            f"model_type must be one of {MODEL_TYPES}, not {shown(self.model_type)}",
         )
         _require(
             self.num_deepstack <= self.language_config.num_hidden_layers,
@@ -216,8 +235,8 @@ class MossAudioConfig:
         if "config.json" not in raw:
             raise MossAudioError(f"{directory} holds no config.json: give the directory of a MOSS-Audio checkpoint")
         try:
-            return cls._from_raw(raw)
-        except (MossAudioError, TypeError, ValueError, KeyError, AttributeError) as error:
+            return dataclasses.replace(cls._from_raw(raw), directory=str(absolute(directory)))
+        except MossAudioError as error:
             raise MossAudioError(f"{directory}: its configuration can't be used: {error}") from error
 
     @classmethod
@@ -229,22 +248,34 @@ class MossAudioConfig:
                 isinstance(config.get(part), dict),
                 f"config.json has no {part}: is this a MOSS-Audio checkpoint?",
             )
-        _require_values(processor.get("mel_config", {}), IMPLEMENTED_MEL, "processor_config.json: mel_config")
+        mel = processor.get("mel_config", {})
+        _require(isinstance(mel, dict), f"processor_config.json: mel_config must be an object, not {shown(mel)}")
+        _require_values(mel, IMPLEMENTED_MEL, "processor_config.json: mel_config")
         architectures = config.get("architectures") or ["MossAudioModel"]
         _require(
             architectures in (["MossAudioModel"], ["MossMusicModel"]),
-            f"the architecture must be MossAudioModel or MossMusicModel, not {architectures}",
+            f"the architecture must be MossAudioModel or MossMusicModel, not {shown(architectures)}",
         )
-        eos = generation.get("eos_token_id", config.get("eos_token_id"))
-        eos = config["language_config"].get("eos_token_id") if eos is None else eos
-        return cls(
+        check_keys(generation, _GENERATION, "generation_config.json")
+        language = read_language(config["language_config"])
+        _require_repeated(config, language)
+        read = cls(
             audio_config=_read_encoder(config["audio_config"]),
-            language_config=read_language(config["language_config"]),
+            language_config=language,
             **_known_fields(cls, config, skip=_NOT_IN_CONFIG_JSON),
             processor=ProcessorConfig(**_known_fields(ProcessorConfig, processor)),
-            eos_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
+            eos_ids=_read_eos(config, generation),
             raw=raw,
         )
+        ids = {"eos_token_id": read.eos_ids} | {
+            name: (getattr(read.processor, name),) for name in _AUDIO_IDS if processor.get(name) is not None
+        }
+        for name, values in ids.items():
+            _require(
+                max(values, default=0) < language.vocab_size,
+                f"{name} must be below vocab_size {language.vocab_size}, not {max(values, default=0)}",
+            )
+        return read
 
     def to_hf(self) -> dict[str, dict]:
         """File name -> content, in the released layout.
@@ -261,14 +292,12 @@ class MossAudioConfig:
         if "n_window" in encoder or self.audio_config.chunk_frames != EncoderConfig.chunk_frames:
             frames = self.audio_config.chunk_frames
             encoder["n_window"] = None if frames is None else frames // 2
-        rope = language.get("rope_parameters") or language
-        rope["rope_theta"] = self.language_config.rope_theta
+        # Transformers 4 reads the one alone, and 5 writes the other alone.
+        for rope in (language, language.get("rope_parameters")):
+            if rope:
+                rope["rope_theta"] = self.language_config.rope_theta
         # What the released files repeat follows its original.
-        repeated = {
-            "num_hidden_layers": self.language_config.num_hidden_layers,
-            "vocab_size": self.language_config.vocab_size,
-        }
-        config.update({key: value for key, value in repeated.items() if key in config})
+        config.update({key: getattr(self.language_config, key) for key in _REPEATED if config.get(key) is not None})
         if language.get("layer_types"):
             language["layer_types"] = ["full_attention"] * self.language_config.num_hidden_layers
         if self.processor != ProcessorConfig() or "processor_config.json" in files:
@@ -286,7 +315,7 @@ class MossAudioConfig:
 
 
 # Fields of MossAudioConfig that are no keys of that file, or are read and written by themselves.
-_NOT_IN_CONFIG_JSON = ("audio_config", "language_config", "processor", "eos_ids", "lora", "raw")
+_NOT_IN_CONFIG_JSON = ("audio_config", "language_config", "processor", "eos_ids", "lora", "raw", "directory")
 IMPLEMENTED_MEL = {
     "mel_sr": (16000,),
     "mel_n_fft": (400,),
@@ -304,22 +333,23 @@ _LANGUAGE_KEYS = (
     "num_key_value_heads",
     "rope_theta",
 )
+_AUDIO_IDS = ("audio_token_id", "audio_start_id", "audio_end_id")
+_REPEATED = ("num_hidden_layers", "vocab_size")  # of language_config, in config.json itself
+_GENERATION = {
+    "temperature": number(0, 1e6),
+    "top_k": integer(0, INT32),
+    "top_p": number(0, 1),
+    "repetition_penalty": number(1e-6, 1e6),
+    "max_new_tokens": integer(1, INT32),
+    "max_length": integer(1, INT32),
+    "do_sample": SWITCH,
+}
 CONFIG_FILES = ("config.json", "processor_config.json", "generation_config.json")
 
 
-def read_json(path: AnyPath) -> dict[str, Any]:
-    """A JSON object from a file; anything else is an error that names the file."""
-    try:
-        content = json.loads(read_text(path))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise MossAudioError(f"{path} can't be read as JSON ({error}): fetch the file again") from error
-    if not isinstance(content, dict):
-        raise MossAudioError(f"{path} must hold a JSON object, but holds a {type(content).__name__}")
-    return content
-
-
 def _read_files(directory: Path) -> dict[str, dict]:
-    return {name: read_json(directory / name) for name in CONFIG_FILES if exists(directory / name)}
+    files = {name: file_in(directory, name) for name in CONFIG_FILES}
+    return {name: read_json(file) for name, file in files.items() if exists(file)}
 
 
 def _require_values(content: Mapping, allowed: Mapping[str, tuple], where: str) -> None:
@@ -327,22 +357,24 @@ def _require_values(content: Mapping, allowed: Mapping[str, tuple], where: str) 
     for key, values in allowed.items():
         if key in content and content[key] not in values:
             expected = " or ".join(map(repr, values))
-            raise MossAudioError(f"{where}.{key} is {content[key]!r}, and this port implements {expected} only")
+            raise MossAudioError(f"{where}.{key} is {shown(content[key])}, and this port implements {expected} only")
 
 
-_JSON_TYPES = {int: (int,), int | None: (int,), float: (int, float), bool: (bool,), str: (str,)}
+def _require_repeated(config: Mapping, language: LanguageConfig) -> None:
+    """What config.json says twice, it says alike."""
+    for key in _REPEATED:
+        found = config.get(key)
+        if found is not None and (type(found), found) != (int, getattr(language, key)):
+            raise MossAudioError(
+                f"config.json has {key} {shown(found)} and language_config.{key} {getattr(language, key)}: "
+                "make both the same"
+            )
 
 
 def _known_fields(cls: type, content: Mapping, skip: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The fields of `cls` that `content` holds, their types checked; null is as good as absent."""
-    fields = {field.name: field for field in dataclasses.fields(cls) if field.name not in skip}
-    found = {name: content[name] for name in fields if content.get(name) is not None}
-    for name, value in found.items():
-        expected = _JSON_TYPES.get(fields[name].type)  # sequences are read by their callers
-        # Python counts True among the integers.
-        if expected and (not isinstance(value, expected) or isinstance(value, bool) != (expected == (bool,))):
-            raise MossAudioError(f"{name} must be of type {expected[-1].__name__}, not {value!r}")
-    return found
+    """The fields of `cls` that `content` holds; null is as good as absent."""
+    names = [field.name for field in dataclasses.fields(cls) if field.name not in skip]
+    return {name: content[name] for name in names if content.get(name) is not None}
 
 
 def _write_fields(instance: Any, content: dict, skip: tuple[str, ...]) -> None:
@@ -352,12 +384,23 @@ def _write_fields(instance: Any, content: dict, skip: tuple[str, ...]) -> None:
             content[field.name] = list(value) if isinstance(value, tuple) else value
 
 
+def _read_eos(config: Mapping, generation: Mapping) -> tuple[int, ...]:
+    """generation_config.json counts, then config.json, then its language_config."""
+    for content in (generation, config, config["language_config"]):
+        found = content.get("eos_token_id")
+        if found is not None:
+            return tuple(found) if isinstance(found, list) else (found,)
+    return ()
+
+
 def _read_encoder(content: dict) -> EncoderConfig:
     allowed = {"activation_function": ("gelu",), "downsample_rate": (DOWNSAMPLE_RATE,)}
     _require_values(content, allowed, "audio_config")
     fields = _known_fields(EncoderConfig, content, skip=("chunk_frames",))
-    fields["deepstack_encoder_layer_indexes"] = tuple(content.get("deepstack_encoder_layer_indexes", (8, 16, 24)) or ())
+    taps = content.get("deepstack_encoder_layer_indexes", [8, 16, 24])
+    fields["deepstack_encoder_layer_indexes"] = tuple(taps) if isinstance(taps, list) else () if taps is None else taps
     n_window = content.get("n_window", 200)
+    none_or(integer(1, 2**19)).check("n_window", n_window)
     return EncoderConfig(**fields, chunk_frames=None if n_window is None else 2 * n_window)
 
 
@@ -373,21 +416,36 @@ def read_language(content: dict, where: str = "language_config") -> LanguageConf
         "use_sliding_window": (False,),
     }
     _require_values(content, allowed, where)
-    _require(
-        set(content.get("layer_types") or []) <= {"full_attention"},
-        f"{where}.layer_types must be full_attention throughout, not {content.get('layer_types')}",
-    )
-    # Transformers 5 moves rope_theta into rope_parameters.
-    rope = content.get("rope_parameters") or {"rope_theta": content.get("rope_theta")}
-    _require_values(rope, {"rope_type": ("default",)}, f"{where}.rope_parameters")
-    unknown = sorted(set(rope) - {"rope_type", "rope_theta"})
-    _require(not unknown, f"{where}.rope_parameters has {unknown}, which this port does not implement")
-    fields: dict[str, Any] = _known_fields(LanguageConfig, content) | {"rope_theta": rope.get("rope_theta")}
-    if content.get("head_dim", 0) is None:  # null in some Qwen configs: derived
-        fields["head_dim"] = content["hidden_size"] // content["num_attention_heads"]
+    fields: dict[str, Any] = _known_fields(LanguageConfig, content) | {"rope_theta": _read_rope_theta(content, where)}
     missing = [key for key in _LANGUAGE_KEYS if fields.get(key) is None]
     _require(not missing, f"{where} lacks {', '.join(missing)}")
-    return LanguageConfig(**fields)
+    language = LanguageConfig(**fields)
+    if content.get("head_dim", 0) is None:  # null in some Qwen configs: derived
+        head_dim = language.hidden_size // language.num_attention_heads
+        language = dataclasses.replace(language, head_dim=head_dim)
+    layers = content.get("layer_types") or []
+    _require(
+        layers in ([], ["full_attention"] * language.num_hidden_layers),
+        f"{where}.layer_types must be full_attention for each of {language.num_hidden_layers} layers, "
+        f"not {shown(layers)}",
+    )
+    return language
+
+
+def _read_rope_theta(content: dict, where: str) -> Any:
+    """Transformers 5 moves it into rope_parameters; where it stands in both, they agree."""
+    rope = content.get("rope_parameters") or {}
+    _require(isinstance(rope, dict), f"{where}.rope_parameters must be an object, not {shown(rope)}")
+    _require_values(rope, {"rope_type": ("default",)}, f"{where}.rope_parameters")
+    unknown = sorted(set(rope) - {"rope_type", "rope_theta"})
+    _require(not unknown, f"{where}.rope_parameters has {shown(unknown)}, which this port does not implement")
+    inner, outer = rope.get("rope_theta"), content.get("rope_theta")
+    _require(
+        inner is None or outer is None or inner == outer,
+        f"{where}.rope_parameters has the rope_theta {shown(inner)} and {where} itself {shown(outer)}: correct the one "
+        "that the model was not trained with",
+    )
+    return outer if inner is None else inner
 
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -14,3 +14,9 @@ class StorageError(MossAudioError):
 
     The same command may well work later, so the commands exit with code 75 (EX_TEMPFAIL).
     """
+
+
+def shown(value: object, length: int = 80) -> str:
+    """A value from outside as a message can hold it: in one line, of printable characters, cut if it is long."""
+    text = ascii(value)
+    return text if len(text) <= length else f"{text[: length - 3]}..."

@@ -16,6 +16,7 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from jaxtyping import Array, Bool, Float, Int
 
+from moss_audio_jax.compilation import jit
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.inputs import ModelInputs, bucket
 from moss_audio_jax.language_model import KVCache
@@ -164,7 +165,7 @@ def _steps(
                 return
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "new_slots", "sampling", "eos_ids"))
+@functools.partial(jit, static_argnames=("graphdef", "new_slots", "sampling", "eos_ids"))
 def prefill_prompts(
     graphdef: nnx.GraphDef,
     state: nnx.State,
@@ -194,7 +195,7 @@ def prefill_prompts(
     return _draw(model, loop, hidden, sampling, eos_ids)
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "sampling", "eos_ids"), donate_argnames="loop")
+@functools.partial(jit, static_argnames=("graphdef", "sampling", "eos_ids"), donate_argnames="loop")
 def decode_until(
     graphdef: nnx.GraphDef,
     state: nnx.State,

@@ -2,9 +2,10 @@
 
 import math
 
-from moss_audio_jax.checkpoint import orbax_paths, stored_shapes
+from moss_audio_jax.checkpoint import is_adapter, layout_of, orbax_paths, processor_directories, stored_shapes
 from moss_audio_jax.config import MossAudioConfig
 from moss_audio_jax.paths import AnyPath
+from moss_audio_jax.peft_files import PeftAdapter
 from moss_audio_jax.released import ReleasedCheckpoint
 
 # The parts of the model, by the beginning of their parameters' paths.
@@ -18,7 +19,12 @@ def describe(path: AnyPath) -> str:
         layout, config, stored = "Orbax", MossAudioConfig.from_hf(orbax.files), stored_shapes(orbax.params)
         stored |= stored_shapes(orbax.averages) if orbax.averages is not None else {}
     else:
-        layout, released = "released PyTorch layout", ReleasedCheckpoint(path)
+        if is_adapter(path):
+            layout, base = "an adapter as PEFT lays it out", MossAudioConfig.from_hf(processor_directories(path)[1])
+            released = PeftAdapter(path, base)
+        else:
+            layout_of(path)  # says what is there instead of a checkpoint
+            layout, released = "released PyTorch layout", ReleasedCheckpoint(path)
         config = released.config
         dtypes = {name: released.tensors[leaf.names[0]].dtype for name, leaf in released.leaves.items()}
         stored = {name: (leaf.shape, dtypes[name]) for name, leaf in released.leaves.items()}

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from moss_audio_jax.compilation import jit
 from moss_audio_jax.config import MossAudioConfig
 from moss_audio_jax.encoder import AudioEncoder
 from moss_audio_jax.inputs import ModelInputs
@@ -110,7 +111,7 @@ class MossAudio(nnx.Module):
         return hidden[:, 0], cache
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jit, static_argnums=0)
 def _compiled_logits(graphdef: nnx.GraphDef, state: nnx.State, inputs: ModelInputs) -> jax.Array:
     model = nnx.merge(graphdef, state)
     return model.logits(model.hidden_states(inputs))

@@ -82,10 +82,40 @@ def join(directory: AnyPath, name: str) -> str:
     return scheme + separator + posixpath.normpath(place) if separator else joined
 
 
+def is_plain_name(name: object) -> bool:
+    """Whether a name out of a file can only mean something in the directory it is looked up in."""
+    return isinstance(name, str) and re.fullmatch(r"\w[\w.+-]{0,199}", name, re.ASCII) is not None
+
+
 def is_inside(directory: AnyPath, file: AnyPath) -> bool:
-    """Whether a file is where its name says, neither by `..` nor by a link elsewhere."""
+    """Whether a file is where its name says, neither by `..` nor by a link elsewhere.
+
+    A Hugging Face cache keeps the files of `models--OWNER--NAME/snapshots/HASH` in `models--OWNER--NAME/blobs`: links
+    from a snapshot to its own repository's blobs count as inside.
+    """
     # Of gs:// paths, which have no links, realpath resolves `..` alone.
-    return pathlib.Path(os.path.realpath(file)).is_relative_to(os.path.realpath(directory))
+    inside, real = pathlib.Path(os.path.realpath(directory)), pathlib.Path(os.path.realpath(file))
+    return real.is_relative_to(inside) or real.parent == _blobs(inside)
+
+
+def _blobs(directory: pathlib.Path) -> pathlib.Path | None:
+    """Where a Hugging Face cache keeps the files of the snapshot that a directory is, or is in."""
+    for snapshot in (directory, *directory.parents):
+        repository = snapshot.parent.parent
+        if snapshot.parent.name == "snapshots" and repository.name.startswith("models--"):
+            return repository / "blobs"
+    return None
+
+
+def file_in(directory: AnyPath, name: str) -> Path:
+    """The path of a directory's file, there or not; raises MossAudioError for a link that leads out of there."""
+    path = to_path(directory) / name
+    if not is_inside(directory, path):
+        raise MossAudioError(
+            f"{path} is a link to outside the directory, which no file of a checkpoint may be: copy the file itself "
+            "there (`cp -L`, or `hf download --local-dir`)"
+        )
+    return path
 
 
 def children(directory: AnyPath) -> list[Path]:
@@ -97,6 +127,8 @@ def children(directory: AnyPath) -> list[Path]:
         return retried(directory, lambda: sorted(directory.iterdir()))
     except (FileNotFoundError, NotADirectoryError):
         return []
+    except PermissionError as error:
+        raise _unreadable(directory, error) from error
 
 
 def exists(path: AnyPath) -> bool:
@@ -108,7 +140,13 @@ def exists(path: AnyPath) -> bool:
         retried(path, lambda: os.stat(path))
     except (FileNotFoundError, NotADirectoryError):
         return False
+    except PermissionError as error:
+        raise _unreadable(path, error) from error
     return True
+
+
+def _unreadable(path: Path, error: OSError) -> MossAudioError:
+    return MossAudioError(f"{path} can't be read ({reason(error)}): ask its owner for access, or give another path")
 
 
 def reason(error: OSError) -> str:

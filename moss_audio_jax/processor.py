@@ -7,7 +7,7 @@ from typing import Any, Self
 import numpy as np
 
 from moss_audio_jax.audio import SAMPLE_RATE, load_audio, log_mel, num_audio_tokens, resample, round_bfloat16
-from moss_audio_jax.checkpoint import files_directory
+from moss_audio_jax.checkpoint import processor_directories
 from moss_audio_jax.config import MossAudioConfig
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.inputs import ModelInputs, make_inputs
@@ -23,6 +23,12 @@ class Processor:
     """Everything around the network that a checkpoint defines: tokenizer, prompt, time markers, mel."""
 
     def __init__(self, tokenizer: Tokenizer, config: MossAudioConfig):
+        vocab_size = config.language_config.vocab_size
+        if tokenizer.size > vocab_size:  # JAX would take the last embedding for ids past it
+            raise MossAudioError(
+                f"the tokenizer has ids up to {tokenizer.size - 1}, and the vocab_size of "
+                f"{config.directory or 'the model'} is {vocab_size}: use the tokenizer of this model"
+            )
         self.tokenizer = tokenizer
         self.config = config
 
@@ -83,7 +89,8 @@ class Processor:
 
 def load_processor(path: AnyPath) -> Processor:
     """The processor of whatever `load_model` reads."""
-    return Processor.from_dir(files_directory(path))
+    tokenizer, config = processor_directories(path)
+    return Processor(Tokenizer.from_dir(tokenizer), MossAudioConfig.from_hf(config))
 
 
 def _clips_of_texts(audio: Any, texts: int, one: bool) -> list[list[Clip]]:

@@ -6,11 +6,10 @@ model may start, are read by the same table.
 """
 
 import dataclasses
-import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Set
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,12 @@ import numpy as np
 from flax import nnx
 from safetensors import SafetensorError, safe_open
 
-from moss_audio_jax.config import MossAudioConfig, read_json, read_language
-from moss_audio_jax.errors import MossAudioError
+from moss_audio_jax.config import MossAudioConfig, read_language
+from moss_audio_jax.errors import MossAudioError, shown
+from moss_audio_jax.json_files import parse_json, read_json
 from moss_audio_jax.model import adapter_specs, parameter_specs
-from moss_audio_jax.paths import AnyPath, is_inside, require_local, to_path
+from moss_audio_jax.paths import AnyPath, file_in, is_plain_name, require_local
+from moss_audio_jax.recognition import foreign_content
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -188,6 +189,8 @@ class SafetensorsCheckpoint:
         weight_map = _read_weight_map(self.directory) if single_file == SINGLE_FILE else {}
         self.tensors, problems = _read_headers(self.directory, weight_map, single_file)
         expected = {name: leaf.tensor_shape for leaf in self.leaves.values() for name in leaf.names}
+        if wrapped := _wrapped_names(self.tensors.keys(), expected.keys()):
+            raise MossAudioError(f"{self.directory}: {wrapped}")
         if weight_map or not problems:  # else the only file is unreadable, and nothing is known of its tensors
             missing = expected.keys() - self.tensors.keys() - weight_map.keys()
             problems += [f"{name} is missing" for name in sorted(missing)]
@@ -263,11 +266,11 @@ class Qwen3Checkpoint(SafetensorsCheckpoint):
     """
 
     def __init__(self, directory: AnyPath):
-        path = to_path(directory) / "config.json"
+        path = file_in(directory, "config.json")
         content = read_json(path)
         try:
             self.config = read_language(content, "config.json")
-        except (MossAudioError, TypeError, ValueError, KeyError, AttributeError) as error:
+        except MossAudioError as error:
             raise MossAudioError(f"{path}: this Qwen3 configuration can't be used: {error}") from error
         self.tied = content.get("tie_word_embeddings", False) is True
         whole = MossAudioConfig(
@@ -287,20 +290,17 @@ def _qwen3_name(released_name: str) -> str:
 
 def _read_weight_map(directory: Path) -> dict[str, str]:
     """Tensor name -> file, as the index has it; empty if there is a single file and no index."""
-    path = directory / INDEX_FILE
+    path = file_in(directory, INDEX_FILE)
     if not path.exists():
         return {}
-    try:
-        weight_map = _parse_json(path.read_bytes()).get("weight_map")
-    except (OSError, ValueError, RecursionError) as error:
-        raise MossAudioError(f"{path} can't be read as an index ({error}): fetch the file again") from error
+    weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise MossAudioError(f"{path} has no weight_map: fetch the file again")
     if (directory / SINGLE_FILE).exists() and SINGLE_FILE not in weight_map.values():
         raise MossAudioError(
             f"{directory} holds {SINGLE_FILE} and an {INDEX_FILE} that names other files: remove the one that is stale"
         )
-    return {name: file if isinstance(file, str) else json.dumps(file) for name, file in weight_map.items()}
+    return {name: file if isinstance(file, str) else shown(file) for name, file in weight_map.items()}
 
 
 def _read_headers(
@@ -331,33 +331,69 @@ def _read_headers(
 
 def _check_file(directory: Path, file: str) -> None:
     path = directory / file
-    if not re.fullmatch(r"\w[\w.+-]{0,199}", file, re.ASCII):
-        raise MossAudioError(f"{INDEX_FILE} names {file[:80]!r}: only plain file names inside the directory are read")
+    if not is_plain_name(file):
+        raise MossAudioError(f"{INDEX_FILE} names {shown(file)}: only plain file names inside the directory are read")
     if not path.exists():
         raise MossAudioError(f"{file} is missing")
-    if not is_inside(directory, path):
-        raise MossAudioError(
-            f"{file} is a link to outside the directory: copy the file itself here (`cp -L`, or `hf download "
-            "--local-dir`)"
-        )
+    file_in(directory, file)
     if not path.is_file():
         raise MossAudioError(f"{file} is not a file")
 
 
 def _read_header(directory: Path, file: str) -> dict[str, TensorHeader]:
     try:
-        with safe_open(directory / file, framework="numpy"):
-            pass  # checks the whole header, and that the file is as long as it says
         with (directory / file).open("rb") as handle:
+            with safe_open(directory / file, framework="numpy"):
+                pass  # checks the whole header, and that the file is as long as it says
             length = int.from_bytes(handle.read(8), "little")
-            header = _parse_json(handle.read(length))
+            header = parse_json(handle.read(length))
+    except PermissionError as error:
+        raise MossAudioError(f"{file} can't be read ({error.strerror}): ask its owner for access") from error
     except (SafetensorError, OSError, ValueError) as error:
-        raise MossAudioError(f"{file} is damaged or no safetensors file ({error}): fetch it again") from error
+        what = foreign_content(directory / file)
+        raise MossAudioError(
+            f"{file} is {what}" if what else f"{file} is damaged or no safetensors file ({error}): fetch it again"
+        ) from error
     header.pop("__metadata__", None)
     return {
         name: TensorHeader(file, 8 + length + entry["data_offsets"][0], tuple(entry["shape"]), entry["dtype"])
         for name, entry in header.items()
     }
+
+
+# What PyTorch's wrappers put into the names of tensors, whose it is, and what saves the model without it.
+_WRAPPERS = {
+    "module.": ("DataParallel", "save `model.module`"),
+    "_orig_mod.": ("torch.compile", "save `model._orig_mod`"),
+    "_fsdp_wrapped_module.": ("FSDP", "save its full state dict"),
+    "_checkpoint_wrapped_module.": ("activation checkpointing", "save the model without it"),
+    "base_layer.": ("PEFT, for layers whose adapter is not merged,", "save `model.merge_and_unload()`"),
+    "base_model.model.": ("PEFT", "save `model.merge_and_unload()`, or the adapter alone"),
+}
+
+
+def _wrapped_names(names: Set[str], expected: Set[str]) -> str:
+    """What was put into tensors' names, how many have it and what helps; empty if nothing was."""
+    counts: Counter[str] = Counter()
+    for name in names - expected:
+        found = [part for part in _WRAPPERS if f".{part}" in f".{name}"]
+        bare = f".{name}"
+        for part in found:
+            bare = bare.replace(f".{part}", ".")
+        if bare[1:] in expected:
+            counts.update(found)
+        elif prefix := next((name[:dot] for dot in _dots(name) if name[dot:] in expected), ""):
+            counts[prefix] += 1
+    if not counts:
+        return ""
+    found = [f"{count} of {len(names)} tensors have {part!r} in their names" for part, count in counts.most_common(3)]
+    whose, cure = _WRAPPERS.get(counts.most_common(1)[0][0], ("another model around this one", "save this model alone"))
+    return f"{', and '.join(found)}, as {whose} puts there: {cure}, or rename the tensors"
+
+
+def _dots(name: str) -> Iterator[int]:
+    """Where the parts of a name begin, but for the first."""
+    return (match.end() for match in re.finditer(r"\.", name))
 
 
 def _tensor_problems(name: str, tensor: TensorHeader, expected: dict[str, tuple[int, ...]]) -> list[str]:
@@ -370,19 +406,3 @@ def _tensor_problems(name: str, tensor: TensorHeader, expected: dict[str, tuple[
         types = ", ".join(SAFETENSORS_DTYPES)
         problems.append(f"{name} in {tensor.file} is of type {tensor.stored_dtype}, and this port reads {types}")
     return problems
-
-
-def _parse_json(text: bytes) -> dict[str, Any]:
-    """A JSON object in which no key stands twice: safetensors, and Python, would silently take the last."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        counts = Counter(key for key, _ in pairs)
-        doubled = [key for key, count in counts.items() if count > 1]
-        if doubled:
-            raise ValueError(f"{', '.join(doubled[:5])} stands in it more than once")
-        return dict(pairs)
-
-    content = json.loads(text, object_pairs_hook=unique)
-    if not isinstance(content, dict):
-        raise ValueError(f"it holds a {type(content).__name__} instead of an object")
-    return content

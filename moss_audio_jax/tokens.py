@@ -15,18 +15,23 @@ them first. The audio ids are the exception: they never come from text, only fro
 """
 
 import codecs
+import json
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import tokenizers
 from tokenizers import AddedToken, Regex, models, pre_tokenizers
 
-from moss_audio_jax.config import ProcessorConfig, read_json
-from moss_audio_jax.errors import MossAudioError
-from moss_audio_jax.paths import AnyPath, Path, exists, read_text, to_path
+from moss_audio_jax.config import ProcessorConfig
+from moss_audio_jax.errors import MossAudioError, shown
+from moss_audio_jax.json_files import read_json
+from moss_audio_jax.paths import AnyPath, Path, exists, file_in, read_text, to_path
+from moss_audio_jax.recognition import foreign_content
+from moss_audio_jax.retries import summary
+from moss_audio_jax.schema import INT32, integer
 
 # Qwen's ids. The ids of the audio span may differ between checkpoints and are in ProcessorConfig.
 ENDOFTEXT, IM_START, IM_END = 151643, 151644, 151645
@@ -57,6 +62,9 @@ def _byte_alphabet() -> dict[str, int]:
 
 _BYTE_ALPHABET = _byte_alphabet()
 _TO_LATIN_1 = {ord(character): byte for character, byte in _BYTE_ALPHABET.items()}
+
+
+_PROBE = "It's 10 café, 你好\n"
 
 
 class Tokenizer:
@@ -90,30 +98,41 @@ class Tokenizer:
                 f"the tokenizer of {source} is not a byte-level BPE: its token {error.object!r} does not "
                 "spell bytes; use the tokenizer of the released model"
             ) from error
+        if self.decode(self.encode(_PROBE)) != _PROBE:
+            raise MossAudioError(
+                f"the tokenizer of {source} loses a part of {_PROBE!r}: fetch its files again from the released model"
+            )
 
     @classmethod
     def from_dir(cls, directory: AnyPath) -> Self:
-        """Reads vocab.json, merges.txt and the added tokens, as released; without those, tokenizer.json."""
+        """Reads vocab.json, merges.txt and the added tokens as released, or tokenizer.json as transformers 5 saves it.
+
+        Where both are there tokenizer.json counts, which may add tokens. Raises MossAudioError if the two disagree.
+        """
         directory = to_path(directory)
-        missing = [name for name in ("vocab.json", "merges.txt") if not exists(directory / name)]
-        if not missing:
-            return cls(_read_released(directory), directory)
-        path = directory / "tokenizer.json"
-        if not exists(path):
+        path = file_in(directory, "tokenizer.json")
+        missing = [name for name in ("vocab.json", "merges.txt") if not exists(file_in(directory, name))]
+        if missing and not exists(path):
             raise MossAudioError(
                 f"{directory} holds no {' and no '.join(missing)} (and no tokenizer.json in their place): "
                 "copy the tokenizer files from the released model"
             )
-        try:
-            core = tokenizers.Tokenizer.from_str(read_text(path))
-        except Exception as error:  # tokenizers raises bare Exception
-            raise MossAudioError(f"{path} can't be read as a tokenizer ({error}): fetch it again") from error
+        if not exists(path):
+            return cls(_read_released(directory), directory)
+        core = _read_tokenizer_json(path)
+        if not missing:
+            _require_same(core, path)
         return cls(core, path)
 
     @property
     def pre_tokenizer(self) -> pre_tokenizers.PreTokenizer:
         """What cuts text into words, across whose borders nothing is merged."""
         return self._core.pre_tokenizer
+
+    @property
+    def size(self) -> int:
+        """One more than the largest id."""
+        return max(self._bytes) + 1
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, special tokens in it included; nothing is added at either end."""
@@ -157,10 +176,39 @@ class StreamDecoder:
         return self._utf8.decode(b"", final=True)
 
 
+def _require_same(core: tokenizers.Tokenizer, path: Path) -> None:
+    """Compares a tokenizer.json, read as `core`, with the released files beside it: it may only add tokens to those."""
+    added = {token.content: token_id for token_id, token in core.get_added_tokens_decoder().items()}
+    found = core.get_vocab(with_added_tokens=True)
+    expected = read_json(path.with_name("vocab.json"))
+    expected |= {token.content: token_id for token_id, token in _read_added_tokens(path.parent).items()}
+    differing = [token for token in expected if found.get(token) != expected[token]]
+    differing += sorted(found.keys() - expected.keys() - added.keys())
+    if differing:
+        token = differing[0]
+        ids = [f"with the id {side[token]}" if token in side else "not" for side in (found, expected)]
+        problem = f"{token!r} is {ids[0]} in the one and {ids[1]} in the others"
+    elif _merges(path) != _read_merges(path.with_name("merges.txt")):
+        problem = "their merges differ"
+    else:
+        return
+    raise MossAudioError(
+        f"{path} and the vocab.json, merges.txt and added tokens beside it are different tokenizers ({problem}): "
+        "remove whichever the model was not trained with"
+    )
+
+
+def _merges(path: Path) -> list[tuple[str, ...]]:
+    """Of a tokenizer.json that has been read; older ones hold each as a text."""
+    merges = read_json(path)["model"].get("merges", [])
+    return [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in merges]
+
+
 def _read_released(directory: Path) -> tokenizers.Tokenizer:
     added = _read_added_tokens(directory)
     # Added tokens stand in the vocabulary too: the library numbers those it does not find there by itself.
-    vocabulary = read_json(directory / "vocab.json") | {token.content: token_id for token_id, token in added.items()}
+    vocabulary = _ids(read_json(directory / "vocab.json"), directory / "vocab.json")
+    vocabulary |= {token.content: token_id for token_id, token in added.items()}
     merges = _read_merges(directory / "merges.txt")
     try:
         if len(set(vocabulary.values())) < len(vocabulary):
@@ -168,8 +216,8 @@ def _read_released(directory: Path) -> tokenizers.Tokenizer:
         core = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
     except Exception as error:  # tokenizers raises bare Exception
         raise MossAudioError(
-            f"vocab.json, merges.txt and the added tokens of {directory} don't make one tokenizer ({error}): "
-            "fetch them again, all from the same released model"
+            f"vocab.json, merges.txt and the added tokens of {directory} don't make one tokenizer "
+            f"({summary(error)}): fetch them again, all from the same released model"
         ) from error
     core.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -185,7 +233,11 @@ def _read_merges(path: Path) -> list[tuple[str, str]]:
     try:
         lines = read_text(path).splitlines()
     except (OSError, UnicodeDecodeError) as error:
+        if what := foreign_content(path):
+            raise MossAudioError(f"{path} is {what}") from error
         raise MossAudioError(f"{path} can't be read ({error}): fetch the file again") from error
+    if what := foreign_content(path):  # text too
+        raise MossAudioError(f"{path} is {what}")
     merges = []
     for number, line in enumerate(lines, start=1):
         if not line.strip() or (number == 1 and line.startswith("#version:")):
@@ -193,37 +245,139 @@ def _read_merges(path: Path) -> list[tuple[str, str]]:
         parts = line.split()
         if len(parts) != 2:
             raise MossAudioError(
-                f"{path} line {number}: expected two tokens with a space between, found {line!r}: fetch the file again"
+                f"{path} line {number}: expected two tokens with a space between, found {shown(line)}: fetch the file "
+                "again"
             )
         merges.append((parts[0], parts[1]))
     return merges
 
 
+_TOKEN_ID = integer(0, INT32)
+_ADDED_LENGTH = 256  # the library takes a time that grows with its square: minutes for 70,000 characters
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+
+
+def _ids(vocabulary: Any, where: object) -> dict[str, int]:
+    """An object of tokens and their ids; raises MossAudioError unless each is a text, and a number that fits int32."""
+    if not isinstance(vocabulary, dict):
+        raise MossAudioError(f"{where} must hold an object of tokens and ids, not {shown(vocabulary)}")
+    for token, token_id in vocabulary.items():
+        if not _TOKEN_ID.accepts(token_id):  # asked first: a message for each of 150,000 takes its time
+            _TOKEN_ID.check(f"{where}: the id of {shown(token)}", token_id)
+        if not token:
+            raise MossAudioError(f"{where}: the token of id {token_id} must be a text, not an empty one")
+    return vocabulary
+
+
 def _read_added_tokens(directory: Path) -> dict[int, AddedToken]:
     """Tokens by id: `added_tokens_decoder` in tokenizer_config.json or else the older added_tokens.json."""
     config, names, added = (
-        read_json(directory / name) if exists(directory / name) else {}
+        read_json(directory / name) if exists(file_in(directory, name)) else {}
         for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
     )
-    try:
-        if "added_tokens_decoder" in config:
-            return {int(token_id): AddedToken(**token) for token_id, token in config["added_tokens_decoder"].items()}
-        special = {token for content in (names, config) for token in _special_tokens(content)}
-        return {int(token_id): AddedToken(token, special=token in special) for token, token_id in added.items()}
-    except (TypeError, ValueError, AttributeError, KeyError) as error:
+    if "added_tokens_decoder" in config:
+        where, decoder = directory / "tokenizer_config.json", config["added_tokens_decoder"]
+        if not isinstance(decoder, dict):
+            raise MossAudioError(f"{where}: added_tokens_decoder must be an object, not {shown(decoder)}")
+        tokens = {_parse_id(token_id, where): _added_token(token, where) for token_id, token in decoder.items()}
+        if len({token.content for token in tokens.values()}) < len(tokens):
+            raise MossAudioError(f"{where}: a token has two ids in added_tokens_decoder: fetch the file again")
+        return tokens
+    _ids(added, directory / "added_tokens.json")
+    special = {token for content in (names, config) for token in _special_tokens(content)}
+    return {
+        token_id: _added_token({"content": token, "special": token in special}, directory / "added_tokens.json")
+        for token, token_id in added.items()
+    }
+
+
+def _parse_id(text: str, where: Path) -> int:
+    if not re.fullmatch(r"(0|[1-9]\d{0,9})", text, re.ASCII):
+        raise MossAudioError(f"{where}: an added token's id must be {_TOKEN_ID.expected}, not {shown(text)}")
+    _TOKEN_ID.check(f"{where}: an added token's id", int(text))
+    return int(text)
+
+
+def _added_token(token: Any, where: Path) -> AddedToken:
+    """From an object with a content and perhaps flags."""
+    content = token.get("content") if isinstance(token, dict) else None
+    if not isinstance(content, str) or not 0 < len(content) <= _ADDED_LENGTH:
         raise MossAudioError(
-            f"the added tokens in tokenizer_config.json or added_tokens.json of {directory} can't be used "
-            f"({error}): fetch both files again"
-        ) from error
+            f"{where}: an added token must be an object whose content is a text of 1 to {_ADDED_LENGTH} characters, "
+            f"not {shown(token)}"
+        )
+    flags = {name: token[name] for name in _FLAGS if name in token}
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise MossAudioError(f"{where}: {name} of the token {shown(content)} must be true or false")
+    return AddedToken(content, **flags)
 
 
-def _special_tokens(content: dict) -> Iterator[str]:
+def _special_tokens(content: dict[str, Any]) -> Iterator[str]:
     """What `eos_token`, `additional_special_tokens` and the like name: texts, or objects with a `content`."""
     for key, value in content.items():
         if key.endswith(("_token", "_special_tokens")):
             for token in value if isinstance(value, list) else [value]:
-                if isinstance(token, (str, dict)):  # others are null, or switches such as add_bos_token
-                    yield token["content"] if isinstance(token, dict) else token
+                named = token.get("content") if isinstance(token, dict) else token
+                if isinstance(named, str):  # others are null, or switches such as add_bos_token
+                    yield named
+
+
+def _read_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
+    """What cuts and numbers a text; how ids become text, and what is put around a text, is ours."""
+    content = read_json(path)
+    model, added = content.get("model"), content.get("added_tokens") or []
+    if not isinstance(model, dict) or model.get("type") not in ("BPE", None):
+        raise MossAudioError(f"{path}: its model must be BPE, as Qwen's is: use the tokenizer of the released model")
+    set_otherwise = [name for name in _BPE_SETTINGS if model.get(name) not in (None, False, "")]
+    if set_otherwise:
+        name = set_otherwise[0]
+        raise MossAudioError(
+            f"{path}: {name} is {shown(model[name])}, which Qwen's tokenizers leave out: use the tokenizer of the "
+            "released model"
+        )
+    vocabulary = _ids(model.get("vocab"), f"{path}: vocab")
+    if not isinstance(added, list):
+        raise MossAudioError(f"{path}: added_tokens must be a list, not {shown(added)}")
+    for token in added:
+        _added_token(token, path)
+        _TOKEN_ID.check(f"{path}: the id of {shown(token['content'])}", token.get("id"))
+    ids = vocabulary | {token["content"]: token["id"] for token in added}
+    if len(set(ids.values())) < len(ids):
+        raise MossAudioError(f"{path}: two tokens share an id: fetch it again")
+    for part, kinds in _TOKENIZER_PARTS.items():
+        _require_known(content.get(part), kinds, path, part)
+    content |= dict.fromkeys(("truncation", "padding", "post_processor", "decoder"))
+    try:
+        return tokenizers.Tokenizer.from_str(json.dumps(content))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise MossAudioError(f"{path} can't be read as a tokenizer ({summary(error)}): fetch it again") from error
+
+
+# The library panics where a prefix is longer than a token; with dropout a text would have other ids each time.
+_BPE_SETTINGS = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "fuse_unk")
+# The parts of a byte-level BPE. The library has others, some of which panic or never end on settings that it takes.
+_TOKENIZER_PARTS = {
+    "normalizer": ("NFC", "Sequence"),
+    "pre_tokenizer": ("Split", "ByteLevel", "Digits", "Sequence"),
+}
+
+
+def _require_known(part: Any, kinds: tuple[str, ...], path: Path, name: str) -> None:
+    """Raises MossAudioError for a part of tokenizer.json, or one of a sequence in it, that Qwen's tokenizers lack."""
+    if part is None:
+        return
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind not in kinds:
+        raise MossAudioError(
+            f"{path}: {name} must be one of {', '.join(kinds)}, not {shown(part if kind is None else kind)}: use the "
+            "tokenizer of the released model"
+        )
+    inside = part.get(f"{name}s", part.get("pretokenizers")) or [] if kind == "Sequence" else []
+    if not isinstance(inside, list):
+        raise MossAudioError(f"{path}: {name} must be a list of parts, not {shown(inside)}: fetch it again")
+    for each in inside:
+        _require_known(each, kinds, path, name)
 
 
 def audio_span(num_audio_tokens: int, time_markers: bool = True, processor: ProcessorConfig = RELEASED) -> list[int]:

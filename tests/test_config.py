@@ -80,6 +80,7 @@ def test_rope_parameters_of_newer_transformers(released, tmp_path):
     del files["config.json"]["language_config"]["rope_theta"]
     config = MossAudioConfig.from_hf(write(tmp_path, files))
     assert config.language_config.rope_theta == 12345.0
+    files["config.json"]["language_config"]["rope_theta"] = 12345.0  # for transformers 4
     assert config.to_hf() == files
 
 
@@ -124,13 +125,86 @@ def test_moss_music_tied_heads_and_several_ends(released, tmp_path):
         ("language_config", {"layer_types": ["sliding_attention"] * 36}, "layer_types"),
         ("language_config", {"hidden_size": None}, "hidden_size"),
         ("language_config", {"num_key_value_heads": 5}, "num_key_value_heads"),
-        ("language_config", {"num_hidden_layers": 2}, "DeepStack"),
+        ("language_config", {"num_hidden_layers": 2}, "layer_types"),
     ],
 )
 def test_what_this_port_does_not_implement_is_refused(section, values, named, released, tmp_path):
     with pytest.raises(MossAudioError, match=named) as error:
         MossAudioConfig.from_hf(write(tmp_path, changed(released, section, **values)))
     assert str(tmp_path) in str(error.value)
+
+
+NONE_OF_SIZE = (0, -1, 8.0, True, "8", [8], 2**40)
+
+
+@pytest.mark.parametrize("value", NONE_OF_SIZE)
+@pytest.mark.parametrize("field", ["encoder_layers", "encoder_attention_heads", "num_mel_bins"])
+def test_sizes_are_positive_integers(field, value, released, tmp_path):
+    with pytest.raises(MossAudioError, match=rf"{field} must be an integer from 1 to [\d,]+, not"):
+        MossAudioConfig.from_hf(write(tmp_path, changed(released, "audio_config", **{field: value})))
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "values", "expected"),
+    [
+        ("audio_config", "layer_norm_eps", (0, -1e-5, float("nan"), float("inf"), "1e-5"), "a number from 1e-20 to 1"),
+        ("audio_config", "dropout", (1, -0.1, float("nan"), []), "a number from 0 to below 1"),
+        ("audio_config", "n_window", (1.5, "200", -200, 0), "an integer from 1 to"),
+        ("audio_config", "deepstack_encoder_layer_indexes", ("8", [8.0], [-1], {"8": 1}), "a list, and each"),
+        ("language_config", "rms_norm_eps", (0, float("nan"), float("-inf"), True), "a number from 1e-20 to 1"),
+        ("language_config", "rope_theta", (0, -1, float("nan"), float("inf"), "1e6"), "a number from 1 to 1e"),
+        ("language_config", "max_position_embeddings", (0, -1, 4096.0, 2**31), "an integer from 1 to"),
+        ("language_config", "head_dim", (0, "128", 1.5), "an integer from 1 to"),
+        (None, "tie_word_embeddings", (1, "true", []), "true or false"),
+        (None, "adapter_hidden_size", (0, 1.5, "x"), "an integer from 1 to"),
+    ],
+)
+def test_numbers_are_in_their_range(section, field, values, expected, released, tmp_path):
+    for value in values:
+        with pytest.raises(MossAudioError, match=f"{field} must be {expected}"):
+            MossAudioConfig.from_hf(write(tmp_path, changed(released, section, **{field: value})))
+
+
+@pytest.mark.parametrize("eos", ["151645", 1.5, True, {"a": 1}, [151645, "x"], [1.0], -1, 2**31, [2**40], 10**400])
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_ids_of_ends_are_token_ids(name, eos, released, tmp_path):
+    released["generation_config.json"].pop("eos_token_id")
+    released[name]["eos_token_id"] = eos
+    with pytest.raises(MossAudioError, match=r"eos_ids must be a list, and each in it an integer from 0"):
+        MossAudioConfig.from_hf(write(tmp_path, released))
+
+
+def test_ids_are_in_the_vocabulary(released, tmp_path):
+    released["generation_config.json"]["eos_token_id"] = [151645, 151936]
+    with pytest.raises(MossAudioError, match="eos_token_id must be below vocab_size 151936, not 151936"):
+        MossAudioConfig.from_hf(write(tmp_path, released))
+    released["generation_config.json"]["eos_token_id"] = 151645
+    released["processor_config.json"]["audio_end_id"] = 151936
+    with pytest.raises(MossAudioError, match="audio_end_id must be below vocab_size"):
+        MossAudioConfig.from_hf(write(tmp_path, released))
+
+
+@pytest.mark.parametrize(
+    "values", [{"temperature": -1}, {"temperature": float("nan")}, {"top_p": 2}, {"top_k": 1.5}, {"top_k": -1}]
+)
+def test_settings_of_generation_are_numbers_in_their_range(values, released, tmp_path):
+    (name,) = values
+    released["generation_config.json"] |= values
+    with pytest.raises(MossAudioError, match=rf"generation_config\.json\.{name} must be"):
+        MossAudioConfig.from_hf(write(tmp_path, released))
+    released["generation_config.json"][name] = None
+    MossAudioConfig.from_hf(write(tmp_path, released))
+
+
+def test_what_config_json_says_twice_it_says_alike(released, tmp_path):
+    with pytest.raises(MossAudioError, match="make both the same"):
+        MossAudioConfig.from_hf(write(tmp_path, changed(released, None, vocab_size=151937)))
+
+
+def test_there_are_as_many_layers_as_features(released):
+    config = MossAudioConfig.preset("4b")
+    with pytest.raises(MossAudioError, match="DeepStack"):
+        dataclasses.replace(config, language_config=dataclasses.replace(config.language_config, num_hidden_layers=2))
 
 
 def test_another_mel_is_refused(released, tmp_path):

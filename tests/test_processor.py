@@ -1,6 +1,7 @@
 """Questions and sounds to inputs: the recorded prompt and mel, several clips, and mistakes by name."""
 
 import io
+import json
 from dataclasses import fields
 
 import jax.numpy as jnp
@@ -162,3 +163,12 @@ def test_mistakes_are_named(processor, tmp_path):
         processor(["a"], [[np.zeros((2, 16000), np.float32)]])
     with pytest.raises(MossAudioError, match="2 audio span"):
         processor(["<|audio_bos|><|AUDIO|><|audio_eos|>" * 2], [[wave(1.0)]])
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path):
+    MossAudioConfig.preset("tiny").save_hf(tmp_path)
+    write_small_tokenizer(tmp_path)
+    vocabulary = json.loads((tmp_path / "vocab.json").read_text("utf-8"))
+    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary | {"ab": 512}), "utf-8")
+    with pytest.raises(MossAudioError, match=r"ids up to 512, and the vocab_size of .* is 512"):
+        load_processor(tmp_path)
