@@ -188,7 +188,11 @@ def table(report: Report) -> str:
             f"{max(t.max_relative_error for t in equal):.3g} relative"
         )
         lines.append(f"{len(equal)} tensors {what}")
-    lines += [f"{t.name} holds NaN or infinity: no answer of this model means anything" for t in report.tensors if not t.finite]
+    lines += [
+        f"{t.name} holds NaN or infinity: no answer of this model means anything"
+        for t in report.tensors
+        if not t.finite
+    ]
     lines += _model_lines(report)
     return "\n".join([*lines, "PASSED" if report.passed else "FAILED"])
 

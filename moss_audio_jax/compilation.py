@@ -12,7 +12,7 @@ import jax.numpy as jnp
 _FOR_BFLOAT16 = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
 
 
-class jit:  # noqa: N801, used like jax.jit
+class jit:
     """`jax.jit(function, **options)`, which on the CPU holds no float32 copy of bfloat16 weights.
 
     Inside of another jit, and compiled ahead by `trace` or `lower`, it is jax.jit's own program.
@@ -29,7 +29,8 @@ class jit:  # noqa: N801, used like jax.jit
         sparing = (
             jax.default_backend() == "cpu"
             and any(getattr(leaf, "dtype", None) == jnp.bfloat16 for leaf in leaves)
-            and not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
+            # While another program is traced all new arrays are tracers, and compiler options are refused.
+            and not isinstance(jnp.zeros(()), jax.core.Tracer)
         )
         return (self._sparing if sparing else self._plain)(*arguments, **keywords)
 

@@ -6,7 +6,7 @@ import re
 import shlex
 from collections.abc import Callable
 
-from moss_audio_jax.paths import AnyPath, Path, children, exists, is_remote, reason, to_path
+from moss_audio_jax.paths import AnyPath, Path, children, exists, reason, to_path
 
 RELEASED_NAMES = tuple(f"MOSS-Audio-{size}-{kind}" for size in ("4B", "8B") for kind in ("Instruct", "Thinking"))
 OWNER = "OpenMOSS-Team"
