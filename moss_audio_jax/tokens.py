@@ -95,7 +95,7 @@ class Tokenizer:
 
     @classmethod
     def from_dir(cls, directory: AnyPath) -> Self:
-        """Reads vocab.json, merges.txt and the added tokens, as released; or tokenizer.json, as transformers 5 saves it.
+        """Reads vocab.json, merges.txt and the added tokens, as released; or tokenizer.json, as of transformers 5.
 
         Where both are there tokenizer.json counts, which may add tokens. Raises MossAudioError if the two disagree.
         """
@@ -188,8 +188,8 @@ def _require_same(core: tokenizers.Tokenizer, path: Path) -> None:
     else:
         return
     raise MossAudioError(
-        f"{path} and the vocab.json, merges.txt and added tokens beside it are different tokenizers ({problem}): remove "
-        "whichever the model was not trained with"
+        f"{path} and the vocab.json, merges.txt and added tokens beside it are different tokenizers ({problem}): "
+        "remove whichever the model was not trained with"
     )
 
 
