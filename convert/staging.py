@@ -44,6 +44,7 @@ def staged(target: Path, required_bytes: int) -> Iterator[Path]:
             "make room, or choose another disk"
         )
     work = target.with_name(f"{target.name}.partial-{os.getpid()}")
+    made = [parent for parent in target.parents if not os.path.exists(parent)]  # innermost first
     try:
         work.mkdir(parents=True)
         yield work
@@ -52,3 +53,7 @@ def staged(target: Path, required_bytes: int) -> Iterator[Path]:
         raise MossAudioError(f"{target} can't be written ({error}): nothing was left behind") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
+        if not target.exists():
+            with contextlib.suppress(OSError):
+                for parent in made:
+                    parent.rmdir()

@@ -188,11 +188,10 @@ def table(report: Report) -> str:
             f"{max(t.max_relative_error for t in equal):.3g} relative"
         )
         lines.append(f"{len(equal)} tensors {what}")
-    lines += [
-        f"{t.name} holds NaN or infinity: no answer of this model means anything"
-        for t in report.tensors
-        if not t.finite
-    ]
+    infinite = [tensor.name for tensor in report.tensors if not tensor.finite]
+    if infinite:
+        more = f" and {len(infinite) - 1} tensors more hold" if len(infinite) > 1 else " holds"
+        lines.append(f"{infinite[0]}{more} NaN or infinity: no answer of such a model means anything")
     lines += _model_lines(report)
     return "\n".join([*lines, "PASSED" if report.passed else "FAILED"])
 

@@ -373,8 +373,8 @@ def save_model(model: MossAudio, path: AnyPath, *, tokenizer: AnyPath | None = N
     others += sorted(parameters.keys() - parameter_specs(model.config).keys())
     if others:
         raise MossAudioError(
-            f"{path}: a saved model has the floating-point parameters of its configuration, not {', '.join(others[:5])}; "
-            "load its base by load_model, and save that"
+            f"{path}: a saved model has floating-point parameters of its configuration alone, not "
+            f"{', '.join(others[:5])}; load its base by load_model, and save that"
         )
     path = absolute(path)
     require_empty(path)

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 # On the CPU bfloat16 is computed in float32, and this pass would convert all layers' weights before the loop: a copy of
 # twice their size. Without it each layer is converted as it is read.
@@ -20,8 +21,8 @@ class jit:
 
     def __init__(self, function: Callable[..., Any], **options: Any):
         functools.update_wrapper(self, function)
-        self._plain = jax.jit(function, **options)
-        self._sparing = jax.jit(function, compiler_options=_FOR_BFLOAT16, **options)
+        self._plain: Any = jax.jit(function, **options)
+        self._sparing: Any = jax.jit(function, compiler_options=_FOR_BFLOAT16, **options)
         self.trace, self.lower = self._plain.trace, self._plain.lower
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
@@ -29,7 +30,8 @@ class jit:
         sparing = (
             jax.default_backend() == "cpu"
             and any(getattr(leaf, "dtype", None) == jnp.bfloat16 for leaf in leaves)
-            and not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
+            # While another program is traced all new arrays are tracers, and compiler options are refused.
+            and not isinstance(jnp.zeros(()), Tracer)
         )
         return (self._sparing if sparing else self._plain)(*arguments, **keywords)
 

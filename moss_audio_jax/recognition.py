@@ -24,7 +24,7 @@ _HEADS: tuple[tuple[Callable[[bytes], bool], str], ...] = (
     ),
     (
         lambda head: re.match(rb"\s*<(!doctype\s+html|html|head|\?xml)", head, re.IGNORECASE) is not None,
-        "a web page and not the file itself: fetch it again with `hf download`, logged in if the repository needs it",
+        "a web page and not the file itself: fetch it again with `hf download`, after `hf auth login` if it is gated",
     ),
     (
         lambda head: head.startswith((b"Entry not found", b"Access to model", b"Invalid username or password")),

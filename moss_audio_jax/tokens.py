@@ -105,7 +105,7 @@ class Tokenizer:
 
     @classmethod
     def from_dir(cls, directory: AnyPath) -> Self:
-        """Reads vocab.json, merges.txt and the added tokens as released, or tokenizer.json as transformers 5 saves it.
+        """Reads vocab.json, merges.txt and the added tokens, as released; or tokenizer.json, as of transformers 5.
 
         Where both are there tokenizer.json counts, which may add tokens. Raises MossAudioError if the two disagree.
         """

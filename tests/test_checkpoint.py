@@ -1,81 +1,100 @@
-"""What names a checkpoint's parts: none of it leaves the checkpoint's directory."""
+"""Models loaded and saved: damage, types and what is left out are refused by name; what is saved loads again."""
 
-import json
+import os
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from flax import nnx
 
-from moss_audio_jax import MossAudioError, load_model
-from moss_audio_jax.checkpoint import orbax_paths, stored_shapes
-from moss_audio_jax.paths import is_plain_name, to_path
-
-BEST = {"metric": "loss", "value": 0.5, "step": 5, "since": 0, "evaluated": 9}
-
-
-@pytest.fixture
-def run(tmp_path) -> Path:
-    for step in (5, 9):
-        (tmp_path / "run" / "checkpoints" / str(step) / "params").mkdir(parents=True)
-    (tmp_path / "outside" / "params").mkdir(parents=True)
-    return tmp_path / "run"
+from convert.rehearse import rehearse
+from moss_audio_jax import MossAudio, MossAudioConfig, MossAudioError, load_model, load_processor, save_model
+from moss_audio_jax.checkpoint import build_model, parameters_of
+from moss_audio_jax.compilation import jit
+from moss_audio_jax.finite import first_nonfinite
+from moss_audio_jax.model import _compiled_logits
+from tests.conftest import question
 
 
-def write(file: Path, content: object) -> None:
-    file.parent.mkdir(exist_ok=True)
-    file.write_text(json.dumps(content), "utf-8")
+@pytest.fixture(scope="module")
+def released(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("models") / "released"
+    rehearse("tiny", directory, seed=1)
+    return directory
 
 
-@pytest.mark.parametrize("file", ["best.json", "checkpoints/9/best/metadata"])
-def test_the_best_checkpoint_is_one_of_the_run(file, run):
-    write(run / file, BEST)
-    found = orbax_paths(run / "best")
-    assert found is not None and Path(found.params) == run / "checkpoints" / "5" / "params"
-    for step in ("../../outside", str(run.parent / "outside"), "5", 5.0, True, -1, [5]):
-        write(run / file, BEST | {"step": step})
-        with pytest.raises(MossAudioError, match=r"(best\.json|metadata): step must be an integer from 0"):
-            orbax_paths(run / "best")
+@pytest.fixture(scope="module")
+def model(released: Path) -> MossAudio:
+    return load_model(released)
+
+
+def test_a_saved_model_has_the_tokenizer_of_the_one_that_was_loaded(model: MossAudio, released: Path, tmp_path: Path):
+    save_model(model, tmp_path / "saved")
+    expected = parameters_of(model)
+    for path, leaf in parameters_of(load_model(tmp_path / "saved")).items():
+        np.testing.assert_array_equal(leaf, expected[path], err_msg=path)
+    for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
+        assert (tmp_path / "saved" / name).read_bytes() == (released / name).read_bytes()
+    assert load_processor(tmp_path / "saved").tokenizer.encode("12") == [16, 17]
+    save_model(build_model(MossAudioConfig.preset("tiny"), expected), tmp_path / "named", tokenizer=released)
+    assert load_processor(tmp_path / "named").tokenizer.encode("12") == [16, 17]
+
+
+def test_a_model_that_could_not_be_loaded_is_not_saved(model: MossAudio, tmp_path: Path):
+    parameters = parameters_of(model)
+    parameters["lm_head.kernel"] = parameters["lm_head.kernel"].astype(jnp.int8)
+    with pytest.raises(MossAudioError, match=r"floating-point parameters .*, not lm_head\.kernel int8"):
+        save_model(build_model(model.config, parameters), tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+@pytest.mark.parametrize("dtype", ["int8", np.int32, "fp32", 7])
+def test_types_that_nothing_computes_in_are_refused(released: Path, dtype):
+    with pytest.raises(MossAudioError, match="dtype must be one of bfloat16, float16, float32, not "):
+        load_model(released, dtype=dtype)
+
+
+def test_a_truncated_chunk_is_named(model: MossAudio, tmp_path: Path):
+    save_model(model, tmp_path / "saved")
+    chunk = max((tmp_path / "saved" / "params").rglob("d/*"), key=lambda file: file.stat().st_size)
+    os.truncate(chunk, chunk.stat().st_size // 2)
+    with pytest.raises(MossAudioError, match=r"params can't be restored, its files are damaged \(.*\w+\.kernel/"):
+        load_model(tmp_path / "saved")
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("path", "index", "value", "name"),
     [
-        (BEST | {"evaluated": "9"}, "evaluated must be an integer"),
-        (BEST | {"metric": None}, "metric must be a text"),
-        ([], "must hold a JSON object"),
-        ({"metric": "loss"}, "does not know its best checkpoint"),
-        (BEST | {"step": 7}, "step 7, which is not there"),
+        ("language_model.layers.mlp.up_proj.kernel", (2, 0, 0), np.nan, "language_model.layers.2.mlp.up_proj.weight"),
+        ("lm_head.kernel", (0, 5), -np.inf, "lm_head.weight"),
+        ("language_model.norm.scale", (3,), np.inf, "language_model.norm.weight"),
     ],
 )
-def test_a_damaged_best_is_named(content, message, run):
-    write(run / "best.json", content)
-    with pytest.raises(MossAudioError, match=message):
-        orbax_paths(run / "best")
+def test_the_first_tensor_that_is_not_finite(model: MossAudio, path: str, index: tuple, value: float, name: str):
+    assert first_nonfinite(model) is None
+    parameters = parameters_of(model)
+    parameters[path] = parameters[path].at[index].set(value)
+    assert first_nonfinite(build_model(model.config, parameters)) == name
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ({"tree_metadata": {"('..',)": {"key_metadata": [{"key": "..", "key_type": 2}]}}}, "plain names"),
-        ({"tree_metadata": {"('/etc',)": {"key_metadata": [{"key": "/etc", "key_type": 2}]}}}, "plain names"),
-        ({"tree_metadata": {"('a',)": None}}, "plain names"),
-        ({"tree_metadata": []}, "tree_metadata must name parameters"),
-        ({}, "tree_metadata must name parameters"),
-        ({"use_ocdbt": False, "tree_metadata": {"a": {}}}, "use_ocdbt must be true, not False"),
-    ],
-)
-def test_the_names_of_a_stored_tree_are_plain(content, message, tmp_path):
-    write(tmp_path / "params" / "_METADATA", content)
-    with pytest.raises(MossAudioError, match=message):
-        stored_shapes(to_path(tmp_path / "params"))
-
-
-def test_an_adapter_of_an_adapter_is_refused(tmp_path):
-    write(tmp_path / "adapter_config.json", {"base_model_name_or_path": str(tmp_path)})
-    with pytest.raises(MossAudioError, match="holds an adapter itself"):
-        load_model(tmp_path)
-
-
-def test_plain_names():
-    assert all(map(is_plain_name, ("model-00001-of-00002.safetensors", "kernel", "0", "a+b", "_x")))
-    others = ("", ".", "..", "../x", "a/b", "/x", "a\\b", "a\0b", "a\n", "é", "x" * 201, "~", "gs://x", None, 1, b"x")
-    assert not any(map(is_plain_name, others))
+def test_bfloat16_weights_are_not_copied_on_the_cpu(released: Path):
+    """The layers' float32 copies would be twice the weights' own size."""
+    model = load_model(released, dtype="bfloat16")
+    inputs = question(model, [120])
+    graphdef, state = nnx.split(model)
+    stacked = sum(
+        leaf.nbytes for path, leaf in parameters_of(model).items() if path.startswith("language_model.layers.")
+    )
+    assert isinstance(_compiled_logits, jit)
+    plain, sparing = (
+        jitted.lower(graphdef, state, inputs).compile().memory_analysis().temp_size_in_bytes
+        for jitted in (_compiled_logits._plain, _compiled_logits._sparing)
+    )
+    assert sparing <= plain - 2 * stacked
+    before = _compiled_logits._sparing._cache_size()
+    logits = model(inputs)
+    assert _compiled_logits._sparing._cache_size() == before + 1
+    np.testing.assert_array_equal(logits, _compiled_logits._plain(graphdef, state, inputs))
+    jax.jit(lambda: model(inputs)).lower()  # inside of another program it is a plain one

@@ -80,8 +80,8 @@ def test_rope_parameters_of_newer_transformers(released, tmp_path):
     del files["config.json"]["language_config"]["rope_theta"]
     config = MossAudioConfig.from_hf(write(tmp_path, files))
     assert config.language_config.rope_theta == 12345.0
-    files["config.json"]["language_config"]["rope_theta"] = 12345.0  # for transformers 4
-    assert config.to_hf() == files
+    # Transformers 4 reads the older key alone.
+    assert config.to_hf() == changed(files, "language_config", rope_theta=12345.0)
 
 
 def test_deepstack_takes_the_first_taps_listed(released, tmp_path):
@@ -99,6 +99,15 @@ def test_moss_music_tied_heads_and_several_ends(released, tmp_path):
     config = MossAudioConfig.from_hf(write(tmp_path, files))
     assert config.tie_word_embeddings and config.eos_ids == (151645, 151643)
     assert config.to_hf() == files
+
+
+def test_both_places_of_the_rotary_base_must_agree(released, tmp_path):
+    rope = {"rope_type": "default", "rope_theta": 12345.0}
+    files = changed(released, "language_config", rope_parameters=rope, rope_theta=12345)
+    config = MossAudioConfig.from_hf(write(tmp_path, files))
+    assert config.language_config.rope_theta == 12345 and config.to_hf() == files
+    with pytest.raises(MossAudioError, match=r"rope_parameters has the rope_theta 12345.0 and .* itself 10000"):
+        MossAudioConfig.from_hf(write(tmp_path, changed(files, "language_config", rope_theta=10000)))
 
 
 @pytest.mark.parametrize(

@@ -246,6 +246,33 @@ class TestTokenizerFiles:
             Tokenizer.from_dir(small_dir)
         assert str(small_dir) in str(raised.value)
 
+    def test_tokenizer_json_adds_tokens_to_the_released_files(self, small_dir, small):
+        """As transformers 5 saves it over them, the released files unchanged."""
+        core = tokenizers.Tokenizer.from_str(Tokenizer.from_dir(small_dir)._core.to_str())
+        core.add_tokens(["[S01]"])
+        core.save(str(small_dir / "tokenizer.json"))
+        (small_dir / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Qwen2Tokenizer"}))
+        (small_dir / "added_tokens.json").write_text(json.dumps({**SPECIAL, "<think>": THINK}))
+        ours = Tokenizer.from_dir(small_dir)
+        (added,) = ours.encode("[S01]")
+        assert ours.decode([added]) == "[S01]" and len(small.encode("[S01]")) == 5
+        assert ours.encode("hello <|im_end|>") == small.encode("hello <|im_end|>")
+
+    @pytest.mark.parametrize("change", ["id", "merges", "more released tokens"])
+    def test_tokenizer_json_that_disagrees_with_the_released_files_is_refused(self, small_dir, change):
+        content = json.loads(Tokenizer.from_dir(small_dir)._core.to_str())
+        if change == "id":
+            content["model"]["vocab"] |= {"a": content["model"]["vocab"]["b"], "b": content["model"]["vocab"]["a"]}
+        elif change == "merges":
+            content["model"]["merges"].reverse()
+        else:
+            added = next(token for token in content["added_tokens"] if token["content"] == "<think>")
+            content["added_tokens"].remove(added)
+            content["model"]["vocab"].pop("<think>", None)
+        (small_dir / "tokenizer.json").write_text(json.dumps(content))
+        with pytest.raises(MossAudioError, match=r"tokenizer\.json .* are different tokenizers .*: remove whichever"):
+            Tokenizer.from_dir(small_dir)
+
     def test_merges_that_are_not_text_are_named(self, small_dir):
         (small_dir / "merges.txt").write_bytes(b"\xff\xfe")
         with pytest.raises(MossAudioError, match=r"merges\.txt can't be read"):

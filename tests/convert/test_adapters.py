@@ -90,6 +90,18 @@ def test_to_hf_merges(layout: str, adapter: Path, released: Path, request, door,
     assert (tmp_path / "merged" / "config.json").read_bytes() == (released / "config.json").read_bytes()
 
 
+def test_a_wider_type_is_rounded_to_once(adapter: Path, released: Path, door, tmp_path: Path):
+    assert door("to-hf", adapter, tmp_path / "merged", "--dtype", "float32")[0] == 0
+    base, merged = load_file(released / "model.safetensors"), load_file(tmp_path / "merged" / "model.safetensors")
+    tensors = load_file(adapter / ADAPTER_FILE)
+    name = "language_model.layers.1.mlp.up_proj"
+    a, b = (tensors[f"{PEFT_PREFIX}{name}.lora_{which}.weight"].astype(np.float64) for which in "AB")
+    expected = base[f"{name}.weight"].astype(np.float64) + 1.5 * b @ a
+    np.testing.assert_allclose(merged[f"{name}.weight"], expected, rtol=0, atol=1e-6)
+    assert {str(tensor.dtype) for tensor in merged.values()} == {"float32"}
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["dtype"] == "float32"
+
+
 def test_inspect_shows_an_adapter(imported: Path, door):
     code, printed, errors = door("inspect", imported, "--json")
     assert code == 0, errors
@@ -124,7 +136,9 @@ def test_mistakes_are_refused(adapter: Path, imported: Path, released: Path, orb
         ("from-peft", imported): "is no adapter of PEFT's",
         ("to-hf", orbax, "--base", released): "leave --base out",
         ("to-hf", adapter, "--base", imported): "holds an adapter, not a model",
-        ("to-orbax", adapter): "holds an adapter of LoRA and no model",
+        ("to-orbax", adapter): "holds an adapter of LoRA and no model: give its model, and the adapter as --adapter",
+        ("from-peft", tmp_path / "small"): "holds no adapter_config.json",
+        ("from-peft", adapter.with_name("pfet")): f"did you mean {adapter}?",
     }
     for (command, source, *options), message in cases.items():
         code, _, errors = door(command, source, tmp_path / "out", *options)

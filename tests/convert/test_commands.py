@@ -87,7 +87,10 @@ MISTAKES = {
     "orbax to orbax": ("to-orbax", "orbax", lambda source: None, "is an Orbax checkpoint already"),
     "released to released": ("to-hf", "released", lambda source: None, "is a released directory already"),
     "another size": ("to-hf", "orbax", change_size, "audio_adapter.up_proj.kernel has shape (32, 40)"),
-    "no shards that small": ("to-hf --shard-gb 0", "orbax", lambda source: None, "--shard-gb must be above 0"),
+    **{
+        f"no shards of {size} GB": (f"to-hf --shard-gb {size}", "orbax", lambda source: None, f"above 0, not {size}")
+        for size in ("0.0", "-1.0", "nan", "inf", "1e-10")
+    },
     "manifest damaged": ("to-hf", "orbax", damage_manifest, "params"),
     "data gone": ("to-hf", "orbax", remove_data, "params"),
     "metadata damaged": ("to-hf", "orbax", damage_metadata, "params"),
@@ -122,10 +125,22 @@ def test_nothing_is_overwritten(door, released, orbax, tmp_path, command):
     assert listing(tmp_path) == {"target/precious.txt": b"mine"}
 
 
-def test_a_file_is_no_target(door, released, tmp_path):
+@pytest.mark.parametrize("inside", ["", "new/model"])
+def test_a_file_is_no_target(door, released, tmp_path, inside):
     (tmp_path / "target").write_text("mine")
-    assert door("to-orbax", released, tmp_path / "target")[0] == 2
-    assert (tmp_path / "target").read_text() == "mine"
+    code, _, err = door("to-orbax", released, tmp_path / "target" / inside)
+    assert code == 2 and err.splitlines()[-1].startswith("error: ") and "Traceback" not in err
+    assert listing(tmp_path) == {"target": b"mine"}
+
+
+def test_new_parents_of_a_target_go_with_it(door, released, tmp_path, monkeypatch):
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(staging.os, "rename", fail)
+    code, _, err = door("to-orbax", released, tmp_path / "new" / "deep" / "target")
+    assert code == 2 and "No space left on device" in err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_too_little_disk_is_refused_beforehand(door, released, tmp_path, monkeypatch):

@@ -57,6 +57,16 @@ def test_one_flipped_bit_is_found(door, released, orbax, tmp_path, order):
     assert out.splitlines()[-1] == "FAILED"
 
 
+def test_a_tensor_that_is_not_finite_is_named(door, released, tmp_path):
+    broken = Path(shutil.copytree(released, tmp_path / "broken"))
+    tensors = load_file(broken / SINGLE_FILE)
+    tensors[CHANGED][3, 4] = np.nan
+    save_file(tensors, broken / SINGLE_FILE, {"format": "pt"})
+    code, out, _ = door("verify", broken, broken, "--no-torch")
+    assert code == 0 and f"{CHANGED} holds NaN or infinity" in out
+    assert "NaN" not in door("verify", released, released, "--no-torch")[1]
+
+
 def test_damaged_byte_in_an_orbax_file_is_found(door, released, orbax, tmp_path):
     """Orbax has no checksums: most flipped bytes restore without a word."""
     found = []

@@ -98,6 +98,21 @@ def test_models_that_compute_something_else_fail(pair, tmp_path):
     assert "past its threshold: relative error of tap 0" in table(report)
 
 
+def test_a_config_of_transformers_5_keeps_its_rotary_base(pair, tmp_path):
+    """It has rope_parameters alone: both sides read it, and what goes back to PyTorch has the older key as well."""
+    source = Path(shutil.copytree(pair[0], tmp_path / "source"))
+    config = json.loads((source / "config.json").read_text())
+    theta = config["language_config"].pop("rope_theta")
+    config["language_config"] |= {"rope_parameters": {"rope_theta": theta, "rope_type": "default"}}
+    (source / "config.json").write_text(json.dumps(config))
+    convert_to_orbax(source, tmp_path / "orbax")
+    convert_to_hf(tmp_path / "orbax", tmp_path / "back")
+    exported = json.loads((tmp_path / "back" / "config.json").read_text())["language_config"]
+    assert exported["rope_theta"] == exported["rope_parameters"]["rope_theta"] == theta != 10_000
+    report = verify(source, tmp_path / "back")
+    assert report.passed and report.models is not None, table(report)
+
+
 def test_two_orbax_directories_are_compared_by_tensors_alone(pair, tmp_path):
     report = verify(pair[1], pair[1])
     assert report.passed
@@ -109,7 +124,7 @@ def test_missing_pytorch_is_said_with_the_install_line(pair, monkeypatch):
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
     report = verify(*pair)
     assert report.passed
-    assert "torch and transformers not installed: pip install 'moss-audio-jax[test]'" in table(report)
+    assert "torch and transformers not installed: pip install torch 'transformers==4.57.1'" in table(report)
 
 
 def test_other_transformers_are_said_with_the_install_line(pair, monkeypatch):
