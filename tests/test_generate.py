@@ -8,7 +8,8 @@ from flax import nnx
 
 from moss_audio_jax import MossAudioError, generate, make_inputs, stream
 from moss_audio_jax import generate as generate_function
-from moss_audio_jax.generate import Sampling, decode_until, prefill_prompts
+from moss_audio_jax.generate import decode_until, prefill_prompts
+from moss_audio_jax.sampling import Sampling
 from tests.conftest import TINY_AUDIO_ID, question, question_parts
 from tests.test_model import CASES, inputs_of
 
@@ -88,7 +89,7 @@ def sample(sampling: Sampling, logits: np.ndarray, draws: int = 4000, seen: np.n
     """How often each token is drawn from one row of logits."""
     batch = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (draws, len(logits)))
     marked = jnp.zeros(batch.shape, bool) if seen is None else jnp.broadcast_to(jnp.asarray(seen), batch.shape)
-    tokens = sampling(batch, marked, jax.random.split(jax.random.key(0), draws))
+    tokens = sampling.arrays()(batch, marked, jax.random.split(jax.random.key(0), draws))
     return np.bincount(np.asarray(tokens), minlength=len(logits)) / draws
 
 

@@ -18,7 +18,8 @@ from flax import nnx
 
 from moss_audio_jax import MossAudioConfig, MossAudioError, load_model, load_processor
 from moss_audio_jax.checkpoint import build_model, save_model
-from moss_audio_jax.generate import Sampling, decode_until, generate, prefill_prompts
+from moss_audio_jax.generate import decode_until, generate, prefill_prompts
+from moss_audio_jax.sampling import Sampling
 from moss_audio_jax.sharding import make_mesh
 from moss_audio_jax.small_tokenizer import write_small_tokenizer
 from train.data.manifest import Clip, Message, TimedText
