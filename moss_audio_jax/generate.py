@@ -132,18 +132,29 @@ def _answers(
     seeds: Sequence[int] | None,
 ) -> Iterator[Int[np.ndarray, "b piece"]]:
     """Checks the request, now, and gives the pieces."""
-    for name, value in (("max_new_tokens", max_new_tokens), ("every", every)):
-        if value < 1:
-            raise MossAudioError(f"{name} must be 1 or more, not {value}")
+    if every < 1:
+        raise MossAudioError(f"every must be 1 or more, not {every}")
+    check_request(model.config, inputs, max_new_tokens, seed, seeds)
     batch = len(inputs.tokens)
     eos = tuple(model.config.eos_ids if eos_ids is None else eos_ids)
     drawing = make_drawing(batch, sampling, eos, seed, seeds)
-    if batch == 0:
-        return iter(())
+    return _pieces(model, inputs, max_new_tokens, every, drawing) if batch else iter(())
+
+
+def check_request(
+    config: MossAudioConfig,
+    inputs: ModelInputs,
+    max_new_tokens: int,
+    seed: int = 0,
+    seeds: Sequence[int] | None = None,
+) -> None:
+    """Raises MossAudioError for what `generate` can't do; no weights are needed to know."""
+    if max_new_tokens < 1:
+        raise MossAudioError(f"max_new_tokens must be 1 or more, not {max_new_tokens}")
     if _is_packed(inputs.segment_ids):
         raise MossAudioError("inputs to generate hold several packed examples a row: give one prompt a row")
-    check_positions(inputs, model.config, max_new_tokens)
-    return _pieces(model, inputs, max_new_tokens, every, drawing)
+    check_positions(inputs, config, max_new_tokens)
+    row_seeds(len(inputs.tokens), seed, seeds)
 
 
 def _pieces(
@@ -262,5 +273,5 @@ def _on_host(array: jax.Array) -> np.ndarray:
 def _is_packed(segment_ids: np.ndarray | jax.Array) -> bool:
     """Whether a row holds several examples, among those that this process has."""
     if isinstance(segment_ids, jax.Array):
-        return any(np.asarray(shard.data).max() > 1 for shard in segment_ids.addressable_shards)
-    return bool(segment_ids.max() > 1)
+        return any(np.asarray(shard.data).max(initial=0) > 1 for shard in segment_ids.addressable_shards)
+    return bool(segment_ids.max(initial=0) > 1)

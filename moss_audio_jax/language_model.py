@@ -13,7 +13,6 @@ from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.layers import GatedMLP, Linear, RMSNorm, layer_at, parameter, scan_layers, take_layers, weighted
 from moss_audio_jax.sharding import constrain, num_parts
 
-
 # The order of the cache's axes b (0), slots (1) and kv (2) in which XLA's loop of decoding wants them on a TPU: in
 # another one it would copy the whole cache before the loop and after it.
 SLOTS_KV_BATCH, BATCH_KV_SLOTS = (1, 2, 0), (0, 2, 1)

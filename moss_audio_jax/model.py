@@ -149,8 +149,8 @@ def check_positions(inputs: ModelInputs, config: MossAudioConfig, new_tokens: in
             f"sequence {row} has {found}, and the model's max_position_embeddings are {limit:,}: give it shorter audio"
         )
     raise MossAudioError(
-        f"sequence {row} has {found}, which with max_new_tokens={new_tokens:,} are more than the model's "
-        f"max_position_embeddings of {limit:,}: set max_new_tokens to at most {limit - read:,}, or give it shorter audio"
+        f"sequence {row} has {found}, which with max_new_tokens={new_tokens:,} are more than the "
+        f"model's max_position_embeddings of {limit:,}: let max_new_tokens be {limit - read:,}, or give shorter audio"
     )
 
 
