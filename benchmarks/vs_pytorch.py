@@ -174,7 +174,7 @@ def _decode_row(model: MossAudio, inputs: ModelInputs, prefill_pytorch: Timed, r
     drawing = make_drawing(1, Sampling(), ())
     prefilled, caches = [], []
     for _ in range(repeats + 1):
-        prefilled.append(prefill_prompts(graphdef, state, inputs, drawing, NEW_TOKENS + 1))
+        prefilled.append(prefill_prompts(graphdef, state, inputs, drawing, NEW_TOKENS))
         caches.append(prefill_pytorch())
     jax.block_until_ready(prefilled)
 
@@ -188,7 +188,7 @@ def _decode_row(model: MossAudio, inputs: ModelInputs, prefill_pytorch: Timed, r
         return logits
 
     def decode():
-        return decode_until(graphdef, state, prefilled.pop(), NEW_TOKENS + 1, drawing)
+        return decode_until(graphdef, state, prefilled.pop(), NEW_TOKENS, drawing)
 
     return compare(f"decode of {NEW_TOKENS} tokens", decode, decode_pytorch, repeats)
 

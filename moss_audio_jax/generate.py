@@ -61,12 +61,14 @@ def make_drawing(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _State:
-    """The loop's carry. `tokens[:, :count]` are drawn; the last of them is not read yet.
+    """The loop's carry. `tokens[:, :count]` are drawn and read.
 
+    hidden: what the next tokens are drawn from.
     finite: whether the logits of each sequence have been so; the loop ends where they are not.
     """
 
     cache: KVCache
+    hidden: Float[Array, "b hidden"]
     tokens: Int[Array, "b new"]
     count: Int[Array, ""]
     next_position: Int[Array, " b"]
@@ -132,9 +134,9 @@ def _answers(
     seeds: Sequence[int] | None,
 ) -> Iterator[Int[np.ndarray, "b piece"]]:
     """Checks the request, now, and gives the pieces."""
+    check_request(model.config, inputs, max_new_tokens, seed, seeds)
     if every < 1:
         raise MossAudioError(f"every must be 1 or more, not {every}")
-    check_request(model.config, inputs, max_new_tokens, seed, seeds)
     batch = len(inputs.tokens)
     eos = tuple(model.config.eos_ids if eos_ids is None else eos_ids)
     drawing = make_drawing(batch, sampling, eos, seed, seeds)
@@ -180,15 +182,16 @@ def _pieces(
 def prefill_prompts(
     graphdef: nnx.GraphDef, state: nnx.State, inputs: ModelInputs, drawing: Drawing, new_slots: int
 ) -> _State:
-    """Reads the prompts and draws the first token."""
+    """Reads the prompts."""
     model = nnx.merge(graphdef, state)
     batch, length = inputs.tokens.shape
     hidden, cache = model.prefill(inputs, length + new_slots)
     vocab = model.config.language_config.vocab_size
     valid = inputs.segment_ids != 0
     seen = jnp.zeros((batch, vocab), bool).at[jnp.arange(batch)[:, None], inputs.tokens].max(valid)
-    loop = _State(
+    return _State(
         cache,
+        hidden,
         tokens=jnp.full((batch, new_slots), drawing.fill, jnp.int32),
         count=jnp.int32(0),
         next_position=valid.sum(1, dtype=jnp.int32),
@@ -196,7 +199,6 @@ def prefill_prompts(
         finite=jnp.ones(batch, bool),
         seen=seen,
     )
-    return _draw(model, loop, hidden, drawing)
 
 
 @functools.partial(jax.jit, static_argnames="graphdef", donate_argnames="loop")
@@ -205,10 +207,9 @@ def decode_until(graphdef: nnx.GraphDef, state: nnx.State, loop: _State, until: 
     model = nnx.merge(graphdef, state)
 
     def step(loop: _State) -> _State:
-        last = jax.lax.dynamic_index_in_dim(loop.tokens, loop.count - 1, axis=1, keepdims=False)
-        hidden, cache = model.decode(last, loop.next_position, loop.cache)
-        loop = dataclasses.replace(loop, cache=cache, next_position=loop.next_position + 1)
-        return _draw(model, loop, hidden, drawing)
+        loop, token = _draw(model, loop, drawing)
+        hidden, cache = model.decode(token, loop.next_position, loop.cache)
+        return dataclasses.replace(loop, cache=cache, hidden=hidden, next_position=loop.next_position + 1)
 
     def unfinished(loop: _State) -> Bool[Array, ""]:
         return (loop.count < until) & ~loop.stopped.all() & loop.finite.all()
@@ -216,14 +217,15 @@ def decode_until(graphdef: nnx.GraphDef, state: nnx.State, loop: _State, until: 
     return jax.lax.while_loop(unfinished, step, loop)
 
 
-def _draw(model: MossAudio, loop: _State, hidden: Float[Array, "b hidden"], drawing: Drawing) -> _State:
+def _draw(model: MossAudio, loop: _State, drawing: Drawing) -> tuple[_State, Int[Array, " b"]]:
+    """The state with one more token of each sequence, and those tokens."""
     keys = jax.vmap(jax.random.fold_in, (0, None))(row_keys(drawing.seeds), loop.count)
     # One token of each sequence is far less than the head: it goes to where the head's rows and columns lie. The sums
     # return, first as they are cut there, or XLA would gather the columns.
-    logits = constrain(model.logits(constrain(hidden, None, "embed")), None, "vocab")
+    logits = constrain(model.logits(constrain(loop.hidden, None, "embed")), None, "vocab")
     logits = constrain(logits, "batch", None)
     token = jnp.where(loop.stopped, drawing.fill, drawing.sampling(logits, loop.seen, keys))
-    return dataclasses.replace(
+    loop = dataclasses.replace(
         loop,
         tokens=jax.lax.dynamic_update_index_in_dim(loop.tokens, token, loop.count, axis=1),
         count=loop.count + 1,
@@ -231,6 +233,7 @@ def _draw(model: MossAudio, loop: _State, hidden: Float[Array, "b hidden"], draw
         finite=loop.finite & (loop.stopped | jnp.isfinite(logits).all(-1)),
         seen=loop.seen.at[jnp.arange(token.shape[0]), token].set(True),
     )
+    return loop, token
 
 
 def _why_not_finite(state: nnx.State, config: MossAudioConfig, row: int, count: int) -> str:

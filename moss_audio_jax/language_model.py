@@ -202,7 +202,7 @@ class LanguageModel(nnx.Module):
                 "`prefill` more slots, one for each token of the prompt and of the answer"
             )
         phases = rotary_phases(positions, self.config.head_dim, self.config.rope_theta)
-        filled_segments = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, (0, cache.filled))
+        filled_segments = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, (jnp.int32(0), cache.filled))
 
         def body(carry, index, injected):
             # The cache is carried and written in place: scanned over, it would be copied for every token.

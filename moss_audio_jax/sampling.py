@@ -53,7 +53,7 @@ class Sampling:
         """The same numbers in float32; what is too small or too large for that becomes the nearest normal number."""
 
         def normal(value: float) -> np.float32:
-            return np.float32(min(max(value, _FLOAT32.tiny), _FLOAT32.max))
+            return np.float32(min(max(value, float(_FLOAT32.tiny)), float(_FLOAT32.max)))
 
         return SamplingArrays(
             temperature=normal(self.temperature) if self.temperature else np.float32(0),
