@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from moss_audio_jax.attention import causal_attend, rotary_phases, rotate, self_attend
@@ -195,7 +196,7 @@ class LanguageModel(nnx.Module):
         Raises MossAudioError where the cache has no slots left, if that can be known: not while `filled` is traced.
         """
         slots = cache.segment_ids.shape[1]
-        filled = 0 if isinstance(cache.filled, jax.core.Tracer) else int(cache.filled)
+        filled = 0 if isinstance(cache.filled, Tracer) else int(cache.filled)
         if filled + x.shape[1] > slots:
             raise MossAudioError(
                 f"a cache of {slots} slots, {filled} of them filled, has no room for {x.shape[1]} more tokens: give "

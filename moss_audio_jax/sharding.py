@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from jax.core import Tracer
 from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
@@ -143,7 +144,7 @@ def on_mesh_of(parameters: Any, inputs: Any = None) -> contextlib.AbstractContex
     For parameters on one device that is a mesh of that device alone. While they or the inputs are traced, by a caller's
     own `jax.jit`, the current mesh stays: there the caller sets it.
     """
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((parameters, inputs))):
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((parameters, inputs))):
         return contextlib.nullcontext()
     mesh, sharding = mesh_of(parameters), _sharding_of(parameters)
     if mesh is None and isinstance(sharding, SingleDeviceSharding):
@@ -168,4 +169,4 @@ def on_automatic_mesh(parameters: Tree) -> Tree:
 def _sharding_of(tree: Any) -> Any:
     """That of the first array; None for one that is traced, or NumPy's."""
     leaf = next(iter(jax.tree.leaves(tree)), None)
-    return None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
+    return None if isinstance(leaf, Tracer) else getattr(leaf, "sharding", None)

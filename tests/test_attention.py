@@ -270,12 +270,9 @@ def placed(loop, mesh: Mesh):
     """The state of decoding as it is sharded: keys and values by heads too, the rest by sequences."""
     cache = loop.cache
     axes = [("batch", None, "heads")[i] for i in cache.order]
-    by_sequence = jax.tree.map(
-        lambda x: shaped(mesh, x.shape, x.dtype, *["batch", None][: x.ndim]),
-        dataclasses.replace(loop, cache=dataclasses.replace(cache, keys=cache.filled, values=cache.filled)),
-    )
     stack = shaped(mesh, cache.keys.shape, cache.keys.dtype, "layers", *axes, None)
-    return dataclasses.replace(by_sequence, cache=dataclasses.replace(by_sequence.cache, keys=stack, values=stack))
+    loop = jax.tree.map(lambda x: shaped(mesh, x.shape, x.dtype, *["batch", *[None] * 4][: x.ndim]), loop)
+    return dataclasses.replace(loop, cache=dataclasses.replace(loop.cache, keys=stack, values=stack))
 
 
 def assert_splash(compiled, tokens: int, *, kernels: int):
