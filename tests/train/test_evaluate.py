@@ -149,6 +149,10 @@ def test_sampled_answers_repeat_with_their_seed(model, processor, mixed):
     config = AnswerConfig(max_new_tokens=12, sampling=Sampling(temperature=1.0))
     first, again, other = (answer_items(model, processor, mixed[:1], config, seed=seed) for seed in (1, 1, 2))
     assert first == again != other
+    together, alone = (
+        answer_items(model, processor, mixed, dataclasses.replace(config, batch_size=size)) for size in (3, 1)
+    )
+    assert together == alone
 
 
 def test_clips_that_cannot_be_heard_are_named(model, processor, corpus):
