@@ -27,10 +27,11 @@ from moss_audio_jax.checkpoint import load_model
 from moss_audio_jax.cli import run_door
 from moss_audio_jax.config import EncoderConfig, LanguageConfig, MossAudioConfig, ProcessorConfig
 from moss_audio_jax.errors import MossAudioError
-from moss_audio_jax.generate import Sampling, decode_until, prefill_prompts
+from moss_audio_jax.generate import decode_until, make_drawing, prefill_prompts
 from moss_audio_jax.inputs import ModelInputs, make_inputs
 from moss_audio_jax.language_model import KVCache
 from moss_audio_jax.model import MossAudio
+from moss_audio_jax.sampling import Sampling
 from moss_audio_jax.tokens import audio_span
 from train.data.packing import TrainingBatch
 from train.optimizer import OptimizerConfig
@@ -170,9 +171,10 @@ def _decode_row(model: MossAudio, inputs: ModelInputs, prefill_pytorch: Timed, r
     import torch
 
     graphdef, state = nnx.split(model)
+    drawing = make_drawing(1, Sampling(), ())
     prefilled, caches = [], []
     for _ in range(repeats + 1):
-        prefilled.append(prefill_prompts(graphdef, state, inputs, NEW_TOKENS + 1, Sampling(), (), 0))
+        prefilled.append(prefill_prompts(graphdef, state, inputs, drawing, NEW_TOKENS))
         caches.append(prefill_pytorch())
     jax.block_until_ready(prefilled)
 
@@ -186,7 +188,7 @@ def _decode_row(model: MossAudio, inputs: ModelInputs, prefill_pytorch: Timed, r
         return logits
 
     def decode():
-        return decode_until(graphdef, state, prefilled.pop(), NEW_TOKENS + 1, Sampling(), ())
+        return decode_until(graphdef, state, prefilled.pop(), NEW_TOKENS, drawing)
 
     return compare(f"decode of {NEW_TOKENS} tokens", decode, decode_pytorch, repeats)
 

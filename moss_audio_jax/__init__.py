@@ -1,5 +1,16 @@
 """MOSS-Audio in JAX/Flax: what the model is and how to run it."""
 
+import os
+import signal
+import sys
+
+# The commands end at Ctrl-C during the imports below too, which take seconds; `interruption` takes over after them.
+# "-m" is the program's name while Python looks for the module that `python -m` names.
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler and os.path.basename(
+    sys.argv[0] if sys.argv else ""
+) in ("-m", "moss-audio", "moss-audio-convert", "moss-audio-train"):
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 from moss_audio_jax.checkpoint import load_adapter, load_model, merge_adapter, save_model
 from moss_audio_jax.config import LoraConfig, MossAudioConfig
 from moss_audio_jax.errors import MossAudioError

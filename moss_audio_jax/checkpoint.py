@@ -47,7 +47,7 @@ from moss_audio_jax.released import (
 )
 from moss_audio_jax.retries import is_transient, retried, summary
 from moss_audio_jax.schema import SWITCH, TEXT, Rule, check_keys, integer, none_or
-from moss_audio_jax.sharding import check_heads, named_sharding
+from moss_audio_jax.sharding import automatic, check_heads, named_sharding
 
 Result = TypeVar("Result")
 
@@ -336,6 +336,7 @@ def abstract_parameters(
             heads_of_queries=language.num_attention_heads,
             heads_of_keys=language.num_key_value_heads,
         )
+        mesh = automatic(mesh)
 
     def sharding(path: str, spec: nnx.Variable) -> Sharding:
         if mesh is None:

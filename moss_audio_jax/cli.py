@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from moss_audio_jax.compilation_cache import keep_compiled_programs
 from moss_audio_jax.errors import MossAudioError, StorageError
 from moss_audio_jax.interruption import INTERRUPTED, end, ends_on_ctrl_c
 from moss_audio_jax.paths import Path, to_path
@@ -108,6 +109,7 @@ def run_door(door: Callable[[], object]) -> None:
     """Runs a door's commands and exits as a shell expects."""
     try:
         with ends_on_ctrl_c():
+            keep_compiled_programs()
             door()
     except StorageError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -5,29 +5,59 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from moss_audio_jax.attention import causal_attend, rotary_phases, rotate, self_attend
 from moss_audio_jax.config import LanguageConfig
+from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.layers import GatedMLP, Linear, RMSNorm, layer_at, parameter, scan_layers, take_layers, weighted
-from moss_audio_jax.sharding import constrain
+from moss_audio_jax.sharding import constrain, num_parts
+
+# The order of the cache's axes b (0), slots (1) and kv (2) in which XLA's loop of decoding wants them on a TPU: in
+# another one it would copy the whole cache before the loop and after it.
+SLOTS_KV_BATCH, BATCH_KV_SLOTS = (1, 2, 0), (0, 2, 1)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """Keys (rotated) and values of what was read so far. Slot i of every sequence is filled in the same step."""
+    """Keys (rotated) and values of what was read so far. Slot i of every sequence is filled in the same step.
 
-    keys: Float[Array, "layers b slots kv d"]
-    values: Float[Array, "layers b slots kv d"]
+    order: of their axes between the layers and the head's. BATCH_KV_SLOTS where a device has one sequence, or else
+        SLOTS_KV_BATCH.
+    """
+
+    keys: Float[Array, "layers slots kv b d"]
+    values: Float[Array, "layers slots kv b d"]
     segment_ids: Int[Array, "b slots"]  # 0: padding, or not filled yet
     filled: Int[Array, ""]
+    order: tuple[int, int, int] = dataclasses.field(metadata={"static": True})
 
     @classmethod
     def empty(cls, config: LanguageConfig, batch: int, slots: int, dtype: jnp.dtype) -> "KVCache":
-        shape = (config.num_hidden_layers, batch, slots, config.num_key_value_heads, config.head_dim)
-        keys, values = (constrain(jnp.zeros(shape, dtype), "layers", "batch", None, "heads", None) for _ in range(2))
-        return cls(keys, values, jnp.zeros((batch, slots), jnp.int32), jnp.int32(0))
+        mesh = jax.sharding.get_abstract_mesh()
+        parts = 1 if mesh.empty else num_parts("batch", mesh)
+        order = BATCH_KV_SLOTS if batch <= parts else SLOTS_KV_BATCH
+        sizes, axes = (batch, slots, config.num_key_value_heads), ("batch", None, "heads")
+        shape = (config.num_hidden_layers, *(sizes[i] for i in order), config.head_dim)
+        places = ("layers", *(axes[i] for i in order), None)
+        keys, values = (constrain(jnp.zeros(shape, dtype), *places) for _ in range(2))
+        return cls(keys, values, jnp.zeros((batch, slots), jnp.int32), jnp.int32(0), order)
+
+    def written(
+        self, stack: Float[Array, "layers slots kv b d"], layer: jax.Array, new: Float[Array, "b t kv d"]
+    ) -> Float[Array, "layers slots kv b d"]:
+        """`stack`, keys or values, with those of a layer's next tokens."""
+        start = [jnp.int32(0)] * 3
+        start[self.order.index(1)] = self.filled
+        new = new.transpose(*self.order, 3)[None]
+        return jax.lax.dynamic_update_slice(stack, new, (layer, *start, jnp.int32(0)))
+
+    def read(self, stack: Float[Array, "layers slots kv b d"], layer: jax.Array) -> Float[Array, "b slots kv d"]:
+        """A layer's keys or values."""
+        of_layer = jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False)
+        return of_layer.transpose(*(self.order.index(axis) for axis in range(3)), 3)
 
 
 class Embedding(nnx.Module):
@@ -161,23 +191,30 @@ class LanguageModel(nnx.Module):
         cache: KVCache,
         deepstack: Float[Array, "injected b t hidden"] | None = None,
     ) -> tuple[Float[Array, "b t hidden"], KVCache]:
-        """Reads `t` tokens: a whole prompt into an empty cache, or one more token into any."""
+        """Reads `t` tokens: a whole prompt into an empty cache, or one more token into any.
+
+        Raises MossAudioError where the cache has no slots left, if that can be known: not while `filled` is traced.
+        """
+        slots = cache.segment_ids.shape[1]
+        filled = 0 if isinstance(cache.filled, Tracer) else int(cache.filled)
+        if filled + x.shape[1] > slots:
+            raise MossAudioError(
+                f"a cache of {slots} slots, {filled} of them filled, has no room for {x.shape[1]} more tokens: give "
+                "`prefill` more slots, one for each token of the prompt and of the answer"
+            )
         phases = rotary_phases(positions, self.config.head_dim, self.config.rope_theta)
-        filled_segments = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, (0, cache.filled))
+        filled_segments = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, (jnp.int32(0), cache.filled))
 
         def body(carry, index, injected):
             # The cache is carried and written in place: scanned over, it would be copied for every token.
             x, keys, values = carry
             layer = layer_at(self.layers, index)
             query, key, value = layer.project(x, phases)
-            start = (index, 0, cache.filled, 0, 0)
-            keys = jax.lax.dynamic_update_slice(keys, key[None], start)
-            values = jax.lax.dynamic_update_slice(values, value[None], start)
+            keys, values = cache.written(keys, index, key), cache.written(values, index, value)
             if x.shape[1] > 1:
                 attended = self_attend(query, key, value, segment_ids)
             else:
-                all_keys = jax.lax.dynamic_index_in_dim(keys, index, keepdims=False)
-                all_values = jax.lax.dynamic_index_in_dim(values, index, keepdims=False)
+                all_keys, all_values = cache.read(keys, index), cache.read(values, index)
                 slot = cache.filled[None]
                 attended = causal_attend(query, all_keys, all_values, slot, segment_ids, filled_segments)
             x = layer.finish(x, attended)
@@ -186,7 +223,10 @@ class LanguageModel(nnx.Module):
         carry = (x, cache.keys, cache.values)
         first = 0 if deepstack is None else deepstack.shape[0]
         if first:
-            carry, _ = jax.lax.scan(lambda c, xs: body(c, *xs), carry, (jnp.arange(first), deepstack))
-        rest = jnp.arange(first, self.config.num_hidden_layers)
+            carry, _ = jax.lax.scan(lambda c, xs: body(c, *xs), carry, (jnp.arange(first, dtype=jnp.int32), deepstack))
+        rest = jnp.arange(first, self.config.num_hidden_layers, dtype=jnp.int32)
         (x, keys, values), _ = jax.lax.scan(lambda c, index: body(c, index, None), carry, rest)
-        return self.norm(x), KVCache(keys, values, filled_segments, cache.filled + x.shape[1])
+        cache = dataclasses.replace(
+            cache, keys=keys, values=values, segment_ids=filled_segments, filled=cache.filled + x.shape[1]
+        )
+        return self.norm(x), cache

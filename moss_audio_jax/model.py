@@ -12,17 +12,21 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
 from moss_audio_jax.compilation import jit
-from moss_audio_jax.config import MossAudioConfig
+from moss_audio_jax.config import DOWNSAMPLE_RATE, MossAudioConfig
 from moss_audio_jax.encoder import AudioEncoder
+from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.inputs import ModelInputs
 from moss_audio_jax.language_model import KVCache, LanguageModel
 from moss_audio_jax.layers import GatedMLP, Linear, map_layers
 from moss_audio_jax.lora import add_adapters
-from moss_audio_jax.sharding import constrain
+from moss_audio_jax.sharding import constrain, on_automatic_mesh, on_mesh_of
+
+TOKENS_PER_SECOND = 100 / DOWNSAMPLE_RATE  # of audio: a mel frame each 10 ms
 
 
 class MossAudio(nnx.Module):
@@ -43,13 +47,23 @@ class MossAudio(nnx.Module):
             add_adapters(self, config.lora, rngs)
 
     def __call__(self, inputs: ModelInputs) -> Float[Array, "b s vocab"]:
-        """Logits in float32, compiled once for each shape of `inputs`; those at padding mean nothing."""
-        return _compiled_logits(*nnx.split(self), inputs)
+        """Logits in float32, compiled once for each shape of `inputs`; those at padding mean nothing.
+
+        Raises MossAudioError for a sequence longer than the model's positions.
+        """
+        check_positions(inputs, self.config)
+        graphdef, state = nnx.split(self)
+        with on_mesh_of(state, inputs):
+            return _compiled_logits(graphdef, on_automatic_mesh(state), inputs)
 
     def hidden_states(
         self, inputs: ModelInputs, *, dropout_key: jax.Array | None = None, remat: str = "none"
     ) -> Float[Array, "b s hidden"]:
-        """What `logits` reads. dropout_key: applies the encoder's dropout, as in training."""
+        """What `logits` reads. dropout_key: applies the encoder's dropout, as in training.
+
+        Within a `jax.jit` of your own, for parameters that are sharded, call it under `jax.set_mesh(mesh)`: without, a
+        TPU runs slower attention.
+        """
         x, deepstack = self.embed(inputs, dropout_key=dropout_key, remat=remat)
         return self.language_model(x, inputs.positions, inputs.segment_ids, deepstack, remat=remat)
 
@@ -115,6 +129,30 @@ class MossAudio(nnx.Module):
 def _compiled_logits(graphdef: nnx.GraphDef, state: nnx.State, inputs: ModelInputs) -> jax.Array:
     model = nnx.merge(graphdef, state)
     return model.logits(model.hidden_states(inputs))
+
+
+def check_positions(inputs: ModelInputs, config: MossAudioConfig, new_tokens: int = 0) -> None:
+    """Raises MossAudioError where prompts and `new_tokens` after them take more positions than the model has.
+
+    Not for inputs on devices or traced, which would have to be waited for.
+    """
+    if not isinstance(inputs.positions, np.ndarray) or not inputs.positions.size:
+        return
+    lengths = np.where(inputs.segment_ids != 0, inputs.positions + 1, 0).max(1)
+    row, limit = int(lengths.argmax()), config.language_config.max_position_embeddings
+    read = int(lengths[row])
+    if read + new_tokens <= limit:
+        return
+    audio = int((inputs.audio_slots[row] >= 0).sum())
+    found = f"{read:,} tokens ({audio:,} of them audio, {audio / TOKENS_PER_SECOND:,.0f} s)"
+    if read >= limit:
+        raise MossAudioError(
+            f"sequence {row} has {found}, and the model's max_position_embeddings are {limit:,}: give it shorter audio"
+        )
+    raise MossAudioError(
+        f"sequence {row} has {found}, which with max_new_tokens={new_tokens:,} are more than the "
+        f"model's max_position_embeddings of {limit:,}: let max_new_tokens be {limit - read:,}, or give shorter audio"
+    )
 
 
 def parameter_specs(config: MossAudioConfig) -> dict[str, nnx.Variable]:

@@ -44,7 +44,8 @@ conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
 
 
 def to_path(path: AnyPath) -> Path:
-    """A path of either kind; raises MossAudioError for a URL of another kind, and where gs:// can't be used."""
+    """A path of either kind; raises MossAudioError for an empty one, for a URL of another kind, and where gs:// can't
+    be used."""
     text = os.fspath(path)
     if not text:
         raise MossAudioError("a path must name a file or a directory, not be empty: give '.' for the current directory")

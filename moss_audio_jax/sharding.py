@@ -3,15 +3,20 @@
 A parameter declares logical axes ("embed", "mlp"); where those live is decided here and nowhere else.
 """
 
+import contextlib
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
+import numpy as np
+from jax.core import Tracer
 from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from moss_audio_jax.errors import MossAudioError
+
+Tree = TypeVar("Tree")
 
 # replica: whole copies, for slices; fsdp: data parallel, parameters cut; tensor: parallel within a layer.
 MESH_AXES = ("replica", "fsdp", "tensor")
@@ -116,3 +121,52 @@ def constrain(array: jax.Array, *logical_axes: str | None) -> jax.Array:
     if mesh.empty:
         return array
     return jax.lax.with_sharding_constraint(array, partition_spec(logical_axes, mesh))
+
+
+def automatic(mesh: Mesh) -> Mesh:
+    """The mesh with automatic axes, which all programs here are written for; `jax.make_mesh` makes explicit ones."""
+    if set(mesh.axis_types) <= {AxisType.Auto}:
+        return mesh
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+
+
+def mesh_of(parameters: Any) -> Mesh | None:
+    """The mesh, with automatic axes, that the arrays of a tree are sharded over, if there is one."""
+    sharding = _sharding_of(parameters)
+    if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
+        return automatic(sharding.mesh)
+    return None
+
+
+def on_mesh_of(parameters: Any, inputs: Any = None) -> contextlib.AbstractContextManager:
+    """Makes the mesh that parameters are sharded over the current one, so that activations are placed on it too.
+
+    For parameters on one device that is a mesh of that device alone. While they or the inputs are traced, by a caller's
+    own `jax.jit`, the current mesh stays: there the caller sets it.
+    """
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((parameters, inputs))):
+        return contextlib.nullcontext()
+    mesh, sharding = mesh_of(parameters), _sharding_of(parameters)
+    if mesh is None and isinstance(sharding, SingleDeviceSharding):
+        (device,) = sharding.device_set
+        mesh = Mesh(np.array([[[device]]]), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
+def on_automatic_mesh(parameters: Tree) -> Tree:
+    """The same arrays, in place, where their mesh has explicit axes described with automatic ones."""
+
+    def described(leaf: Any) -> Any:
+        sharding = _sharding_of(leaf)
+        if not isinstance(sharding, NamedSharding) or not isinstance(sharding.mesh, Mesh):
+            return leaf
+        mesh = automatic(sharding.mesh)
+        return leaf if mesh is sharding.mesh else jax.device_put(leaf, NamedSharding(mesh, sharding.spec))
+
+    return jax.tree.map(described, parameters)
+
+
+def _sharding_of(tree: Any) -> Any:
+    """That of the first array; None for one that is traced, or NumPy's."""
+    leaf = next(iter(jax.tree.leaves(tree)), None)
+    return None if isinstance(leaf, Tracer) else getattr(leaf, "sharding", None)

@@ -65,8 +65,11 @@ def serves(query: Float[Array, "b t heads d"]) -> bool:
     """Whether the kernel is to compute this attention, on the chip that is being traced for.
 
     Not off TPUs, for fewer tokens than the smallest tile, nor in float32 or with `jax_default_matmul_precision`
-    raised: whoever sets these wants exact sums, which the kernel does not make.
+    raised: whoever sets these wants exact sums, which the kernel does not make. Nor, of several devices, without a
+    mesh: XLA can't cut a kernel, and which arrays are cut is not known while tracing (`jax.set_mesh` says it).
     """
+    if jax.sharding.get_abstract_mesh().empty and jax.device_count() > 1:
+        return False
     precision = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
     exact = query.dtype != jnp.bfloat16 or precision not in (None, "default", "bfloat16")
     return device_kind().startswith("TPU") and not exact and query.shape[1] >= LANES

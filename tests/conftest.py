@@ -6,6 +6,8 @@ import signal
 
 # Before JAX starts: eight devices on the CPU, for meshes.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# The user's own compiled programs are left alone.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "")
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 
 # XLA runs those devices on one pool of threads. A collective blocks one, and independent ones wait for each other: with

@@ -1,7 +1,9 @@
 """Splash attention computes what the einsum computes, cut over a mesh too, and is what a TPU's programs hold."""
 
+import contextlib
 import dataclasses
 import re
+from collections.abc import Iterator
 from functools import partial
 
 import jax
@@ -12,12 +14,18 @@ from flax import nnx
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, use_abstract_mesh
 from jax.sharding import PartitionSpec as P
 
-from moss_audio_jax import MossAudioConfig, MossAudioError
+from moss_audio_jax import MossAudio, MossAudioConfig, MossAudioError
+from moss_audio_jax import model as model_module
+from moss_audio_jax import splash as splash_module
 from moss_audio_jax.attention import causal_attend, self_attend
+from moss_audio_jax.checkpoint import abstract_parameters, build_model
+from moss_audio_jax.generate import decode_until, make_drawing, prefill_prompts
 from moss_audio_jax.language_model import LanguageModel
+from moss_audio_jax.sampling import Sampling
 from moss_audio_jax.sharding import make_mesh, named_sharding
 from moss_audio_jax.splash import LANES, TILES, Tiles, serves, splash_attend
-from train.plan import topology_devices
+from train.hlo import collectives
+from train.plan import one_batch, topology_devices
 
 SMALL_TILES = Tiles(256, 256, 128, 256, 256, 128)  # several a sequence, and in halves
 
@@ -100,7 +108,7 @@ def on_chips(kind: str) -> use_abstract_mesh:
     return use_abstract_mesh(AbstractMesh((1,), ("fsdp",), (AxisType.Auto,), abstract_device=device))
 
 
-def test_where_splash_serves():
+def test_where_splash_serves(monkeypatch):
     query = jax.ShapeDtypeStruct((1, LANES, 8, 64), jnp.bfloat16)
     with jax.default_matmul_precision("default"):
         assert not serves(query)  # this CPU
@@ -108,6 +116,12 @@ def test_where_splash_serves():
             assert not serves(query)
         with on_chips("TPU v5 lite"):
             assert serves(query)
+        with monkeypatch.context() as patch:  # several chips: XLA can't cut a kernel, so a mesh must say how
+            patch.setattr("moss_audio_jax.splash.device_kind", lambda: "TPU v5 lite")
+            assert not serves(query)
+            patch.setattr("jax.device_count", lambda: 1)
+            assert serves(query)
+        with on_chips("TPU v5 lite"):
             assert not serves(query.update(dtype=jnp.float32))
             assert not serves(query.update(shape=(1, LANES - 1, 8, 64)))
             with jax.default_matmul_precision("highest"):
@@ -175,6 +189,90 @@ def test_the_language_model_compiled_for_tpus(chips):
     with jax.default_matmul_precision("default"), jax.set_mesh(chips):
         compiled = jax.jit(jax.grad(loss)).trace(parameters, x, ids, ids).lower().compile()
     assert_splash(compiled, tokens, kernels=3)
+
+
+@pytest.fixture
+def sharded(chips: Mesh) -> MossAudio:
+    """A small model with the released head sizes, its parameters cut over those chips; shapes alone."""
+    tiny = MossAudioConfig.preset("tiny")
+    language = dataclasses.replace(tiny.language_config, head_dim=128)
+    config = dataclasses.replace(tiny, language_config=language)
+    return build_model(config, dict(abstract_parameters(config, jnp.bfloat16, chips)))
+
+
+@pytest.fixture
+def on_a_tpu_machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Where no mesh is current, programs are for the default device: here it is said to be one of several chips."""
+    kind = splash_module.device_kind
+    no_mesh = "TPU v5 lite"
+    monkeypatch.setattr(
+        splash_module, "device_kind", lambda: no_mesh if jax.sharding.get_abstract_mesh().empty else kind()
+    )
+    with jax.default_matmul_precision("default"):
+        yield
+
+
+@pytest.mark.tpu
+@pytest.mark.usefixtures("on_a_tpu_machine")
+def test_logits_of_a_sharded_model_compile_for_several_chips(sharded, chips, monkeypatch):
+    """`model(inputs)` finds the mesh by itself, so it runs the kernel."""
+    compiled = []
+
+    def compile_only(graphdef, state, inputs):
+        compiled.append(compiled_logits.trace(graphdef, state, inputs).lower().compile())
+
+    compiled_logits = model_module._compiled_logits
+    monkeypatch.setattr(model_module, "_compiled_logits", compile_only)
+    sharded(one_batch(sharded.config, 4, 256, 2, chips).inputs)
+    assert len(re.findall('custom_call_target="tpu_custom_call"', compiled[0].as_text())) > 0
+
+
+@pytest.mark.tpu
+@pytest.mark.usefixtures("on_a_tpu_machine")
+@pytest.mark.parametrize("with_mesh", [False, True])
+def test_a_callers_own_programs_compile_for_several_chips(with_mesh, sharded, chips):
+    """`hidden_states` and its gradient in a `jax.jit` of the caller's: the kernel serves where a mesh is current."""
+    graphdef, state = nnx.split(sharded)
+    inputs = one_batch(sharded.config, 4, 256, 2, chips).inputs
+
+    def loss(state, inputs):
+        return nnx.merge(graphdef, state).hidden_states(inputs).astype(jnp.float32).sum()
+
+    with jax.set_mesh(chips) if with_mesh else contextlib.nullcontext():
+        compiled = jax.jit(jax.grad(loss)).trace(state, inputs).lower().compile()
+    assert ('custom_call_target="tpu_custom_call"' in compiled.as_text()) == with_mesh
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize(("batch", "tensor"), [(1, 1), (8, 1), (8, 4)])
+def test_decoding_holds_the_cache_once_and_gathers_no_head(batch, tensor):
+    """No copy of all keys or values before or after the loop; over `tensor`, logits are communicated and no weights."""
+    pytest.importorskip("libtpu")
+    mesh = make_mesh(tensor=tensor, devices=topology_devices("v5e:2x2")[:tensor])
+    language = dataclasses.replace(
+        MossAudioConfig.preset("4b").language_config, num_hidden_layers=4, intermediate_size=512, vocab_size=16384
+    )
+    config = dataclasses.replace(MossAudioConfig.preset("tiny"), language_config=language)
+    drawing, slots = make_drawing(batch, Sampling(), (1,)), 32768
+    with jax.default_matmul_precision("default"), jax.set_mesh(mesh):
+        graphdef, state = nnx.split(build_model(config, dict(abstract_parameters(config, jnp.bfloat16, mesh))))
+        inputs = one_batch(config, batch, slots - 16, 0, mesh).inputs
+        loop = jax.eval_shape(lambda *given: prefill_prompts(graphdef, *given, 16), state, inputs, drawing)
+        compiled = decode_until.trace(graphdef, state, placed(loop, mesh), 16, drawing).lower().compile()
+    text = compiled.as_text()
+    assert not re.search(rf"= bf16\[{language.num_hidden_layers},\d+,\d+,\d+,128\]\S* copy\(", text)
+    sent = [collective.payload for collective in collectives(text, mesh.size)]
+    logits = 4 * batch * language.vocab_size
+    assert max(sent, default=0) == (logits if tensor > 1 else 0)
+
+
+def placed(loop, mesh: Mesh):
+    """The state of decoding as it is sharded: keys and values by heads too, the rest by sequences."""
+    cache = loop.cache
+    axes = [("batch", None, "heads")[i] for i in cache.order]
+    stack = shaped(mesh, cache.keys.shape, cache.keys.dtype, "layers", *axes, None)
+    loop = jax.tree.map(lambda x: shaped(mesh, x.shape, x.dtype, *["batch", *[None] * 4][: x.ndim]), loop)
+    return dataclasses.replace(loop, cache=dataclasses.replace(loop.cache, keys=stack, values=stack))
 
 
 def assert_splash(compiled, tokens: int, *, kernels: int):

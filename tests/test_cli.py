@@ -2,23 +2,43 @@
 
 import errno
 import importlib
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import soundfile
 
+from convert.rehearse import rehearse
 from convert.to_orbax import convert_to_orbax
-from moss_audio_jax import MossAudioConfig
+from moss_audio_jax import MossAudioConfig, progress
 from moss_audio_jax.cli import run_door
+from moss_audio_jax.compilation_cache import cpu_name
 from moss_audio_jax.model import parameter_specs
 
 
-def door(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "moss_audio_jax", *arguments], capture_output=True, text=True, timeout=300
-    )
+def door(*arguments: Any, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "moss_audio_jax", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+
+
+def said(result: subprocess.CompletedProcess) -> list[str]:
+    """The lines on stderr, without those that a slow machine adds."""
+    return [line for line in result.stderr.splitlines() if not line.endswith("s so far]")]
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory) -> Path:
+    """A small checkpoint that can be asked."""
+    directory = tmp_path_factory.mktemp("checkpoints") / "released"
+    rehearse("tiny", directory)
+    return directory
 
 
 @pytest.mark.parametrize("layout", ["released", "orbax"])
@@ -154,3 +174,104 @@ def test_other_errors_are_defects():
 
     with pytest.raises(RuntimeError):
         run_door(fails)
+
+
+def test_an_answer_that_was_cut_off_and_several_clips_in_one_prompt_are_said(released, tmp_path):
+    clips = [tmp_path / "a.wav", tmp_path / "b.wav"]
+    for clip in clips:
+        soundfile.write(clip, np.sin(np.arange(8000) / 5), 16000)
+    one_device = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    result = door("generate", released, *clips, "--max-new-tokens", 3, environment=one_device)
+    assert result.returncode == 0, result.stderr
+    lines = said(result)
+    assert lines[0].startswith("[all 2 clips are in one prompt, for one answer; for an answer a file, call `generate`")
+    assert "tokens read, 3 written" in lines[1]
+    assert lines[2] == "[the answer was not finished: it was cut off after --max-new-tokens 3; give more of them]"
+
+
+def test_the_help_says_that_clips_are_of_one_prompt():
+    shown = " ".join(door("generate", "--help").stdout.replace("│", " ").split())
+    assert "CLIP_OF_ONE_PROMPT" in shown.split("Answers one question")[0]
+    assert "For an answer a file, call it for each file, or give a manifest of them to" in shown
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "there is nothing to answer: give a clip, or a question with --prompt, or both"),
+        (("--prompt", ""), "there is nothing to answer"),
+        (("--prompt", "?", "--seed", 99999999999999999999), "seed must be a whole number from -2^63 to 2^64 - 1"),
+        (
+            ("--prompt", "?", "--max-new-tokens", 40_960),
+            "max_position_embeddings of 40,960: let max_new_tokens be 40,9",
+        ),
+        (("--prompt", "?", "--temperature", -1), "temperature must be 0 or more"),
+        (("--prompt", "?", "--adapter", ""), "a path must name a file or a directory, not be empty"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_answered_is_refused(released, options, message):
+    result = door("generate", released, *options)
+    assert result.returncode == 2 and not result.stdout
+    assert message in " ".join(result.stderr.replace("│", " ").split())
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.usefixtures("heard_interrupts")
+@pytest.mark.parametrize("module", ["moss_audio_jax", "convert", "train"])
+def test_ctrl_c_during_the_imports_says_nothing(module):
+    command = [sys.executable, "-X", "importtime", "-m", module, "--help"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        seen = []
+        for line in process.stderr:  # a line for each import that is done
+            seen.append(line)
+            if line.endswith(" numpy\n"):
+                process.send_signal(signal.SIGINT)
+                break
+        rest = process.stderr.read()
+    assert seen[-1].endswith(" numpy\n")
+    assert process.returncode == 130
+    assert "Traceback" not in rest and "KeyboardInterrupt" not in rest
+
+
+def compiled_files(directory: Path) -> set[str]:
+    return {file.name for file in directory.rglob("*-cache")}
+
+
+def test_commands_keep_compiled_programs_unless_told_otherwise(released, tmp_path):
+    command = ("generate", released, "--prompt", "?", "--max-new-tokens", 2)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
+    environment |= {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    off = environment | {"JAX_COMPILATION_CACHE_DIR": ""}
+    (tmp_path / "taken").write_text("a file where a directory would be made")
+    nowhere = environment | {"XDG_CACHE_HOME": str(tmp_path / "taken")}
+    answers = []
+    for variables in (off, nowhere, environment, environment):
+        result = door(*command, environment=variables)
+        assert result.returncode == 0 and len(said(result)) == 2, result.stderr
+        answers.append(result.stdout)
+        found = compiled_files(tmp_path / "cache")
+        assert bool(found) == (variables is environment)
+        assert not found or any("prefill_prompts" in name for name in found)
+    assert len(set(answers)) == 1
+    (cpu,) = (tmp_path / "cache" / "moss-audio-jax" / "compiled").iterdir()
+    assert cpu.name == cpu_name() and cpu.stat().st_mode & 0o077 == 0
+
+
+def test_what_takes_long_is_said_on_a_terminal_and_elsewhere(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "SILENCE", 0.01)
+    monkeypatch.setattr(progress, "BETWEEN_LINES", 0.05)
+    with progress.waiting("reading"):
+        time.sleep(0.6)
+    lines = capsys.readouterr().err.splitlines()
+    assert 2 <= len(lines) <= 5 and all(line.startswith("[reading: ") for line in lines)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with progress.waiting("reading"):
+        time.sleep(1.3)
+    said = capsys.readouterr().err
+    assert "\rreading: 1 s" in said.replace("\x1b[K", "") and said.endswith("\r\x1b[K")
+    monkeypatch.setattr(progress, "SILENCE", 3.0)
+    with progress.waiting("reading"):
+        pass
+    assert not capsys.readouterr().err

@@ -1,14 +1,20 @@
 """Generation: the cache changes nothing, a batch changes nothing, and sampling follows its definition."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding
 
-from moss_audio_jax import MossAudioError, generate, make_inputs, stream
+from moss_audio_jax import MossAudio, MossAudioError, generate, make_inputs, stream
 from moss_audio_jax import generate as generate_function
-from moss_audio_jax.generate import Sampling, decode_until, prefill_prompts
+from moss_audio_jax.checkpoint import abstract_parameters, build_model
+from moss_audio_jax.generate import decode_until, prefill_prompts
+from moss_audio_jax.sampling import Sampling, row_keys, row_seeds
+from moss_audio_jax.sharding import make_mesh
 from tests.conftest import TINY_AUDIO_ID, question, question_parts
 from tests.test_model import CASES, inputs_of
 
@@ -84,11 +90,136 @@ def test_sampling_repeats_with_its_seed_and_differs_with_another(tiny):
     assert (draws[0] != draws[2]).any()
 
 
+def test_other_options_compile_nothing(tiny):
+    """Temperature, top-k, top-p, penalty, ends, seeds: all are arrays."""
+    inputs = question(tiny, [237])
+    generate(tiny, inputs, max_new_tokens=4)
+    before = prefill_prompts._cache_size(), decode_until._cache_size()
+    for options in (
+        {"temperature": 0.7},
+        {"temperature": 1.0, "top_k": 5, "top_p": 0.9, "seed": 7},
+        {"temperature": 1.3, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.2, "seeds": [2**40]},
+        {"eos_ids": ()},
+        {"eos_ids": (1, 2, 3)},
+    ):
+        generate(tiny, inputs, max_new_tokens=4, **options)
+    assert (prefill_prompts._cache_size(), decode_until._cache_size()) == before
+
+
+def test_a_row_draws_the_same_alone_and_in_a_batch(tiny):
+    """By its seed; equal prompts of a batch still get different answers."""
+    parts = [question_parts([801]), question_parts([], text=7, seed=1), question_parts([801])]
+    ids, mels = zip(*parts, strict=True)
+    batch = make_inputs(ids, mels, config=tiny.config, audio_token_id=TINY_AUDIO_ID)
+    options = {"max_new_tokens": 12, "eos_ids": (), "temperature": 1.0}
+    together = generate(tiny, batch, seeds=[5, 2**64 - 1, 7], **options)
+    counted_up = generate(tiny, batch, seed=5, **options)
+    np.testing.assert_array_equal(counted_up[[0, 2]], together[[0, 2]])
+    assert (together[0] != together[2]).any()
+    for row, seed in ((1, 2**64 - 1), (2, 7)):
+        sequence, clips = parts[row]
+        alone = make_inputs([sequence], [clips], config=tiny.config, audio_token_id=TINY_AUDIO_ID)
+        np.testing.assert_array_equal(generate(tiny, alone, seed=seed, **options)[0], together[row])
+
+
+def test_seeds_of_64_bits_all_differ():
+    seeds = [0, 1, -1, 2**31, 2**32, 2**32 + 1, 2**63, -(2**63) + 1, 2**64 - 2]
+    keys = jax.random.key_data(row_keys(row_seeds(len(seeds), 0, seeds)))
+    assert len({tuple(key) for key in keys.tolist()}) == len(seeds)
+    np.testing.assert_array_equal(row_seeds(3, 2**64 - 2, None), row_seeds(3, 0, [2**64 - 2, -1, 0]))
+
+
+def test_what_float32_cannot_hold_is_drawn_from_all_the_same():
+    assert sample(Sampling(1e-38), LOGITS)[0] == 1.0
+    assert sample(Sampling(1e-300, top_k=3, top_p=1e-300), LOGITS)[0] == 1.0
+    np.testing.assert_allclose(sample(Sampling(1e300), LOGITS), np.full(5, 0.2), atol=0.03)
+    seen = np.array([True, False, False, True, True])
+    assert (
+        sample(Sampling(1.0, repetition_penalty=1e300), np.array([3.0, 0.0, -200, 0, -1]), seen=seen)[[0, 1, 3]].sum()
+        == 1
+    )
+
+
+def test_all_tokens_stay_at_a_top_p_of_one():
+    """The cumulative sum of these probabilities reaches 1 in float32 before the last."""
+    logits = np.array([0.0, -20, -21, -22, -23, -24])
+    weights = np.asarray(Sampling(1.0, 5, 1.0).arrays().log_weights(jnp.float32([logits]), jnp.zeros((1, 6), bool)))
+    np.testing.assert_array_equal(np.isfinite(weights[0]), [True] * 5 + [False])
+
+
+def broken(model: MossAudio, path: str, index: int) -> MossAudio:
+    """The model with one NaN in that layer of a stack."""
+    flat = {".".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(model))}
+    return build_model(model.config, flat | {path: flat[path].at[index, 3, 5].set(jnp.nan)})
+
+
+def test_logits_that_are_not_finite_end_it_and_the_tensor_is_named(tiny):
+    inputs = question(tiny, [237])
+    model = broken(tiny, "language_model.layers.mlp.up_proj.kernel", 1)
+    with pytest.raises(MossAudioError, match=r"token 1 .* language_model\.layers\.1\.mlp\.up_proj\.weight"):
+        generate(model, inputs, max_new_tokens=4)
+    loud = dataclasses.replace(inputs, audio_chunks=np.full_like(inputs.audio_chunks, np.nan))
+    with pytest.raises(MossAudioError, match=r"sequence 0 are not finite at token 1 .* though all weights are"):
+        next(stream(tiny, loud, max_new_tokens=4))
+
+
+def test_more_positions_than_the_model_has_are_refused_first(tiny):
+    inputs = question(tiny, [237])
+    read = int((inputs.segment_ids != 0).sum())
+
+    def of_positions(count: int) -> MossAudio:
+        """Without weights: nothing can run."""
+        language = dataclasses.replace(tiny.config.language_config, max_position_embeddings=count)
+        config = dataclasses.replace(tiny.config, language_config=language)
+        return nnx.eval_shape(lambda: MossAudio(config, rngs=nnx.Rngs(0)))
+
+    for ask in (generate, stream):
+        with pytest.raises(MossAudioError, match=rf"sequence 0 has {read} tokens \(30 of them audio, 2 s\).*be 3, or"):
+            ask(of_positions(read + 3), inputs, max_new_tokens=4)
+    short = of_positions(read - 1)
+    for ask in (short, lambda inputs: generate(short, inputs, max_new_tokens=4)):
+        with pytest.raises(MossAudioError, match=r"max_position_embeddings are .*: give it shorter audio"):
+            ask(inputs)
+
+
+def test_a_mesh_is_not_left_to_the_caller_between_pieces(tiny):
+    pieces = stream(tiny, question(tiny, [237]), max_new_tokens=9, every=4, eos_ids=())
+    for _ in pieces:
+        assert jax.sharding.get_abstract_mesh().empty
+
+
+def test_no_prompts_have_no_answers(tiny):
+    inputs = make_inputs([], [], config=tiny.config, audio_token_id=TINY_AUDIO_ID)
+    assert generate(tiny, inputs, max_new_tokens=4).shape == (0, 0)
+    assert list(stream(tiny, inputs, max_new_tokens=4)) == []
+
+
+def test_a_full_cache_is_refused(tiny):
+    inputs = question(tiny, [237])
+    _, cache = tiny.prefill(inputs, inputs.tokens.shape[1])
+    with pytest.raises(MossAudioError, match="a cache of 64 slots, 64 of them filled, has no room for 1 more"):
+        tiny.decode(jnp.array([1]), jnp.array([40]), cache)
+    with pytest.raises(MossAudioError, match="a cache of 32 slots"):
+        tiny.prefill(inputs, 32)
+
+
+def test_answers_are_the_same_in_64_bits_and_off_the_default_device(tiny):
+    inputs = question(tiny, [237])
+    options = {"max_new_tokens": 5, "eos_ids": (), "temperature": 1.0, "top_k": 9, "top_p": 0.9, "seed": 2**33}
+    expected = generate(tiny, inputs, **options)
+    with jax.enable_x64(True):
+        np.testing.assert_array_equal(generate(tiny, inputs, **options), expected)
+        assert np.isfinite(tiny(inputs)[0, 0]).all()
+    for device in (jax.devices()[3], "cpu"):
+        with jax.default_device(device):
+            np.testing.assert_array_equal(generate(tiny, inputs, **options), expected)
+
+
 def sample(sampling: Sampling, logits: np.ndarray, draws: int = 4000, seen: np.ndarray | None = None) -> np.ndarray:
     """How often each token is drawn from one row of logits."""
     batch = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (draws, len(logits)))
     marked = jnp.zeros(batch.shape, bool) if seen is None else jnp.broadcast_to(jnp.asarray(seen), batch.shape)
-    tokens = sampling(batch, marked, jax.random.split(jax.random.key(0), draws))
+    tokens = sampling.arrays()(batch, marked, jax.random.split(jax.random.key(0), draws))
     return np.bincount(np.asarray(tokens), minlength=len(logits)) / draws
 
 
@@ -135,6 +266,14 @@ def test_the_prompt_counts_as_said(tiny):
     [
         ({"max_new_tokens": 0}, "max_new_tokens"),
         ({"max_new_tokens": 4, "temperature": -1.0}, "temperature"),
+        ({"max_new_tokens": 4, "temperature": float("nan")}, "temperature"),
+        ({"max_new_tokens": 4, "top_k": 2.5}, "top_k must be a whole number"),
+        (
+            {"max_new_tokens": 4, "seed": 99999999999999999999},
+            r"seed must be a whole number from -2\^63 to",
+        ),
+        ({"max_new_tokens": 4, "seed": 1.5}, "seed must be a whole number"),
+        ({"max_new_tokens": 4, "seeds": [1, 2]}, "seeds must hold one for each of 1 prompts, not 2"),
         ({"max_new_tokens": 4, "top_k": -1}, "top_k"),
         ({"max_new_tokens": 4, "top_p": 0.0}, "top_p"),
         ({"max_new_tokens": 4, "repetition_penalty": 0.0}, "repetition_penalty"),
@@ -145,14 +284,35 @@ def test_impossible_options_are_named(tiny, options, message):
         generate_function(tiny, question(tiny, [8]), **options)
 
 
-def test_generation_on_a_mesh_equals_one_device(tiny):
-    from moss_audio_jax.checkpoint import abstract_parameters, build_model
-    from moss_audio_jax.sharding import make_mesh
+def test_pieces_of_no_tokens_are_refused(tiny):
+    with pytest.raises(MossAudioError, match="every must be 1 or more, not 0"):
+        stream(tiny, question(tiny, [8]), max_new_tokens=4, every=0)
 
-    mesh = make_mesh(replica=2, fsdp=2, tensor=2)
-    flat = {".".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(tiny))}
-    target = abstract_parameters(tiny.config, jnp.float32, mesh)
-    sharded = build_model(tiny.config, {path: jax.device_put(flat[path], target[path].sharding) for path in flat})
+
+def on_mesh(model: MossAudio, mesh: jax.sharding.Mesh) -> MossAudio:
+    flat = {".".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(model))}
+    target = abstract_parameters(model.config, jnp.float32, mesh)
+    return build_model(model.config, {path: jax.device_put(flat[path], target[path].sharding) for path in flat})
+
+
+def test_generation_on_a_mesh_equals_one_device(tiny):
+    sharded = on_mesh(tiny, make_mesh(replica=2, fsdp=2, tensor=2))
     inputs = question(tiny, [403])
     expected = generate(tiny, inputs, max_new_tokens=8, eos_ids=())
     np.testing.assert_array_equal(generate(sharded, inputs, max_new_tokens=8, eos_ids=()), expected)
+
+
+def test_a_mesh_of_explicit_axes_serves(tiny):
+    """As `jax.make_mesh` makes them: where the model is loaded onto one, and where its arrays were put onto it."""
+    explicit = jax.make_mesh((4, 2), ("fsdp", "tensor"))
+    inputs = question(tiny, [403])
+    expected, logits = generate(tiny, inputs, max_new_tokens=4, eos_ids=()), tiny(inputs)
+    loaded = on_mesh(tiny, explicit)
+    by_hand = nnx.merge(
+        nnx.graphdef(loaded),
+        jax.tree.map(lambda leaf: jax.device_put(leaf, NamedSharding(explicit, leaf.sharding.spec)), nnx.state(loaded)),
+    )
+    for model in (loaded, by_hand):
+        np.testing.assert_array_equal(generate(model, inputs, max_new_tokens=4, eos_ids=()), expected)
+        valid = inputs.segment_ids != 0
+        np.testing.assert_allclose(np.asarray(model(inputs))[valid], np.asarray(logits)[valid], atol=1e-5, rtol=0)

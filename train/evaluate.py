@@ -31,13 +31,14 @@ from moss_audio_jax.audio import SAMPLE_RATE
 from moss_audio_jax.checkpoint import load_model
 from moss_audio_jax.cli import PathArgument
 from moss_audio_jax.errors import MossAudioError
-from moss_audio_jax.generate import Sampling, generate, mesh_of
+from moss_audio_jax.generate import generate
 from moss_audio_jax.inputs import ModelInputs, make_inputs, padded
 from moss_audio_jax.interruption import stops_on_ctrl_c
 from moss_audio_jax.model import MossAudio
 from moss_audio_jax.paths import AnyPath, write_whole
 from moss_audio_jax.processor import Processor, load_processor
-from moss_audio_jax.sharding import make_mesh, num_parts, partition_spec
+from moss_audio_jax.sampling import Sampling
+from moss_audio_jax.sharding import make_mesh, mesh_of, num_parts, partition_spec
 from moss_audio_jax.tokens import build_conversation
 from train.benchmarks import LAYOUTS
 from train.choices import score_choices
@@ -116,7 +117,7 @@ def answer_items(
 
     Items of like length share a batch, longest first, so that little is padded, one program serves each bucket of
     lengths and a lack of memory shows at once. The next batch is decoded while the device answers this one.
-    A greedy answer does not depend on what it is batched with; a sampled one does, through its random keys.
+    An answer does not depend on what it is batched with; the seed of a sampled one is `seed` + the item's index.
     Of several processes, whose devices the model is sharded over, each reads its share of a batch and gets all answers.
     Raises MossAudioError that names the clip if one can't be read, mostly before the first batch.
     """
@@ -137,12 +138,12 @@ def _answers(
     answers: dict[int, Answer] = {}
     eos = model.config.eos_ids
     with tqdm(total=len(items), unit="item", disable=not progress) as bar:
-        for number, (indices, inputs) in enumerate(_batches(processor, items, config, mesh_of(model))):
+        for indices, inputs in _batches(processor, items, config, mesh_of(nnx.state(model))):
             rows = generate(
                 model,
                 inputs,
                 max_new_tokens=config.max_new_tokens,
-                seed=seed + number,
+                seeds=[seed + index for index in indices],
                 **asdict(config.sampling),
             )
             before = len(answers)

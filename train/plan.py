@@ -27,8 +27,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from moss_audio_jax.checkpoint import abstract_parameters, build_model
 from moss_audio_jax.config import MossAudioConfig
 from moss_audio_jax.errors import MossAudioError
-from moss_audio_jax.generate import MIN_NEW_TOKENS, Sampling, decode_until, prefill_prompts
+from moss_audio_jax.generate import MIN_NEW_TOKENS, decode_until, make_drawing, prefill_prompts
 from moss_audio_jax.inputs import ModelInputs
+from moss_audio_jax.sampling import Sampling
 from moss_audio_jax.sharding import make_mesh
 from train.calibration import calibrated
 from train.chips import GIB, Chip, chip_of, shown_topology, topology_of
@@ -215,15 +216,15 @@ def compile_answering(
     graphdef: nnx.GraphDef, state: nnx.State, inputs: ModelInputs, new_tokens: int, eos_ids: tuple[int, ...], mesh: Mesh
 ) -> tuple[Compiled, Compiled, int]:
     """The programs that read prompts and decode answers to them, and the bytes of keys and values on one device."""
-    greedy = Sampling()
+    drawing = make_drawing(inputs.tokens.shape[0], Sampling(), eos_ids)
     with jax.set_mesh(mesh):
-        reading = prefill_prompts.trace(graphdef, state, inputs, new_tokens, greedy, eos_ids, 0)
+        reading = prefill_prompts.trace(graphdef, state, inputs, drawing, new_tokens)
         prefill = compile_for_memory(reading, mesh)
         if prefill.problem is not None:
             return prefill, prefill, 0
         # Decoding continues with what was read, where that lies.
         loop = jax.tree.map(_placed, reading.out_info, prefill.outputs)
-        decode = compile_for_memory(decode_until.trace(graphdef, state, loop, new_tokens, greedy, eos_ids), mesh)
+        decode = compile_for_memory(decode_until.trace(graphdef, state, loop, new_tokens, drawing), mesh)
     return prefill, decode, bytes_on_chip((loop.cache.keys, loop.cache.values))
 
 

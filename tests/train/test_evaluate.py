@@ -18,7 +18,8 @@ from flax import nnx
 
 from moss_audio_jax import MossAudioConfig, MossAudioError, load_model, load_processor
 from moss_audio_jax.checkpoint import build_model, save_model
-from moss_audio_jax.generate import Sampling, decode_until, generate, prefill_prompts
+from moss_audio_jax.generate import decode_until, generate, prefill_prompts
+from moss_audio_jax.sampling import Sampling
 from moss_audio_jax.sharding import make_mesh
 from moss_audio_jax.small_tokenizer import write_small_tokenizer
 from train.data.manifest import Clip, Message, TimedText
@@ -150,6 +151,10 @@ def test_sampled_answers_repeat_with_their_seed(model, processor, mixed):
     config = AnswerConfig(max_new_tokens=12, sampling=Sampling(temperature=1.0))
     first, again, other = (answer_items(model, processor, mixed[:1], config, seed=seed) for seed in (1, 1, 2))
     assert first == again != other
+    together, alone = (
+        answer_items(model, processor, mixed, dataclasses.replace(config, batch_size=size)) for size in (3, 1)
+    )
+    assert together == alone
 
 
 def test_clips_that_cannot_be_heard_are_named(model, processor, corpus):

@@ -1,0 +1,41 @@
+"""What a command says while it takes long: on stderr, and from a thread of its own, so that nothing else changes."""
+
+import contextlib
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+SILENCE = 3.0  # seconds before the first word
+BETWEEN_LINES = 30.0  # seconds, where stderr is no terminal; then twice as many, and so on
+
+
+@contextlib.contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """Says what is being waited for, and for how long already: each second on a terminal, elsewhere in few lines."""
+    done = threading.Event()
+    show = _on_terminal if sys.stderr.isatty() else _in_lines
+    thread = threading.Thread(target=show, args=(what, done), name="waiting", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _on_terminal(what: str, done: threading.Event) -> None:
+    """One line, which is wiped in the end."""
+    start = time.monotonic()
+    if done.wait(SILENCE):
+        return
+    while not done.wait(1.0):
+        print(f"\r\x1b[K{what}: {time.monotonic() - start:.0f} s", end="", file=sys.stderr, flush=True)
+    print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def _in_lines(what: str, done: threading.Event) -> None:
+    start, pause = time.monotonic(), BETWEEN_LINES
+    while not done.wait(pause):
+        pause = time.monotonic() - start
+        print(f"[{what}: {pause:.0f} s so far]", file=sys.stderr, flush=True)
