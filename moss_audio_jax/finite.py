@@ -7,6 +7,7 @@ import numpy as np
 from moss_audio_jax.checkpoint import parameters_of
 from moss_audio_jax.model import MossAudio
 from moss_audio_jax.released import adapter_leaves, released_leaves
+from moss_audio_jax.sharding import on_host
 
 
 def first_nonfinite(model: MossAudio) -> str | None:
@@ -19,7 +20,7 @@ def first_nonfinite(model: MossAudio) -> str | None:
         if not jnp.issubdtype(parameter.dtype, jnp.floating):  # int8 kernels are finite, their scales are looked at
             continue
         leaf = leaves.get(path)
-        flags = np.atleast_1d(np.asarray(_finite(parameter, leaf is not None and leaf.stacked)))
+        flags = np.atleast_1d(on_host(_finite(parameter, leaf is not None and leaf.stacked)))
         if not flags.all():
             return path if leaf is None else leaf.names[int(np.argmin(flags))]
     return None

@@ -14,18 +14,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.experimental import multihost_utils
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from moss_audio_jax.compilation import jit
 from moss_audio_jax.config import MossAudioConfig
 from moss_audio_jax.errors import MossAudioError
+from moss_audio_jax.finite import first_nonfinite
 from moss_audio_jax.inputs import ModelInputs, bucket
 from moss_audio_jax.language_model import KVCache
 from moss_audio_jax.model import MossAudio, check_positions
-from moss_audio_jax.released import released_leaves
 from moss_audio_jax.sampling import Sampling, SamplingArrays, row_keys, row_seeds
-from moss_audio_jax.sharding import constrain, on_automatic_mesh, on_mesh_of
+from moss_audio_jax.sharding import constrain, on_automatic_mesh, on_host, on_mesh_of
 
 MIN_NEW_TOKENS = 16  # the smallest bucket of an answer's length
 _MIN_EOS_IDS = 8  # the smallest bucket of their number
@@ -172,9 +171,9 @@ def _pieces(
         with on_mesh_of(state):  # and not while the caller has the piece
             loop = decode_until(graphdef, state, loop, min(max_new_tokens, done + every), drawing)
         results = loop.tokens, loop.count, loop.stopped, loop.finite
-        tokens, count, stopped, finite = map(_on_host, results)
+        tokens, count, stopped, finite = map(on_host, results)
         if not finite.all():
-            raise MossAudioError(_why_not_finite(state, model.config, int(finite.argmin()), int(count)))
+            raise MossAudioError(_why_not_finite(model, int(finite.argmin()), int(count)))
         yield tokens[:, done : int(count)]
         done = int(count) if not stopped.all() else max_new_tokens
 
@@ -237,41 +236,12 @@ def _draw(model: MossAudio, loop: _State, drawing: Drawing) -> tuple[_State, Int
     return loop, token
 
 
-def _why_not_finite(state: nnx.State, config: MossAudioConfig, row: int, count: int) -> str:
+def _why_not_finite(model: MossAudio, row: int, count: int) -> str:
     found = f"the logits of sequence {row} are not finite at token {count} of its answer"
-    tensor = first_not_finite(state, config)
+    tensor = first_nonfinite(model)
     if tensor is not None:
         return f"{found}, since {tensor} of the weights holds NaN or infinity: take another checkpoint"
     return f"{found}, though all weights are: check its audio, or load the model with dtype float32"
-
-
-def first_not_finite(parameters: nnx.State, config: MossAudioConfig) -> str | None:
-    """The first tensor that holds NaN or infinity, by its released name or else our path; None if there is none.
-
-    It reads all parameters: for after something went wrong.
-    """
-    released = released_leaves(config)
-    for path, leaf in nnx.to_flat_state(parameters):
-        array, name = leaf[...], ".".join(map(str, path))
-        names, stacked = (name,), False
-        if name in released:
-            names, stacked = released[name].names, released[name].stacked
-        finite = np.atleast_1d(_on_host(_are_finite(array, stacked)))
-        if not finite.all():
-            return names[int(finite.argmin())]
-    return None
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _are_finite(array: Array, stacked: bool) -> Bool[Array, "..."]:
-    """Of a stack, each layer."""
-    return jnp.isfinite(array).all(tuple(range(int(stacked), array.ndim)))
-
-
-def _on_host(array: jax.Array) -> np.ndarray:
-    """All of an array; each of several processes gets it, also what lies with the others."""
-    whole = array.is_fully_addressable or array.is_fully_replicated
-    return np.asarray(array if whole else multihost_utils.process_allgather(array, tiled=True))
 
 
 def _is_packed(segment_ids: np.ndarray | jax.Array) -> bool:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 from jax.core import Tracer
+from jax.experimental import multihost_utils
 from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
@@ -170,3 +171,9 @@ def _sharding_of(tree: Any) -> Any:
     """That of the first array; None for one that is traced, or NumPy's."""
     leaf = next(iter(jax.tree.leaves(tree)), None)
     return None if isinstance(leaf, Tracer) else getattr(leaf, "sharding", None)
+
+
+def on_host(array: jax.Array) -> np.ndarray:
+    """All of an array; each of several processes gets it, also what lies with the others."""
+    whole = array.is_fully_addressable or array.is_fully_replicated
+    return np.asarray(array if whole else multihost_utils.process_allgather(array, tiled=True))
