@@ -15,9 +15,9 @@ from moss_audio_jax.layers import GatedMLP, Linear, RMSNorm, layer_at, parameter
 from moss_audio_jax.sharding import constrain, num_parts
 
 # Orders of the cache's axes b (0), slots (1) and kv (2). With one sequence a device, XLA's loop of decoding on a TPU
-# wants the second; with the first it copies the whole cache before the loop and after it, as it does for more sequences. For
-# those it wants slots, kv, b; but then the program that reads the prompts, the larger one, takes more memory: 5.97 GB a
-# chip for 5.34 GB (4B, v5e:2x2, 8 prompts of 4,096 tokens).
+# wants the second; with the first it copies the whole cache before the loop and after it, as it does for more
+# sequences. For those it wants slots, kv, b; but then the program that reads the prompts, the larger one, takes more
+# memory: 5.97 GB a chip for 5.34 GB (4B, v5e:2x2, 8 prompts of 4,096 tokens).
 BATCH_SLOTS_KV, BATCH_KV_SLOTS = (0, 1, 2), (0, 2, 1)
 
 
