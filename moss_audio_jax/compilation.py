@@ -6,7 +6,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer
+
+from moss_audio_jax.sharding import in_a_trace
 
 # On the CPU bfloat16 is computed in float32, and this pass would convert all layers' weights before the loop: a copy of
 # twice their size. Without it each layer is converted as it is read.
@@ -30,8 +31,7 @@ class jit:
         sparing = (
             jax.default_backend() == "cpu"
             and any(getattr(leaf, "dtype", None) == jnp.bfloat16 for leaf in leaves)
-            # While another program is traced all new arrays are tracers, and compiler options are refused.
-            and not isinstance(jnp.zeros(()), Tracer)
+            and not in_a_trace()  # where compiler options are refused
         )
         return (self._sparing if sparing else self._plain)(*arguments, **keywords)
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.experimental import multihost_utils
@@ -145,13 +146,18 @@ def on_mesh_of(parameters: Any, inputs: Any = None) -> contextlib.AbstractContex
     For parameters on one device that is a mesh of that device alone. While they or the inputs are traced, by a caller's
     own `jax.jit`, the current mesh stays: there the caller sets it.
     """
-    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((parameters, inputs))):
+    if in_a_trace() or any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((parameters, inputs))):
         return contextlib.nullcontext()
     mesh, sharding = mesh_of(parameters), _sharding_of(parameters)
     if mesh is None and isinstance(sharding, SingleDeviceSharding):
         (device,) = sharding.device_set
         mesh = Mesh(np.array([[[device]]]), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
+def in_a_trace() -> bool:
+    """True while another program is traced: its new arrays are tracers, also beside arrays that it closes over."""
+    return isinstance(jnp.zeros(()), Tracer)
 
 
 def on_automatic_mesh(parameters: Tree) -> Tree:

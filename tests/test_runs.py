@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 import train.__main__
-from moss_audio_jax import MossAudioConfig
+from moss_audio_jax import MossAudioConfig, MossAudioError
 from moss_audio_jax.small_tokenizer import write_small_tokenizer
 from moss_audio_jax.tokens import Tokenizer
 from train.__main__ import PREEMPTED
@@ -257,6 +257,8 @@ def refusal(command: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> str:
             door.main()
         except SystemExit as end:
             return f"{shlex.join(command)}: exit code {end.code}\n{said.getvalue()}"
+        except MossAudioError as error:  # which the real `run_door` says, with code 2
+            return f"{shlex.join(command)}: exit code 2\n{error}"
     return "" if len(taken) == 1 else f"{shlex.join(command)}: called {taken}"
 
 

@@ -23,7 +23,7 @@ from convert.to_hf import convert_to_hf
 from convert.to_orbax import convert_to_orbax
 from moss_audio_jax import MossAudioConfig, MossAudioError, load_model, save_model
 from moss_audio_jax.checkpoint import flatten
-from moss_audio_jax.config import EncoderConfig, LanguageConfig
+from moss_audio_jax.config import EncoderConfig, LanguageConfig, ProcessorConfig
 from moss_audio_jax.released import INDEX_FILE, SINGLE_FILE, released_leaves
 from moss_audio_jax.sharding import make_mesh
 
@@ -66,6 +66,8 @@ CONFIGS = {
     "one layer": config(
         audio={"encoder_layers": 1, "deepstack_encoder_layer_indexes": (0,), "downsample_hidden_size": 32},
         language={"num_hidden_layers": 1, "vocab_size": 32},
+        eos_ids=(3,),
+        processor=ProcessorConfig(audio_token_id=31, audio_start_id=29, audio_end_id=30),
     ),
 }
 
@@ -195,7 +197,7 @@ def test_linked_companions(released, tmp_path, inside):
         assert (tmp_path / "orbax" / "merges.txt").read_text() == "#version: 0.2\n"
         assert not (tmp_path / "orbax" / "merges.txt").is_symlink()
     else:
-        with pytest.raises(MossAudioError, match=r"merges\.txt is not a file inside its directory"):
+        with pytest.raises(MossAudioError, match=r"merges\.txt is a link to outside the directory"):
             convert_to_orbax(source, tmp_path / "orbax")
         assert not (tmp_path / "orbax").exists()
 
@@ -302,6 +304,8 @@ def test_configuration_of_both_towers_can_be_anything(tmp_path):
         audio_config=EncoderConfig(20, 12, 64, 3, 5, 28, 4, deepstack_encoder_layer_indexes=(2, 0)),
         language_config=LanguageConfig(97, 18, 26, 3, 6, 3, 10),
         adapter_hidden_size=14,
+        eos_ids=(5,),
+        processor=ProcessorConfig(audio_token_id=96, audio_start_id=94, audio_end_id=95),
     )
     write_random_checkpoint(other, tmp_path / "released")
     convert_to_orbax(tmp_path / "released", tmp_path / "orbax")

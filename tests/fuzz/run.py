@@ -153,6 +153,7 @@ class _Watch:
         found = []
         opened, self._opened = self._opened, []
         libraries = (sys.prefix, sys.base_prefix, os.path.realpath(sys.base_prefix), "/proc/", "/sys/", os.getcwd())
+        libraries += ("/dev/shm/pym-",)  # memory that processes of `multiprocessing` share
         for path in opened:
             place = os.path.realpath(path)
             if not place.startswith(f"{self._root}/{inside}") and not place.startswith(libraries):

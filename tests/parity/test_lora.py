@@ -209,7 +209,7 @@ def test_an_int8_base_gives_the_logits_of_pytorchs_own_rounding(pair: Pair, dire
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"use_dora": True}, "use_dora True"),
+        ({"use_dora": True}, "'use_dora' True"),
         ({"rank_pattern": {"q_proj": 8}}, "rank_pattern"),
         ({"init_lora_weights": "pissa"}, "pissa"),
         ({"bias": "all"}, "bias is 'all'"),
@@ -218,7 +218,7 @@ def test_an_int8_base_gives_the_logits_of_pytorchs_own_rounding(pair: Pair, dire
         ({"target_modules": ["q_proj"]}, "is not part of this model"),
         ({"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}, "lora_A.weight is missing"),
         ({"r": 5}, "has shape"),
-        ({"lora_alpha": "many"}, "can't be read as LoRA"),
+        ({"lora_alpha": "many"}, "lora_alpha must be a number"),
     ],
 )
 def test_what_is_no_plain_lora_of_this_model_is_refused(changes, message, pair, trained_by_peft: Path, tmp_path: Path):
