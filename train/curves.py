@@ -139,7 +139,7 @@ def _draw(runs: Sequence[Curves]) -> "Figure":
         panel.spines[["top", "right"]].set_visible(False)
     axes[-1].set_xlabel("step")
     figure.align_ylabels(axes)
-    axes[0].legend(frameon=False, loc="upper right")
+    axes[0].legend(frameon=False, loc="lower left")
     return figure
 
 
@@ -179,8 +179,12 @@ def _draw_joins(axes: Sequence["Axes"], runs: Sequence[Curves]) -> None:
 
 def _scale(axes: "Axes", runs: Sequence[Curves]) -> None:
     """A logarithmic axis where the losses differ by far."""
+    from matplotlib.ticker import LogLocator
+
     smooth = np.concatenate([_smooth_loss(run) for run in runs])
     smooth = smooth[np.isfinite(smooth)]
     if len(smooth) and smooth.min() > 0 and smooth.max() / smooth.min() > _LOG_ABOVE:
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("")
