@@ -51,7 +51,7 @@ def generate(
         prompt: The question; by default "Transcribe the audio.", where there is a clip.
         adapter: An adapter of LoRA for the checkpoint: PEFT's directory, one of `convert from-peft`, or a training run.
         system: The system prompt.
-        max_new_tokens: Stop after so many tokens at the latest, which is then said.
+        max_new_tokens: The most tokens of an answer; one that is cut off there is reported on stderr.
         temperature: 0 takes the likeliest token; the authors sample at 1.
         top_k: When sampling, draw from the k likeliest tokens; 0 means all.
         top_p: When sampling, draw from the fewest tokens that reach this probability.

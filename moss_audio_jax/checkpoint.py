@@ -459,8 +459,10 @@ def stored_shapes(params: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
 
 
 # What Orbax and TensorStore raise for files that hold something else than they expect.
-DAMAGE = (ValueError, OSError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError)
-DAMAGE += (NotImplementedError, RecursionError)
+DAMAGE = (
+    *(ValueError, OSError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError),
+    *(NotImplementedError, RecursionError),  # of an unknown kind of sharding; of metadata that nests deeply
+)
 
 
 def _damaged(params: Path, error: BaseException) -> MossAudioError:

@@ -94,7 +94,7 @@ def load_processor(path: AnyPath) -> Processor:
 
 
 def _clips_of_texts(audio: Any, texts: int, one: bool) -> list[list[Clip]]:
-    """The clips of each of so many texts. one: the text was given without a list."""
+    """Lists of clips, one a text. one: the text was given without a list."""
     if audio is None:
         return [[] for _ in range(texts)]
     if _is_clip(audio):

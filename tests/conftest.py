@@ -24,6 +24,7 @@ import pytest
 from fake_gcs import FakeGcs
 from flax import nnx
 
+from convert.rehearse import rehearse
 from moss_audio_jax import ModelInputs, MossAudio, MossAudioConfig, load_model, make_inputs
 from moss_audio_jax.released import released_leaves
 
@@ -128,3 +129,11 @@ def released_tensors(config: MossAudioConfig, parameters: nnx.State) -> dict[str
         for index, name in enumerate(leaf.names):
             tensors[name] = leaf.layout.to_released(array[index] if leaf.stacked else array)
     return tensors
+
+
+@pytest.fixture(scope="session")
+def released(tmp_path_factory) -> Path:
+    """Random bfloat16 weights with configuration and tokenizer, in the released layout."""
+    directory = tmp_path_factory.mktemp("checkpoints") / "released"
+    rehearse("tiny", directory, seed=1)
+    return directory

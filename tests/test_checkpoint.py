@@ -9,20 +9,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from convert.rehearse import rehearse
 from moss_audio_jax import MossAudio, MossAudioConfig, MossAudioError, load_model, load_processor, save_model
 from moss_audio_jax.checkpoint import build_model, parameters_of
 from moss_audio_jax.compilation import jit
 from moss_audio_jax.finite import first_nonfinite
 from moss_audio_jax.model import _compiled_logits
 from tests.conftest import question
-
-
-@pytest.fixture(scope="module")
-def released(tmp_path_factory) -> Path:
-    directory = tmp_path_factory.mktemp("models") / "released"
-    rehearse("tiny", directory, seed=1)
-    return directory
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,6 @@ import pytest
 import soundfile
 from safetensors.numpy import load_file, save_file
 
-from convert.rehearse import rehearse
 from moss_audio_jax import LoraConfig, MossAudioConfig, MossAudioError, load_adapter, load_model, load_processor
 from moss_audio_jax.checkpoint import parameters_of, save_model
 from moss_audio_jax.info import describe
@@ -25,16 +24,9 @@ PAGE = "<!DOCTYPE html>\n<html><title>Sign in</title></html>"
 
 
 @pytest.fixture(scope="session")
-def released(tmp_path_factory) -> Path:
-    directory = tmp_path_factory.mktemp("models") / "released"
-    rehearse("tiny", directory, seed=1)
-    return directory
-
-
-@pytest.fixture(scope="session")
 def orbax(released: Path) -> Path:
     """`released`, loaded and saved."""
-    directory = released.parent / "orbax"
+    directory = released.parent / "saved"
     save_model(load_model(released), directory)
     return directory
 

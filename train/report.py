@@ -525,7 +525,7 @@ class _Progress(_Sink):
         return rates
 
     def _left(self, step: int, seconds: float) -> datetime.timedelta:
-        """How long the steps after this one take, of so many seconds each."""
+        """Time of the steps after this one, `seconds` each."""
         assert self._last_step is not None
         return datetime.timedelta(seconds=round((self._last_step - step) * seconds))
 

@@ -5,16 +5,7 @@ from pathlib import Path
 import pytest
 
 from convert.__main__ import main
-from convert.rehearse import rehearse
 from convert.to_orbax import convert_to_orbax
-
-
-@pytest.fixture(scope="session")
-def released(tmp_path_factory) -> Path:
-    """Random bfloat16 weights with configuration and tokenizer, in the released layout."""
-    directory = tmp_path_factory.mktemp("checkpoints") / "released"
-    rehearse("tiny", directory, seed=1)
-    return directory
 
 
 @pytest.fixture(scope="session")
