@@ -17,11 +17,11 @@ from flax import nnx
 
 from benchmarks.side_by_side import Row, compare
 from moss_audio_jax.audio import num_audio_tokens, round_bfloat16
-from moss_audio_jax.checkpoint import load_model, parameters_of
 from moss_audio_jax.config import MossAudioConfig
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.inputs import make_inputs
 from moss_audio_jax.tokens import audio_span
+from moss_audio_jax.weights.checkpoint import load_model, parameters_of
 from train.data.budget import Budget
 from train.data.packing import Packer, TrainingBatch, pack_row, stack_rows
 from train.data.samples import FRAMES_PER_SECOND, Sample

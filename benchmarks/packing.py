@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import tyro
 
-from moss_audio_jax.cli import run_door
-from moss_audio_jax.info import align
+from moss_audio_jax.commands.cli import run_door
+from moss_audio_jax.weights.info import align
 from train.config import RECIPES
 from train.data.packing import Packer
 

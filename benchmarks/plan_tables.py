@@ -13,13 +13,13 @@ import jax
 import tyro
 from jax.sharding import Mesh
 
-from moss_audio_jax.cli import run_door
-from moss_audio_jax.paths import write_whole
+from moss_audio_jax.commands.cli import run_door
 from moss_audio_jax.sharding import make_mesh
-from train.chips import GIB
+from moss_audio_jax.storage.paths import write_whole
 from train.config import RECIPES, RecipeName, RunConfig
-from train.hlo import Collective
-from train.plan import Compiled, report_generation, report_step, topology_devices, with_sizes
+from train.planning.chips import GIB
+from train.planning.hlo import Collective
+from train.planning.plan import Compiled, report_generation, report_step, topology_devices, with_sizes
 
 GATES = Path(__file__).parents[1] / "tests" / "train" / "gates.json"
 COLUMNS = ("sequences a chip", "HBM a chip, GiB", "of", "a chip sends, GiB", "estimated step, s", "estimated MFU")

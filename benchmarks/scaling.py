@@ -14,14 +14,14 @@ import tyro
 from jax.sharding import Mesh
 
 from benchmarks.plan_tables import exchange
-from moss_audio_jax.cli import run_door
-from moss_audio_jax.info import align
-from moss_audio_jax.paths import write_whole
+from moss_audio_jax.commands.cli import run_door
 from moss_audio_jax.sharding import make_mesh
-from train.chips import GIB, V5P
+from moss_audio_jax.storage.paths import write_whole
+from moss_audio_jax.weights.info import align
 from train.config import RECIPES, RunConfig
-from train.plan import Compiled, plan_step, report_step, topology_devices, with_sizes
-from train.plots import require_matplotlib
+from train.evaluation.plots import require_matplotlib
+from train.planning.chips import GIB, V5P
+from train.planning.plan import Compiled, plan_step, report_step, topology_devices, with_sizes
 
 SEQUENCES, TOKENS = 1024, 8192
 # Microbatches as memory asks for, and replicas: 256 is the most parts that all dimensions can be cut into.

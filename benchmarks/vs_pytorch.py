@@ -23,16 +23,16 @@ from flax import nnx
 from benchmarks.side_by_side import Row, Timed, compare, report
 from convert.rehearse import write_random_checkpoint
 from moss_audio_jax.audio import log_mel, num_audio_tokens, round_bfloat16
-from moss_audio_jax.checkpoint import load_model
-from moss_audio_jax.cli import run_door
+from moss_audio_jax.commands.cli import run_door
 from moss_audio_jax.config import EncoderConfig, LanguageConfig, MossAudioConfig, ProcessorConfig
 from moss_audio_jax.errors import MossAudioError
-from moss_audio_jax.generate import decode_until, make_drawing, prefill_prompts
+from moss_audio_jax.generation import decode_until, make_drawing, prefill_prompts
 from moss_audio_jax.inputs import ModelInputs, make_inputs
 from moss_audio_jax.language_model import KVCache
 from moss_audio_jax.model import MossAudio
 from moss_audio_jax.sampling import Sampling
 from moss_audio_jax.tokens import audio_span
+from moss_audio_jax.weights.checkpoint import load_model
 from train.data.packing import TrainingBatch
 from train.optimizer import OptimizerConfig
 from train.step import StepConfig, new_state, parameters_of, split_microbatches, train_step

@@ -24,10 +24,10 @@ from typing import Annotated, Literal
 import tyro
 
 from convert.memory import peak_memory
-from moss_audio_jax.cli import Commands, PathArgument, run_door
+from moss_audio_jax.commands.cli import Commands, PathArgument, run_door
+from moss_audio_jax.commands.interruption import cleans_up_on_signals
 from moss_audio_jax.errors import MossAudioError
-from moss_audio_jax.interruption import cleans_up_on_signals
-from moss_audio_jax.paths import AnyPath
+from moss_audio_jax.storage.paths import AnyPath
 
 Source = Annotated[PathArgument, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
 Target = Annotated[PathArgument, tyro.conf.Positional, tyro.conf.arg(metavar="TARGET")]

@@ -13,7 +13,10 @@ from convert.pieces import cast, row_blocks
 from convert.safetensors_files import TensorBlocks, write_file
 from convert.staging import check_target, staged
 from convert.to_orbax import leaf_dtypes, pieces
-from moss_audio_jax.checkpoint import (
+from moss_audio_jax.config import MossAudioConfig
+from moss_audio_jax.errors import MossAudioError
+from moss_audio_jax.storage.paths import AnyPath, to_path
+from moss_audio_jax.weights.checkpoint import (
     PARAMS,
     base_directory,
     companion_files,
@@ -23,11 +26,8 @@ from moss_audio_jax.checkpoint import (
     orbax_paths,
     require_adapter,
 )
-from moss_audio_jax.config import MossAudioConfig
-from moss_audio_jax.errors import MossAudioError
-from moss_audio_jax.paths import AnyPath, to_path
-from moss_audio_jax.peft_files import ADAPTER_CONFIG, ADAPTER_FILE, PeftAdapter, adapted_config
-from moss_audio_jax.released import PEFT_PREFIX, adapter_leaves
+from moss_audio_jax.weights.peft import ADAPTER_CONFIG, ADAPTER_FILE, PeftAdapter, adapted_config
+from moss_audio_jax.weights.released import PEFT_PREFIX, adapter_leaves
 
 
 class MergedCheckpoint:

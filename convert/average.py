@@ -9,9 +9,9 @@ from convert.checkpoints import copy_companions
 from convert.orbax_files import OrbaxCheckpoint, StreamedArray, save_streamed
 from convert.staging import check_target, staged
 from convert.to_orbax import leaf_dtypes, pieces
-from moss_audio_jax.checkpoint import PARAMS, RUN_CHECKPOINTS, is_adapter
 from moss_audio_jax.errors import MossAudioError
-from moss_audio_jax.paths import AnyPath, children, to_path
+from moss_audio_jax.storage.paths import AnyPath, children, to_path
+from moss_audio_jax.weights.checkpoint import PARAMS, RUN_CHECKPOINTS, is_adapter
 
 
 def average(run: AnyPath, out: AnyPath, *, last: int | None = None, steps: Sequence[int] = ()) -> list[int]:

@@ -8,10 +8,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from convert.orbax_files import OrbaxCheckpoint
-from moss_audio_jax.checkpoint import companion_files, layout_of
 from moss_audio_jax.config import MossAudioConfig, read_json
-from moss_audio_jax.paths import AnyPath
-from moss_audio_jax.released import ReleasedCheckpoint, ReleasedLeaf
+from moss_audio_jax.storage.paths import AnyPath
+from moss_audio_jax.weights.checkpoint import companion_files, layout_of
+from moss_audio_jax.weights.released import ReleasedCheckpoint, ReleasedLeaf
 
 # Where config.json says what type the weights have; the older name is still met.
 DTYPE_KEYS = ("dtype", "torch_dtype")

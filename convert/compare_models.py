@@ -12,14 +12,14 @@ from flax import nnx
 from scipy.special import log_softmax
 
 from moss_audio_jax.audio import SAMPLE_RATE, load_audio, log_mel, num_audio_tokens, round_bfloat16
-from moss_audio_jax.checkpoint import files_directory, load_model, tokenizer_files
 from moss_audio_jax.compilation import jit
 from moss_audio_jax.config import MossAudioConfig
 from moss_audio_jax.inputs import ModelInputs, make_inputs
 from moss_audio_jax.language_model import KVCache
 from moss_audio_jax.model import MossAudio
-from moss_audio_jax.paths import AnyPath
+from moss_audio_jax.storage.paths import AnyPath
 from moss_audio_jax.tokens import Tokenizer, audio_span, build_prompt
+from moss_audio_jax.weights.checkpoint import files_directory, load_model, tokenizer_files
 
 SYNTHETIC_SECONDS = 9.3  # three chunks, the last of them partly empty, and four time markers
 QUESTION = "Transcribe the audio."

@@ -10,9 +10,9 @@ from tqdm import tqdm
 
 from convert.checkpoints import DTYPE_KEYS, Checkpoint, by_released_name, with_rope_theta
 from convert.pieces import row_blocks
-from moss_audio_jax.checkpoint import companion_files
 from moss_audio_jax.config import read_json
-from moss_audio_jax.paths import AnyPath, Path
+from moss_audio_jax.storage.paths import AnyPath, Path
+from moss_audio_jax.weights.checkpoint import companion_files
 
 STATISTICS_BLOCK = 1 << 20  # elements: differences are computed in float64
 

@@ -4,9 +4,9 @@ import math
 from typing import Any
 
 from convert.checkpoints import open_checkpoint
-from moss_audio_jax.checkpoint import layout_of
-from moss_audio_jax.info import align
-from moss_audio_jax.paths import AnyPath
+from moss_audio_jax.storage.paths import AnyPath
+from moss_audio_jax.weights.checkpoint import layout_of
+from moss_audio_jax.weights.info import align
 
 
 def contents(path: AnyPath) -> dict[str, Any]:

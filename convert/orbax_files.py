@@ -18,12 +18,12 @@ import tensorstore as ts
 from tqdm import tqdm
 
 from convert.pieces import chunk_shape
-from moss_audio_jax.checkpoint import check_stored, flatten, is_adapter, orbax_paths, stored_shapes, unflatten
 from moss_audio_jax.config import MossAudioConfig
 from moss_audio_jax.errors import MossAudioError
-from moss_audio_jax.paths import AnyPath, Path, absolute, to_path
-from moss_audio_jax.peft_files import adapted_config
-from moss_audio_jax.released import adapter_leaves, released_leaves
+from moss_audio_jax.storage.paths import AnyPath, Path, absolute, to_path
+from moss_audio_jax.weights.checkpoint import check_stored, flatten, is_adapter, orbax_paths, stored_shapes, unflatten
+from moss_audio_jax.weights.peft import adapted_config
+from moss_audio_jax.weights.released import adapter_leaves, released_leaves
 
 Piece = tuple[Any, np.ndarray]  # where in the array, as an index, and what
 

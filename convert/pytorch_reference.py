@@ -19,7 +19,7 @@ import numpy as np
 
 from convert.checkpoints import with_rope_theta
 from moss_audio_jax.errors import MossAudioError
-from moss_audio_jax.released import IGNORED_TENSORS, INDEX_FILE, SINGLE_FILE
+from moss_audio_jax.weights.released import IGNORED_TENSORS, INDEX_FILE, SINGLE_FILE
 
 try:
     import torch

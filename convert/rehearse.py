@@ -13,11 +13,11 @@ from convert.checkpoints import by_released_name
 from convert.pieces import row_blocks
 from convert.safetensors_files import SHARD_BYTES, TensorBlocks, write_safetensors
 from convert.staging import check_target, staged
-from moss_audio_jax.checkpoint import require_empty
 from moss_audio_jax.config import MossAudioConfig
-from moss_audio_jax.paths import AnyPath
-from moss_audio_jax.released import ReleasedLeaf, released_leaves
 from moss_audio_jax.small_tokenizer import write_small_tokenizer
+from moss_audio_jax.storage.paths import AnyPath
+from moss_audio_jax.weights.checkpoint import require_empty
+from moss_audio_jax.weights.released import ReleasedLeaf, released_leaves
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 EMBEDDING_STD = 0.02

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from moss_audio_jax.released import INDEX_FILE, SAFETENSORS_DTYPES, SINGLE_FILE
+from moss_audio_jax.weights.released import INDEX_FILE, SAFETENSORS_DTYPES, SINGLE_FILE
 
 SHARD_BYTES = 5 * 10**9  # transformers' default, in decimal gigabytes
 DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}

@@ -11,9 +11,9 @@ from convert.orbax_files import OrbaxCheckpoint
 from convert.pieces import cast, row_blocks
 from convert.safetensors_files import SHARD_BYTES, TensorBlocks, write_safetensors
 from convert.staging import check_target, staged
-from moss_audio_jax.checkpoint import is_adapter, layout_of
 from moss_audio_jax.errors import MossAudioError
-from moss_audio_jax.paths import AnyPath
+from moss_audio_jax.storage.paths import AnyPath
+from moss_audio_jax.weights.checkpoint import is_adapter, layout_of
 
 
 def convert_to_hf(

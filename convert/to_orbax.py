@@ -10,10 +10,10 @@ from convert.checkpoints import Checkpoint, copy_companions
 from convert.orbax_files import Piece, StreamedArray, save_streamed
 from convert.pieces import PIECE_BYTES, cast, row_blocks
 from convert.staging import check_target, staged
-from moss_audio_jax.checkpoint import PARAMS, layout_of
 from moss_audio_jax.errors import MossAudioError
-from moss_audio_jax.paths import AnyPath
-from moss_audio_jax.released import ReleasedCheckpoint, ReleasedLeaf, SafetensorsCheckpoint
+from moss_audio_jax.storage.paths import AnyPath
+from moss_audio_jax.weights.checkpoint import PARAMS, layout_of
+from moss_audio_jax.weights.released import ReleasedCheckpoint, ReleasedLeaf, SafetensorsCheckpoint
 
 
 def convert_to_orbax(source: AnyPath, target: AnyPath, dtype: np.dtype | None = None) -> None:

@@ -17,10 +17,10 @@ from convert.compare_tensors import (
     tensor_set_differences,
 )
 from convert.memory import available_memory
-from moss_audio_jax.checkpoint import layout_of
 from moss_audio_jax.errors import MossAudioError
-from moss_audio_jax.info import align
-from moss_audio_jax.paths import AnyPath
+from moss_audio_jax.storage.paths import AnyPath
+from moss_audio_jax.weights.checkpoint import layout_of
+from moss_audio_jax.weights.info import align
 
 Dtype = Literal["float32", "bfloat16"]
 

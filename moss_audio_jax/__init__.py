@@ -11,13 +11,13 @@ if signal.getsignal(signal.SIGINT) is signal.default_int_handler and os.path.bas
 ) in ("-m", "moss-audio", "moss-audio-convert", "moss-audio-train"):
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
-from moss_audio_jax.checkpoint import load_adapter, load_model, merge_adapter, save_model
 from moss_audio_jax.config import LoraConfig, MossAudioConfig
 from moss_audio_jax.errors import MossAudioError
-from moss_audio_jax.generate import generate, stream
+from moss_audio_jax.generation import generate, stream
 from moss_audio_jax.inputs import ModelInputs, make_inputs
 from moss_audio_jax.model import MossAudio
 from moss_audio_jax.processor import Processor, load_processor
+from moss_audio_jax.weights.checkpoint import load_adapter, load_model, merge_adapter, save_model
 
 __all__ = [
     "LoraConfig",

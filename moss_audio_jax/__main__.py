@@ -8,9 +8,9 @@ from typing import Annotated, Literal
 import numpy as np
 import tyro
 
-from moss_audio_jax.cli import Commands, PathArgument, run_door
+from moss_audio_jax.commands.cli import Commands, PathArgument, run_door
+from moss_audio_jax.commands.progress import waiting
 from moss_audio_jax.errors import MossAudioError
-from moss_audio_jax.progress import waiting
 from moss_audio_jax.tokens import DEFAULT_SYSTEM_PROMPT
 
 DEFAULT_PROMPT = "Transcribe the audio."
@@ -63,12 +63,12 @@ def generate(
         fsdp: Devices that the weights and the batch are cut over; -1 takes all that are left.
         tensor: Devices that each layer is cut over.
     """
-    from moss_audio_jax.checkpoint import load_adapter, load_model  # JAX takes seconds to start: not for --help
-    from moss_audio_jax.generate import check_request, stream
+    from moss_audio_jax.generation import check_request, stream
     from moss_audio_jax.processor import load_processor
     from moss_audio_jax.sampling import Sampling
     from moss_audio_jax.sharding import make_mesh
     from moss_audio_jax.tokens import StreamDecoder
+    from moss_audio_jax.weights.checkpoint import load_adapter, load_model  # JAX takes seconds to start: not for --help
 
     prompt = _checked_prompt(prompt, len(clips))
     sampling = Sampling(temperature, top_k, top_p, repetition_penalty)
@@ -119,7 +119,7 @@ def info(checkpoint: tyro.conf.Positional[PathArgument], /) -> None:
     Args:
         checkpoint: A released directory, an Orbax one, or a training run's.
     """
-    from moss_audio_jax.info import describe
+    from moss_audio_jax.weights.info import describe
 
     print(describe(checkpoint))
 

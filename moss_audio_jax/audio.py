@@ -17,7 +17,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from moss_audio_jax import sound_files
 from moss_audio_jax.errors import MossAudioError
-from moss_audio_jax.paths import AnyPath
+from moss_audio_jax.storage.paths import AnyPath
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,6 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Self
 
 from moss_audio_jax.errors import MossAudioError, shown
-from moss_audio_jax.json_files import read_json
-from moss_audio_jax.paths import AnyPath, Path, absolute, exists, file_in, to_path, write_whole
 from moss_audio_jax.patterns import matches
 from moss_audio_jax.schema import (
     INT32,
@@ -33,6 +31,8 @@ from moss_audio_jax.schema import (
     none_or,
     number,
 )
+from moss_audio_jax.storage.json_files import read_json
+from moss_audio_jax.storage.paths import AnyPath, Path, absolute, exists, file_in, to_path, write_whole
 
 MODEL_TYPES = ("moss_audio", "moss_music")
 ADAPTER_LEAVES = (".lora_a", ".lora_b")  # how the paths of LoRA's parameters end

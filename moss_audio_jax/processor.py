@@ -7,13 +7,13 @@ from typing import Any, Self
 import numpy as np
 
 from moss_audio_jax.audio import SAMPLE_RATE, load_audio, log_mel, num_audio_tokens, resample, round_bfloat16
-from moss_audio_jax.checkpoint import processor_directories
 from moss_audio_jax.config import MossAudioConfig
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.inputs import ModelInputs, make_inputs
-from moss_audio_jax.paths import AnyPath
 from moss_audio_jax.sound_files import require_rate
+from moss_audio_jax.storage.paths import AnyPath
 from moss_audio_jax.tokens import DEFAULT_SYSTEM_PROMPT, Tokenizer, build_prompt
+from moss_audio_jax.weights.checkpoint import processor_directories
 
 # A path, bytes, a file, an array or tensor, (array, rate), {"array": ..., "sampling_rate": ...}: see Processor.mel.
 Clip = Any

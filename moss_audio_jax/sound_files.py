@@ -20,8 +20,8 @@ import numpy as np
 import soundfile
 
 from moss_audio_jax.errors import MossAudioError
-from moss_audio_jax.paths import AnyPath, is_remote, open_binary, reason
-from moss_audio_jax.retries import retried
+from moss_audio_jax.storage.paths import AnyPath, is_remote, open_binary, reason
+from moss_audio_jax.storage.retries import retried
 
 log = logging.getLogger(__name__)
 

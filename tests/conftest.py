@@ -26,7 +26,7 @@ from flax import nnx
 
 from convert.rehearse import rehearse
 from moss_audio_jax import ModelInputs, MossAudio, MossAudioConfig, load_model, make_inputs
-from moss_audio_jax.released import released_leaves
+from moss_audio_jax.weights.released import released_leaves
 
 TESTS = Path(__file__).parent
 TINY_AUDIO_ID = 511  # tests/data/tiny has no processor_config.json to say so

@@ -18,14 +18,14 @@ from moss_audio_jax import MossAudio, MossAudioConfig, MossAudioError
 from moss_audio_jax import model as model_module
 from moss_audio_jax import splash as splash_module
 from moss_audio_jax.attention import causal_attend, self_attend
-from moss_audio_jax.checkpoint import abstract_parameters, build_model
-from moss_audio_jax.generate import decode_until, make_drawing, prefill_prompts
+from moss_audio_jax.generation import decode_until, make_drawing, prefill_prompts
 from moss_audio_jax.language_model import LanguageModel
 from moss_audio_jax.sampling import Sampling
 from moss_audio_jax.sharding import make_mesh, named_sharding
 from moss_audio_jax.splash import LANES, TILES, Tiles, serves, splash_attend
-from train.hlo import collectives
-from train.plan import one_batch, topology_devices
+from moss_audio_jax.weights.checkpoint import abstract_parameters, build_model
+from train.planning.hlo import collectives
+from train.planning.plan import one_batch, topology_devices
 
 SMALL_TILES = Tiles(256, 256, 128, 256, 256, 128)  # several a sequence, and in halves
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from moss_audio_jax import MossAudioError, load_model
-from moss_audio_jax.checkpoint import orbax_paths, stored_shapes
-from moss_audio_jax.paths import is_plain_name, to_path
+from moss_audio_jax.storage.paths import is_plain_name, to_path
+from moss_audio_jax.weights.checkpoint import orbax_paths, stored_shapes
 
 BEST = {"metric": "loss", "value": 0.5, "step": 5, "since": 0, "evaluated": 9}
 

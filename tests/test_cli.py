@@ -17,9 +17,10 @@ import soundfile
 
 from convert.rehearse import rehearse
 from convert.to_orbax import convert_to_orbax
-from moss_audio_jax import MossAudioConfig, progress
-from moss_audio_jax.cli import run_door
-from moss_audio_jax.compilation_cache import cpu_name
+from moss_audio_jax import MossAudioConfig
+from moss_audio_jax.commands import progress
+from moss_audio_jax.commands.cli import run_door
+from moss_audio_jax.commands.compilation_cache import cpu_name
 from moss_audio_jax.model import parameter_specs
 
 
@@ -141,7 +142,7 @@ def test_what_is_no_path_is_refused_in_our_words(package, arguments, sentence, m
 
 
 def test_a_bucket_without_gcsfs_names_the_extra(monkeypatch, capsys):
-    monkeypatch.setattr("moss_audio_jax.paths.find_spec", lambda name: None)
+    monkeypatch.setattr("moss_audio_jax.storage.paths.find_spec", lambda name: None)
     code, _, err = ended("train", ["evaluate", "gs://bucket/run", "--scenes", "1"], monkeypatch, capsys)
     assert code == 2
     assert err == "error: gs://bucket/run needs gcsfs, which is not installed: pip install 'moss-audio-jax[gcs]'\n"

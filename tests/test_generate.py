@@ -11,10 +11,10 @@ from jax.sharding import NamedSharding
 
 from moss_audio_jax import MossAudio, MossAudioError, generate, make_inputs, stream
 from moss_audio_jax import generate as generate_function
-from moss_audio_jax.checkpoint import abstract_parameters, build_model
-from moss_audio_jax.generate import decode_until, prefill_prompts
+from moss_audio_jax.generation import decode_until, prefill_prompts
 from moss_audio_jax.sampling import Sampling, row_keys, row_seeds
 from moss_audio_jax.sharding import make_mesh
+from moss_audio_jax.weights.checkpoint import abstract_parameters, build_model
 from tests.conftest import TINY_AUDIO_ID, question, question_parts
 from tests.test_model import CASES, inputs_of
 

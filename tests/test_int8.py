@@ -9,9 +9,9 @@ import pytest
 from flax import nnx
 
 from moss_audio_jax import LoraConfig, MossAudio, MossAudioConfig, MossAudioError
-from moss_audio_jax.checkpoint import build_model, merge_adapter, parameters_of
 from moss_audio_jax.int8 import LARGEST, int8_kernels, quantize
 from moss_audio_jax.model import parameter_specs
+from moss_audio_jax.weights.checkpoint import build_model, merge_adapter, parameters_of
 from tests.conftest import question
 
 TINY = MossAudioConfig.preset("tiny")

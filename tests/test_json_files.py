@@ -6,7 +6,7 @@ import os
 import pytest
 
 from moss_audio_jax import MossAudioError
-from moss_audio_jax.json_files import MAX_DEPTH, parse_json, read_json
+from moss_audio_jax.storage.json_files import MAX_DEPTH, parse_json, read_json
 
 
 def nested(levels: int) -> bytes:

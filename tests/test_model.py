@@ -11,8 +11,8 @@ import pytest
 from flax import nnx
 
 from moss_audio_jax import ModelInputs, MossAudio, MossAudioConfig, attention, encoder, make_inputs
-from moss_audio_jax.checkpoint import build_model
 from moss_audio_jax.layers import REMAT_POLICIES, map_layers
+from moss_audio_jax.weights.checkpoint import build_model
 from tests.conftest import TINY_AUDIO_ID, question, question_parts, released_tensors
 
 CASES = ("t1", "t8", "t237", "t400", "t403", "t801_markers", "t2998_markers", "two_clips")

@@ -14,13 +14,14 @@ from fake_gcs import FakeGcs
 
 from convert.checkpoints import open_checkpoint
 from convert.staging import check_target
-from moss_audio_jax import MossAudio, MossAudioError, load_model, load_processor, paths
+from moss_audio_jax import MossAudio, MossAudioError, load_model, load_processor
 from moss_audio_jax.audio import load_audio
-from moss_audio_jax.checkpoint import copy_tokenizer, layout_of, save_model
 from moss_audio_jax.errors import StorageError
-from moss_audio_jax.info import describe
-from moss_audio_jax.paths import GrowingFile, to_path
 from moss_audio_jax.small_tokenizer import write_small_tokenizer
+from moss_audio_jax.storage import paths
+from moss_audio_jax.storage.paths import GrowingFile, to_path
+from moss_audio_jax.weights.checkpoint import copy_tokenizer, layout_of, save_model
+from moss_audio_jax.weights.info import describe
 
 
 @pytest.fixture(params=["disk", "gs"])

@@ -14,10 +14,10 @@ import soundfile
 from safetensors.numpy import load_file, save_file
 
 from moss_audio_jax import LoraConfig, MossAudioConfig, MossAudioError, load_adapter, load_model, load_processor
-from moss_audio_jax.checkpoint import parameters_of, save_model
-from moss_audio_jax.info import describe
-from moss_audio_jax.peft_files import ADAPTER_CONFIG, ADAPTER_FILE, write_adapter_config
-from moss_audio_jax.released import SINGLE_FILE, adapter_leaves
+from moss_audio_jax.weights.checkpoint import parameters_of, save_model
+from moss_audio_jax.weights.info import describe
+from moss_audio_jax.weights.peft import ADAPTER_CONFIG, ADAPTER_FILE, write_adapter_config
+from moss_audio_jax.weights.released import SINGLE_FILE, adapter_leaves
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 432608\n"
 PAGE = "<!DOCTYPE html>\n<html><title>Sign in</title></html>"

@@ -13,11 +13,12 @@ import soundfile
 from gcsfs.retry import HttpError
 from google.api_core.exceptions import Forbidden, ServiceUnavailable
 
-from moss_audio_jax import MossAudioError, retries, sound_files
+from moss_audio_jax import MossAudioError, sound_files
 from moss_audio_jax.audio import load_audio, num_samples
-from moss_audio_jax.cli import run_door
+from moss_audio_jax.commands.cli import run_door
 from moss_audio_jax.errors import StorageError
-from moss_audio_jax.retries import is_transient, retried
+from moss_audio_jax.storage import retries
+from moss_audio_jax.storage.retries import is_transient, retried
 
 
 def os_error(number: int) -> OSError:

@@ -27,7 +27,7 @@ from train.__main__ import PREEMPTED
 from train.config import RunConfig
 from train.data import ExampleOrder, Group, SampleMaker, Source, TrainingData
 from train.data.manifest import Example
-from train.distributed import LOST
+from train.running.distributed import LOST
 
 REPOSITORY = Path(__file__).parents[1]
 RUNS = REPOSITORY / "runs"
@@ -252,7 +252,7 @@ def refusal(command: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> str:
         patched.setattr(sys, "argv", list(command))
         patched.setattr(door.app, "_subcommands", dict(door.app._subcommands))
         patched.setattr(door, "run_door", run_door)
-        patched.setattr("train.resume.is_begun", lambda out: False)  # nobody's bucket is asked
+        patched.setattr("train.running.resume.is_begun", lambda out: False)  # nobody's bucket is asked
         try:
             door.main()
         except SystemExit as end:
@@ -292,7 +292,7 @@ def config_of(command: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> RunCon
     with monkeypatch.context() as patched:
         patched.setattr(sys, "argv", list(command))
         patched.setattr(train.__main__, "_train", lambda config, *_, **__: found.append(config))
-        patched.setattr("train.distributed.join", lambda config: None)
+        patched.setattr("train.running.distributed.join", lambda config: None)
         patched.setattr(train.__main__.app, "_subcommands", {})
         train.__main__.main()
     return found[0]

@@ -9,9 +9,9 @@ from jax.sharding import PartitionSpec as P
 
 from moss_audio_jax import MossAudioConfig, MossAudioError, encoder, language_model, load_model, make_inputs, save_model
 from moss_audio_jax import model as model_module
-from moss_audio_jax.checkpoint import abstract_parameters, unflatten
 from moss_audio_jax.model import parameter_specs
 from moss_audio_jax.sharding import RULES, constrain, make_mesh
+from moss_audio_jax.weights.checkpoint import abstract_parameters, unflatten
 from tests.conftest import TINY_AUDIO_ID, question, question_parts
 
 

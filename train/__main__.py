@@ -17,17 +17,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from moss_audio_jax.cli import Commands, PathArgument, run_door, storage_refusal
+from moss_audio_jax.commands.cli import Commands, PathArgument, run_door, storage_refusal
+from moss_audio_jax.commands.interruption import INTERRUPTED, end, ends_on_ctrl_c
 from moss_audio_jax.errors import MossAudioError
-from moss_audio_jax.interruption import INTERRUPTED, end, ends_on_ctrl_c
-from moss_audio_jax.paths import Path, require_writable
-from moss_audio_jax.retries import retried
+from moss_audio_jax.storage.paths import Path, require_writable
+from moss_audio_jax.storage.retries import retried
 
 if TYPE_CHECKING:
-    from train.ablate import AblationConfig
+    from train.ablation import AblationConfig
     from train.config import RunConfig
-    from train.evaluate import EvaluationConfig
-    from train.resume import ResumeConfig
+    from train.evaluation.evaluate import EvaluationConfig
+    from train.running.resume import ResumeConfig
 
 PREEMPTED = 75  # exit code, EX_TEMPFAIL: run it again
 
@@ -148,8 +148,8 @@ def check_command(arguments: list[str]) -> Callable[..., None]:
 
 
 def _check(manifest: Path, config: "RunConfig", init: str | None, group: str | None) -> None:
-    from train.check import check_of
     from train.config import with_paths
+    from train.running.preflight import check_of
 
     check = check_of(with_paths(config, init), manifest, group)
     for problem in check.problems():
@@ -164,8 +164,8 @@ def _check(manifest: Path, config: "RunConfig", init: str | None, group: str | N
 def run_command(arguments: list[str]) -> Callable[..., None]:
     """The command `run`; the run in `--out`, that of `--branch` or else the recipe gives its options their defaults."""
     from train.config import RecipeName, RunConfig, with_named_groups, with_paths
-    from train.distributed import DistributedConfig, join
-    from train.resume import ResumeConfig
+    from train.running.distributed import DistributedConfig, join
+    from train.running.resume import ResumeConfig
 
     one_process, at_the_newest = DistributedConfig(), ResumeConfig()
     stored = _stored_config(arguments)
@@ -218,7 +218,7 @@ def _require_recipe(recipe: str | None, stored: "RunConfig | None") -> None:
 
 def _stored_config(arguments: list[str]) -> "RunConfig | None":
     """Of the run that `--out` holds, or of the one that `--branch` begins from; None for a new run."""
-    from train.resume import ResumeConfig, is_begun, stored_config
+    from train.running.resume import ResumeConfig, is_begun, stored_config
 
     scan = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     scan.add_argument("--out")
@@ -292,7 +292,7 @@ def plan_command(arguments: list[str]) -> Callable[..., None]:
         """
         from json import dumps
 
-        from train.plan import table, with_sizes
+        from train.planning.plan import table, with_sizes
 
         config = with_paths(with_sizes(config, model, slices, batch, seq, chunks), eval_data=eval_data)
         report = _plan(config, topology, mode, slices, segments, propose_batch)
@@ -306,9 +306,9 @@ def plan_command(arguments: list[str]) -> Callable[..., None]:
 def _plan(
     config: "RunConfig", topology: str, mode: str, slices: int, segments: int, propose_batch: bool
 ) -> dict[str, Any]:
-    from train import plan
-    from train.chips import topology_of
-    from train.plan_evaluation import plan_evaluation
+    from train.planning import plan
+    from train.planning.chips import topology_of
+    from train.planning.plan_evaluation import plan_evaluation
 
     if mode != "train" and config.lora is not None and config.lora.int8:
         raise MossAudioError(f"lora.int8 is for training: leave it out of --mode {mode}, where no kernel is int8")
@@ -346,7 +346,7 @@ def _plan(
 def _train(config: "RunConfig", out: Path, resume: "ResumeConfig") -> None:
     import jax
 
-    from moss_audio_jax.checkpoint import RUN_BEST
+    from moss_audio_jax.weights.checkpoint import RUN_BEST
     from train.loop import train
 
     logging.basicConfig(format="%(message)s", force=True)  # names the examples that are skipped
@@ -369,8 +369,8 @@ def _train(config: "RunConfig", out: Path, resume: "ResumeConfig") -> None:
 
 def evaluate_command() -> Callable[..., None]:
     """The command `evaluate`."""
-    from train.distributed import DistributedConfig, join
-    from train.evaluate import EvaluationConfig
+    from train.evaluation.evaluate import EvaluationConfig
+    from train.running.distributed import DistributedConfig, join
 
     defaults, one_process = EvaluationConfig(), DistributedConfig()
 
@@ -409,9 +409,9 @@ def _evaluate(
 ) -> None:
     import jax
 
-    from train.distributed import ended_with_the_others, first_process_does
-    from train.evaluate import evaluate, has_events, read_items, table
-    from train.plots import require_matplotlib
+    from train.evaluation.evaluate import evaluate, has_events, read_items, table
+    from train.evaluation.plots import require_matplotlib
+    from train.running.distributed import ended_with_the_others, first_process_does
 
     items = read_items(config)
     if plot:
@@ -448,7 +448,7 @@ def _evaluate(
 
 def ablate_command() -> Callable[..., None]:
     """The command `ablate`."""
-    from train.ablate import AblationConfig
+    from train.ablation import AblationConfig
 
     defaults = AblationConfig()
 
@@ -472,7 +472,7 @@ def ablate_command() -> Callable[..., None]:
 
 
 def _ablate(out: Path, config: "AblationConfig") -> None:
-    from train.ablate import ablate
+    from train.ablation import ablate
 
     if not ablate(config, out):
         print("stopped: run the same command to go on", file=sys.stderr)
@@ -501,7 +501,7 @@ def plot_command() -> Callable[..., None]:
             runs: Directories of runs, drawn over each other.
             out: The PNG file to write.
         """
-        from train.curves import plot_curves
+        from train.running.curves import plot_curves
 
         plot_curves(out, runs)
         print(f"wrote {out}")

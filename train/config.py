@@ -20,7 +20,7 @@ from train.data.lanes import DataConfig
 from train.data.mixture import Group, Source
 from train.data.objectives import OBJECTIVES, check_shares
 from train.data.scenes import SceneConfig, SceneExamples
-from train.initial import ModelSource, model_config
+from train.initialization import ModelSource, model_config
 from train.optimizer import OptimizerConfig, is_frozen
 from train.step import StepConfig
 
@@ -219,8 +219,8 @@ class LoopConfig:
     """Questions answered at once, and the most sequences in a batch of eval/loss (which has no more than a microbatch);
     rounded up to what the devices share evenly. Lower it if an evaluation runs out of device memory."""
     best_metric: str | None = None
-    """Keep the checkpoint whose evaluation is best by this metric: loss, wer, cer, aas, f1, accuracy or another one of
-    `train/best.py`, over all that is asked. Each evaluation makes a checkpoint then; another metric begins anew."""
+    """Keep the checkpoint whose evaluation is best by this metric: loss, wer, cer, aas, f1, accuracy or one of
+    `train/running/best.py`, over all questions. Each evaluation then writes a checkpoint. Another metric starts over."""
     patience: int | None = None
     """End the run after so many evaluations in a row that were not better by that metric."""
     show_samples: int = 2

@@ -26,23 +26,30 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from moss_audio_jax.checkpoint import RUN_CHECKPOINTS, RUN_MODEL, abstract_parameters, base_directory, build_model
+from moss_audio_jax.commands.interruption import stops_on_ctrl_c
 from moss_audio_jax.config import MossAudioConfig
 from moss_audio_jax.errors import MossAudioError
-from moss_audio_jax.interruption import stops_on_ctrl_c
-from moss_audio_jax.paths import AnyPath, Path, children, nothing_left, to_path
 from moss_audio_jax.processor import Processor
-from moss_audio_jax.retries import retried
 from moss_audio_jax.sharding import make_mesh
+from moss_audio_jax.storage.paths import AnyPath, Path, children, nothing_left, to_path
+from moss_audio_jax.storage.retries import retried
 from moss_audio_jax.tokens import Tokenizer
-from train.best import Best
-from train.check import require_usable, sample_maker
-from train.checkpoints import Checkpoints
-from train.chips import peak_flops
+from moss_audio_jax.weights.checkpoint import (
+    RUN_CHECKPOINTS,
+    RUN_MODEL,
+    abstract_parameters,
+    base_directory,
+    build_model,
+)
 from train.config import CONFIG_FILE, RunConfig
 from train.data import ExampleOrder, Interrupted, Prefetched, SampleMaker, TrainingBatch, TrainingData
 from train.data.augment import Augmentation
-from train.distributed import (
+from train.initialization import ModelSource, first_parameters
+from train.planning.chips import peak_flops
+from train.running.best import Best
+from train.running.checkpoints import Checkpoints
+from train.running.directory import copy_model_files, write_model_files
+from train.running.distributed import (
     HostSums,
     any_host_has,
     ended_with_the_others,
@@ -51,14 +58,14 @@ from train.distributed import (
     share_of_batch,
     state_of_all,
 )
-from train.figures import DataFigures
-from train.held_out import HeldOut
-from train.initial import ModelSource, first_parameters
-from train.model_files import copy_model_files, write_model_files
-from train.overview import overview
-from train.profiling import Profile
-from train.report import RECORDS, Report
-from train.resume import Record, ResumeConfig, compare, is_begun, rewinds, settle
+from train.running.figures import DataFigures
+from train.running.overview import overview
+from train.running.preflight import require_usable, sample_maker
+from train.running.profiling import Profile
+from train.running.report import RECORDS, Report
+from train.running.resume import Record, ResumeConfig, compare, is_begun, rewinds, settle
+from train.running.validation import HeldOut
+from train.running.watchdog import Watchdog
 from train.step import (
     TrainState,
     abstract_state,
@@ -69,7 +76,6 @@ from train.step import (
     train_step,
     with_new_data,
 )
-from train.watchdog import Watchdog
 
 AGREE_EVERY = 10  # steps, on what the first process decides by its clock
 

@@ -22,7 +22,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 from jax.tree_util import KeyPath
 from jaxtyping import Array, Float, Int, UInt32
 
-from moss_audio_jax.checkpoint import abstract_parameters, parameters_of, unflatten
 from moss_audio_jax.config import ADAPTER_LEAVES, LoraConfig, MossAudioConfig
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.inputs import ModelInputs
@@ -31,6 +30,7 @@ from moss_audio_jax.layers import REMAT_POLICIES, set_masters
 from moss_audio_jax.lora import set_adapter_dropout
 from moss_audio_jax.model import MossAudio
 from moss_audio_jax.sharding import constrain, num_parts, partition_spec
+from moss_audio_jax.weights.checkpoint import abstract_parameters, parameters_of, unflatten
 from train.data.packing import TrainingBatch
 from train.loss import CHUNK, LossSums, chunked_cross_entropy
 from train.optimizer import (

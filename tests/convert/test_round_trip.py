@@ -22,10 +22,10 @@ from convert.rehearse import write_random_checkpoint
 from convert.to_hf import convert_to_hf
 from convert.to_orbax import convert_to_orbax
 from moss_audio_jax import MossAudioConfig, MossAudioError, load_model, save_model
-from moss_audio_jax.checkpoint import flatten
 from moss_audio_jax.config import EncoderConfig, LanguageConfig, ProcessorConfig
-from moss_audio_jax.released import INDEX_FILE, SINGLE_FILE, released_leaves
 from moss_audio_jax.sharding import make_mesh
+from moss_audio_jax.weights.checkpoint import flatten
+from moss_audio_jax.weights.released import INDEX_FILE, SINGLE_FILE, released_leaves
 
 BFLOAT16, FLOAT32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)
 TINY = MossAudioConfig.preset("tiny")

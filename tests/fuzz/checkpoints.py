@@ -19,9 +19,11 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from convert.rehearse import write_random_checkpoint
-from moss_audio_jax import LoraConfig, MossAudioConfig, checkpoint, model, peft_files, released
+from moss_audio_jax import LoraConfig, MossAudioConfig, model
 from moss_audio_jax.small_tokenizer import write_small_tokenizer
 from moss_audio_jax.tokens import Tokenizer
+from moss_audio_jax.weights import checkpoint, released
+from moss_audio_jax.weights import peft as peft_files
 from tests.fuzz.mutations import BINARY_FILE, JSON_FILE, LINES_FILE, OUTSIDE, SAFETENSORS_FILE, Mutation
 
 TEXT = "<|im_start|>Ein Bär, 3 cafés\n\t你好<|im_end|> the quick brown fox"

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from convert.pytorch_reference import ReferenceModel, load_reference, token_count
 from moss_audio_jax import ModelInputs, MossAudio, load_model, make_inputs
 from moss_audio_jax.config import ProcessorConfig
-from moss_audio_jax.released import IGNORED_TENSORS
 from moss_audio_jax.tokens import audio_span
+from moss_audio_jax.weights.released import IGNORED_TENSORS
 
 from .reference import IGNORED_LABEL, random_reference, save_released
 

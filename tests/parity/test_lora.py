@@ -21,12 +21,12 @@ from convert.adapters import convert_from_peft, convert_to_peft  # noqa: E402
 from convert.pytorch_reference import load_reference  # noqa: E402
 from convert.to_hf import convert_to_hf  # noqa: E402
 from moss_audio_jax import LoraConfig, MossAudio, MossAudioError, load_adapter, merge_adapter  # noqa: E402
-from moss_audio_jax.checkpoint import build_model, parameters_of  # noqa: E402
 from moss_audio_jax.int8 import int8_kernels, quantize  # noqa: E402
 from moss_audio_jax.model import parameter_specs  # noqa: E402
-from moss_audio_jax.released import adapter_leaves, released_leaves  # noqa: E402
-from train.checkpoints import Checkpoints  # noqa: E402
+from moss_audio_jax.weights.checkpoint import build_model, parameters_of  # noqa: E402
+from moss_audio_jax.weights.released import adapter_leaves, released_leaves  # noqa: E402
 from train.optimizer import OptimizerConfig, learning_rate  # noqa: E402
+from train.running.checkpoints import Checkpoints  # noqa: E402
 from train.step import StepConfig, new_state, split_microbatches, train_step  # noqa: E402
 
 from .pairs import CONFIG, Pair, Prompt, make_batch, make_pair, make_prompt  # noqa: E402
@@ -77,7 +77,7 @@ def adapted(model: MossAudio, lora: LoraConfig, seed: int = 0) -> MossAudio:
 
 def as_run(model: MossAudio, base: Path, run: Path) -> Path:
     """The directory that a training run of this adapter leaves behind."""
-    from moss_audio_jax.peft_files import write_adapter_config
+    from moss_audio_jax.weights.peft import write_adapter_config
 
     files = run / "model"
     files.mkdir(parents=True)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from train.calibration import (
+from train.planning.calibration import (
     GEMMA_7B,
     LLAMA3_8B,
     MAXTEXT_16B,
@@ -13,7 +13,7 @@ from train.calibration import (
     calibrated,
     measured_over_estimated,
 )
-from train.chips import V4, V5E, V5P, V6E
+from train.planning.chips import V4, V5E, V5P, V6E
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 
 from moss_audio_jax.errors import MossAudioError
 from train.__main__ import main
-from train.curves import _draw, _names, _smoothed, read_curves
+from train.running.curves import _draw, _names, _smoothed, read_curves
 
 pytest.importorskip("matplotlib")
 

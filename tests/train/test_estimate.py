@@ -5,9 +5,9 @@ from itertools import product
 
 import pytest
 
-from train.chips import V5E, V5P, V7X
-from train.estimate import Slice, by_kind, computing_seconds, speed
-from train.hlo import Collective
+from train.planning.chips import V5E, V5P, V7X
+from train.planning.estimate import Slice, by_kind, computing_seconds, speed
+from train.planning.hlo import Collective
 
 EIGHT = Slice(V5E, (2, 4, 1), tuple(product(range(2), range(4), range(1))), devices=8, cores=1)
 ALL = (tuple(range(8)),)

@@ -17,14 +17,14 @@ import soundfile
 from flax import nnx
 
 from moss_audio_jax import MossAudioConfig, MossAudioError, load_model, load_processor
-from moss_audio_jax.checkpoint import build_model, save_model
-from moss_audio_jax.generate import decode_until, generate, prefill_prompts
+from moss_audio_jax.generation import decode_until, generate, prefill_prompts
 from moss_audio_jax.sampling import Sampling
 from moss_audio_jax.sharding import make_mesh
 from moss_audio_jax.small_tokenizer import write_small_tokenizer
+from moss_audio_jax.weights.checkpoint import build_model, save_model
 from train.data.manifest import Clip, Message, TimedText
 from train.data.scenes import SceneConfig
-from train.evaluate import (
+from train.evaluation.evaluate import (
     Answer,
     AnswerConfig,
     Evaluation,
@@ -38,7 +38,7 @@ from train.evaluate import (
     read_items,
     table,
 )
-from train.questions import Item
+from train.evaluation.questions import Item
 from train.step import initial_parameters
 
 TINY = MossAudioConfig.preset("tiny")

@@ -11,12 +11,12 @@ import pytest
 from flax import nnx
 
 from moss_audio_jax import MossAudioConfig, MossAudioError
-from moss_audio_jax.checkpoint import abstract_parameters, build_model, unflatten
 from moss_audio_jax.config import EncoderConfig, LanguageConfig
 from moss_audio_jax.inputs import ModelInputs
-from train.chips import CHIPS, V4, V7X, chip_of, peak_flops, shown_topology, topology_of
+from moss_audio_jax.weights.checkpoint import abstract_parameters, build_model, unflatten
 from train.data import TrainingBatch
-from train.flops import PARTS, Content, forward_flops, moved_bytes, recomputed_flops, step_flops
+from train.planning.chips import CHIPS, V4, V7X, chip_of, peak_flops, shown_topology, topology_of
+from train.planning.flops import PARTS, Content, forward_flops, moved_bytes, recomputed_flops, step_flops
 from train.step import StepConfig, loss_and_gradients
 
 ROWS, CHUNKS, TOKENS = 2, 2, 256

@@ -16,7 +16,7 @@ import pytest
 
 from benchmarks.plan_tables import recomputed, row
 from moss_audio_jax import MossAudioConfig
-from moss_audio_jax.paths import write_whole
+from moss_audio_jax.storage.paths import write_whole
 from train.__main__ import main
 
 pytest.importorskip("libtpu", reason="compiles for TPUs")

@@ -7,7 +7,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moss_audio_jax.sharding import make_mesh
-from train.hlo import Collective, _groups, _rings, collectives
+from train.planning.hlo import Collective, _groups, _rings, collectives
 
 PROGRAM = """HloModule jit_step, is_scheduled=true
 

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from train.chips import V4, V5E, V5P, V6E, V7X, Chip
-from train.interconnect import links, slice_shape
+from train.planning.chips import V4, V5E, V5P, V6E, V7X, Chip
+from train.planning.interconnect import links, slice_shape
 
 
 def grid(*shape: int) -> list[tuple[int, ...]]:

@@ -22,17 +22,17 @@ import soundfile
 from convert.average import average
 from convert.to_hf import convert_to_hf
 from moss_audio_jax import LoraConfig, MossAudioConfig, MossAudioError, load_model, sound_files
-from moss_audio_jax.checkpoint import build_model, save_model
 from moss_audio_jax.errors import StorageError
 from moss_audio_jax.sharding import make_mesh
 from moss_audio_jax.small_tokenizer import write_small_tokenizer
-from train.checkpoints import Checkpoints, _parts
+from moss_audio_jax.weights.checkpoint import build_model, save_model
 from train.config import RECIPES, LoopConfig, MixtureConfig, ModelSource, RunConfig
 from train.data import DataConfig
-from train.held_out import HeldOut
 from train.loop import Outcome, train
 from train.optimizer import OptimizerConfig
-from train.resume import settle
+from train.running.checkpoints import Checkpoints, _parts
+from train.running.resume import settle
+from train.running.validation import HeldOut
 from train.step import StepConfig, TrainState, abstract_state, initial_parameters, parameters_of
 
 STEPS = 6
@@ -309,7 +309,7 @@ def test_a_checkpoint_older_than_a_part_of_the_state(
     older = {name: leaf for name, leaf in rest.items() if name not in ("phase", "spikes_in_a_row")}
     assert len(older) == len(rest) - 2
     with monkeypatch.context() as patch, Checkpoints(copy) as checkpoints:
-        patch.setattr("train.checkpoints._parts", lambda _: (parameters, older))
+        patch.setattr("train.running.checkpoints._parts", lambda _: (parameters, older))
         checkpoints.save(4, state, data)
     assert train(config, copy, mesh=one_device()).step == STEPS
     assert not (copy / "damaged_checkpoints").exists()

@@ -30,19 +30,19 @@ from moss_audio_jax import (
     save_model,
 )
 from moss_audio_jax.__main__ import main as ask
-from moss_audio_jax.checkpoint import abstract_parameters, build_model, parameters_of, stored_shapes
 from moss_audio_jax.lora import set_adapter_dropout
 from moss_audio_jax.model import parameter_specs
 from moss_audio_jax.sharding import make_mesh
 from moss_audio_jax.small_tokenizer import write_small_tokenizer
+from moss_audio_jax.weights.checkpoint import abstract_parameters, build_model, parameters_of, stored_shapes
 from tests.conftest import question, question_parts
-from train.checkpoints import Checkpoints
 from train.config import RECIPES, LoopConfig, MixtureConfig, ModelSource, RunConfig, SceneConfig, SceneGroupConfig
 from train.data import DataConfig
 from train.data.packing import TrainingBatch
-from train.initial import first_parameters
+from train.initialization import first_parameters
 from train.loop import train
 from train.optimizer import OptimizerConfig
+from train.running.checkpoints import Checkpoints
 from train.step import StepConfig, abstract_state, batch_sharding, new_state, split_microbatches, train_step
 
 TINY = MossAudioConfig.preset("tiny")

@@ -10,7 +10,7 @@ from scipy.optimize import linear_sum_assignment
 
 from train.data.manifest import TimedText
 from train.data.objectives import timeline
-from train.metrics import (
+from train.evaluation.metrics import (
     ErrorRate,
     EventCounts,
     MatchScore,

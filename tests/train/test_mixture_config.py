@@ -13,7 +13,7 @@ from train.config import RECIPES, GroupConfig, MixtureConfig, RunConfig, with_na
 from train.data.augment import AugmentConfig
 from train.data.mixture import ExampleOrder, source_weights
 from train.data.objectives import OBJECTIVES
-from train.resume import settle
+from train.running.resume import settle
 
 
 @pytest.fixture

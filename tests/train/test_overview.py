@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from train.config import RECIPES
-from train.overview import overview
+from train.running.overview import overview
 
 
 def test_a_run_in_a_line():

@@ -19,10 +19,10 @@ import soundfile
 from test_loop import ENVIRONMENT, corpus, lines  # noqa: F401 - a fixture
 
 from moss_audio_jax import MossAudioError
-from moss_audio_jax.checkpoint import orbax_paths
-from moss_audio_jax.paths import AnyPath, to_path
-from train.distributed import DistributedConfig
-from train.meeting import meet
+from moss_audio_jax.storage.paths import AnyPath, to_path
+from moss_audio_jax.weights.checkpoint import orbax_paths
+from train.running.distributed import DistributedConfig
+from train.running.rendezvous import meet
 
 STEPS = 6
 BOUND = 20  # seconds until a lost process is given up
@@ -302,7 +302,7 @@ def test_a_process_that_does_not_come_is_named(start: Callable[..., Run], tmp_pa
 
 def met(places: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch, seconds: float = 20) -> list[str]:
     """What each of some processes, given as its number and how many it expects, is told; here they are threads."""
-    monkeypatch.setattr("train.meeting.os.getpid", threading.get_ident)
+    monkeypatch.setattr("train.running.rendezvous.os.getpid", threading.get_ident)
     address = f"localhost:{free_port()}"
 
     def join(place: tuple[int, int]) -> str:
@@ -342,7 +342,7 @@ def test_process_0_does_not_come(monkeypatch: pytest.MonkeyPatch):
 
 def test_others_on_the_port_are_not_counted(monkeypatch: pytest.MonkeyPatch):
     address = ("localhost", free_port())
-    monkeypatch.setattr("train.meeting.os.getpid", threading.get_ident)
+    monkeypatch.setattr("train.running.rendezvous.os.getpid", threading.get_ident)
     with ThreadPoolExecutor(2) as threads:
         first = threads.submit(meet, f"localhost:{address[1]}", 2, 0, 20)
         for said in (b"GET / HTTP/1.1\r\n\r\n", b'{"process": 1}\n', b""):

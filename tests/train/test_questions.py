@@ -12,8 +12,8 @@ from train.data.manifest import Clip, TimedText
 from train.data.objectives import PROMPTS, TIME_QUESTIONS
 from train.data.scenes import TASKS, SceneConfig, make_task
 from train.data.shards import prepare
-from train.evaluate import MEASURES, measure
-from train.questions import ASKABLE, Item, benchmark_items, manifest_items, scene_items
+from train.evaluation.evaluate import MEASURES, measure
+from train.evaluation.questions import ASKABLE, Item, benchmark_items, manifest_items, scene_items
 
 WORDS = [{"text": "hello", "start": 0.5, "end": 0.75}, {"text": "there", "start": 1.0, "end": 1.25}]
 LABELLED = {

@@ -19,8 +19,8 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from moss_audio_jax import MossAudioError
-from train.profiling import Profile
-from train.report import Report, ShownSample, by_name
+from train.running.profiling import Profile
+from train.running.report import Report, ShownSample, by_name
 
 OPTIONS = {"last_step": 6, "log_every": 2, "max_skipped_in_a_row": 3}
 PEAK = 1e12
@@ -30,7 +30,7 @@ PEAK = 1e12
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """Time that passes when a test says so."""
     clock = SimpleNamespace(now=100.0)
-    monkeypatch.setattr("train.report.time.perf_counter", lambda: clock.now)
+    monkeypatch.setattr("train.running.report.time.perf_counter", lambda: clock.now)
     return clock
 
 
@@ -352,7 +352,7 @@ def test_a_profile(tmp_path: Path):
 @pytest.mark.parametrize("by", ["file", "signal"])
 def test_a_profile_that_is_asked_for(by: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Its file is found by a thread: no step looks for it."""
-    monkeypatch.setattr("train.profiling.LOOK_SECONDS", 0.01)
+    monkeypatch.setattr("train.running.profiling.LOOK_SECONDS", 0.01)
     step, x = jax.jit(lambda x: x + 1), jnp.zeros(())
     with Profile(tmp_path, 1, 0) as profile:
         profile.before(1)

@@ -28,7 +28,7 @@ from moss_audio_jax import LoraConfig, MossAudioError
 from train.config import RECIPES, ModelSource, RunConfig, with_paths
 from train.loop import train
 from train.optimizer import OptimizerConfig
-from train.resume import RULES, Record, ResumeConfig, is_begun, rule_of, settle, stored_config
+from train.running.resume import RULES, Record, ResumeConfig, is_begun, rule_of, settle, stored_config
 
 ROOT = Path(__file__).parents[2]
 

@@ -5,7 +5,7 @@ import sys
 
 SCRIPT = """
 import threading
-from train.watchdog import Watchdog
+from train.running.watchdog import Watchdog
 
 def get_nowhere():
     threading.Event().wait(60)
@@ -31,5 +31,5 @@ def test_a_process_that_gets_nowhere_ends_with_its_stacks():
 
 
 def test_nobody_watches_by_default_in_a_library():
-    script = "import time; from train.watchdog import Watchdog\nwith Watchdog(None): time.sleep(0.5)"
+    script = "import time; from train.running.watchdog import Watchdog\nwith Watchdog(None): time.sleep(0.5)"
     assert subprocess.run([sys.executable, "-c", script], timeout=50).returncode == 0

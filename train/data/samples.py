@@ -25,7 +25,7 @@ from moss_audio_jax.audio import log_mel, mel_frames, num_audio_tokens, round_bf
 from moss_audio_jax.config import DOWNSAMPLE_RATE, MossAudioConfig
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.inputs import ModelInputs, make_inputs
-from moss_audio_jax.paths import is_remote
+from moss_audio_jax.storage.paths import is_remote
 from moss_audio_jax.tokens import Tokenizer, Turn, build_conversation
 from train.data.augment import Augmentation, AugmentConfig, VariedClip, in_own_time
 from train.data.budget import Budget, Extent, TooLong, split_text

@@ -6,9 +6,9 @@ import json
 import soundfile
 
 from moss_audio_jax.audio import SAMPLE_RATE
-from moss_audio_jax.checkpoint import require_empty
 from moss_audio_jax.errors import MossAudioError
-from moss_audio_jax.paths import AnyPath, Path, nothing_left, to_path, write_whole, written_whole
+from moss_audio_jax.storage.paths import AnyPath, Path, nothing_left, to_path, write_whole, written_whole
+from moss_audio_jax.weights.checkpoint import require_empty
 from train.data.manifest import Clip, Message
 from train.data.scenes import SEEDS, SceneConfig, SceneTask, make_task
 

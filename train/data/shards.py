@@ -26,8 +26,8 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from moss_audio_jax.audio import load_audio
 from moss_audio_jax.config import read_json
 from moss_audio_jax.errors import MossAudioError, StorageError
-from moss_audio_jax.paths import AnyPath, Path, exists, read_bytes, to_path, write_whole, written_whole
-from moss_audio_jax.retries import is_transient, retried
+from moss_audio_jax.storage.paths import AnyPath, Path, exists, read_bytes, to_path, write_whole, written_whole
+from moss_audio_jax.storage.retries import is_transient, retried
 from train.data.manifest import Clip, Example, Manifest, Message, TimedText
 
 log = logging.getLogger(__name__)

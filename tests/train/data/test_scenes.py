@@ -23,7 +23,7 @@ from train.data.scenes import (
     make_scene,
     make_task,
 )
-from train.metrics import parse_timeline, score_events, score_timestamps
+from train.evaluation.metrics import parse_timeline, score_events, score_timestamps
 
 RATE = 16000
 

@@ -1,0 +1,446 @@
+"""One layer for paths: a disk of this machine, or Google Cloud Storage as gs://bucket/directory.
+
+`to_path` gives an `epath.Path`, whose methods are pathlib's for both. What differs is kept here:
+
+* An object appears when its upload is complete, and never grows: so files are written whole (`written_whole`), and to
+  one that lines are added to, pieces are composed now and then (`GrowingFile`).
+* There are no directories apart from what lies in them, and no links. Moving one moves each of its objects, so nothing
+  of ours relies on that: what makes a directory whole is the file that is written last.
+* Libraries that know files of a disk alone get one (`local_copy`, `local_directory`), or a refusal (`require_local`).
+
+What is read or written by a function of this module is tried again while storage fails for a moment (`retries`).
+"""
+
+import functools
+import io
+import itertools
+import os
+import pathlib
+import posixpath
+import re
+import tempfile
+import time
+import zlib
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from importlib.util import find_spec
+from typing import Any, BinaryIO, cast
+
+import fsspec
+from etils import epath
+from fsspec.config import conf
+
+from moss_audio_jax.errors import MossAudioError
+from moss_audio_jax.storage.retries import retried
+
+Path = epath.Path
+AnyPath = str | os.PathLike[str]
+
+UPLOAD_SECONDS = 60  # between uploads of a file that grows
+# Other hosts write into the directories that this one lists.
+conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
+
+
+def to_path(path: AnyPath) -> Path:
+    """A path of either kind; raises MossAudioError for an empty one, for a URL of another kind, and where gs:// can't
+    be used."""
+    text = os.fspath(path)
+    if not text:
+        raise MossAudioError("a path must name a file or a directory, not be empty: give '.' for the current directory")
+    scheme = re.match(r"([\w+.-]+)://", text)
+    if re.match(r"gs:/(?!/)", text):
+        raise MossAudioError(f"{text} lost a slash: give gs:// paths as text, which pathlib.Path does not keep")
+    if scheme is not None and scheme[1] != "gs":
+        raise MossAudioError(
+            f"{text} must be a path of this machine or of gs://, not a URL of {scheme[0]}: download it, and give the "
+            "path of the copy"
+        )
+    if scheme is not None and find_spec("gcsfs") is None:
+        raise MossAudioError(f"{text} needs gcsfs, which is not installed: pip install 'moss-audio-jax[gcs]'")
+    return epath.Path(text)
+
+
+def is_remote(path: AnyPath) -> bool:
+    return "://" in os.fspath(path)
+
+
+def absolute(path: AnyPath) -> Path:
+    """As Orbax needs it. (`epath.Path.absolute` takes gs:// for a directory.)"""
+    return to_path(path) if is_remote(path) else to_path(path).absolute()
+
+
+def url(path: AnyPath) -> str:
+    """As TensorStore needs it: file:///... or gs://..."""
+    return absolute(path).as_uri()
+
+
+def join(directory: AnyPath, name: str) -> str:
+    """What `name` means in a file of `directory`: relative to that, absolute, or gs://; `..` is followed."""
+    joined = name if is_remote(name) else posixpath.join(os.fspath(directory), name)
+    scheme, separator, place = joined.rpartition("://")
+    return scheme + separator + posixpath.normpath(place) if separator else joined
+
+
+def is_plain_name(name: object) -> bool:
+    """Whether a name out of a file can only mean something in the directory it is looked up in."""
+    return isinstance(name, str) and re.fullmatch(r"\w[\w.+-]{0,199}", name, re.ASCII) is not None
+
+
+def is_inside(directory: AnyPath, file: AnyPath) -> bool:
+    """Whether a file is where its name says, neither by `..` nor by a link elsewhere.
+
+    A Hugging Face cache keeps the files of `models--OWNER--NAME/snapshots/HASH` in `models--OWNER--NAME/blobs`: links
+    from a snapshot to its own repository's blobs count as inside.
+    """
+    # Of gs:// paths, which have no links, realpath resolves `..` alone.
+    inside, real = pathlib.Path(os.path.realpath(directory)), pathlib.Path(os.path.realpath(file))
+    return real.is_relative_to(inside) or real.parent == _blobs(inside)
+
+
+def _blobs(directory: pathlib.Path) -> pathlib.Path | None:
+    """Where a Hugging Face cache keeps the files of the snapshot that a directory is, or is in."""
+    for snapshot in (directory, *directory.parents):
+        repository = snapshot.parent.parent
+        if snapshot.parent.name == "snapshots" and repository.name.startswith("models--"):
+            return repository / "blobs"
+    return None
+
+
+def file_in(directory: AnyPath, name: str) -> Path:
+    """The path of a directory's file, there or not; raises MossAudioError for a link that leads out of there."""
+    path = to_path(directory) / name
+    if not is_inside(directory, path):
+        raise MossAudioError(
+            f"{path} is a link to outside the directory, which no file of a checkpoint may be: copy the file itself "
+            "there (`cp -L`, or `hf download --local-dir`)"
+        )
+    return path
+
+
+def children(directory: AnyPath) -> list[Path]:
+    """What is in a directory, by name; nothing if there is none."""
+    directory = to_path(directory)
+    if is_remote(directory):
+        return retried(directory, lambda: sorted(directory.iterdir()) if directory.is_dir() else [])
+    try:
+        return retried(directory, lambda: sorted(directory.iterdir()))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except PermissionError as error:
+        raise _unreadable(directory, error) from error
+
+
+def exists(path: AnyPath) -> bool:
+    """Whether there is something. (`epath.Path.exists` denies it if the disk can't tell.)"""
+    path = to_path(path)
+    if is_remote(path):
+        return retried(path, path.exists)
+    try:
+        retried(path, lambda: os.stat(path))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except PermissionError as error:
+        raise _unreadable(path, error) from error
+    return True
+
+
+def _unreadable(path: Path, error: OSError) -> MossAudioError:
+    return MossAudioError(f"{path} can't be read ({reason(error)}): ask its owner for access, or give another path")
+
+
+def reason(error: OSError) -> str:
+    """What an error says apart from the path, which those of gs:// say in their own way."""
+    return error.strerror or (os.strerror(2) if isinstance(error, FileNotFoundError) else str(error))
+
+
+def read_bytes(path: AnyPath) -> bytes:
+    return retried(path, to_path(path).read_bytes)
+
+
+def read_text(path: AnyPath) -> str:
+    return retried(path, lambda: to_path(path).read_text("utf-8"))
+
+
+def read_lines(file: AnyPath) -> Iterator[bytes]:
+    """The lines of a file of this machine."""
+    begin = 0
+
+    def some() -> list[bytes]:
+        with open(file, "rb") as opened:
+            opened.seek(begin)
+            return opened.readlines(_BYTES_OF_LINES)
+
+    while lines := retried(file, some):
+        yield from lines
+        begin += sum(map(len, lines))
+
+
+_BYTES_OF_LINES = 1 << 20  # read at a time
+
+
+def open_binary(path: AnyPath) -> BinaryIO:
+    """To read: a file, or an object's bytes in memory."""
+    return io.BytesIO(to_path(path).read_bytes()) if is_remote(path) else cast(BinaryIO, open(path, "rb"))
+
+
+@contextmanager
+def written_whole(path: AnyPath) -> Iterator[pathlib.Path]:
+    """A file of this machine to write into, which becomes `path` at the end; until then `path` stays as it is."""
+    path = to_path(path)
+    if is_remote(path):
+        with tempfile.TemporaryDirectory() as directory:
+            yield (file := pathlib.Path(directory, path.name))
+            retried(path, lambda: epath.Path(file).copy(path, overwrite=True))
+        return
+    # Of this process alone, for others may write the same file.
+    file = pathlib.Path(path.with_name(f"{path.name}.{os.getpid()}.partial"))
+    try:
+        yield file
+        retried(path, lambda: file.replace(path))
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a disk that is full doesn't say
+        raise
+    finally:
+        file.unlink(missing_ok=True)
+
+
+def write_whole(path: AnyPath, content: str) -> None:
+    def write() -> None:
+        with written_whole(path) as file:
+            file.write_text(content, "utf-8")
+
+    retried(path, write)
+
+
+class GrowingFile:
+    """A file that bytes are added to, made if it isn't there. Readers see one file, whose bytes are those written.
+
+    On a disk they are there after `flush`. An object takes no more bytes once it is written, but the service puts
+    objects together: what is new is uploaded as an object of its own and composed onto the end. A thread does so, at a
+    `flush` if the last time is UPLOAD_SECONDS ago; `commit` and `close` wait for it. A kill loses what is written in
+    between, and so a run commits its lines before each checkpoint. What went wrong in the thread is raised by the next
+    `flush`, `commit` or `close`.
+    """
+
+    def __init__(self, path: AnyPath):
+        self._path = to_path(path)
+        self._remote = is_remote(self._path)
+        # Bytes of the file when all that was handed over is there.
+        self._size = retried(path, lambda: (_made_object if self._remote else _made_file)(self._path))
+        self._new = bytearray()
+        self._coming: deque[Future[None]] = deque()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="uploads")  # has none before the first upload
+        self._uploaded = time.monotonic()
+        self._closed = False
+
+    def write(self, content: bytes) -> None:
+        self._new += content
+
+    def flush(self) -> None:
+        while self._coming and self._coming[0].done():
+            self._coming.popleft().result()
+        if not self._remote or time.monotonic() - self._uploaded >= UPLOAD_SECONDS:
+            self._hand_over()
+
+    def _hand_over(self) -> None:
+        self._uploaded = time.monotonic()
+        if not self._new:
+            return
+        new, self._new = bytes(self._new), bytearray()
+        begin, self._size = self._size, self._size + len(new)
+        if self._remote:
+            self._coming.append(self._thread.submit(_append_to_object, self._path, new, begin))
+        else:
+            _append_to_file(self._path, new, begin)
+
+    def commit(self) -> None:
+        """Puts all that was written where a kill can't reach it."""
+        self._hand_over()
+        while self._coming:
+            self._coming.popleft().result()
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            try:
+                self.commit()
+            finally:
+                self._coming.clear()
+                self._thread.shutdown()
+
+
+def _made_file(path: Path) -> int:
+    """The bytes of a file, which is made if it isn't there."""
+    with open(path, "ab") as file:
+        return file.seek(0, os.SEEK_END)
+
+
+def _append_to_file(path: Path, new: bytes, begin: int) -> None:
+    """Puts bytes at the end of a file that has `begin`; the same again where an attempt has put a part of them."""
+
+    def append() -> None:
+        with open(path, "r+b") as file:
+            file.seek(begin)
+            file.write(new)
+
+    retried(path, append)
+
+
+def _made_object(path: Path) -> int:
+    if not path.exists():
+        path.write_bytes(b"")
+    return _size_and_generation(path)[0]
+
+
+def _size_and_generation(path: Path) -> tuple[int, str]:
+    found = _gcs(path).info(str(path))
+    return int(found["size"]), found["generation"]
+
+
+def _gcs(path: Path) -> Any:
+    """gcsfs, for what epath has no method for."""
+    return fsspec.core.url_to_fs(str(path))[0]
+
+
+def _append_to_object(path: Path, new: bytes, begin: int) -> None:
+    """Puts bytes at the end of an object that has `begin`, once, however often an answer gets lost on its way."""
+    # Named by what it is, so that it is the same in all attempts; not by the file, which TensorBoard would look into.
+    piece = path.with_name(f"{zlib.crc32(path.name.encode()):08x}-{begin}.piece")
+    retried(piece, lambda: piece.write_bytes(new))
+
+    def append() -> None:
+        size, generation = _size_and_generation(path)
+        if size == begin:
+            _compose(path, piece, generation)
+            size, _ = _size_and_generation(path)
+        if size != begin + len(new):
+            raise MossAudioError(
+                f"{path}: expected {begin + len(new)} bytes after an upload, found {size}; end what else writes there, "
+                "and run the same command again"
+            )
+
+    retried(path, append)
+    retried(piece, lambda: piece.unlink(missing_ok=True))
+
+
+def _compose(path: Path, piece: Path, generation: str) -> None:
+    """Puts an object behind another one of that generation, if it still has it."""
+    gcs = _gcs(path)
+    bucket, name, _ = gcs.split_path(str(path))
+    _, piece_name, _ = gcs.split_path(str(piece))
+    # gcsfs raises FileExistsError for another generation, such as the one an attempt made whose answer was lost.
+    with suppress(FileExistsError):
+        gcs.call(
+            "POST",
+            "b/{}/o/{}/compose",
+            bucket,
+            name,
+            ifGenerationMatch=generation,
+            json={"sourceObjects": [{"name": name}, {"name": piece_name}]},
+        )
+
+
+def require_writable(path: AnyPath) -> None:
+    """Raises MossAudioError unless a file, and its directory, is there or can be made; makes neither."""
+    path = to_path(path)
+    made = _missing(path.parent)
+    try:
+        there = exists(path)
+        retried(path, lambda: path.parent.mkdir(parents=True, exist_ok=True))
+        GrowingFile(path).close()
+        if not there:
+            retried(path, lambda: path.unlink(missing_ok=True))
+    except OSError as error:
+        raise MossAudioError(
+            f"{path}: expected a file that can be written, found '{reason(error)}'; choose another."
+        ) from error
+    finally:
+        _remove_empty(made)
+
+
+@contextmanager
+def nothing_left(directory: AnyPath, names: Collection[str] | None = None) -> Iterator[Callable[[], None]]:
+    """A directory to write into; an error removes what was put there, and the directories that were made for it.
+
+    names: of all that may be put there; None if nobody else does, for a directory that is new or empty. What was there
+    before stays. Gives a function to call from when on an error is to remove nothing.
+    """
+    directory = to_path(directory)
+    made, before, removes = _missing(directory), {child.name for child in children(directory)}, True
+
+    def keep() -> None:
+        nonlocal removes
+        removes = False
+
+    try:
+        yield keep
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            error.filename = error.filename or str(directory)
+        if removes:
+            with suppress(OSError):  # the error at hand matters more
+                for child in children(directory):
+                    if child.name not in before and (names is None or child.name in names):
+                        child.rmtree() if child.is_dir() else child.unlink()
+            _remove_empty(made)
+        raise
+
+
+def _missing(directory: Path) -> list[Path]:
+    """A directory and those above it that are not there, the innermost first; on gs:// there are none to make."""
+    if is_remote(directory):
+        return []
+    return list(itertools.takewhile(lambda path: not os.path.lexists(path), (directory, *directory.parents)))
+
+
+def _remove_empty(directories: Iterable[Path]) -> None:
+    for directory in directories:
+        with suppress(OSError):  # not made after all, or there is something in it
+            directory.rmdir()
+
+
+def require_local(path: AnyPath, what: str) -> pathlib.Path:
+    """A path of this machine; `what` is only used there, and an error for gs:// says so."""
+    if is_remote(to_path(path)):
+        raise MossAudioError(
+            f"{path}: {what} a disk of this machine, not of gs://: copy the directory with `gcloud storage cp -r`"
+        )
+    return pathlib.Path(path)
+
+
+@functools.cache
+def _scratch() -> tempfile.TemporaryDirectory:
+    """Removed when this process ends."""
+    return tempfile.TemporaryDirectory(prefix="moss-audio-")
+
+
+def remove_local_copies() -> None:
+    """For a process that ends without Python's own end, which removes them."""
+    if _scratch.cache_info().currsize:
+        _scratch().cleanup()
+
+
+def local_copy(path: AnyPath) -> pathlib.Path:
+    """The file itself, or what an object holds now, on a disk until this process ends."""
+    path = to_path(path)
+    if not is_remote(path):
+        return pathlib.Path(path)
+    copy = pathlib.Path(tempfile.mkdtemp(dir=_scratch().name), path.name)
+    retried(path, lambda: path.copy(copy, overwrite=True))
+    return copy
+
+
+def local_directory(path: AnyPath) -> pathlib.Path:
+    """A directory itself, or another one until this process ends, whose files `upload` takes there."""
+    return pathlib.Path(tempfile.mkdtemp(dir=_scratch().name)) if is_remote(to_path(path)) else pathlib.Path(path)
+
+
+def upload(directory: pathlib.Path, path: AnyPath) -> None:
+    """Copies all files of a `local_directory` to where it belongs."""
+    if is_remote(path):
+        for file in directory.rglob("*"):
+            if file.is_file():
+                target = to_path(path) / file.relative_to(directory)
+                retried(target, functools.partial(epath.Path(file).copy, target, overwrite=True))

@@ -1,0 +1,149 @@
+"""Says what a path holds that isn't the checkpoint or file it was given for, and what helps."""
+
+import difflib
+import fnmatch
+import re
+import shlex
+from collections.abc import Callable
+
+from moss_audio_jax.storage.paths import AnyPath, Path, children, exists, reason, to_path
+
+RELEASED_NAMES = tuple(f"MOSS-Audio-{size}-{kind}" for size in ("4B", "8B") for kind in ("Instruct", "Thinking"))
+OWNER = "OpenMOSS-Team"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w-]*/[A-Za-z0-9][\w.-]*", re.ASCII)  # one slash, as no path of a file's has it
+MODEL = "a released MOSS-Audio directory, one that `python -m convert to-orbax` wrote, or a training run"
+ADAPTER = "the directory of an adapter: PEFT's, one of `python -m convert from-peft`, or a training run of LoRA"
+SOUND = "a sound, and not what was asked for"
+
+_HEAD_BYTES = 512
+_HEADS: tuple[tuple[Callable[[bytes], bool], str], ...] = (
+    (
+        lambda head: head.startswith(b"version https://git-lfs.github.com/spec/"),
+        "a pointer of Git LFS and not the file itself: run `git lfs pull` in its repository, or fetch it with "
+        "`hf download`",
+    ),
+    (
+        lambda head: re.match(rb"\s*<(!doctype\s+html|html|head|\?xml)", head, re.IGNORECASE) is not None,
+        "a web page and not the file itself: fetch it again with `hf download`, after `hf auth login` if it is gated",
+    ),
+    (
+        lambda head: head.startswith((b"Entry not found", b"Access to model", b"Invalid username or password")),
+        "the answer of a server that refused the file: fetch it again with `hf download`",
+    ),
+    (
+        lambda head: head.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x04")),
+        "a pickle of PyTorch, which is never read here: save the model with `save_pretrained` as safetensors",
+    ),
+    (lambda head: head.startswith(b"GGUF"), "of llama.cpp (GGUF), which this port does not read: fetch safetensors"),
+    (
+        lambda head: head.startswith((b"ID3", b"fLaC", b"OggS")) or (head[:4] == b"RIFF" and head[8:12] == b"WAVE"),
+        SOUND,
+    ),
+)
+
+# Files that tell what a directory holds; the first pattern with a match counts.
+_PICKLE = "a pickle of PyTorch, which is never read here: load it in PyTorch and save it with "
+_PICKLE += "`save_pretrained(..., safe_serialization=True)`, or fetch safetensors"
+_ADAPTERS = (
+    ("adapter_model.bin", _PICKLE),
+    ("adapter_model.safetensors", "the weights of an adapter, and no adapter_config.json: fetch that file too"),
+)
+_SOUNDS = "*.wav|*.mp3|*.flac|*.ogg|*.m4a|*.opus"
+_CONTENTS = (
+    *_ADAPTERS,
+    (
+        "*.safetensors",
+        "which nothing leads to: a model is model.safetensors, or shards and their model.safetensors.index.json; fetch "
+        "what is missing, or rename the file if it holds the whole model",
+    ),
+    ("*.bin|*.pt|*.pth|*.ckpt|*.pkl", _PICKLE),
+    ("*.gguf", "weights for llama.cpp, which this port does not read: fetch safetensors"),
+    (_SOUNDS, "a sound, and no model: give the model first, then the clips"),
+)
+
+
+def foreign_content(file: AnyPath) -> str:
+    """What a file is by its first bytes, and what helps, if that is something else than was asked for; else empty."""
+    try:
+        with to_path(file).open("rb") as opened:
+            head = opened.read(_HEAD_BYTES)
+    except OSError:
+        return ""
+    return next((what for matches, what in _HEADS if matches(head)), "")
+
+
+def not_a_model(path: AnyPath, wanted: str = MODEL) -> str:
+    """A sentence on why a path is no checkpoint. wanted: what to give instead."""
+    path = to_path(path)
+    try:
+        if not exists(path):
+            return _nothing_there(path, wanted)
+        return _a_directory(path, wanted) if path.is_dir() else _a_file(path, wanted)
+    except OSError as error:
+        return f"{path} can't be read ({reason(error)}): give {wanted}"
+
+
+def not_an_adapter(path: AnyPath, is_model: bool) -> str:
+    """The same for a path that is no adapter of LoRA. is_model: a whole model is there instead."""
+    if is_model:
+        return f"{path} holds a model and no adapter of LoRA: give {ADAPTER}"
+    names = [entry.name for entry in children(path)]
+    for pattern, what in _ADAPTERS:
+        if pattern in names:
+            return f"{path} holds {pattern}, {what}"
+    if "adapter_config.json" in names:
+        return f"{path} holds adapter_config.json and no adapter_model.safetensors: fetch that file too"
+    if names:
+        return f"{path} holds no adapter_config.json: give {ADAPTER}"
+    return not_a_model(path, ADAPTER)
+
+
+def _nothing_there(path: Path, wanted: str) -> str:
+    there = path
+    while not exists(there.parent) and there.parent != there.parent.parent:
+        there = there.parent
+    close = difflib.get_close_matches(there.name, [entry.name for entry in children(there.parent)], n=1, cutoff=0.7)
+    if close and exists(meant := there.parent / close[0] / path.relative_to(there)):
+        return f"{path} does not exist: did you mean {meant}?"
+    name = f"{OWNER}/{path}" if str(path) in RELEASED_NAMES else str(path)
+    if _HUB_ID.fullmatch(name) and not exists(to_path(name).parent):
+        return (
+            f"{path} does not exist on this machine: to fetch that repository of the Hugging Face hub, run `hf "
+            f"download {name} --local-dir {path.name}` and give {path.name}"
+        )
+    return f"{path} does not exist: give {wanted}"
+
+
+def _a_file(path: Path, wanted: str) -> str:
+    what = foreign_content(path)
+    if what == SOUND or _matching([path.name.lower()], _SOUNDS):
+        return f"{path} is a sound: give {'the model first, then the clips' if wanted == MODEL else wanted}"
+    if what:
+        return f"{path} is {what}"
+    if path.suffix == ".safetensors":
+        return f"{path} is a file of weights: give the directory that holds it and its config.json"
+    return f"{path} is a file: give {wanted}"
+
+
+def _a_directory(path: Path, wanted: str) -> str:
+    entries = children(path)
+    names = [entry.name for entry in entries]
+    if "adapter_config.json" in names:
+        return (
+            f"{path} holds an adapter of LoRA and no model: give its model, and the adapter as --adapter; or merge the "
+            f"two first with `python -m convert to-hf {shlex.quote(str(path))} MERGED --base MODEL`"
+        )
+    if "snapshots" in names and (snapshots := children(path / "snapshots")):
+        return f"{path} is a repository of the Hugging Face cache: give its snapshot {snapshots[-1]}"
+    for pattern, what in _CONTENTS:
+        if found := _matching(names, pattern):
+            return f"{path} holds {found[0]}, {what}"
+    inside = [entry for entry in entries if entry.is_dir() and exists(entry / "config.json")]
+    if inside and "config.json" not in names:
+        return f"{path} holds no model itself: did you mean {inside[0]}?"
+    holds = "holds neither params/ nor model.safetensors nor model.safetensors.index.json" if entries else "is empty"
+    return f"{path} {holds}: give {wanted}"
+
+
+def _matching(names: list[str], patterns: str) -> list[str]:
+    return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns.split("|"))]

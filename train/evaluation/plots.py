@@ -1,0 +1,269 @@
+"""Pictures: of events in time, what is there and what a model says is there below the spectrogram; of compared runs."""
+
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from moss_audio_jax.audio import RELEASED_MEL, SAMPLE_RATE, log_mel
+from moss_audio_jax.errors import MossAudioError
+from moss_audio_jax.storage.paths import AnyPath, reason, written_whole
+from train.data.manifest import TimedText
+from train.data.scenes import SOUNDS
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart, then a few of their shades.
+COLORS = ("#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#0072B2", "#D55E00", "#7570B3", "#8C8C8C", "#A6761D", "#F0E442")
+_WIDTH = 11.0  # inches
+_CHARACTER = 0.085  # inches of a letter on a bar
+_SPECTROGRAM, _ROW, _AROUND = 1.7, 0.28, 0.5  # inches high: a spectrogram, a row of bars, what is around a clip's axes
+_LANES = ("truth", "model")
+_WRONG = "#B00020"  # of what a model says that can't be
+_BACKWARDS = "ends before it starts"
+_HERTZ = (250, 500, 1000, 2000, 4000, 8000)  # marked on the axis of a spectrogram
+
+
+@dataclass(frozen=True, eq=False)
+class TimelinePlot:
+    """One clip of a picture. wave: float32 [samples] at 16 kHz. Events: seconds from its start.
+
+    unreadable: how many pieces of the model's answer are no events (`metrics.parse_timeline`). answer: shown where
+    nothing else of it can be.
+    """
+
+    wave: np.ndarray
+    true_events: Sequence[TimedText]
+    predicted_events: Sequence[TimedText]
+    title: str = ""
+    unreadable: int = 0
+    answer: str = ""
+
+    @property
+    def seconds(self) -> float:
+        return len(self.wave) / SAMPLE_RATE
+
+
+def require_matplotlib() -> None:
+    """Raises MossAudioError that says how to install it, if it isn't there."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise MossAudioError(
+            "plots need matplotlib, which is not installed: pip install 'moss-audio-jax[plot]'"
+        ) from error
+
+
+def plot_timelines(path: AnyPath, clips: Sequence[TimelinePlot]) -> None:
+    """Writes a PNG of clips one below the other; a label has one colour (`label_colors`).
+
+    An event that ends before it starts is hatched, from its start back to its end. What of an answer is no event is
+    counted below it. Events beyond the clip's end are counted at the edge of their lane. Raises MossAudioError without
+    matplotlib, for no clips, or for a file that can't be written.
+    """
+    require_matplotlib()
+    if not clips:
+        raise MossAudioError(f"{path}: expected clips to plot, found none; give at least one.")
+    save_figure(_draw(clips), path)
+
+
+def save_figure(figure: "Figure", path: AnyPath) -> None:
+    """Writes a PNG; raises MossAudioError if that can't be done."""
+    try:
+        with written_whole(path) as file:
+            figure.savefig(file, dpi=150, format="png")
+    except OSError as error:
+        raise MossAudioError(
+            f"{path}: expected a picture that can be written, found '{reason(error)}'; choose another."
+        ) from error
+
+
+def label_colors(labels: Iterable[str]) -> dict[str, str]:
+    """The colour of each label: that of a sound of scenes is the same in all pictures, and of others mostly."""
+    labels = sorted(set(labels))
+    colors = {label: color for label, color in zip(SOUNDS, COLORS, strict=False) if label in labels}
+    for label in labels:
+        if label not in colors:
+            first = zlib.crc32(label.encode()) % len(COLORS)
+            free = [color for color in (*COLORS[first:], *COLORS[:first]) if color not in colors.values()]
+            colors[label] = free[0] if free else COLORS[first]
+    return colors
+
+
+Rows = list[list[TimedText]]
+
+
+def _draw(clips: Sequence[TimelinePlot]) -> "Figure":
+    from matplotlib.figure import Figure  # not pyplot: no display, no state
+
+    events = [event for clip in clips for event in (*clip.true_events, *clip.predicted_events)]
+    colors = label_colors(event.text for event in events)
+    lanes = [(_rows(clip.true_events, clip.seconds), _rows(clip.predicted_events, clip.seconds)) for clip in clips]
+    rows = [  # what can't be read has one of its own
+        [max(1, len(true)), max(not clip.unreadable, len(said)) + bool(clip.unreadable)]
+        for clip, (true, said) in zip(clips, lanes, strict=True)
+    ]
+    heights = [height for count in rows for height in (_SPECTROGRAM, _ROW * sum(count))]
+    figure = Figure((_WIDTH, sum(heights) + _AROUND * (len(clips) + 1)), layout="constrained")
+    axes = figure.subplots(2 * len(clips), 1, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
+    for index, clip in enumerate(clips):
+        spectrogram, timeline = axes[2 * index : 2 * index + 2]
+        _draw_spectrogram(spectrogram, clip)
+        _draw_lanes(timeline, clip, lanes[index], rows[index], colors)
+    axes[-1].set_xlabel("seconds")
+    _draw_legend(figure, events, colors)
+    return figure
+
+
+def _draw_legend(figure: "Figure", events: Sequence[TimedText], colors: Mapping[str, str]) -> None:
+    from matplotlib.patches import Patch
+
+    labels = [label for label in colors if any(event.text == label for event in events)]
+    if not 0 < len(labels) <= len(COLORS):  # more would share colours; the bars say what they are
+        return
+    patches = [Patch(color=colors[label], label=label) for label in labels]
+    if any(event.end < event.start for event in events):
+        patches.append(Patch(facecolor="white", edgecolor="0.3", hatch="////", label=_BACKWARDS))
+    columns = int(_WIDTH / (0.6 + _CHARACTER * max(len(str(patch.get_label())) for patch in patches))) or 1
+    figure.legend(handles=patches, loc="outside upper center", ncols=min(columns, len(patches)), frameon=False)
+
+
+def _rows(events: Sequence[TimedText], seconds: float) -> Rows:
+    """The events that begin within the clip, dealt out to rows in which none hides another."""
+    rows: Rows = []
+    for event in sorted(events, key=lambda event: min(event.start, event.end)):
+        if event.start < seconds:
+            left = min(event.start, event.end)
+            free = next((row for row in rows if max(row[-1].start, row[-1].end) <= left), None)
+            if free is None:
+                rows.append([event])
+            else:
+                free.append(event)
+    return rows
+
+
+def _draw_spectrogram(axes: "Axes", clip: TimelinePlot) -> None:
+    mel = log_mel(clip.wave)
+    axes.imshow(mel, origin="lower", aspect="auto", cmap="magma", extent=(0, clip.seconds, 0, len(mel)))
+    axes.set_title(clip.title, loc="left", fontsize=10)
+    axes.set_ylabel("Hz (mel scale)")
+    axes.set_yticks([_mel_bin(hertz) for hertz in _HERTZ], [f"{hertz:,}" for hertz in _HERTZ], fontsize=8)
+    axes.tick_params(labelbottom=False)
+
+
+def _mel_bin(hertz: float) -> float:
+    """Where a frequency is on an axis of mel bins, each of which is centred in the middle of its unit."""
+    highest, bins = RELEASED_MEL.mel_sr / 2, RELEASED_MEL.mel_dim
+    return min(_slaney_mel(hertz) / _slaney_mel(highest) * (bins + 1) - 0.5, bins)
+
+
+def _slaney_mel(hertz: float) -> float:
+    """Linear up to 1 kHz, then logarithmic: 27 mel for each factor of 6.4."""
+    return 3 * hertz / 200 if hertz < 1000 else 15 + 27 * float(np.log(hertz / 1000) / np.log(6.4))
+
+
+def _draw_lanes(
+    axes: "Axes", clip: TimelinePlot, lanes: tuple[Rows, Rows], heights: Sequence[int], colors: dict[str, str]
+) -> None:
+    top, centres = 0, []
+    for rows, events, height in zip(lanes, (clip.true_events, clip.predicted_events), heights, strict=True):
+        for number, row in enumerate(rows):
+            for event in row:
+                _draw_event(axes, event, top + number + 0.5, clip.seconds, colors[event.text])
+        outside = len(events) - sum(map(len, rows))
+        if outside:
+            note = f"{outside} after the end"
+            axes.text(clip.seconds, top + 0.5, f"{note} ", ha="right", va="center", fontsize=8, style="italic")
+        if not events and not (events is clip.predicted_events and clip.unreadable):
+            axes.text(0, top + 0.5, " nothing", va="center", fontsize=8, style="italic", color="0.4")
+        top += height
+        centres.append(top - height / 2)
+        axes.axhline(top, color="0.8", linewidth=0.8)
+    if clip.unreadable:
+        note = f" {clip.unreadable} piece{'s' if clip.unreadable > 1 else ''} of the answer can't be read"
+        note += "" if clip.predicted_events else f": {_shortened(clip.answer)}"
+        axes.text(0, top - 0.5, note, va="center", fontsize=8, style="italic", color=_WRONG, parse_math=False)
+    axes.set_xlim(0, clip.seconds)
+    axes.set_ylim(top, 0)
+    axes.set_yticks(centres, _LANES)
+    axes.tick_params(left=False)
+    axes.grid(axis="x", color="0.9", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+
+
+def _shortened(text: str, length: int = 100) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= length else f"{line[:length]}..."
+
+
+def _draw_event(axes: "Axes", event: TimedText, middle: float, seconds: float, color: str) -> None:
+    """A bar with the label on it, where there is space."""
+    left, right = sorted((event.start, event.end))
+    length = min(right, seconds) - left
+    backwards = event.end < event.start
+    face, hatch = ("white", "////") if backwards else (color, None)
+    axes.barh(middle, length, left=left, height=0.8, color=face, edgecolor=color, linewidth=1, hatch=hatch)
+    if len(event.text) * _CHARACTER < length / seconds * _WIDTH * 0.9:
+        red, green, blue = (int(color[i : i + 2], 16) for i in (1, 3, 5))
+        is_light = backwards or 0.299 * red + 0.587 * green + 0.114 * blue > 140
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 1} if backwards else None
+        style = {"ha": "center", "va": "center", "fontsize": 9, "color": "black" if is_light else "white", "bbox": box}
+        axes.text(left + length / 2, middle, event.text, parse_math=False, **style)
+
+
+# Compared runs
+
+
+Ranges = Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]]  # section -> line -> group -> a value each run
+
+
+def plot_ranges(path: AnyPath, values: Ranges, *, unit: str) -> None:
+    """Writes a PNG of one panel: a line for each thing that was measured, and on it, for each of the compared groups, a
+    dot at the mean and a bar from the lowest to the highest value.
+
+    Raises MossAudioError without matplotlib and for a file that can't be written.
+    """
+    require_matplotlib()
+    save_figure(_draw_ranges(values, unit), path)
+
+
+_LINE, _APART = 0.42, 0.17  # inches high: a line of a panel; between its groups, in lines
+
+
+def _draw_ranges(values: Ranges, unit: str) -> "Figure":
+    from matplotlib.figure import Figure
+
+    groups = list(next(iter(next(iter(values.values())).values())))
+    colors = dict(zip(groups, (COLORS[index % len(COLORS)] for index in (4, 5, 2, 3, 0, 1)), strict=False))
+    height = sum(1 + len(lines) for lines in values.values())
+    figure = Figure((9, height * _LINE + 1.0), layout="constrained")
+    axes = figure.subplots()
+    place, ticks = 0, []
+    for section, lines in values.items():
+        axes.text(0, place, f"{section} ", ha="left", va="center", weight="bold")
+        ticks.append((place, ""))
+        for name, found in lines.items():
+            place += 1
+            ticks.append((place, name))
+            axes.axhspan(place - 0.5, place + 0.5, color="0.96" if place % 2 else "1", zorder=0)
+            for number, group in enumerate(groups):
+                y = place + (number - (len(groups) - 1) / 2) * _APART
+                axes.plot([min(found[group]), max(found[group])], [y, y], color=colors[group], linewidth=2, alpha=0.6)
+                label = group if len(ticks) == 2 else None  # once
+                axes.plot(float(np.mean(found[group])), y, "o", color=colors[group], markersize=5, label=label)
+        place += 1
+    axes.set_ylim(place - 0.5, -0.7)
+    axes.set_xlim(left=0)
+    axes.set_yticks([tick for tick, _ in ticks], [name for _, name in ticks])
+    axes.set_xlabel(f"{unit}; a dot is the mean of the runs, a bar goes from the lowest to the highest")
+    axes.tick_params(left=False)
+    axes.grid(axis="x", color="0.88", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    figure.legend(loc="outside upper center", ncols=len(groups), frameon=False)
+    return figure

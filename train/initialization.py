@@ -1,0 +1,308 @@
+"""The parameters that a run starts from: a part of the model from each checkpoint that is named, the rest random.
+
+    checkpoint       all that no other option gives
+    encoder          the audio encoder alone; neither the adapter nor the DeepStack mergers
+    language_model   the language model and its head, of MOSS-Audio or of stock Qwen3
+
+Every parameter is made or read where it will lie, in the dtype it will have, and nothing is made that is read.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from moss_audio_jax.config import (
+    ADAPTER_LEAVES,
+    MODEL_TYPES,
+    PRESETS,
+    EncoderConfig,
+    LanguageConfig,
+    MossAudioConfig,
+    read_json,
+)
+from moss_audio_jax.errors import MossAudioError
+from moss_audio_jax.int8 import int8_kernels, quantize
+from moss_audio_jax.model import MossAudio
+from moss_audio_jax.weights.checkpoint import (
+    abstract_parameters,
+    assemble,
+    files_directory,
+    is_adapter,
+    layout_of,
+    parameters_of,
+    restore,
+)
+from moss_audio_jax.weights.released import EMBEDDING, Qwen3Checkpoint, ReleasedCheckpoint
+from train.optimizer import Parameters
+
+HEAD = "lm_head.kernel"
+# Path -> shape, dtype and place of a parameter that is to be read or made.
+Wanted = dict[str, jax.ShapeDtypeStruct]
+
+# Option of ModelSource -> how the paths of the parameters begin that it gives.
+GIVES: dict[str, tuple[str, ...]] = {
+    "checkpoint": ("",),
+    "encoder": ("audio_encoder.",),
+    "language_model": ("language_model.", "lm_head."),
+}
+
+# A part may differ in these from the model it becomes part of: its parameters mean the same. (Dropout is the run's
+# choice, the taps are the mergers' affair, Qwen3's longest position limits nothing here.)
+UNCOMPARED = (
+    "dropout",
+    "attention_dropout",
+    "activation_dropout",
+    "deepstack_encoder_layer_indexes",
+    "max_position_embeddings",
+    "initializer_range",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSource:
+    """Where the first parameters come from. What no checkpoint gives is random."""
+
+    checkpoint: str | None = None
+    """A MOSS-Audio directory, released or Orbax, or a training run: its configuration, parameters and tokenizer."""
+    preset: str = "4b"
+    """Without a checkpoint: the configuration of this size (4b, 8b, small or tiny)."""
+    encoder: str | None = None
+    """A MOSS-Audio checkpoint that gives the audio encoder, without adapter and mergers."""
+    language_model: str | None = None
+    """A MOSS-Audio checkpoint or stock Qwen3 weights that give the language model and its head."""
+    tokenizer: str | None = None
+    """A directory of tokenizer files, if they are not those of the checkpoint or else of the language model; `learned`
+    makes some for a small model, bytes and merges that the first texts of the mixture are made of."""
+    time_markers: bool | None = None
+    """Seconds written between the audio tokens; by default as the checkpoint or the preset says."""
+    deepstack: int | None = None
+    """How many encoder taps reach the language model, of those of the preset: 0 trains a model without DeepStack."""
+    allow_random_frozen: bool = False
+    """Train even where parameters are frozen that no checkpoint gives, which are random and stay so."""
+
+    def __post_init__(self):
+        if self.preset not in PRESETS:
+            raise MossAudioError(f"model.preset must be one of {', '.join(PRESETS)}, not {self.preset!r}")
+        if self.deepstack is None:
+            return
+        if self.checkpoint is not None:
+            raise MossAudioError(
+                f"model.deepstack is for a model of a preset; {self.checkpoint} says itself how many taps it has"
+            )
+        taps = MossAudioConfig.preset(self.preset).num_deepstack
+        if not 0 <= self.deepstack <= taps:
+            raise MossAudioError(
+                f"model.deepstack must be 0 to {taps}, the taps of {self.preset}, not {self.deepstack}"
+            )
+
+    @property
+    def tokenizer_source(self) -> str | None:
+        """What `tokenizer` says, or the directory that has one; None if nothing names any."""
+        return self.tokenizer or self.checkpoint or self.language_model
+
+    def require_given(self, frozen: Iterable[str]) -> None:
+        """Raises MossAudioError if a checkpoint gives not all of these parameters, unless that is allowed."""
+        given = [prefix for option, prefixes in GIVES.items() if getattr(self, option) for prefix in prefixes]
+        random = [path for path in frozen if not path.startswith(tuple(given))]
+        if not random or self.allow_random_frozen:
+            return
+        parts = dict.fromkeys(path.partition(".")[0] for path in random)
+        options = [
+            f"--model.{option.replace('_', '-')}"
+            for option, prefixes in GIVES.items()
+            if any(f"{part}.".startswith(prefixes) for part in parts)
+        ]
+        raise MossAudioError(
+            f"the frozen parameters of {', '.join(parts)} would stay random, as no checkpoint gives them: name one by "
+            f"{', '.join(options)}, or give --model.allow-random-frozen to train so"
+        )
+
+
+def model_config(source: ModelSource) -> MossAudioConfig:
+    """The checkpoint's configuration, or the preset's, with what the source says otherwise.
+
+    `first_parameters` compares that of other parts with it.
+    """
+    if source.checkpoint is None:
+        config = MossAudioConfig.preset(source.preset)
+    else:
+        layout_of(source.checkpoint)  # says what a directory lacks that is none
+        config = MossAudioConfig.from_hf(files_directory(source.checkpoint))
+    if source.deepstack is not None:
+        config = dataclasses.replace(config, deepstack_num_inject_layers=source.deepstack)
+    if source.time_markers is not None:
+        processor = dataclasses.replace(config.processor, enable_time_marker=source.time_markers)
+        config = dataclasses.replace(config, processor=processor)
+    return config
+
+
+def first_parameters(
+    source: ModelSource,
+    config: MossAudioConfig,
+    *,
+    dtypes: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    mesh: Mesh | None = None,
+) -> Parameters:
+    """All parameters by path, each on its devices.
+
+    config: `model_config(source)`, perhaps with LoRA. dtypes: by path; float32 where nothing is said.
+    Kernels with scales (`lora.int8`) become int8 as they come, one by one, from the dtype of their scales.
+    Of a safetensors directory the host holds one stacked parameter at a time; from Orbax each device's shard is read
+    straight onto it. A random parameter depends on the seed and the configuration alone: neither on the mesh nor on
+    what else is read.
+    Raises MossAudioError, before any parameter is read, for a part of other sizes than `config` with all differences,
+    and for a directory whose files don't fit its own configuration.
+    """
+    abstract = abstract_parameters(config, jnp.float32, mesh)
+    abstract |= {path: abstract[path].update(dtype=jnp.dtype(dtype)) for path, dtype in (dtypes or {}).items()}
+    parts = _open_parts(source)
+    _check_parts(parts, config)
+    kernels = int8_kernels(abstract)
+    unread = {path: leaf for path, leaf in abstract.items() if path not in kernels.values()}
+    unread |= {path: unread[path].update(dtype=abstract[scale].dtype) for path, scale in kernels.items()}
+    parameters: Parameters = {}
+    for part in parts:
+        given = [path for path in unread if path.startswith(part.prefixes) and not path.endswith(ADAPTER_LEAVES)]
+        for paths in _read_together(given, kernels):
+            read = _read(part, {path: unread.pop(path) for path in paths})
+            parameters |= _quantized(read, kernels, abstract)
+    if unread:
+        parameters |= _quantized(random_parameters(config, unread, seed), kernels, abstract)
+    return {path: parameters[path] for path in abstract}
+
+
+def _read_together(paths: Sequence[str], kernels: Mapping[str, str]) -> Iterator[list[str]]:
+    """Each kernel that becomes int8 by itself, lest many be in memory before they do; all others at once."""
+    whole = [path for path in paths if path not in kernels]
+    yield from ([path] for path in paths if path in kernels)
+    if whole:
+        yield whole
+
+
+def _quantized(parameters: Parameters, kernels: Mapping[str, str], abstract: Wanted) -> Parameters:
+    """The parameters, with int8 and scales in place of those kernels."""
+    for kernel in [path for path in parameters if path in kernels]:
+        names = kernel, kernels[kernel]
+        places = tuple(abstract[name].sharding for name in names)
+        pair = jax.jit(quantize, out_shardings=places)(parameters.pop(kernel))
+        parameters |= dict(zip(names, pair, strict=True))
+    return parameters
+
+
+def random_parameters(config: MossAudioConfig, wanted: Wanted, seed: int) -> Parameters:
+    """These parameters of the random model of a seed; XLA drops the others from the program."""
+
+    def make() -> Parameters:
+        parameters = parameters_of(MossAudio(config, rngs=nnx.Rngs(seed)))
+        return {path: parameters[path].astype(leaf.dtype) for path, leaf in wanted.items()}
+
+    return jax.jit(make, out_shardings={path: leaf.sharding for path, leaf in wanted.items()})()
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Parameters that one checkpoint gives.
+
+    option: of ModelSource. prefixes: of the parameters' paths. tied: the head is the embedding.
+    audio_config, language_config: what they must agree with the model in. read: parameters of the checkpoint.
+    """
+
+    option: str
+    directory: str
+    prefixes: tuple[str, ...]
+    audio_config: EncoderConfig | None
+    language_config: LanguageConfig | None
+    tied: bool
+    read: Callable[[Wanted], Parameters]
+
+
+def _open_parts(source: ModelSource) -> list[Part]:
+    """Those that a run names, a parameter belonging to the first that has it; headers are read and no tensors."""
+    parts = []
+    if source.encoder is not None:
+        part = _open_moss_audio("encoder", source.encoder, GIVES["encoder"])
+        parts.append(dataclasses.replace(part, language_config=None))
+    if source.language_model is not None:
+        parts.append(_open_language_model(source.language_model))
+    if source.checkpoint is not None:
+        parts.append(_open_moss_audio("checkpoint", source.checkpoint, GIVES["checkpoint"]))
+    return parts
+
+
+def _open_language_model(directory: str) -> Part:
+    prefixes = GIVES["language_model"]
+    layout_of(directory)
+    config = files_directory(directory) / "config.json"
+    kind = read_json(config).get("model_type") if config.exists() else None
+    if kind not in (None, "qwen3", *MODEL_TYPES):
+        raise MossAudioError(
+            f"model.language_model {directory} holds a model of type {kind!r}: give a MOSS-Audio checkpoint, or one "
+            "of Qwen3 (model_type 'qwen3')"
+        )
+    if kind != "qwen3":
+        part = _open_moss_audio("language_model", directory, prefixes)
+        return dataclasses.replace(part, audio_config=None)
+    qwen3 = Qwen3Checkpoint(directory)
+    read = functools.partial(assemble, qwen3)
+    return Part("language_model", directory, prefixes, None, qwen3.config, qwen3.tied, read)
+
+
+def _open_moss_audio(option: str, directory: str, prefixes: tuple[str, ...]) -> Part:
+    if is_adapter(directory):
+        raise MossAudioError(
+            f"model.{option} {directory} holds an adapter, not a model: merge it with `python -m convert to-hf`"
+        )
+    if layout_of(directory) == "orbax":
+        config = MossAudioConfig.from_hf(files_directory(directory))
+        read = functools.partial(restore, directory, config)
+    else:
+        released = ReleasedCheckpoint(directory)
+        config, read = released.config, functools.partial(assemble, released)
+    return Part(
+        option, directory, prefixes, config.audio_config, config.language_config, config.tie_word_embeddings, read
+    )
+
+
+def _check_parts(parts: list[Part], config: MossAudioConfig) -> None:
+    """Compares what every part says of itself with the model; raises with all differences."""
+    problems = []
+    for part in parts:
+        found = _differences(part.audio_config, config.audio_config)
+        found += _differences(part.language_config, config.language_config)
+        if part.language_config is not None and config.tie_word_embeddings and not part.tied:
+            found.append("tie_word_embeddings is False where the model has True")
+        problems += [f"model.{part.option} {part.directory}: {difference}" for difference in found]
+    if problems:
+        raise MossAudioError(
+            f"the parts don't make one model: {'; '.join(problems)}; choose model.preset or model.checkpoint of the "
+            "parts' sizes, or other parts"
+        )
+
+
+def _differences(part: Any, model: Any) -> list[str]:
+    if part is None:
+        return []
+    names = [field.name for field in dataclasses.fields(part) if field.name not in UNCOMPARED]
+    return [
+        f"{name} is {getattr(part, name)} where the model has {getattr(model, name)}"
+        for name in names
+        if getattr(part, name) != getattr(model, name)
+    ]
+
+
+def _read(part: Part, wanted: Wanted) -> Parameters:
+    """A part's parameters; a head that the checkpoint does not have starts as the embedding that it is tied to."""
+    head = wanted.get(HEAD)
+    if head is None or not part.tied:
+        return part.read(wanted)
+    parameters = part.read({path: leaf for path, leaf in wanted.items() if path != HEAD})
+    # Read once more, since one may be frozen, in bfloat16, and the other not.
+    embedding = part.read({EMBEDDING: wanted[EMBEDDING].update(dtype=head.dtype)})[EMBEDDING]
+    return parameters | {HEAD: jax.jit(jnp.transpose, out_shardings=head.sharding)(embedding)}

@@ -1,0 +1,523 @@
+"""Will it fit, and how fast might it be? The real program of a recipe, compiled for a TPU on any machine.
+
+topology   "v5p:4x4x4" or "v5p-128": libtpu's compiler lays the step out for those chips; no TPU is needed
+memory     what that compiler allots: exact for this program
+traffic    the collectives of the compiled program, each as often as its loop runs it
+FLOPs      counted from the model (`flops`), since XLA counts the body of a loop once
+time, MFU  an estimate (`estimate`), and what measurements of like models make of it (`calibration`)
+"""
+
+import contextlib
+import dataclasses
+import math
+import os
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from moss_audio_jax.config import MossAudioConfig
+from moss_audio_jax.errors import MossAudioError
+from moss_audio_jax.generation import MIN_NEW_TOKENS, decode_until, make_drawing, prefill_prompts
+from moss_audio_jax.inputs import ModelInputs
+from moss_audio_jax.sampling import Sampling
+from moss_audio_jax.sharding import make_mesh
+from moss_audio_jax.weights.checkpoint import abstract_parameters, build_model
+from train.config import RunConfig
+from train.data import TrainingBatch
+from train.planning.calibration import calibrated
+from train.planning.chips import GIB, Chip, chip_of, shown_topology, topology_of
+from train.planning.estimate import Slice, by_kind, speed
+from train.planning.flops import Content, forward_flops, moved_bytes, recomputed_flops, step_flops
+from train.planning.hlo import Collective, collectives
+from train.planning.interconnect import slice_shape
+from train.step import TrainState, abstract_batch, abstract_state, train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What the compiler made of a step. `problem`: why it made nothing; then the figures are what it had got to.
+
+    bytes of HBM on one chip by kind. code: the program itself. largest: (bytes, shapes) of the largest buffers.
+    """
+
+    problem: str | None
+    arguments: int
+    temporaries: int
+    code: int
+    largest: tuple[tuple[int, str], ...]
+    collectives: tuple[Collective, ...]
+    seconds: float
+    inputs: Any = None  # where its arguments lie; None for one that it does not use
+    outputs: Any = None  # where its results lie
+
+    @property
+    def total(self) -> int:
+        return self.arguments + self.temporaries + self.code
+
+
+def topology_devices(topology: str, slices: int = 1) -> list[Any]:
+    """The devices of a TPU such as `v5e:4x4`, no TPU needed; of several slices, one after the other.
+
+    topology: either name of `chips.topology_of`.
+    """
+    topology = topology_of(topology)
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # asks a machine on Google Cloud what it is
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")  # or libtpu complains of what it did not ask
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # compiling alone needs no TPU to itself
+    try:
+        import libtpu  # noqa: F401  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise MossAudioError(
+            "compiling for a TPU needs libtpu, which is not installed here: pip install libtpu"
+        ) from error
+    from jax.experimental import topologies
+
+    options: dict[str, Any] = {} if slices == 1 else {"num_slices": slices}
+    if topology.startswith("v4:"):
+        options["chip_config_name"] = "megacore"  # both cores are one device, as on a v4 pod; meshes serve no other
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices)
+    except (RuntimeError, ValueError, jax.errors.JaxRuntimeError) as error:
+        raise MossAudioError(
+            f"--topology must name a TPU and its shape, such as v5e:2x4, v5p:4x4x4 or v6e:8x8, not {topology!r} "
+            f"({str(error).splitlines()[0]})"
+        ) from error
+
+
+def with_sizes(
+    config: RunConfig, model: str | None, slices: int, batch: int | None, tokens: int | None, chunks: int | None
+) -> RunConfig:
+    """The recipe at these sizes. Where only `tokens` is said, a sequence's chunks keep their proportion to them."""
+    data = config.data
+    if tokens is not None:
+        chunks = math.ceil(data.chunks * tokens / data.tokens) if chunks is None else chunks
+        data = dataclasses.replace(data, tokens=tokens)
+    if batch is not None:
+        data = dataclasses.replace(data, batch_size=batch)
+    if chunks is not None:
+        data = dataclasses.replace(data, chunks=chunks)
+    if model is not None:
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, preset=model))
+    if slices > 1:
+        config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, replica=slices))
+    return dataclasses.replace(config, data=data)
+
+
+def plan_step(config: RunConfig, devices: Sequence[Any], segments: int = 1) -> dict[str, Any]:
+    """The report of a training step of this recipe on those devices, ready for JSON. segments: see `report_step`."""
+    mesh = make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
+    model, data = config.trained_model(), config.data
+    batch = abstract_batch(
+        model, data.batch_size, data.tokens, data.chunks, microbatches=config.microbatches, mesh=mesh
+    )
+    graphdef = nnx.split(build_model(model, dict(abstract_parameters(model, jnp.float32))))[0]
+    with jax.set_mesh(mesh):
+        state = planned_state(config, mesh)
+        compiled = compile_for_memory(train_step.trace(graphdef, config.step, config.optimizer, state, batch), mesh)
+    return report_step(config, mesh, compiled, segments)
+
+
+def planned_state(config: RunConfig, mesh: Mesh) -> TrainState:
+    model = config.trained_model()
+    dtypes = config.frozen_dtypes(abstract_parameters(model, jnp.float32))
+    return abstract_state(model, config.optimizer, frozen_dtypes=dtypes, mesh=mesh)
+
+
+def report_step(config: RunConfig, mesh: Mesh, compiled: Compiled, segments: int = 1) -> dict[str, Any]:
+    """The report of a training step that was compiled.
+
+    segments: of equal length, that are packed into a sequence. A token attends within its own, so model FLOPs are
+        fewer; the attention kernel computes whole sequences all the same.
+    """
+    model, data, state, place = config.trained_model(), config.data, planned_state(config, mesh), _slice(mesh)
+    whole = Content(
+        tokens=data.batch_size * data.tokens,
+        chunks=data.batch_size * data.chunks,
+        attention_pairs=data.batch_size * data.tokens**2,
+    )
+    packed = dataclasses.replace(whole, attention_pairs=whole.attention_pairs / segments)
+    again = recomputed_flops(model, whole, state.trainable, config.step.remat)
+    executed = step_flops(model, whole, state.trainable)
+    moved = moved_bytes(
+        model,
+        whole,
+        state.trainable,
+        config.step.remat,
+        microbatches=config.microbatches,
+        data_parallel=mesh.size // mesh.shape["tensor"],
+        tensor=mesh.shape["tensor"],
+    )
+    masters, optimizer = bytes_on_chip(state.trainable), bytes_on_chip((state.moments, state.ema))
+    gradients = masters * jnp.dtype(config.step.gradient_dtype).itemsize // 4
+    by_kind = {
+        "parameters": masters + bytes_on_chip(state.frozen),
+        "optimizer": optimizer,
+        "gradients": gradients,
+    }
+    # Gradients are read and written as each microbatch is added, and read for the norm and the update; masters are
+    # read to be cast and updated, and written, as moments are.
+    updated = (2 * config.microbatches + 2) * gradients + 3 * masters + 2 * optimizer
+    estimate = speed(
+        place,
+        compiled.collectives,
+        model_flops=step_flops(model, packed, state.trainable),
+        executed_flops={part: flops + again[part] for part, flops in executed.items()},
+        moved=moved,
+        updated=updated,
+    )
+    return {
+        "mode": "train",
+        "parameters": sum(leaf.size for leaf in (state.trainable | state.frozen).values()),
+        "mesh": dict(mesh.shape),
+        "sequences": data.batch_size,
+        "sequences_per_chip": data.batch_size / mesh.size,
+        "tokens_per_sequence": data.tokens,
+        "segments_per_sequence": segments,
+        "chunks_per_sequence": data.chunks,
+        **_memory(compiled, place.chip, by_kind),
+        "recomputed_flops": sum(again.values()),
+        **estimate,
+        **calibrated(place.chip, estimate["estimated_mfu"]),
+    }
+
+
+def plan_generation(
+    model: MossAudioConfig, devices: Sequence[Any], *, tensor: int, prompts: int, slots: int, chunks: int
+) -> dict[str, Any]:
+    """The report of answering in bfloat16: reading the prompts, then one step of decoding with a full cache.
+
+    slots: tokens of a prompt and its answer together, each of which has a place in the cache of keys and values.
+    """
+    mesh = make_mesh(fsdp=-1, tensor=tensor, devices=devices)
+    parameters = abstract_parameters(model, jnp.bfloat16, mesh)
+    inputs = one_batch(model, prompts, slots - MIN_NEW_TOKENS, chunks, mesh).inputs
+    answering = nnx.split(build_model(model, dict(parameters)))
+    prefill, decode, cache = compile_answering(*answering, inputs, MIN_NEW_TOKENS, model.eos_ids, mesh)
+    return report_generation(model, mesh, prefill, decode, prompts=prompts, slots=slots, chunks=chunks, cache=cache)
+
+
+def one_batch(model: MossAudioConfig, sequences: int, tokens: int, chunks: int, mesh: Mesh) -> TrainingBatch:
+    """`abstract_batch` without microbatches."""
+    batch = abstract_batch(model, sequences, tokens, chunks, mesh=mesh)
+    return jax.tree.map(lambda x: x.update(shape=x.shape[1:], sharding=_without_first_axis(x.sharding)), batch)
+
+
+def compile_answering(
+    graphdef: nnx.GraphDef, state: nnx.State, inputs: ModelInputs, new_tokens: int, eos_ids: tuple[int, ...], mesh: Mesh
+) -> tuple[Compiled, Compiled, int]:
+    """The programs that read prompts and decode answers to them, and the bytes of keys and values on one device."""
+    drawing = make_drawing(inputs.tokens.shape[0], Sampling(), eos_ids)
+    with jax.set_mesh(mesh):
+        reading = prefill_prompts.trace(graphdef, state, inputs, drawing, new_tokens)
+        prefill = compile_for_memory(reading, mesh)
+        if prefill.problem is not None:
+            return prefill, prefill, 0
+        # Decoding continues with what was read, where that lies.
+        loop = jax.tree.map(_placed, reading.out_info, prefill.outputs)
+        decode = compile_for_memory(decode_until.trace(graphdef, state, loop, new_tokens, drawing), mesh)
+    return prefill, decode, bytes_on_chip((loop.cache.keys, loop.cache.values))
+
+
+def report_generation(
+    model: MossAudioConfig,
+    mesh: Mesh,
+    prefill: Compiled,
+    decode: Compiled,
+    *,
+    prompts: int,
+    slots: int,
+    chunks: int,
+    cache: int,
+) -> dict[str, Any]:
+    """The report of answering, whose two programs were compiled. cache: bytes of keys and values on one device."""
+    place, prompt = _slice(mesh), slots - MIN_NEW_TOKENS
+    parameters = abstract_parameters(model, jnp.bfloat16, mesh)
+    weights = bytes_on_chip(parameters)
+    worst = max((prefill, decode), key=lambda compiled: (compiled.problem is not None, compiled.total))
+    content = Content(prompts * prompt, prompts * chunks, prompts * prompt**2)
+    flops = forward_flops(model, content)
+    data_parallel, tensor = mesh.size // mesh.shape["tensor"], mesh.shape["tensor"]
+    moved = moved_bytes(model, content, (), data_parallel=data_parallel, tensor=tensor)
+    return {
+        "mode": "generate",
+        "parameters": sum(leaf.size for leaf in parameters.values()),
+        "mesh": dict(mesh.shape),
+        "sequences": prompts,
+        "sequences_per_chip": prompts / mesh.size,
+        "tokens_per_sequence": slots,
+        "chunks_per_sequence": chunks,
+        **_memory(worst, place.chip, {"parameters": weights, "cache": cache}),
+        "recomputed_flops": 0.0,
+        **speed(place, prefill.collectives, model_flops=flops, executed_flops=flops, moved=moved),
+        "decode_collectives": by_kind(decode.collectives),
+        # Every step reads all weights and the cache once.
+        "estimated_decode_seconds_per_token": (weights + cache) / (place.share * place.chip.hbm_bandwidth),
+    }
+
+
+def plan_load(model: MossAudioConfig, devices: Sequence[Any], *, tensor: int) -> dict[str, Any]:
+    """The report of `load_model` in bfloat16 onto those devices. Nothing is compiled: each reads its shards alone.
+
+    host_bytes: of all that the chips of one host are given, which is what passes through its memory.
+    """
+    mesh = make_mesh(fsdp=-1, tensor=tensor, devices=devices)
+    parameters = abstract_parameters(model, jnp.bfloat16, mesh)
+    on_chip, chip = bytes_on_chip(parameters), _chip(devices)
+    sizes = sorted(((bytes_on_chip(leaf), f"{path} {leaf.shape}") for path, leaf in parameters.items()), reverse=True)
+    fits = on_chip <= chip.usable_hbm_bytes
+    problem = None if fits else "the parameters alone are larger than the memory"
+    return {
+        "mode": "load",
+        "parameters": sum(leaf.size for leaf in parameters.values()),
+        "mesh": dict(mesh.shape),
+        **_memory(Compiled(problem, on_chip, 0, 0, tuple(sizes[:8]), (), 0.0), chip, {"parameters": on_chip}),
+        "host_bytes": on_chip * sum(device.process_index == devices[0].process_index for device in devices),
+    }
+
+
+def _placed(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _without_first_axis(sharding: NamedSharding) -> NamedSharding:
+    return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+
+
+def compile_for_memory(traced: Any, mesh: Mesh) -> Compiled:
+    """Compiles a traced function for its mesh. The dump is read rather than the executable: XLA writes it even of what
+    does not fit, and can't always print what does."""
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as dump:
+        options = {"xla_dump_to": dump, "xla_dump_hlo_as_text": True}
+        problem, memory, inputs, outputs = None, None, None, None
+        try:
+            with _uncached():
+                executable = traced.lower().compile(compiler_options=options)
+            memory = executable.memory_analysis()
+            inputs, outputs = executable.input_shardings, executable.output_shardings
+        except jax.errors.JaxRuntimeError as error:
+            problem = str(error)
+            if "HbmOom" not in problem:
+                raise
+        seconds = time.monotonic() - began
+        found = collectives(_dumped(dump, "after_optimizations.txt"), mesh.size)
+        largest = _largest(_dumped(dump, "memory-usage-report.txt"))
+    if memory is None:
+        assert problem is not None
+        needed = re.search(r"\(([\d.]+)G\) exceeds", problem)
+        total = int(float(needed[1]) * GIB) if needed else 0  # with the arguments, though XLA says "temporaries"
+        return Compiled(problem.splitlines()[0], 0, total, 0, largest, tuple(found), seconds)
+    arguments = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    temporaries, code = memory.temp_size_in_bytes, memory.generated_code_size_in_bytes
+    return Compiled(None, arguments, temporaries, code, largest, tuple(found), seconds, inputs, outputs)
+
+
+@contextlib.contextmanager
+def _uncached() -> Iterator[None]:
+    """Leaves what is compiled out of JAX's cache on disk: nothing here could load it, and a hit would write no dump."""
+    name = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, name)
+    jax.config.update(name, math.inf)
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
+
+
+def _dumped(directory: str, ending: str) -> str:
+    files = sorted(Path(directory).glob(f"*{ending}"), key=lambda file: file.stat().st_size)
+    return files[-1].read_text() if files else ""
+
+
+def _largest(report: str, count: int = 8) -> tuple[tuple[int, str], ...]:
+    """The largest buffers of XLA's memory report, whose lines are `sum(%); size; offset; n; shapes`."""
+    units = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+    rows = re.findall(r"^\s*\S+\(\s*\d+%\);\s*([\d.]+)([KMG]?i?B);[^;]*;[^;]*; (.*)$", report, re.MULTILINE)
+    return tuple((int(float(size) * units[unit]), shapes) for size, unit, shapes in rows[:count])
+
+
+def bytes_on_chip(tree: Any) -> int:
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+
+
+def _chip(devices: Sequence[Any]) -> Chip:
+    chip = chip_of(devices[0].device_kind)
+    if chip is None:
+        raise MossAudioError(
+            f"no peak and bandwidth are known of {devices[0].device_kind!r}: add it to train/planning/chips.py"
+        )
+    return chip
+
+
+def _slice(mesh: Mesh) -> Slice:
+    """Of its devices those of the first slice, which come first: a slice holds whole replicas."""
+    devices = list(mesh.devices.flat)
+    first = [device for device in devices if getattr(device, "slice_index", 0) == getattr(devices[0], "slice_index", 0)]
+    coordinates = tuple(tuple(device.coords) for device in first)
+    return Slice(_chip(devices), slice_shape(first), coordinates, len(devices), devices[0].num_cores)
+
+
+def _memory(compiled: Compiled, chip: Chip, by_kind: dict[str, int]) -> dict[str, Any]:
+    rest = compiled.total - compiled.code - sum(by_kind.values())
+    by_kind |= {"temporaries": max(rest, 0), "code": compiled.code}  # the batch is among the first
+    return {
+        "fits": compiled.problem is None,
+        "problem": compiled.problem,
+        "hbm_bytes_per_chip": compiled.total,
+        "hbm_usable_bytes_per_chip": chip.usable_hbm_bytes,
+        "hbm_bytes_by_kind": by_kind,
+        "largest_buffers": [{"bytes": size, "shapes": shapes} for size, shapes in compiled.largest],
+        "compile_seconds": round(compiled.seconds, 1),
+    }
+
+
+def alternatives(config: RunConfig, chips: int) -> Iterator[tuple[str, RunConfig]]:
+    """Changes that need less memory, the gentlest first, with the options that make them."""
+    said: dict[str, Any] = {}
+    if config.step.remat not in ("full", "offload"):
+        said["--step.remat"] = "full"
+        config = dataclasses.replace(config, step=dataclasses.replace(config.step, remat="full"))
+        yield _written(said), config
+    sequences, parts = config.data.batch_size // config.microbatches, chips // max(config.mesh.tensor, 1)
+    while sequences % (2 * parts) == 0:
+        sequences //= 2
+        said["--microbatches"] = config.data.batch_size // sequences
+        config = dataclasses.replace(config, microbatches=said["--microbatches"])
+        yield _written(said), config
+    fewer = config.data.batch_size
+    while fewer % (2 * parts) == 0:
+        fewer //= 2
+        data = dataclasses.replace(config.data, batch_size=fewer)
+        remat = {name: value for name, value in said.items() if name == "--step.remat"}
+        yield _written(remat | {"--batch": fewer}), dataclasses.replace(config, data=data, microbatches=1)
+    if config.step.remat != "offload":
+        offloaded = dataclasses.replace(config.step, remat="offload")
+        yield _written(said | {"--step.remat": "offload"}), dataclasses.replace(config, step=offloaded)
+    for tensor in (2, 4):
+        if chips % tensor == 0:
+            mesh = dataclasses.replace(config.mesh, tensor=tensor)
+            yield _written(said | {"--mesh.tensor": tensor}), dataclasses.replace(config, mesh=mesh)
+
+
+def _written(options: dict[str, Any]) -> str:
+    return " ".join(f"{name} {value}" for name, value in options.items())
+
+
+def what_would_fit(config: RunConfig, devices: Sequence[Any]) -> str | None:
+    """The first of `alternatives` that fits, compiled one after the other; None if none does."""
+    for option, changed in alternatives(config, len(devices)):
+        print(f"does not fit; trying {option}", file=sys.stderr)
+        if plan_step(changed, devices)["fits"]:
+            return option
+    return None
+
+
+def largest_batch(config: RunConfig, used: int, usable: int, compiled: Callable[[int], int | None]) -> int:
+    """The largest batch that fits, of the recipe's doubled any number of times, which itself fits.
+
+    used: its bytes on a chip. compiled: a batch's bytes on a chip, None if it does not fit. What the second batch takes
+    more than the first, every sequence more is expected to take; the batch so found is compiled, and those below it
+    until one fits.
+    """
+    first = config.data.batch_size
+    second = compiled(2 * first)
+    if second is None:
+        return first
+    steps = 1
+    while used + (second - used) * (2 ** (steps + 1) - 1) <= usable and second > used:
+        steps += 1
+    while steps > 1 and compiled(first * 2**steps) is None:
+        steps -= 1
+    return first * 2**steps
+
+
+def propose_batch(config: RunConfig, devices: Sequence[Any], report: dict[str, Any]) -> int:
+    """The largest batch of a recipe that fits, as `report` says it does: see `largest_batch`."""
+
+    def compiled(batch: int) -> int | None:
+        print(f"trying --batch {batch}", file=sys.stderr)
+        data = dataclasses.replace(config.data, batch_size=batch)
+        larger = plan_step(dataclasses.replace(config, data=data), devices)
+        return larger["hbm_bytes_per_chip"] if larger["fits"] else None
+
+    return largest_batch(config, report["hbm_bytes_per_chip"], report["hbm_usable_bytes_per_chip"], compiled)
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report for people."""
+    gib = {kind: size / GIB for kind, size in report["hbm_bytes_by_kind"].items()}
+    used, usable = report["hbm_bytes_per_chip"] / GIB, report["hbm_usable_bytes_per_chip"] / GIB
+    mesh = ", ".join(f"{axis} {size}" for axis, size in report["mesh"].items())
+    topology = f"{shown_topology(report['topology'])}, {report['chips']} chips ({mesh})"
+    lines = [f"{topology}, compiled in {report['compile_seconds']} s"]
+    if "sequences" in report:
+        packed = report.get("segments_per_sequence", 1)
+        lines += [
+            f"{report['sequences']} sequences of {report['tokens_per_sequence']} tokens"
+            f"{f' in {packed} segments' if packed > 1 else ''} and "
+            f"{report['chunks_per_sequence']} chunks of audio: {report['sequences_per_chip']:g} a chip"
+        ]
+    lines += [f"{'FITS' if report['fits'] else 'DOES NOT FIT'}: {used:.2f} of {usable:.2f} GiB of HBM a chip"]
+    lines += [f"  {kind:<14}{size:8.2f} GiB" for kind, size in gib.items()]
+    if not report["fits"]:
+        lines += ["largest buffers:"]
+        lines += [f"  {row['bytes'] / GIB:8.2f} GiB  {row['shapes'][:90]}" for row in report["largest_buffers"]]
+    if "would_fit" in report:
+        lines += [f"would fit: {report['would_fit'] or 'nothing that was tried; take more chips'}"]
+    if "largest_batch" in report:
+        lines += [f"largest batch that fits: {report['largest_batch']}"]
+    if "evaluation" in report:
+        lines += _evaluation(report["evaluation"])
+    if report["mode"] == "load":
+        return "\n".join([*lines, f"{report['host_bytes'] / GIB:.2f} GiB pass through a host"])
+    total = report["model_flops"]
+    lines += [f"model FLOPs {total:.3e}; {report['recomputed_flops'] / total:.0%} of that recomputed to save memory"]
+    lines += [f"  {part:<14}{flops / total:8.1%}" for part, flops in report["model_flops_by_part"].items()]
+    lines += ["collectives, a step:"]
+    lines += [
+        f"  {kind:<26}{sums['count']:6.0f}  {sums['bytes'] / GIB:9.2f} GiB, a chip sends "
+        f"{sums['sent_bytes_per_chip'] / GIB:.2f}"
+        for kind, sums in report["collectives"].items()
+    ]
+    return "\n".join([*lines, *_estimate(report)])
+
+
+def _evaluation(report: dict[str, Any]) -> list[str]:
+    used, usable = report["hbm_bytes_per_chip"] / GIB, report["hbm_usable_bytes_per_chip"] / GIB
+    by_program = ", ".join(f"{name} {size / GIB:.2f}" for name, size in report["hbm_bytes_by_program"].items())
+    lines = [
+        f"its evaluation {'FITS' if report['fits'] else 'DOES NOT FIT'}: {used:.2f} of {usable:.2f} GiB "
+        f"({by_program}); {report['prompts']} questions at once, of up to {report['prompt_tokens']} tokens and "
+        f"{report['prompt_chunks']} chunks, answers of up to {report['new_tokens']} tokens"
+    ]
+    if "would_fit" in report:
+        lines += [f"would fit: {report['would_fit'] or 'no smaller batch; leave --evaluate-every out'}"]
+    return lines
+
+
+def _estimate(report: dict[str, Any]) -> list[str]:
+    assumed = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in report["assumptions"].items())
+    seconds = {
+        "computing": report["estimated_compute_seconds"],
+        "updating": report["estimated_update_seconds"],
+        "communicating": report["estimated_communication_seconds"],
+    }
+    if between := report["estimated_seconds_between_slices"]:
+        seconds["of that between slices"] = between
+    parts = ", ".join(f"{name} {value:.2f}" for name, value in seconds.items())
+    mfu = f"MFU {report['estimated_mfu']:.1%}"
+    if "calibrated_mfu" in report:
+        least, most = report["calibrated_mfu"]
+        mfu += f", calibrated {least:.0%} to {most:.0%}"
+    return [f"ESTIMATE: {report['estimated_step_seconds']:.2f} s a step ({parts}), {mfu}; assumed: {assumed}"]

@@ -1,0 +1,109 @@
+"""Will a run's own evaluations fit beside its state? Their programs, compiled for a TPU as the step is (`plan`).
+
+    peak = state + batches + copies in the compute dtype + code + the worst program's temporaries, prompts and cache
+
+A parameter that has the compute dtype already, or is int8, is its own copy and counts once.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from moss_audio_jax.sharding import make_mesh, num_parts
+from moss_audio_jax.weights.checkpoint import build_model
+from train.config import RunConfig
+from train.evaluation.evaluate import whole_batch
+from train.optimizer import Parameters
+from train.planning.plan import Compiled, bytes_on_chip, compile_answering, compile_for_memory, one_batch, planned_state
+from train.running.validation import EvaluationShapes, evaluation_shapes, questions_and_texts
+from train.step import abstract_batch, held_out_sums, in_compute_dtype
+
+BATCHES_ON_DEVICES = 3  # that of the step before, and those that `Prefetched` has put there
+
+
+def plan_evaluation(config: RunConfig, devices: Sequence[Any], step: dict[str, Any]) -> dict[str, Any]:
+    """The report of an evaluation, ready for JSON; of one that does not fit, with the first smaller batch that does.
+
+    step: the report of the training step, which fits. Raises MossAudioError for data that can't be read.
+    """
+    mesh = make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
+    parts = num_parts("batch", mesh)
+    items = questions_and_texts(config)[0]
+    report = _report(config, mesh, evaluation_shapes(config, parts, items), step)
+    if report["fits"]:
+        return report
+    for batch in _smaller_batches(max(report["prompts"], report["sequences"]), parts):
+        print(f"the evaluation does not fit; trying --evaluate-batch {batch}", file=sys.stderr)
+        smaller = dataclasses.replace(config, loop=dataclasses.replace(config.loop, evaluate_batch=batch))
+        if _report(smaller, mesh, evaluation_shapes(smaller, parts, items), step)["fits"]:
+            return report | {"would_fit": f"--evaluate-batch {batch}"}
+    return report | {"would_fit": None}
+
+
+def _smaller_batches(batch: int, parts: int) -> Iterator[int]:
+    """Halved again and again, down to one question a device."""
+    while batch > parts:
+        batch = whole_batch(batch // 2, parts)
+        yield batch
+
+
+def _report(config: RunConfig, mesh: Mesh, shapes: EvaluationShapes, step: dict[str, Any]) -> dict[str, Any]:
+    model, data, state = config.trained_model(), config.data, planned_state(config, mesh)
+    evaluated = (state.ema or state.trainable) | state.frozen
+    dtypes = jax.eval_shape(partial(in_compute_dtype, config=config.step), evaluated)
+    copies = {path: leaf.update(dtype=dtypes[path].dtype) for path, leaf in evaluated.items()}
+    shared = [leaf for path, leaf in copies.items() if leaf.dtype == evaluated[path].dtype]
+    batch = abstract_batch(
+        model, data.batch_size, data.tokens, data.chunks, microbatches=config.microbatches, mesh=mesh
+    )
+    beside = bytes_on_chip(state) - bytes_on_chip(shared) + BATCHES_ON_DEVICES * bytes_on_chip(batch)
+
+    programs = _compiled(config, copies, shapes, mesh)
+    # The programs stay loaded, the step's too.
+    code = step["hbm_bytes_by_kind"]["code"] + sum(compiled.code for compiled, _ in programs.values())
+    needed = {
+        name: beside + code + compiled.total - compiled.code + unused for name, (compiled, unused) in programs.items()
+    }
+    usable, peak = step["hbm_usable_bytes_per_chip"], max(needed.values())
+    return {
+        "fits": peak <= usable and all(compiled.problem is None for compiled, _ in programs.values()),
+        "hbm_bytes_per_chip": peak,
+        "hbm_usable_bytes_per_chip": usable,
+        "hbm_bytes_by_program": needed,
+        **shapes._asdict(),
+        "compile_seconds": round(sum(compiled.seconds for compiled, _ in programs.values()), 1),
+    }
+
+
+def _compiled(
+    config: RunConfig, copies: Parameters, shapes: EvaluationShapes, mesh: Mesh
+) -> dict[str, tuple[Compiled, int]]:
+    """The programs that `HeldOut.ask` runs with these parameters, and the bytes of those that each doesn't use."""
+    model, data = config.trained_model(), config.data
+    graphdef, state = nnx.split(build_model(model, dict(copies)))
+    batch = one_batch(model, shapes.sequences, data.tokens, data.chunks, mesh)
+    with jax.set_mesh(mesh):
+        loss = compile_for_memory(held_out_sums.trace(graphdef, config.step, copies, batch), mesh)
+    inputs = one_batch(model, shapes.prompts, shapes.prompt_tokens, shapes.prompt_chunks, mesh).inputs
+    inputs = dataclasses.replace(inputs, audio_chunks=inputs.audio_chunks.update(dtype=jnp.float32))  # of `make_inputs`
+    prefill, decode, _ = compile_answering(graphdef, state, inputs, shapes.new_tokens, model.eos_ids, mesh)
+    return {
+        "loss": (loss, _unused_bytes(copies, loss)),
+        "prefill": (prefill, _unused_bytes(state, prefill)),
+        "decode": (decode, _unused_bytes(state, decode)),
+    }
+
+
+def _unused_bytes(parameters: Any, compiled: Compiled) -> int:
+    """Of the parameters, a program's first argument: of those that it does not use, though they are on the chip."""
+    if compiled.inputs is None:
+        return 0
+    unused = jax.tree.map(lambda leaf, place: leaf if place is None else None, parameters, compiled.inputs[0][0])
+    return bytes_on_chip(unused)

@@ -1,0 +1,328 @@
+"""Checkpoints of a run: parameters, everything else of the state, and where the data stood, in one commit.
+
+    checkpoints/<step>/params   the parameters as a tree, laid out as `load_model` reads them
+    checkpoints/<step>/state    step, moments, dropout key, counts of skipped steps
+    checkpoints/<step>/ema      the moving averages of the trained parameters as a tree, where the run keeps them
+    checkpoints/<step>/data     JSON of the data's iterator, of all processes
+    checkpoints/<step>/best     JSON of the best evaluation before it, where the run looks for one
+    best.json                   the same after the last evaluation, which follows the checkpoint of its step
+
+A checkpoint appears under its name only when all of it is whole, so a killed run leaves none that is half written. On
+gs://, where nothing can be renamed at once, it counts only when `commit_success.txt` is in it, which is written last.
+"""
+
+import dataclasses
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from moss_audio_jax.errors import MossAudioError, StorageError
+from moss_audio_jax.storage.paths import AnyPath, Path, absolute, children, exists, write_whole
+from moss_audio_jax.storage.retries import is_transient, retried, summary
+from moss_audio_jax.weights.checkpoint import (
+    PARAMS,
+    RUN_BEST,
+    RUN_BEST_FILE,
+    RUN_CHECKPOINTS,
+    RUN_EMA,
+    flatten,
+    retried_alone,
+    unflatten,
+)
+from train.running.best import Best
+from train.step import TrainState
+
+STATE, DATA = "state", "data"
+DAMAGED, LATER = "damaged_checkpoints", "later_checkpoints"
+# What a state has now and checkpoints of older runs lack: it starts at 0 then.
+NEWER = ("phase", "spikes_in_a_row")
+# What TensorStore says of files that are missing, cut short or hold something else.
+_DAMAGE = re.compile(r"\b(?:NOT_FOUND|DATA_LOSS|OUT_OF_RANGE)\b|Error decoding|blosc|corrupt|checksum", re.IGNORECASE)
+
+
+class Checkpoints:
+    """The checkpoints in a run's directory. Saving goes on in the background; `close` waits for it.
+
+    read_only: of a run that may be training meanwhile.
+    best: the best evaluation before the checkpoint that was saved or restored last, which no rule deletes. It travels
+        in every checkpoint, so that a run that goes on from any of them knows what one that never stopped knew there.
+    """
+
+    def __init__(self, run: AnyPath, *, keep_last: int = 3, keep_every: int | None = None, read_only: bool = False):
+        self._run, self._read_only = absolute(run), read_only
+        self._directory = self._run / RUN_CHECKPOINTS
+        self.best: Best | None = None
+        self._policies: list[Any] = [preservation_policy.LatestN(keep_last), _KeepBest(self)]
+        if keep_every is not None:
+            self._policies.append(preservation_policy.EveryNSteps(keep_every))
+        self._saved: tuple[int, ocp.args.Composite] | None = None  # last, and perhaps not whole so far
+        self._manager = retried(self._directory, self._opened)
+
+    def _opened(self) -> ocp.CheckpointManager:
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=preservation_policy.AnyPreservationPolicy(self._policies),
+            cleanup_tmp_directories=not self._read_only,
+            create=not self._read_only,
+            save_interval_steps=0 if self._read_only else 1,
+            read_only=self._read_only,
+        )
+        handlers = {
+            PARAMS: ocp.StandardCheckpointHandler(),
+            STATE: ocp.StandardCheckpointHandler(),
+            DATA: ocp.JsonCheckpointHandler(),
+            RUN_EMA: ocp.StandardCheckpointHandler(),
+            RUN_BEST: ocp.JsonCheckpointHandler(),
+        }
+        return ocp.CheckpointManager(self._directory, options=options, item_handlers=handlers)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        self.close()
+
+    @property
+    def steps(self) -> list[int]:
+        """Oldest first."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, step: int, state: TrainState, data: dict[str, Any], best: Best | None = None) -> None:
+        """Returns when the arrays are copied to the host, so the state may be donated; the rest happens meanwhile.
+
+        If storage failed for a moment in the save before, this one is in its place. Raises MossAudioError if this or
+        the save before can't be written.
+        """
+        parameters, rest = _parts(state)
+        items = {
+            PARAMS: ocp.args.StandardSave(parameters),
+            STATE: ocp.args.StandardSave(rest),
+            DATA: ocp.args.JsonSave(data),
+        }
+        if state.ema is not None:
+            items[RUN_EMA] = ocp.args.StandardSave(unflatten(state.ema))
+        if best is not None:
+            items[RUN_BEST] = ocp.args.JsonSave(dataclasses.asdict(best))
+        self.best = best
+        self._saved = step, ocp.args.Composite(**items)
+        self._write(lambda: self._manager.save(step, args=ocp.args.Composite(**items)))
+
+    def _write(self, work: Callable[[], object]) -> None:
+        def attempt() -> None:
+            try:
+                work()
+            except Exception as error:
+                if is_transient(error) and jax.process_count() == 1:
+                    self._manager = self._opened()  # which knows what is whole, and clears away what isn't
+                raise
+
+        try:
+            retried_alone(self._directory, attempt)
+        except MossAudioError:
+            raise
+        except (OSError, ValueError) as error:
+            raise self._unwritable(error) from error
+
+    def publish(self, best: Best) -> None:
+        """Writes which checkpoint `RUN/best` stands for after an evaluation; raises MossAudioError if it can't."""
+        if jax.process_index() == 0:
+            try:
+                write_whole(self._run / RUN_BEST_FILE, json.dumps(dataclasses.asdict(best), allow_nan=False) + "\n")
+            except OSError as error:
+                raise self._unwritable(error) from error
+
+    def restore(self, target: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+        """The newest state and the data's; None if there is no checkpoint.
+
+        target: shapes, dtypes and shardings (`step.abstract_state`), on any mesh. A checkpoint whose files are damaged,
+        and are so when they are read again, is named and put aside into `damaged_checkpoints`, and the one before is
+        taken. Damage to all is an error, as is any to several processes, each of which reads but its own part and knows
+        nothing of the others. What says nothing about the files, such as missing access, is an error that leaves them.
+        """
+        steps = self.steps
+        if not steps:
+            return None
+        damaged: dict[int, str] = {}
+        for step in reversed(steps):
+            try:
+                restored = self._restored_or_damaged(step, target)
+            except _Damaged as found:
+                error = found.error
+                if jax.process_count() > 1:
+                    raise MossAudioError(
+                        f"{self._directory}: checkpoint {step} can't be read ({summary(error)}); move it out of "
+                        "that directory and run the same command again, which goes on from the one before"
+                    ) from error
+                damaged[step] = summary(error)
+                continue
+            for newer, reason in damaged.items():
+                print(f"checkpoint {newer} can't be read, {step} is taken; {reason}", file=sys.stderr)
+                self._put_aside(newer, reason)
+            return restored
+        raise MossAudioError(
+            f"{self._directory}: none of the checkpoints {', '.join(map(str, steps))} can be read "
+            f"({damaged[steps[-1]]}); restore one from a copy, or begin anew with another --out"
+        )
+
+    def restore_step(self, step: int, target: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """The state of one step and the data's; raises MossAudioError if there is no such checkpoint to read."""
+        self._require(step)
+        try:
+            return self._restored_or_damaged(step, target)
+        except _Damaged as error:
+            raise MossAudioError(
+                f"{self._directory}: checkpoint {step} can't be read ({error}); name another one"
+            ) from error
+
+    def rewind(self, step: int) -> None:
+        """Puts the checkpoints after this step into `later_checkpoints`; raises MossAudioError if it has none."""
+        self._require(step)
+        for later in [found for found in self.steps if found > step]:
+            self._move(later, self._run / LATER, f"the run was resumed from the checkpoint of step {step}")
+
+    def reload(self) -> None:
+        """Looks again which checkpoints there are, which another process may have moved."""
+        self._manager.reload()
+
+    def _require(self, step: int) -> None:
+        if step not in self.steps:
+            there = ", ".join(map(str, self.steps)) or "none"
+            raise MossAudioError(f"{self._directory} has no checkpoint of step {step}: there are {there}")
+
+    def _restored_or_damaged(self, step: int, target: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """Raises _Damaged, or MossAudioError for what says nothing about the checkpoint's files."""
+        for last in (False, True):
+            try:
+                return retried_alone(self._directory, lambda: self._restore(step, target))
+            except MossAudioError:
+                raise
+            except (OSError, ValueError, LookupError, RuntimeError, MemoryError) as error:
+                if not _is_damage(error):
+                    raise MossAudioError(
+                        f"{self._directory}: checkpoint {step} can't be restored, and not because it is damaged "
+                        f"({summary(error)}); mend that and run the same command again, or move the checkpoint out of "
+                        "that directory to resume from the one before"
+                    ) from error
+                if last or jax.process_count() > 1:
+                    raise _Damaged(error) from error
+        raise AssertionError
+
+    def _restore(self, step: int, target: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        parameters, rest = _parts(target)
+        older = self._lacks(step)
+        items = {
+            PARAMS: ocp.args.StandardRestore(parameters),
+            STATE: ocp.args.StandardRestore({name: leaf for name, leaf in rest.items() if name not in older}),
+            DATA: ocp.args.JsonRestore(),
+        }
+        if target.ema is not None and (self._directory / str(step) / RUN_EMA).is_dir():
+            items[RUN_EMA] = ocp.args.StandardRestore(unflatten(target.ema))
+        if exists(self._directory / str(step) / RUN_BEST):
+            items[RUN_BEST] = ocp.args.JsonRestore()
+        restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+        # In runs of older versions an evaluation came before the checkpoint of its step, and was counted in it.
+        self.best = Best(**({"evaluated": step} | restored[RUN_BEST])) if RUN_BEST in items else None
+        flat = flatten(restored[PARAMS])
+        found = restored[STATE] | {name: _zero(rest[name]) for name in older}
+        leaves = [found[name] for name in rest]
+        state = jax.tree.unflatten(jax.tree.structure(_without_parameters(target)), leaves)
+        trainable = {path: flat[path] for path in target.trainable}
+        frozen = {path: flat[path] for path in target.frozen}
+        ema = flatten(restored[RUN_EMA]) if RUN_EMA in items else None
+        if target.ema is not None and ema is None:  # they begin with the parameters
+            ema = {path: jnp.copy(leaf) for path, leaf in trainable.items()}
+        return dataclasses.replace(state, trainable=trainable, frozen=frozen, ema=ema), restored[DATA]
+
+    def _lacks(self, step: int) -> set[str]:
+        """What of NEWER a checkpoint was written without."""
+        stored = self._manager.item_metadata(step)[STATE]
+        return set() if stored is None else {name for name in NEWER if name not in stored}
+
+    def _put_aside(self, step: int, reason: str) -> None:
+        self._move(step, self._run / DAMAGED, reason)
+        self._manager.reload()
+
+    def _move(self, step: int, aside: Path, reason: str) -> None:
+        """Into another directory, under a name that is free there, with a file that says why."""
+        taken = sum(path.name.startswith(str(step)) and path.is_dir() for path in children(aside))
+        name = f"{step}-{taken}" if taken else str(step)
+        retried(aside, lambda: aside.mkdir(exist_ok=True))
+        write_whole(aside / f"{name}.txt", reason + "\n")  # first: on gs:// the directory is only there with a file
+        (self._directory / str(step)).rename(aside / name)
+
+    def close(self) -> None:
+        """Waits until the last save is whole; raises MossAudioError if it can't be written."""
+        try:
+            self._write(self._finish)
+        finally:
+            self._saved = None
+            self._manager.close()
+
+    def _finish(self) -> None:
+        """Waits for the last save, and makes it again if storage failed for a moment."""
+        self._manager.wait_until_finished()
+        if self._saved is None or self._saved[0] in self._manager.all_steps():
+            return
+        step, items = self._saved
+        if any(leaf.is_deleted() for leaf in jax.tree.leaves(items[PARAMS].item) if isinstance(leaf, jax.Array)):
+            raise StorageError(
+                f"{self._directory}: storage failed while checkpoint {step} was written; run the same command again, "
+                "which resumes from the one before"
+            )
+        self._manager.save(step, args=items)
+        self._manager.wait_until_finished()
+
+    def _unwritable(self, error: Exception) -> MossAudioError:
+        return MossAudioError(
+            f"{self._directory}: a checkpoint can't be written ({summary(error)}); make room and run again, "
+            "which resumes from the newest whole one"
+        )
+
+
+class _Damaged(Exception):
+    """A checkpoint's files are missing, cut short or hold something else; `error` says which."""
+
+    def __init__(self, error: Exception):
+        super().__init__(summary(error))
+        self.error = error
+
+
+def _is_damage(error: Exception) -> bool:
+    """Whether an error proves that files are damaged: of all others it is not known."""
+    if isinstance(
+        error, (FileNotFoundError, NotADirectoryError, LookupError, json.JSONDecodeError, UnicodeDecodeError)
+    ):
+        return True
+    return isinstance(error, ValueError) and _DAMAGE.search(str(error)) is not None
+
+
+class _KeepBest(preservation_policy.PreservationPolicy):
+    """Orbax's BestN takes the last of equals, trips over NaN, and forgets evaluations whose checkpoint is gone."""
+
+    def __init__(self, checkpoints: Checkpoints):
+        self._checkpoints = checkpoints
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        best = self._checkpoints.best
+        return [best is not None and checkpoint.step == best.step for checkpoint in checkpoints]
+
+
+def _parts(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The parameters as a tree, and all else by name."""
+    rest, _ = jax.tree_util.tree_flatten_with_path(_without_parameters(state))
+    by_name = {jax.tree_util.keystr(keys, simple=True, separator="/"): leaf for keys, leaf in rest}
+    return unflatten(state.trainable | state.frozen), by_name
+
+
+def _without_parameters(state: TrainState) -> TrainState:
+    return dataclasses.replace(state, trainable={}, frozen={}, ema=None)
+
+
+def _zero(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    return jax.jit(lambda: jnp.zeros(leaf.shape, leaf.dtype), out_shardings=leaf.sharding)()

@@ -1,0 +1,282 @@
+"""One run by several processes, mostly one a host: how they find each other, agree, and end if one of them is gone.
+
+    first host:   python -m train run ... --coordinator first-host:1234 --num-processes 2 --process-id 0
+    second host:  python -m train run ... --coordinator first-host:1234 --num-processes 2 --process-id 1
+    TPU pods:     python -m train run ... --distributed      on every host; the pod says the rest
+
+The directory of the run and the data are on a file system that all of them see.
+"""
+
+import dataclasses
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import numpy as np
+from jax._src.clusters import ClusterEnv  # what `jax.distributed.initialize` asks, which does not tell
+from jax._src.distributed import global_state  # its key-value store has no public name
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from moss_audio_jax.errors import MossAudioError, StorageError
+from moss_audio_jax.sharding import RULES
+from train.data.pipeline import merge_states
+from train.running.rendezvous import meet
+
+BATCH_SECONDS = 1800  # for another process to read a batch
+BATCHES_KEPT = 64  # in the processes' store: none is so far behind another
+LOST = 75  # exit code, EX_TEMPFAIL: run it again
+DECISION_MILLISECONDS = 86_400_000  # a process that is gone is found out before
+# What JAX's errors say of a process that can't be reached any more.
+UNREACHABLE = re.compile(r"gloo|connection|heartbeat|unavailable|coordination service|deadline_exceeded", re.IGNORECASE)
+
+
+@dataclasses.dataclass(frozen=True)
+class DistributedConfig:
+    """How this process finds the others of its run; by default there are none."""
+
+    distributed: bool = False
+    """The run is of several processes. TPU pods, Slurm and Open MPI say which; elsewhere give all of the next three."""
+    coordinator: str | None = None
+    """HOST:PORT of process 0, where the processes meet."""
+    num_processes: int | None = None
+    """How many there are."""
+    process_id: int | None = None
+    """Which of them this is, from 0 on."""
+    lost_after: int = 100
+    """Seconds without a sign of life after which a process is given up, which ends all the others."""
+    join_within: int = 300
+    """Seconds to wait for all processes at the start."""
+
+    def __post_init__(self):
+        if self.lost_after < 1 or self.join_within < 1:
+            raise MossAudioError(
+                f"lost_after and join_within must be 1 second or more, not {self.lost_after} and {self.join_within}"
+            )
+        place = (self.coordinator, self.num_processes, self.process_id)
+        if place == (None, None, None):
+            return
+        if self.coordinator is None or self.num_processes is None or self.process_id is None:
+            raise MossAudioError(
+                "several processes need all of --coordinator HOST:PORT, --num-processes and --process-id; "
+                "on TPU pods --distributed is enough"
+            )
+        if not re.fullmatch(r".+:\d+", self.coordinator):
+            raise MossAudioError(f"--coordinator must be HOST:PORT, such as 10.0.0.1:1234, not {self.coordinator!r}")
+        if not 0 <= self.process_id < self.num_processes:
+            raise MossAudioError(
+                f"--process-id counts from 0 and must be below the {self.num_processes} of --num-processes, "
+                f"not {self.process_id}"
+            )
+
+
+def join(config: DistributedConfig) -> None:
+    """Meets the other processes, if the run has any. Before anything else of JAX: no device may be in use yet.
+
+    Raises MossAudioError, with the numbers of those that are missing, if they don't all come in time.
+    """
+    if not config.distributed and config.coordinator is None:
+        return
+    try:
+        coordinator, count, number, devices = ClusterEnv.auto_detect_unset_distributed_params(
+            config.coordinator, config.num_processes, config.process_id, None, None, config.join_within
+        )
+        if coordinator is not None and count is not None and number is not None:  # else JAX says what is not known
+            meet(coordinator, count, number, config.join_within)
+        jax.distributed.initialize(
+            coordinator,
+            count,
+            number,
+            devices,
+            initialization_timeout=config.join_within,
+            heartbeat_timeout_seconds=config.lost_after,
+            shutdown_timeout_seconds=config.lost_after,
+        )
+    except MossAudioError:
+        raise
+    except (RuntimeError, ValueError) as error:
+        raise MossAudioError(
+            f"the processes of the run did not meet ({str(error).splitlines()[0]}): start all of them with the same "
+            "--coordinator and --num-processes, each with its own --process-id"
+        ) from error
+
+
+def share_of_batch(mesh: Mesh) -> tuple[int, int]:
+    """Which share of a batch's rows this process reads, and how many shares there are, all of one size.
+
+    Processes whose devices hold the same rows, since a layer is cut over both, read the same share. Where a pod's mesh
+    doesn't follow the order of its processes the shares lie in other rows than with one process, and add up the same.
+    """
+    rows = _rows_of_processes(mesh)
+    shares = sorted(set(rows.values()))
+    all_rows = {row for share in shares for row in share}
+    if len({len(share) for share in shares}) != 1 or sum(map(len, shares)) != len(all_rows):
+        raise MossAudioError(
+            f"a mesh of {dict(mesh.shape)} deals the rows of a batch unevenly to {len(rows)} processes: choose a "
+            "mesh.tensor that divides a process's devices, or that they divide"
+        )
+    return shares.index(rows[jax.process_index()]), len(shares)
+
+
+def _rows_of_processes(mesh: Mesh) -> dict[int, tuple[int, ...]]:
+    """Of each process the places along the data-parallel axes that its devices have."""
+    batch = [mesh.axis_names.index(axis) for axis in RULES["batch"] or () if axis in mesh.axis_names]
+    by_place = np.moveaxis(mesh.devices, batch, range(len(batch)))
+    by_place = by_place.reshape(int(np.prod(by_place.shape[: len(batch)])), -1)
+    places: dict[int, set[int]] = {}
+    for place, devices in enumerate(by_place):
+        for device in devices:
+            places.setdefault(device.process_index, set()).add(place)
+    return {process: tuple(sorted(found)) for process, found in places.items()}
+
+
+def processes_with_this_share(mesh: Mesh) -> int:
+    """How many processes read the same share of a batch as this one."""
+    rows = _rows_of_processes(mesh)
+    return sum(places == rows[jax.process_index()] for places in rows.values())
+
+
+class HostSums:
+    """Figures of this host -> those of all hosts, summed, or the greatest of them; the training step adds them up.
+
+    A program of its own would run beside the step, in another order on each host, and mix up what they send.
+    Hosts that read the same share of the batch count as one.
+    """
+
+    def __init__(self, mesh: Mesh):
+        self._weight = 1 / processes_with_this_share(mesh)
+        self._sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+
+    def place(self, sums: Mapping[str, float], greatest: Mapping[str, float]) -> tuple[jax.Array, jax.Array] | None:
+        """The `host_figures` of `train_step`; None for a single process. No value is negative."""
+        if jax.process_count() == 1:
+            return None
+        return self._put([value * self._weight for value in sums.values()]), self._put(list(greatest.values()))
+
+    def of_step(
+        self, metrics: dict[str, jax.Array], sums: Mapping[str, float], greatest: Mapping[str, float]
+    ) -> Callable[[], dict[str, float]]:
+        """A function that waits for a step's figures and gives them. They are taken out of its metrics."""
+        if jax.process_count() == 1:
+            return lambda: {**sums, **greatest}
+        arrays = metrics.pop("host_sums"), metrics.pop("host_greatest")
+        names = [*sums, *greatest]
+        return lambda: dict(zip(names, np.concatenate(jax.device_get(arrays)).tolist(), strict=True))
+
+    def now(self, sums: Mapping[str, float], own: Mapping[str, float]) -> dict[str, float]:
+        """The sums over all hosts, which wait for each other, and this host's own figures. No step may be running."""
+        if jax.process_count() == 1:
+            return {**sums, **own}
+        mine = np.array([value * self._weight for value in sums.values()])
+        found = np.asarray(multihost_utils.process_allgather(mine)).reshape(-1, len(mine)).sum(0)
+        return {**dict(zip(sums, found.tolist(), strict=True)), **own}
+
+    def _put(self, values: Sequence[float]) -> jax.Array:
+        """[devices, values]: this host's in one row, zeros in its others."""
+        rows = np.zeros((jax.local_device_count(), len(values)), np.float32)
+        rows[0] = values
+        return jax.make_array_from_process_local_data(self._sharding, rows)
+
+
+def any_host_has(batch: int, here: bool) -> bool:
+    """Whether any process has data for a batch of this number; each says so for itself, in the order of the batches.
+
+    A process that has some does not wait for the others.
+    """
+    if jax.process_count() == 1:
+        return here
+    client = global_state.client
+    assert client is not None
+    mine = jax.process_index()
+    client.key_value_set(_batch_key(mine, batch), "1" if here else "0", allow_overwrite=True)
+    if batch > BATCHES_KEPT:
+        client.key_value_delete(_batch_key(mine, batch - BATCHES_KEPT))
+    return here or any(
+        client.blocking_key_value_get(_batch_key(process, batch), 1000 * BATCH_SECONDS) == "1"
+        for process in range(jax.process_count())
+    )
+
+
+def _batch_key(process: int, batch: int) -> str:
+    return f"moss-audio/batches/{process}/{batch}"
+
+
+def first_process_does(work: Callable[[], None]) -> None:
+    """Process 0 does it, mostly writing files, while the others wait; if it fails, all do."""
+    error = None
+    if jax.process_index() == 0:
+        try:
+            work()
+        except MossAudioError as refused:
+            error = refused
+    kinds = (None, MossAudioError, StorageError)
+    kind = kinds.index(None if error is None else StorageError if isinstance(error, StorageError) else MossAudioError)
+    if jax.process_count() > 1:
+        kind = int(multihost_utils.broadcast_one_to_all(np.int32(kind)))
+    if error is not None:
+        raise error
+    if (failed := kinds[kind]) is not None:
+        raise failed("process 0 of the run has refused: its message says why")
+
+
+def of_first_process(value: Any) -> Any:
+    """What process 0 gives, which is JSON, handed to all; every process has to call it."""
+    if jax.process_count() == 1:
+        return value
+    mine = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(mine.size)))
+    text = multihost_utils.broadcast_one_to_all(np.resize(mine, size))
+    return json.loads(np.asarray(text, np.uint8).tobytes())
+
+
+def first_process_decides(name: str, decide: Callable[[], bool]) -> bool:
+    """What process 0 decides, in all of them. It takes no work of devices, for which steps would be waited for.
+
+    name: of this one decision in the whole run.
+    """
+    if jax.process_count() == 1:
+        return decide()
+    store = global_state.client
+    assert store is not None  # there are several processes
+    if jax.process_index() == 0:
+        store.key_value_set(f"moss-audio/{name}", "yes" if decide() else "no")
+    return store.blocking_key_value_get(f"moss-audio/{name}", DECISION_MILLISECONDS) == "yes"
+
+
+def state_of_all(state: dict[str, Any]) -> dict[str, Any]:
+    """The data's states of all processes, merged; every process has to call it, with one of the same step."""
+    if jax.process_count() == 1:
+        return state
+    mine = np.frombuffer(json.dumps(state).encode(), np.uint8)
+    lengths = np.asarray(multihost_utils.process_allgather(np.int32(mine.size))).reshape(-1)
+    padded = np.zeros(lengths.max(), np.uint8)
+    padded[: mine.size] = mine
+    rows = np.asarray(multihost_utils.process_allgather(padded))
+    return merge_states([json.loads(row[:size].tobytes()) for row, size in zip(rows, lengths, strict=True)])
+
+
+@contextmanager
+def ended_with_the_others() -> Iterator[None]:
+    """Ends this process at once when work on all devices fails since another one is gone.
+
+    There is nothing it could still save: an orderly end would wait for the lost one. Where a device only waits and
+    nothing fails, as on TPU, JAX ends the process after `DistributedConfig.lost_after`, with a message of its own.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1 or not UNREACHABLE.search(str(error)):
+            raise
+        print(
+            f"error: another process of the run has died or can't be reached, found by process {jax.process_index()} "
+            f"of {jax.process_count()} ({str(error).splitlines()[0][:300]}): see what the others say, and run the "
+            "same command on all of them, which goes on from the newest checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(LOST)

@@ -1,0 +1,282 @@
+"""Evaluation while a run trains: every so many steps its model reads held-out data, and answers questions about them.
+
+eval/loss, eval/token_accuracy   of the right answers' tokens, all of them: as in a step, without its dropout
+eval/<source>/loss, ...          the same of one manifest
+eval/wer, eval/f1, ...           of its own answers, over all tasks that are measured so (`best.METRICS`)
+eval/unfinished                  answers that were cut off after `evaluate_tokens`
+eval/<source>/<task>/...         everything about one task (docs/evaluation.md)
+"""
+
+import importlib.util
+import logging
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+
+from moss_audio_jax.errors import MossAudioError
+from moss_audio_jax.generation import MIN_NEW_TOKENS
+from moss_audio_jax.inputs import MIN_TOKENS, bucket
+from moss_audio_jax.model import MossAudio
+from moss_audio_jax.processor import Processor
+from moss_audio_jax.sharding import num_parts, partition_spec
+from moss_audio_jax.storage.paths import Path
+from moss_audio_jax.weights.checkpoint import build_model
+from train.config import RunConfig
+from train.data import Message, SampleMaker, TrainingBatch
+from train.data.budget import Budget, TooLong
+from train.data.packing import Bin, Packer, pack_row, stack_rows
+from train.data.samples import Sample
+from train.evaluation.evaluate import (
+    AnswerConfig,
+    answer_items,
+    has_events,
+    measure,
+    prompt_length,
+    timeline_plot,
+    whole_batch,
+)
+from train.evaluation.plots import plot_timelines
+from train.evaluation.questions import Item, manifest_items, manifest_texts, scene_items
+from train.optimizer import Parameters
+from train.running.best import Measured, overall, require_metric
+from train.running.distributed import share_of_batch
+from train.running.report import ShownSample
+from train.step import held_out_sums, in_compute_dtype
+
+log = logging.getLogger(__name__)
+
+HELD_OUT_SEED = 2**31  # of scenes: added to the run's own seed, which makes those it trains on
+FIGURES = "figures"
+
+
+class HeldOut:
+    """What a run's evaluations ask, the same each time; the packed sequences of the loss stay in the host's memory.
+
+    Of several processes each reads all of it for the loss and holds its share of the sequences; of the questions it
+    decodes its share at each evaluation. All of them get all results.
+    Raises MossAudioError, before anything is trained, for audio that can't be read, where there is nothing to evaluate
+    on, and for a `best_metric` that the data can't be measured by.
+    """
+
+    def __init__(self, config: RunConfig, processor: Processor, maker: SampleMaker, mesh: Mesh, out: Path):
+        self._config, self._processor, self._mesh, self._figures = config, processor, mesh, out / FIGURES
+        self._every = config.loop.evaluate_every
+        self.has_asked = False
+        if self._every is None:
+            return
+        self._answers = AnswerConfig(config.loop.evaluate_batch, config.loop.evaluate_tokens, maker.time_markers)
+        self._items, texts = questions_and_texts(config)
+        self._batches = _batches(config, _samples(maker, self._items, texts, config.data.budget), mesh)
+        if config.loop.best_metric is not None:
+            unanswered = measure(self._items, [""] * len(self._items))
+            require_metric(config.loop.best_metric, overall([_per_token(np.zeros(3)), *_tasks(unanswered)]))
+
+    @property
+    def is_on(self) -> bool:
+        """Whether the run evaluates at all."""
+        return self._every is not None
+
+    def is_due(self, step: int) -> bool:
+        """Whether an evaluation follows this step: every so many do, and the last."""
+        if self._every is None or step == 0:
+            return False
+        return step % self._every == 0 or step == self._config.last_step
+
+    def ask(self, step: int, parameters: Parameters) -> tuple[dict[str, float], list[ShownSample]]:
+        """Scores by name, and an answer to each question; the first of them have a picture.
+
+        parameters: of the step; they are read only. Raises MossAudioError if the devices have too little memory.
+        """
+        self.has_asked = True
+        with _fitting_into_memory(step, self._config.loop.evaluate_batch):
+            copies = in_compute_dtype(parameters, self._config.step)
+            model = build_model(self._processor.config, copies)
+            sums = self._loss_sums(model, copies)
+            found = answer_items(model, self._processor, self._items, self._answers)
+        answers = [answer.text for answer in found]
+        measured = measure(self._items, answers)
+        loss = _per_token(sum(sums.values(), np.zeros(3)))
+        unfinished = {"unfinished": sum(not answer.finished for answer in found)}
+        of_source = {source: _per_token(sums[source]) | measured.get(source, {}) for source in sums}
+        scores = scalars("eval", loss | overall([loss, *_tasks(measured)]) | unfinished | measured | of_source)
+        shown = self._config.loop.show_samples
+        pairs = enumerate(zip(self._items, answers, strict=True))
+        return dict(scores), [self._sample(step, item, answer, index < shown) for index, (item, answer) in pairs]
+
+    def _loss_sums(self, model: MossAudio, parameters: Parameters) -> dict[str, np.ndarray]:
+        """Of each source: the sums of losses, right tokens, and tokens."""
+        graphdef, sums = nnx.split(model)[0], defaultdict(lambda: np.zeros(3))
+        sharding = NamedSharding(self._mesh, partition_spec(("batch",), self._mesh))
+        for source, batch in self._batches:
+            placed = jax.make_array_from_process_local_data(sharding, batch)
+            found = held_out_sums(graphdef, self._config.step, parameters, placed)
+            sums[source] += jax.device_get((found.loss, found.correct, found.weight))
+        return sums
+
+    def _sample(self, step: int, item: Item, answer: str, shown: bool) -> ShownSample:
+        figure = None
+        # Pictures are an extra; a run doesn't end for want of them.
+        if shown and has_events(item) and importlib.util.find_spec("matplotlib") and jax.process_index() == 0:
+            figure = self._figures / f"step {step} {item.name.replace('/', '_')}.png"
+            figure.parent.mkdir(parents=True, exist_ok=True)
+            plot_timelines(figure, [timeline_plot(item, answer)])
+        return ShownSample(item.name, item.question, item.reference, answer, figure)
+
+
+@contextmanager
+def _fitting_into_memory(step: int, batch: int) -> Iterator[None]:
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise MossAudioError(
+            f"the evaluation after step {step} runs out of device memory ({str(error).splitlines()[0][:300]}): run the "
+            f"same command with --evaluate-batch below {batch}, which resumes from the newest checkpoint"
+        ) from error
+
+
+class EvaluationShapes(NamedTuple):
+    """What an evaluation compiles for.
+
+    prompts, prompt_tokens, prompt_chunks: questions answered at once, and the longest of them. new_tokens: of an
+    answer. sequences: of a batch of eval/loss, each of `data.tokens` tokens and `data.chunks` chunks.
+    """
+
+    prompts: int
+    prompt_tokens: int
+    prompt_chunks: int
+    new_tokens: int
+    sequences: int
+
+
+def evaluation_shapes(config: RunConfig, parts: int, items: Sequence[Item] | None = None) -> EvaluationShapes:
+    """The largest shapes of a run's evaluations, for which memory can be planned.
+
+    parts: that a batch is cut into (`num_parts("batch", mesh)`). items: the questions (`questions_and_texts`), whose
+    lengths are told by the headers of their clips and estimated for their texts; None takes the longest sequence of
+    training for the longest question.
+    """
+    prompts = whole_batch(config.loop.evaluate_batch, parts)
+    tokens, chunks = config.data.tokens, config.data.chunks
+    if items is not None:
+        prompts = min(prompts, whole_batch(len(items), parts))
+        chunk_frames = config.trained_model().audio_config.chunk_frames
+        assert chunk_frames is not None  # as `SampleMaker` makes sure
+        lengths = [prompt_length(item, chunk_frames) for item in items]
+        tokens, chunks = (max(counts) for counts in zip(*lengths, strict=True))
+    return EvaluationShapes(
+        prompts=prompts,
+        prompt_tokens=bucket(tokens, MIN_TOKENS),
+        prompt_chunks=bucket(chunks, 1) if chunks else 0,
+        new_tokens=bucket(config.loop.evaluate_tokens, MIN_NEW_TOKENS),
+        sequences=_sequences(config, parts),
+    )
+
+
+def _sequences(config: RunConfig, parts: int) -> int:
+    """Of a batch of the loss: no more than of a microbatch of training, which fits."""
+    return min(config.data.batch_size // config.microbatches, whole_batch(config.loop.evaluate_batch, parts))
+
+
+def _per_token(sums: np.ndarray) -> dict[str, float | None]:
+    """Of the sums of losses, right tokens, and tokens; None of none."""
+    loss, correct, tokens = sums.tolist()
+    loss_per_token, share_correct = (loss / tokens, correct / tokens) if tokens else (None, None)
+    return {"loss": loss_per_token, "token_accuracy": share_correct, "tokens": tokens}
+
+
+def questions_and_texts(config: RunConfig) -> tuple[list[Item], list[tuple[str, str, str]]]:
+    """What is asked; and the source, the name and the text of texts of which only the loss is taken.
+
+    The thoughts of earlier turns are shown where the run's training shows them.
+    """
+    paths, count, objectives = config.loop.evaluate_data, config.loop.evaluate_count, config.loop.evaluate_objectives
+    if objectives and not paths:
+        raise MossAudioError("evaluate_objectives needs evaluate_data: give both, or leave evaluate_objectives out")
+    if not paths:
+        return scene_items(count, config.mixture.scenes.scenes, seed=config.seed + HELD_OUT_SEED), []
+    items = []
+    for path in paths:
+        prompt = config.data.default_prompt
+        found = manifest_items(path, objectives, limit=count, answers=config.data.answers, default_prompt=prompt)
+        if objectives and not found:
+            raise MossAudioError(
+                f"{path} has no labels that evaluate_objectives {', '.join(objectives)} could ask about: name others, "
+                "or leave it out"
+            )
+        items += found
+    return items, [(path, *text) for path in paths for text in manifest_texts(path, limit=count)]
+
+
+def _samples(
+    maker: SampleMaker, items: Sequence[Item], texts: Sequence[tuple[str, str, str]], budget: Budget
+) -> Iterator[tuple[str, Sample]]:
+    """Samples, each with its source."""
+    for item in items:
+        yield item.source, maker.sample(item.name, (*item.turns, Message("assistant", (item.reference,))))
+    for source, name, text in texts:
+        for sample in maker.text_samples(name, text, budget):
+            yield source, sample
+
+
+def _batches(config: RunConfig, samples: Iterable[tuple[str, Sample]], mesh: Mesh) -> list[tuple[str, TrainingBatch]]:
+    """This process's rows of batches, each of one source, and all of one shape.
+
+    Samples longer than a sequence of training are cut as there, or left out and named. The last rows may repeat the
+    first one, of which nothing is to be learned then.
+    """
+    budget, rows = config.data.budget, _sequences(config, num_parts("batch", mesh))
+    packers: defaultdict[str, Packer[Sample]] = defaultdict(lambda: Packer(budget))
+    bins: defaultdict[str, list[Bin[Sample]]] = defaultdict(list)
+    for source, sample in samples:
+        try:
+            kept = sample.within(budget, truncate=config.data.oversize == "truncate")
+        except TooLong as error:
+            log.warning("left out of eval/loss: %s", error)
+        else:
+            closed = packers[source].add(kept)
+            bins[source] += [closed] if closed is not None else []
+    for source, packer in packers.items():
+        bins[source] += packer.bins
+    if not bins:
+        paths = ", ".join(config.loop.evaluate_data) or "the scenes"
+        raise MossAudioError(
+            f"there is nothing in {paths} to evaluate on that fits into {budget.tokens} tokens and {budget.chunks} "
+            "chunks of audio: give other evaluate_data, or leave evaluate_every out"
+        )
+    host, hosts = share_of_batch(mesh)
+    share = rows // hosts
+    batches = []
+    for source, packed in bins.items():
+        filler = pack_row(packed[0].items, budget)
+        filler["weights"][:] = 0
+        for first in range(0, len(packed), rows):
+            mine = packed[first : first + rows][host * share : (host + 1) * share]
+            filled = [pack_row(bin.items, budget) for bin in mine] + [filler] * (share - len(mine))
+            batches.append((source, stack_rows(filled)))
+    return batches
+
+
+def _tasks(measures: Mapping[str, Mapping[str, Measured]]) -> list[Measured]:
+    return [measured for tasks in measures.values() for measured in tasks.values()]
+
+
+def scalars(prefix: str, measures: Mapping[str, Any]) -> list[tuple[str, float]]:
+    """Nested dicts to numbers by path; what there was nothing to measure of has no number."""
+    found = []
+    for name, value in measures.items():
+        path = f"{prefix}/{name}"
+        if name == "by_class":  # a class that only the model has named would be a curve of one point
+            value = {label: counts for label, counts in value.items() if counts["reference_events"]}
+        if isinstance(value, Mapping):
+            found += scalars(path, value)
+        elif isinstance(value, int | float):
+            found.append((path, float(value)))
+    return found
