@@ -29,7 +29,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 )
 
 from moss_audio_jax.attention import attend, causal_attend
-from moss_audio_jax.commands.cli import run_door
+from moss_audio_jax.commands.cli import run_cli
 from moss_audio_jax.config import MossAudioConfig
 from moss_audio_jax.splash import TILES, splash_attend
 from moss_audio_jax.weights.info import align
@@ -151,4 +151,4 @@ def run(topology_names: tuple[str, ...] = TOPOLOGIES) -> None:
 
 
 if __name__ == "__main__":
-    run_door(lambda: tyro.cli(run))
+    run_cli(lambda: tyro.cli(run))

@@ -30,7 +30,7 @@ import tyro
 
 from benchmarks.side_by_side import Row, report
 from moss_audio_jax.audio import SAMPLE_RATE, load_audio, num_audio_tokens
-from moss_audio_jax.commands.cli import run_door
+from moss_audio_jax.commands.cli import run_cli
 from moss_audio_jax.config import MossAudioConfig
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.model import parameter_specs
@@ -210,7 +210,7 @@ def check_equal(reader: PyTorchReader, maker: SampleMaker, examples: Sequence[Dr
 
 
 @dataclass(frozen=True)
-class Measured:
+class Timing:
     """A row in seconds of a core for an hour of audio, and what the estimate needs besides."""
 
     row: Row
@@ -220,7 +220,7 @@ class Measured:
 
 def measure(
     name: str, order: ExampleOrder, maker: SampleMaker, reader: PyTorchReader, data: DataConfig, batches: int, runs: int
-) -> Measured:
+) -> Timing:
     """Medians over runs in turns, after one that is not counted."""
     ours, pytorch = [], []
     for run in range(runs + 1):
@@ -236,7 +236,7 @@ def measure(
             ours.append(reading.cpu_seconds / hours)
             pytorch.append(seconds / hours)
     clip_seconds = hours * HOUR / len(reading.examples)
-    return Measured(Row.of_medians(name, ours, pytorch), clip_seconds, reading.sums)
+    return Timing(Row.of_medians(name, ours, pytorch), clip_seconds, reading.sums)
 
 
 def _length(example: Example) -> float:
@@ -247,7 +247,7 @@ def _length(example: Example) -> float:
 
 def rows(
     scratch: Path, formats: Sequence[Format], data: DataConfig, *, clips: int, longest: float, batches: int, runs: int
-) -> Iterator[Measured]:
+) -> Iterator[Timing]:
     """Each format beside the released processor's mel; the first one beside `torch.stft` as well."""
     import torch
 
@@ -267,7 +267,7 @@ def rows(
             yield measure(name, order, maker, reader, data, batches, runs)
 
 
-def cores_to_feed(measured: Measured) -> str:
+def cores_to_feed(measured: Timing) -> str:
     """An estimate: the cores that prepare what a host of CHIPS chips trains on, if only audio is trained on."""
     content = Content.of_sums(measured.sums)
     flops = step_flops(CONFIG, content, parameter_specs(CONFIG))
@@ -297,9 +297,9 @@ def run(
         batches: Sequences of 4096 tokens that a run reads.
         repeats: Timed runs of each side.
     """
-    done: list[Measured] = []
+    done: list[Timing] = []
 
-    def each(measured: Iterator[Measured]) -> Iterator[Row]:
+    def each(measured: Iterator[Timing]) -> Iterator[Row]:
         for one in measured:
             done.append(one)
             yield one.row
@@ -320,4 +320,4 @@ def run(
 
 
 if __name__ == "__main__":
-    run_door(lambda: tyro.cli(run))
+    run_cli(lambda: tyro.cli(run))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import tyro
 
-from moss_audio_jax.commands.cli import run_door
+from moss_audio_jax.commands.cli import run_cli
 from moss_audio_jax.weights.info import align
 from train.config import RECIPES
 from train.data.packing import Packer
@@ -89,4 +89,4 @@ def run() -> None:
 
 
 if __name__ == "__main__":
-    run_door(lambda: tyro.cli(run))
+    run_cli(lambda: tyro.cli(run))

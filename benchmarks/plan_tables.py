@@ -13,9 +13,9 @@ import jax
 import tyro
 from jax.sharding import Mesh
 
-from moss_audio_jax.commands.cli import run_door
+from moss_audio_jax.commands.cli import run_cli
 from moss_audio_jax.sharding import make_mesh
-from moss_audio_jax.storage.paths import write_whole
+from moss_audio_jax.storage.paths import atomic_write
 from train.config import RECIPES, RecipeName, RunConfig
 from train.planning.chips import GIB
 from train.planning.hlo import Collective
@@ -51,7 +51,7 @@ def recomputed(gate: dict[str, Any]) -> dict[str, Any]:
         if mode == "train":
             return report_step(config, mesh, compiled)
         sizes = {"prompts": data.batch_size, "slots": data.tokens, "chunks": data.chunks}
-        return report_generation(config.trained_model(), mesh, compiled, compiled, **sizes, cache=0)
+        return report_generation(config.model_config(), mesh, compiled, compiled, **sizes, cache=0)
 
     return tyro.cli(report, args=options)
 
@@ -97,9 +97,9 @@ def run(write: bool = False) -> None:
         gate["estimated_mfu"] = report["estimated_mfu"]
         print(row(gate, report), flush=True)
     if write:
-        write_whole(GATES, json.dumps(gates, indent=2) + "\n")
+        atomic_write(GATES, json.dumps(gates, indent=2) + "\n")
 
 
 if __name__ == "__main__":
     jax.config.update("jax_platforms", "cpu")
-    run_door(lambda: tyro.cli(run))
+    run_cli(lambda: tyro.cli(run))

@@ -14,9 +14,9 @@ import tyro
 from jax.sharding import Mesh
 
 from benchmarks.plan_tables import exchange
-from moss_audio_jax.commands.cli import run_door
+from moss_audio_jax.commands.cli import run_cli
 from moss_audio_jax.sharding import make_mesh
-from moss_audio_jax.storage.paths import write_whole
+from moss_audio_jax.storage.paths import atomic_write
 from moss_audio_jax.weights.info import align
 from train.config import RECIPES, RunConfig
 from train.evaluation.plots import require_matplotlib
@@ -75,7 +75,7 @@ def run(results: Path = RESULTS, plot: Path = Path("scaling.png")) -> None:
         if topology not in found:
             print(f"compiling for {topology}", flush=True)
             found[topology] = compiled(topology)
-            write_whole(results, json.dumps(found, indent=2) + "\n")
+            atomic_write(results, json.dumps(found, indent=2) + "\n")
     rows = [estimated(topology, found[topology]) for topology in LAYOUTS]
     print(align([COLUMNS, *map(cells, rows)]))
     draw(rows, plot)
@@ -131,4 +131,4 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    run_door(lambda: tyro.cli(run))
+    run_cli(lambda: tyro.cli(run))

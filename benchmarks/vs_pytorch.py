@@ -23,7 +23,7 @@ from flax import nnx
 from benchmarks.side_by_side import Row, Timed, compare, report
 from convert.rehearse import write_random_checkpoint
 from moss_audio_jax.audio import log_mel, num_audio_tokens, round_bfloat16
-from moss_audio_jax.commands.cli import run_door
+from moss_audio_jax.commands.cli import run_cli
 from moss_audio_jax.config import EncoderConfig, LanguageConfig, MossAudioConfig, ProcessorConfig
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.generation import decode_until, make_drawing, prefill_prompts
@@ -302,4 +302,4 @@ def run(
 
 
 if __name__ == "__main__":
-    run_door(lambda: tyro.cli(run))
+    run_cli(lambda: tyro.cli(run))

@@ -24,7 +24,7 @@ from typing import Annotated, Literal
 import tyro
 
 from convert.memory import peak_memory
-from moss_audio_jax.commands.cli import Commands, PathArgument, run_door
+from moss_audio_jax.commands.cli import Commands, PathArgument, run_cli
 from moss_audio_jax.commands.interruption import cleans_up_on_signals
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.storage.paths import AnyPath
@@ -253,7 +253,7 @@ def _keep_to_cpu() -> None:
 
 
 def main() -> None:
-    run_door(lambda: app.cli(prog="moss-audio-convert", description=__doc__, config=(tyro.conf.OmitArgPrefixes,)))
+    run_cli(lambda: app.cli(prog="moss-audio-convert", description=__doc__, config=(tyro.conf.OmitArgPrefixes,)))
 
 
 if __name__ == "__main__":

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 import numpy as np
 from tqdm import tqdm
 
-from convert.checkpoints import by_released_name, open_checkpoint
+from convert.blocks import cast, row_blocks
 from convert.orbax_files import OrbaxCheckpoint, StreamedArray, save_streamed
-from convert.pieces import cast, row_blocks
 from convert.safetensors_files import TensorBlocks, write_file
 from convert.staging import check_target, staged
+from convert.tensor_source import by_released_name, open_checkpoint
 from convert.to_orbax import leaf_dtypes, pieces
 from moss_audio_jax.config import MossAudioConfig
 from moss_audio_jax.errors import MossAudioError

@@ -5,9 +5,9 @@ from functools import partial
 
 import numpy as np
 
-from convert.checkpoints import copy_companions
 from convert.orbax_files import OrbaxCheckpoint, StreamedArray, save_streamed
 from convert.staging import check_target, staged
+from convert.tensor_source import copy_companions
 from convert.to_orbax import leaf_dtypes, pieces
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.storage.paths import AnyPath, children, to_path
@@ -18,7 +18,7 @@ def average(run: AnyPath, out: AnyPath, *, last: int | None = None, steps: Seque
     """Writes `out`, a new directory on a disk, from the run's newest `last` checkpoints or those of `steps`.
 
     Means are taken in float32, and stored in the type of the checkpoints' parameters. A few pieces of
-    `convert.pieces.PIECE_BYTES` are in memory at a time. Returns the steps.
+    `convert.blocks.PIECE_BYTES` are in memory at a time. Returns the steps.
     Raises MossAudioError for an adapter of LoRA, and for steps that are not there.
     """
     target = check_target(out)

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from convert.checkpoints import DTYPE_KEYS, Checkpoint, by_released_name, with_rope_theta
-from convert.pieces import row_blocks
+from convert.blocks import row_blocks
+from convert.tensor_source import DTYPE_KEYS, Checkpoint, by_released_name, with_rope_theta
 from moss_audio_jax.config import read_json
 from moss_audio_jax.storage.paths import AnyPath, Path
 from moss_audio_jax.weights.checkpoint import companion_files

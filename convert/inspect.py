@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from convert.checkpoints import open_checkpoint
+from convert.tensor_source import open_checkpoint
 from moss_audio_jax.storage.paths import AnyPath
 from moss_audio_jax.weights.checkpoint import layout_of
 from moss_audio_jax.weights.info import align

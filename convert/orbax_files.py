@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from tqdm import tqdm
 
-from convert.pieces import chunk_shape
+from convert.blocks import chunk_shape
 from moss_audio_jax.config import MossAudioConfig
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.storage.paths import AnyPath, Path, absolute, to_path

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from convert.checkpoints import with_rope_theta
+from convert.tensor_source import with_rope_theta
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.weights.released import IGNORED_TENSORS, INDEX_FILE, SINGLE_FILE
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from convert.checkpoints import by_released_name
-from convert.pieces import row_blocks
+from convert.blocks import row_blocks
 from convert.safetensors_files import SHARD_BYTES, TensorBlocks, write_safetensors
 from convert.staging import check_target, staged
+from convert.tensor_source import by_released_name
 from moss_audio_jax.config import MossAudioConfig
 from moss_audio_jax.small_tokenizer import write_small_tokenizer
 from moss_audio_jax.storage.paths import AnyPath

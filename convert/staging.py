@@ -11,7 +11,7 @@ from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.storage.paths import AnyPath, require_local
 from moss_audio_jax.weights.checkpoint import require_empty
 
-# Conversions hold a few pieces of `pieces.PIECE_BYTES`, whatever the model's size. Measured at 4B: 0.43 to 0.80.
+# Conversions hold a few pieces of `blocks.PIECE_BYTES`, whatever the model's size. Measured at 4B: 0.43 to 0.80.
 PEAK_MEMORY_GB = 0.8
 
 

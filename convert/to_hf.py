@@ -6,11 +6,11 @@ from functools import partial
 import numpy as np
 
 from convert.adapters import MergedCheckpoint
-from convert.checkpoints import by_released_name, copy_companions
+from convert.blocks import cast, row_blocks
 from convert.orbax_files import OrbaxCheckpoint
-from convert.pieces import cast, row_blocks
 from convert.safetensors_files import SHARD_BYTES, TensorBlocks, write_safetensors
 from convert.staging import check_target, staged
+from convert.tensor_source import by_released_name, copy_companions
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.storage.paths import AnyPath
 from moss_audio_jax.weights.checkpoint import is_adapter, layout_of

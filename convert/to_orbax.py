@@ -6,10 +6,10 @@ from functools import partial
 
 import numpy as np
 
-from convert.checkpoints import Checkpoint, copy_companions
+from convert.blocks import PIECE_BYTES, cast, row_blocks
 from convert.orbax_files import Piece, StreamedArray, save_streamed
-from convert.pieces import PIECE_BYTES, cast, row_blocks
 from convert.staging import check_target, staged
+from convert.tensor_source import Checkpoint, copy_companions
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.storage.paths import AnyPath
 from moss_audio_jax.weights.checkpoint import PARAMS, layout_of

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
-from convert.checkpoints import Checkpoint, open_checkpoint
 from convert.compare_models import TOP_K, ModelComparison, Sound, compare_models
 from convert.compare_tensors import (
     TensorComparison,
@@ -17,6 +16,7 @@ from convert.compare_tensors import (
     tensor_set_differences,
 )
 from convert.memory import available_memory
+from convert.tensor_source import Checkpoint, open_checkpoint
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.storage.paths import AnyPath
 from moss_audio_jax.weights.checkpoint import layout_of
@@ -46,7 +46,7 @@ INSTALL = "pip install torch 'transformers==4.57.1'"
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
+class Verification:
     """What `verify` found. differences: in files and sets of tensors. note: why the models were not compared."""
 
     source: str
@@ -71,7 +71,7 @@ def verify(
     audio: AnyPath | None = None,
     dtype: Dtype = "float32",
     limits: dict[str, float | None] | None = None,
-) -> Report:
+) -> Verification:
     """Compares two checkpoints of either layout.
 
     pytorch: also runs both models on a sound, where that is possible. dtype: of those runs. audio: the sound file, by
@@ -89,7 +89,7 @@ def verify(
     if not reason and set_differences:
         reason = "the two are different models"
     if pair is None or reason:
-        return Report(str(source), str(target), differences, tensors, None, None, [], reason)
+        return Verification(str(source), str(target), differences, tensors, None, None, [], reason)
 
     models = compare_models(*pair, sound, dtype)
     rounded = any(tensor.max_abs_error > 0 for tensor in tensors)
@@ -98,7 +98,7 @@ def verify(
         thresholds, **{name: value for name, value in (limits or {}).items() if value is not None}
     )
     exceeded = beyond(models, thresholds)
-    return Report(str(source), str(target), differences, tensors, models, thresholds, exceeded, "")
+    return Verification(str(source), str(target), differences, tensors, models, thresholds, exceeded, "")
 
 
 def pytorch_pair(source: AnyPath, target: AnyPath) -> tuple[Path, AnyPath] | None:
@@ -150,7 +150,7 @@ def beyond(models: ModelComparison, thresholds: Thresholds) -> list[str]:
     ]
 
 
-def as_json(report: Report) -> dict[str, Any]:
+def as_json(report: Verification) -> dict[str, Any]:
     """The report for JSON, which has no infinity."""
 
     def finite(value: Any) -> Any:
@@ -163,7 +163,7 @@ def as_json(report: Report) -> dict[str, Any]:
     return {"passed": report.passed} | finite(dataclasses.asdict(report))
 
 
-def table(report: Report) -> str:
+def table(report: Verification) -> str:
     """The report for the eye: what differs, sums of what does not."""
     lines = [f"{report.source} -> {report.target}"]
     lines += [f"  {difference}" for difference in report.differences]
@@ -196,7 +196,7 @@ def table(report: Report) -> str:
     return "\n".join([*lines, "PASSED" if report.passed else "FAILED"])
 
 
-def _model_lines(report: Report) -> list[str]:
+def _model_lines(report: Verification) -> list[str]:
     if report.models is None:
         return [f"the computations were not compared: {report.note}"]
     models = report.models

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import numpy as np
 import tyro
 
-from moss_audio_jax.commands.cli import Commands, PathArgument, run_door
+from moss_audio_jax.commands.cli import Commands, PathArgument, run_cli
 from moss_audio_jax.commands.progress import waiting
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.tokens import DEFAULT_SYSTEM_PROMPT
@@ -125,7 +125,7 @@ def info(checkpoint: tyro.conf.Positional[PathArgument], /) -> None:
 
 
 def main() -> None:
-    run_door(lambda: app.cli(prog="moss-audio", description=__doc__, config=(tyro.conf.OmitArgPrefixes,)))
+    run_cli(lambda: app.cli(prog="moss-audio", description=__doc__, config=(tyro.conf.OmitArgPrefixes,)))
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from moss_audio_jax.schema import (
     number,
 )
 from moss_audio_jax.storage.json_files import read_json
-from moss_audio_jax.storage.paths import AnyPath, Path, absolute, exists, file_in, to_path, write_whole
+from moss_audio_jax.storage.paths import AnyPath, Path, absolute, atomic_write, exists, file_in, to_path
 
 MODEL_TYPES = ("moss_audio", "moss_music")
 ADAPTER_LEAVES = (".lora_a", ".lora_b")  # how the paths of LoRA's parameters end
@@ -311,7 +311,7 @@ class MossAudioConfig:
     def save_hf(self, directory: AnyPath) -> None:
         """Writes the released files, config.json last."""
         for name, content in sorted(self.to_hf().items(), key=lambda file: file[0] == "config.json"):
-            write_whole(to_path(directory) / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+            atomic_write(to_path(directory) / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 # Fields of MossAudioConfig that are no keys of that file, or are read and written by themselves.

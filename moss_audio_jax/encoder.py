@@ -144,7 +144,7 @@ class AudioEncoder(nnx.Module):
         """
         batch = chunks.shape[0]
         x = self._stem_in_groups(chunks.astype(self.conv1.kernel.dtype), stem_frames, remat)
-        x = _with_its_sequence(x + sinusoids(x.shape[1], x.shape[2]).astype(x.dtype))
+        x = _shard_with_batch(x + sinusoids(x.shape[1], x.shape[2]).astype(x.dtype))
         num_tokens = downsampled_length(chunk_frames, 3).reshape(-1)
 
         x, taps = self._layers_with_taps(x, num_tokens, dropout_key, remat)
@@ -174,11 +174,11 @@ class AudioEncoder(nnx.Module):
 
     def _stem(self, mel: Float[Array, "n frames mel"], frames: Int[Array, " n"]) -> Float[Array, "n t d"]:
         """Three convolutions, each with the exact (erf) GELU and zeroed past the clip's end; then `stem_proj`."""
-        x = _with_its_sequence(mel[..., None])
+        x = _shard_with_batch(mel[..., None])
         for halvings, conv in enumerate((self.conv1, self.conv2, self.conv3), start=1):
             x = jax.nn.gelu(conv(x), approximate=False)
             inside = jnp.arange(x.shape[1]) < downsampled_length(frames, halvings)[:, None]
-            x = _with_its_sequence(jnp.where(inside[:, :, None, None], x, 0))
+            x = _shard_with_batch(jnp.where(inside[:, :, None, None], x, 0))
         return self.stem_proj(x.reshape(*x.shape[:2], -1))
 
     def _layers_with_taps(self, x, num_tokens, dropout_key, remat):
@@ -186,7 +186,7 @@ class AudioEncoder(nnx.Module):
         config = self.config
 
         def body(layer, x, key):
-            return _with_its_sequence(layer(x, num_tokens, key))
+            return _shard_with_batch(layer(x, num_tokens, key))
 
         total = config.encoder_layers
         keys = None if dropout_key is None else jax.random.split(dropout_key, total)
@@ -198,7 +198,7 @@ class AudioEncoder(nnx.Module):
         return x, [outputs[tap] for tap in config.deepstack_encoder_layer_indexes]
 
 
-def _with_its_sequence(x: Float[Array, "n ..."]) -> Float[Array, "n ..."]:
+def _shard_with_batch(x: Float[Array, "n ..."]) -> Float[Array, "n ..."]:
     """Keeps chunks on the devices of their sequences: left to itself, XLA may give every device all of them."""
     return constrain(x, "batch", *[None] * (x.ndim - 1))
 

@@ -19,7 +19,7 @@ from convert.rehearse import rehearse
 from convert.to_orbax import convert_to_orbax
 from moss_audio_jax import MossAudioConfig
 from moss_audio_jax.commands import progress
-from moss_audio_jax.commands.cli import run_door
+from moss_audio_jax.commands.cli import run_cli
 from moss_audio_jax.commands.compilation_cache import cpu_name
 from moss_audio_jax.model import parameter_specs
 
@@ -163,7 +163,7 @@ def test_what_the_disk_refuses_is_one_sentence(error, sentence, capsys):
         raise error
 
     with pytest.raises(SystemExit) as end:
-        run_door(fails)
+        run_cli(fails)
     assert end.value.code == 2
     said = capsys.readouterr().err
     assert said.startswith(f"error: {sentence}") and said.count("\n") == 1
@@ -174,7 +174,7 @@ def test_other_errors_are_defects():
         raise RuntimeError("the disk has nothing to do with it")
 
     with pytest.raises(RuntimeError):
-        run_door(fails)
+        run_cli(fails)
 
 
 def test_an_answer_that_was_cut_off_and_several_clips_in_one_prompt_are_said(released, tmp_path):

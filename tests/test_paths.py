@@ -12,8 +12,8 @@ import pytest
 import soundfile
 from fake_gcs import FakeGcs
 
-from convert.checkpoints import open_checkpoint
 from convert.staging import check_target
+from convert.tensor_source import open_checkpoint
 from moss_audio_jax import MossAudio, MossAudioError, load_model, load_processor
 from moss_audio_jax.audio import load_audio
 from moss_audio_jax.errors import StorageError
@@ -37,12 +37,12 @@ def contents(directory: paths.Path) -> dict[str, bytes]:
 
 def test_a_file_is_written_whole_or_stays_as_it_was(root: paths.Path):
     root.mkdir(parents=True)
-    paths.write_whole(root / "a.json", "first, with ä\n")
-    with pytest.raises(RuntimeError), paths.written_whole(root / "a.json") as file:
+    paths.atomic_write(root / "a.json", "first, with ä\n")
+    with pytest.raises(RuntimeError), paths.atomic_file(root / "a.json") as file:
         file.write_text("half of the sec")
         raise RuntimeError
     assert contents(root) == {"a.json": "first, with ä\n".encode()}
-    paths.write_whole(root / "a.json", "second")
+    paths.atomic_write(root / "a.json", "second")
     assert contents(root) == {"a.json": b"second"}
 
 

@@ -15,7 +15,7 @@ from google.api_core.exceptions import Forbidden, ServiceUnavailable
 
 from moss_audio_jax import MossAudioError, sound_files
 from moss_audio_jax.audio import load_audio, num_samples
-from moss_audio_jax.commands.cli import run_door
+from moss_audio_jax.commands.cli import run_cli
 from moss_audio_jax.errors import StorageError
 from moss_audio_jax.storage import retries
 from moss_audio_jax.storage.retries import is_transient, retried
@@ -122,7 +122,7 @@ def test_settings_are_checked(monkeypatch: pytest.MonkeyPatch, name: str, value:
 @pytest.mark.parametrize("error", [StorageError("gs://b/x: tried in vain"), HttpError({"code": 503, "message": "x"})])
 def test_commands_end_with_the_code_to_try_again(error: Exception, capsys: pytest.CaptureFixture):
     with pytest.raises(SystemExit) as end:
-        run_door(failing(1, error))
+        run_cli(failing(1, error))
     assert end.value.code == 75
     assert capsys.readouterr().err.startswith("error: ")
 

@@ -239,7 +239,7 @@ def refusal(command: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> str:
     def quiet(function: Callable) -> Callable:
         return functools.wraps(function)(lambda *_, **__: taken.append(function.__name__))
 
-    def run_door(read_arguments: Callable[[], object]) -> None:
+    def run_cli(read_arguments: Callable[[], object]) -> None:
         commands = door.app._subcommands
         for name, spec in commands.items():
             meant = name.replace("_", "-") == command[1]
@@ -251,13 +251,13 @@ def refusal(command: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> str:
     with monkeypatch.context() as patched, contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         patched.setattr(sys, "argv", list(command))
         patched.setattr(door.app, "_subcommands", dict(door.app._subcommands))
-        patched.setattr(door, "run_door", run_door)
+        patched.setattr(door, "run_cli", run_cli)
         patched.setattr("train.running.resume.is_begun", lambda out: False)  # nobody's bucket is asked
         try:
             door.main()
         except SystemExit as end:
             return f"{shlex.join(command)}: exit code {end.code}\n{said.getvalue()}"
-        except MossAudioError as error:  # which the real `run_door` says, with code 2
+        except MossAudioError as error:  # which the real `run_cli` says, with code 2
             return f"{shlex.join(command)}: exit code 2\n{error}"
     return "" if len(taken) == 1 else f"{shlex.join(command)}: called {taken}"
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from moss_audio_jax.commands.cli import Commands, PathArgument, run_door, storage_refusal
+from moss_audio_jax.commands.cli import Commands, PathArgument, run_cli, storage_refusal
 from moss_audio_jax.commands.interruption import INTERRUPTED, end, ends_on_ctrl_c
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.storage.paths import Path, require_writable
@@ -324,7 +324,7 @@ def _plan(
     if mode == "generate":
         data = config.data
         return named | plan.plan_generation(
-            config.trained_model(),
+            config.model_config(),
             devices,
             tensor=config.mesh.tensor,
             prompts=data.batch_size,
@@ -332,7 +332,7 @@ def _plan(
             chunks=data.chunks,
         )
     if mode == "load":
-        return named | plan.plan_load(config.trained_model(), devices, tensor=config.mesh.tensor)
+        return named | plan.plan_load(config.model_config(), devices, tensor=config.mesh.tensor)
     report = named | plan.plan_step(config, devices, segments)
     if not report["fits"]:
         report["would_fit"] = plan.what_would_fit(config, devices)
@@ -411,7 +411,7 @@ def _evaluate(
 
     from train.evaluation.evaluate import evaluate, has_events, read_items, table
     from train.evaluation.plots import require_matplotlib
-    from train.running.distributed import ended_with_the_others, first_process_does
+    from train.running.distributed import exit_if_peer_lost, on_first_process
 
     items = read_items(config)
     if plot:
@@ -423,9 +423,9 @@ def _evaluate(
         for path in filter(None, (out, predictions, plot)):
             require_writable(path)
 
-    first_process_does(require_all_writable)
+    on_first_process(require_all_writable)
     first = jax.process_index() == 0
-    with ended_with_the_others():
+    with exit_if_peer_lost():
         evaluation = evaluate(checkpoint, items, config, progress=first, keep_partial=jax.process_count() == 1)
     if not first:
         return
@@ -519,7 +519,7 @@ def main() -> None:
             app.command(name="evaluate")(evaluate_command())
             app.command(name="ablate")(ablate_command())
             app.command(name="plot")(plot_command())
-        run_door(lambda: app.cli(prog="moss-audio-train", description=__doc__))
+        run_cli(lambda: app.cli(prog="moss-audio-train", description=__doc__))
 
 
 if __name__ == "__main__":

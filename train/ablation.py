@@ -20,14 +20,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from moss_audio_jax.errors import MossAudioError
-from moss_audio_jax.storage.paths import Path, write_whole
+from moss_audio_jax.storage.paths import Path, atomic_write
 from train.config import CONFIG_FILE, RECIPES, MixtureConfig, RunConfig, SceneGroupConfig
 from train.data.scenes import SceneConfig
-from train.evaluation.evaluate import AnswerConfig, EvaluationConfig, Measured, evaluate
+from train.evaluation.evaluate import AnswerConfig, EvaluationConfig, Measures, evaluate
 from train.evaluation.plots import plot_ranges, require_matplotlib
 from train.evaluation.questions import Item, scene_items
 from train.loop import train
-from train.running.resume import settle
+from train.running.resume import write_or_check_config
 
 TASKS = ("timeline", "start", "duration", "what_at", "pitch", "loudness")
 LATE_START = "late start"  # a task of its own: the start of a sound, past the end of the longest scene of training
@@ -173,7 +173,7 @@ def _task(item: Item, config: AblationConfig) -> str:
 Scores = Mapping[str, Mapping[str, float]]  # source -> task -> 0 to 1
 
 
-def scores(measures: Mapping[str, Mapping[str, Measured]]) -> Scores:
+def scores(measures: Mapping[str, Mapping[str, Measures]]) -> Scores:
     """The share of right answers of each task; of timelines the F1 of their events."""
     return {
         source: {task: measured[_SCORES.get(task, _SCORE)] for task, measured in tasks.items()}
@@ -195,7 +195,7 @@ def ablate(config: AblationConfig, out: Path) -> bool:
     """
     require_matplotlib()
     items = questions(config)
-    settle(config, out, begun=(out / CONFIG_FILE).exists())
+    write_or_check_config(config, out, begun=(out / CONFIG_FILE).exists())
     began = time.monotonic()
     tuning = {arm: [Run(arm, learning_rate, 0) for learning_rate in config.learning_rates] for arm in config.arms}
     expected = len(config.arms) * (len(config.learning_rates) + config.seeds - 1)
@@ -229,7 +229,7 @@ def _measures(run: Run, config: AblationConfig, items: Sequence[Item], directory
         if train(run_config(run, config), directory).preempted:
             return None
         results = evaluate(directory, items, EvaluationConfig(answers=config.answers), progress=True).results
-        write_whole(path, json.dumps(results["measures"], indent=2) + "\n")
+        atomic_write(path, json.dumps(results["measures"], indent=2) + "\n")
     return json.loads(path.read_text("utf-8"))
 
 
@@ -247,8 +247,8 @@ def _write(
         "runs": [dataclasses.asdict(run) | {"scores": run_scores} for run, run_scores in found.items()],
         "seconds_of_last_call": round(seconds),
     }
-    write_whole(out / "ablation.json", json.dumps(results, indent=2) + "\n")
-    write_whole(out / "ablation.md", table(arms, chosen) + "\n")
+    atomic_write(out / "ablation.json", json.dumps(results, indent=2) + "\n")
+    atomic_write(out / "ablation.md", table(arms, chosen) + "\n")
     plot_ranges(out / "ablation.png", _by_source(arms), unit="right answers, % (of timelines: F1)")
 
 

@@ -220,7 +220,7 @@ class LoopConfig:
     rounded up to what the devices share evenly. Lower it if an evaluation runs out of device memory."""
     best_metric: str | None = None
     """Keep the checkpoint whose evaluation is best by this metric: loss, wer, cer, aas, f1, accuracy or one of
-    `train/running/best.py`, over all questions. Each evaluation then writes a checkpoint. Another metric starts over."""
+    `train/running/best.py`, over all questions. Each evaluation then writes a checkpoint; a new metric starts over."""
     patience: int | None = None
     """End the run after so many evaluations in a row that were not better by that metric."""
     show_samples: int = 2
@@ -290,7 +290,7 @@ class RunConfig:
                 "together in a run without lora first"
             )
 
-    def trained_model(self) -> MossAudioConfig:
+    def model_config(self) -> MossAudioConfig:
         """Of the model that is trained, with its adapters if it has any."""
         return dataclasses.replace(model_config(self.model), lora=self.lora)
 

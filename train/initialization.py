@@ -41,7 +41,7 @@ from moss_audio_jax.weights.checkpoint import (
 from moss_audio_jax.weights.released import EMBEDDING, Qwen3Checkpoint, ReleasedCheckpoint
 from train.optimizer import Parameters
 
-HEAD = "lm_head.kernel"
+HEAD_PATH = "lm_head.kernel"
 # Path -> shape, dtype and place of a parameter that is to be read or made.
 Wanted = dict[str, jax.ShapeDtypeStruct]
 
@@ -299,10 +299,10 @@ def _differences(part: Any, model: Any) -> list[str]:
 
 def _read(part: Part, wanted: Wanted) -> Parameters:
     """A part's parameters; a head that the checkpoint does not have starts as the embedding that it is tied to."""
-    head = wanted.get(HEAD)
+    head = wanted.get(HEAD_PATH)
     if head is None or not part.tied:
         return part.read(wanted)
-    parameters = part.read({path: leaf for path, leaf in wanted.items() if path != HEAD})
+    parameters = part.read({path: leaf for path, leaf in wanted.items() if path != HEAD_PATH})
     # Read once more, since one may be frozen, in bfloat16, and the other not.
     embedding = part.read({EMBEDDING: wanted[EMBEDDING].update(dtype=head.dtype)})[EMBEDDING]
-    return parameters | {HEAD: jax.jit(jnp.transpose, out_shardings=head.sharding)(embedding)}
+    return parameters | {HEAD_PATH: jax.jit(jnp.transpose, out_shardings=head.sharding)(embedding)}

@@ -52,19 +52,19 @@ from train.running.directory import copy_model_files, write_model_files
 from train.running.distributed import (
     HostSums,
     any_host_has,
-    ended_with_the_others,
+    exit_if_peer_lost,
     first_process_decides,
-    first_process_does,
+    gather_data_state,
+    on_first_process,
     share_of_batch,
-    state_of_all,
 )
 from train.running.figures import DataFigures
 from train.running.overview import overview
 from train.running.preflight import require_usable, sample_maker
 from train.running.profiling import Profile
-from train.running.report import RECORDS, Report
-from train.running.resume import Record, ResumeConfig, compare, is_begun, rewinds, settle
-from train.running.validation import HeldOut
+from train.running.report import RECORDS, RunReport
+from train.running.resume import Record, ResumeConfig, compare, is_begun, rewinds, write_or_check_config
+from train.running.validation import Validation
 from train.running.watchdog import Watchdog
 from train.step import (
     TrainState,
@@ -142,7 +142,7 @@ def train(config: RunConfig, out: AnyPath, *, mesh: Mesh | None = None, resume: 
     """
     out, resume = to_path(out), resume or ResumeConfig()
     source = _source(config, out, resume)
-    model = dataclasses.replace(config, model=source).trained_model()
+    model = dataclasses.replace(config, model=source).model_config()
     if source is config.model:
         config.require_no_random_frozen(model)
     if config.loop.check_data:
@@ -156,24 +156,24 @@ def train(config: RunConfig, out: AnyPath, *, mesh: Mesh | None = None, resume: 
         watchdog = stack.enter_context(Watchdog(config.loop.stuck_after))
         checkpoints = Checkpoints(out, keep_last=config.loop.keep_last, keep_every=config.loop.keep_every)
         stack.enter_context(checkpoints)
-        first_process_does(lambda: retried(out, lambda: _write_files(config, resume, model, order, checkpoints, out)))
+        on_first_process(lambda: retried(out, lambda: _write_files(config, resume, model, order, checkpoints, out)))
         checkpoints.reload()
         record = Record.read(out)
         tokenizer = Tokenizer.from_dir(out / RUN_MODEL)
         maker = sample_maker(config, tokenizer, model, Augmentation(config.augment))
-        held_out = HeldOut(config, Processor(tokenizer, model), maker, mesh, out)
+        validation = Validation(config, Processor(tokenizer, model), maker, mesh, out)
         data = stack.enter_context(_data(config, mesh, order, maker))
         first = config.model
         if model.lora is not None:
             first = dataclasses.replace(first, checkpoint=str(base_directory(out / RUN_MODEL)))
         state, start = _first_or_restored_state(config, first, model, mesh, checkpoints, data, record, resume)
-        figures = DataFigures(order, config.data, model, state.trainable, state_of_all(data.get_state()))
+        figures = DataFigures(order, config.data, model, state.trainable, gather_data_state(data.get_state()))
         report = stack.enter_context(_report(config, out, start, mesh, figures, record))
         report.say(overview(config, groups, mesh, state, start))
         profile = stack.enter_context(Profile(out, config.loop.profile_first, config.loop.profile_steps))
         stack.enter_context(jax.set_mesh(mesh))
-        stack.enter_context(ended_with_the_others())  # last in, first out: closing checkpoints waits for the others
-        between_steps = (checkpoints, report, profile, held_out, stop, watchdog)
+        stack.enter_context(exit_if_peer_lost())  # last in, first out: closing checkpoints waits for the others
+        between_steps = (checkpoints, report, profile, validation, stop, watchdog)
         run = _Run(config, model, data, HostSums(mesh), *between_steps, num_groups=len(order.groups))
         keep()
         return run(state, start, record.skipped_steps)
@@ -221,7 +221,7 @@ def _write_files(
         compare(config, out, step, resume)
         checkpoints.rewind(step)
     _require_ahead(resume, step, Record.read(out) if begun else None)
-    settle(config, out, begun=begun, step=step, resume=resume)
+    write_or_check_config(config, out, begun=begun, step=step, resume=resume)
     if not begun:
         (out / RUN_MODEL).rmtree(missing_ok=True)  # of a start that came to no checkpoint, perhaps of another model
         if resume.origin is not None:
@@ -248,9 +248,9 @@ class _Run:
     data: Prefetched
     host_sums: HostSums
     checkpoints: Checkpoints
-    report: Report
+    report: RunReport
     profile: Profile
-    held_out: HeldOut
+    validation: Validation
     stop: Termination
     watchdog: Watchdog
     num_groups: int
@@ -282,7 +282,7 @@ class _Run:
             self.stop.save_on_ctrl_c()
             self.profile.after(self.step, metrics)
             self.report.add(self.step, metrics, self.host_sums.of_step(metrics, sums, waited))
-            evaluates = self.held_out.is_due(self.step)
+            evaluates = self.validation.is_due(self.step)
             if self._saves(evaluates):
                 self._save(state)
             if evaluates:
@@ -305,7 +305,7 @@ class _Run:
     def _saves(self, evaluates: bool) -> bool:
         """Whether a checkpoint is due after this step; `evaluates`: before its evaluation."""
         # The first evaluation may find too little memory: what was trained until then is saved before.
-        before_evaluation = evaluates and (self.best is not None or not self.held_out.has_asked)
+        before_evaluation = evaluates and (self.best is not None or not self.validation.has_asked)
         is_last = self.step == self.config.last_step
         by_step = self.step % self.config.loop.checkpoint_every == 0
         return by_step or is_last or before_evaluation or self.clock.is_due(self.step)
@@ -313,7 +313,9 @@ class _Run:
     def _save(self, state: TrainState) -> None:
         with self.watchdog.long(f"the checkpoint of step {self.step}"):
             self.report.commit()
-            self.checkpoints.save(self.step, _saved(state, self.model), state_of_all(self.data.get_state()), self.best)
+            self.checkpoints.save(
+                self.step, _saved(state, self.model), gather_data_state(self.data.get_state()), self.best
+            )
         self.saved = self.step
         self.clock.restart()
 
@@ -321,7 +323,7 @@ class _Run:
         """Makes up for the evaluation of the step that the run resumes from, if that was not made or not counted."""
         if self.best is not None and self.best.evaluated is not None:
             self.checkpoints.publish(self.best)  # as of this step, which the run may have gone beyond
-        if self.held_out.is_due(self.step) and (self.best is None or self.best.evaluated != self.step):
+        if self.validation.is_due(self.step) and (self.best is None or self.best.evaluated != self.step):
             self._evaluate(state, self.report.scores_of(self.step))
 
     def _evaluate(self, state: TrainState, recorded: Scores | None = None) -> None:
@@ -335,7 +337,7 @@ class _Run:
     def _scores(self, state: TrainState) -> Scores:
         """Makes and records an evaluation; the scores last, by which a resumed run knows that it was made."""
         with self.report.paused():
-            scores, answers = self.held_out.ask(self.step, (state.ema or state.trainable) | state.frozen)
+            scores, answers = self.validation.ask(self.step, (state.ema or state.trainable) | state.frozen)
             self.report.add_samples(self.step, answers[: self.config.loop.show_samples])
             self.report.add_answers(self.step, answers)
             self.report.add_scores(self.step, scores)
@@ -347,7 +349,7 @@ class _Run:
         self.report.commit()
         if self.step > self.saved:
             self._save(state)
-        if self.at_end and self.held_out.is_on and self.report.scores_of(self.step) is None:
+        if self.at_end and self.validation.is_on and self.report.scores_of(self.step) is None:
             self._evaluate(state)
         is_over = self.at_end or self.step == self.config.last_step
         early = not is_over and _is_exhausted(self.best, self.config)
@@ -385,8 +387,8 @@ def _is_exhausted(best: Best | None, config: RunConfig) -> bool:
     return best is not None and config.loop.patience is not None and best.since >= config.loop.patience
 
 
-def _report(config: RunConfig, out: Path, start: int, mesh: Mesh, figures: DataFigures, record: Record) -> Report:
-    return Report(
+def _report(config: RunConfig, out: Path, start: int, mesh: Mesh, figures: DataFigures, record: Record) -> RunReport:
+    return RunReport(
         out,
         figures=figures,
         start=start,

@@ -23,7 +23,7 @@ Schedule = Literal["cosine", "wsd"]
 OptimizerName = Literal["adamw", "adafactor", "muon"]
 
 # The part of the model that a path belongs to, by its first name -> the field of OptimizerConfig that scales it.
-PARTS = {
+RATE_FIELDS = {
     "audio_encoder": "encoder_rate",
     "audio_adapter": "adapter_rate",
     "deepstack_audio_merger_list": "adapter_rate",
@@ -104,7 +104,7 @@ class OptimizerConfig:
         for name in ("learning_rate", "clip_norm", "eps"):
             if not getattr(self, name) > 0:
                 raise MossAudioError(f"{name} must be above 0, not {getattr(self, name)}")
-        for name in {*PARTS.values(), "weight_decay", "final_fraction"}:
+        for name in {*RATE_FIELDS.values(), "weight_decay", "final_fraction"}:
             if not getattr(self, name) >= 0:
                 raise MossAudioError(f"{name} must be 0 or more, not {getattr(self, name)}")
         for name in ("ema_decay", "muon_momentum"):
@@ -144,7 +144,7 @@ def learning_rate(config: OptimizerConfig, step: jax.Array, total_steps: jax.Arr
 
 def rate_of(config: OptimizerConfig, path: str) -> float:
     """The multiplier of the learning rate for the part of the model that a parameter belongs to."""
-    return getattr(config, PARTS[path.partition(".")[0]])
+    return getattr(config, RATE_FIELDS[path.partition(".")[0]])
 
 
 def decays(path: str) -> bool:

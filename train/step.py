@@ -438,7 +438,9 @@ def in_compute_dtype(parameters: Parameters, config: StepConfig) -> Parameters:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def held_out_sums(graphdef: nnx.GraphDef, config: StepConfig, parameters: Parameters, batch: TrainingBatch) -> LossSums:
+def validation_sums(
+    graphdef: nnx.GraphDef, config: StepConfig, parameters: Parameters, batch: TrainingBatch
+) -> LossSums:
     """Sums over the answers of a batch without microbatches: the loss of a step, with no dropout and no gradient.
 
     parameters: in the dtype to compute in.

@@ -105,7 +105,7 @@ def storage_refusal(error: Exception) -> str | None:
     return f"{os.fsdecode(place or 'the disk')} can't be used ({os.strerror(number)}): {_REMEDIES[number]}"
 
 
-def run_door(door: Callable[[], object]) -> None:
+def run_cli(door: Callable[[], object]) -> None:
     """Runs a door's commands and exits as a shell expects."""
     try:
         with ends_on_ctrl_c():

@@ -2,7 +2,7 @@
 
 `to_path` gives an `epath.Path`, whose methods are pathlib's for both. What differs is kept here:
 
-* An object appears when its upload is complete, and never grows: so files are written whole (`written_whole`), and to
+* An object appears when its upload is complete, and never grows: so files are written whole (`atomic_file`), and to
   one that lines are added to, pieces are composed now and then (`GrowingFile`).
 * There are no directories apart from what lies in them, and no links. Moving one moves each of its objects, so nothing
   of ours relies on that: what makes a directory whole is the file that is written last.
@@ -186,7 +186,7 @@ def open_binary(path: AnyPath) -> BinaryIO:
 
 
 @contextmanager
-def written_whole(path: AnyPath) -> Iterator[pathlib.Path]:
+def atomic_file(path: AnyPath) -> Iterator[pathlib.Path]:
     """A file of this machine to write into, which becomes `path` at the end; until then `path` stays as it is."""
     path = to_path(path)
     if is_remote(path):
@@ -206,9 +206,9 @@ def written_whole(path: AnyPath) -> Iterator[pathlib.Path]:
         file.unlink(missing_ok=True)
 
 
-def write_whole(path: AnyPath, content: str) -> None:
+def atomic_write(path: AnyPath, content: str) -> None:
     def write() -> None:
-        with written_whole(path) as file:
+        with atomic_file(path) as file:
             file.write_text(content, "utf-8")
 
     retried(path, write)

@@ -9,7 +9,7 @@ from moss_audio_jax.weights.peft import PeftAdapter
 from moss_audio_jax.weights.released import ReleasedCheckpoint
 
 # The parts of the model, by the beginning of their parameters' paths.
-PARTS = ("audio_encoder", "audio_adapter", "deepstack_audio_merger_list", "language_model", "lm_head")
+MODEL_PARTS = ("audio_encoder", "audio_adapter", "deepstack_audio_merger_list", "language_model", "lm_head")
 
 
 def describe(path: AnyPath) -> str:
@@ -31,7 +31,7 @@ def describe(path: AnyPath) -> str:
 
     rows: list[tuple[str, str, str, str, str]] = [("parameter", "shape", "dtype", "parameters", "bytes")]
     total_count = total_bytes = 0
-    for part in PARTS:
+    for part in MODEL_PARTS:
         leaves = {name: leaf for name, leaf in stored.items() if name.startswith(part + ".")}
         counts = {name: math.prod(shape) for name, (shape, _) in leaves.items()}
         sizes = {name: counts[name] * dtype.itemsize for name, (_, dtype) in leaves.items()}

@@ -21,7 +21,7 @@ from moss_audio_jax.lora import adaptable_layers
 from moss_audio_jax.model import MossAudio
 from moss_audio_jax.schema import SWITCH, Rule, check_keys, integer, number
 from moss_audio_jax.storage.json_files import read_json
-from moss_audio_jax.storage.paths import AnyPath, exists, file_in, to_path, write_whole
+from moss_audio_jax.storage.paths import AnyPath, atomic_write, exists, file_in, to_path
 from moss_audio_jax.weights.recognition import not_an_adapter
 from moss_audio_jax.weights.released import SafetensorsCheckpoint, adapter_leaves, released_leaves
 
@@ -114,7 +114,7 @@ def write_adapter_config(directory: AnyPath, config: MossAudioConfig, base: str 
         "task_type": None,
         "use_rslora": lora.rslora,
     }
-    write_whole(to_path(directory) / ADAPTER_CONFIG, json.dumps(content, indent=2, sort_keys=True))
+    atomic_write(to_path(directory) / ADAPTER_CONFIG, json.dumps(content, indent=2, sort_keys=True))
 
 
 def _expression(layer: str, released: dict[str, Any]) -> str:

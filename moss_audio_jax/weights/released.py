@@ -31,12 +31,12 @@ SINGLE_FILE = "model.safetensors"
 IGNORED_TENSORS = frozenset({"audio_encoder.embed_positions.inv_timescales"})
 # PEFT wraps the model twice before it names its tensors.
 PEFT_PREFIX = "base_model.model."
-HEAD = "lm_head.weight"  # a tensor; it has this name in every layout
+HEAD_TENSOR = "lm_head.weight"  # a tensor; it has this name in every layout
 EMBEDDING = "language_model.embed_tokens.embedding"  # our path
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class ArrayLayout:
     """How one released tensor becomes one of our arrays, and back.
 
     Both changes also work on a block of the released tensor's rows (its first axis), which are `rows_axis` of our
@@ -48,14 +48,14 @@ class Layout:
     rows_axis: int
 
 
-SAME = Layout(lambda x: x, lambda x: x, rows_axis=0)
+SAME = ArrayLayout(lambda x: x, lambda x: x, rows_axis=0)
 # [out, in] -> [in, out]
-LINEAR = Layout(lambda x: x.T, lambda x: x.T, rows_axis=-1)
+LINEAR = ArrayLayout(lambda x: x.T, lambda x: x.T, rows_axis=-1)
 # [out, in, frequency, time] -> [time, frequency, in, out]
-CONV = Layout(lambda x: x.transpose(3, 2, 1, 0), lambda x: x.transpose(3, 2, 1, 0), rows_axis=-1)
+CONV = ArrayLayout(lambda x: x.transpose(3, 2, 1, 0), lambda x: x.transpose(3, 2, 1, 0), rows_axis=-1)
 
 
-def stem_layout(channels: int) -> Layout:
+def stem_layout(channels: int) -> ArrayLayout:
     """[out, channel * frequency] -> [frequency * channel, out]: the order in which each side flattens the conv stem."""
 
     def from_released(x: np.ndarray) -> np.ndarray:
@@ -64,14 +64,14 @@ def stem_layout(channels: int) -> Layout:
     def to_released(x: np.ndarray) -> np.ndarray:
         return x.reshape(-1, channels, x.shape[1]).transpose(2, 1, 0).reshape(x.shape[1], -1)
 
-    return Layout(from_released, to_released, rows_axis=-1)
+    return ArrayLayout(from_released, to_released, rows_axis=-1)
 
 
 # What lies stacked in our tree is numbered in the released names.
 STACKS = ("audio_encoder.layers", "deepstack_audio_merger_list", "language_model.layers")
 
 # pattern of our path -> the leaf's released name, and the change of layout. The first match counts.
-TABLE: tuple[tuple[str, str, Callable[[int], Layout]], ...] = (
+TABLE: tuple[tuple[str, str, Callable[[int], ArrayLayout]], ...] = (
     (r"audio_encoder\.conv\d\.kernel", "weight", lambda channels: CONV),
     (r"audio_encoder\.stem_proj\.kernel", "weight", stem_layout),
     (r"audio_encoder\.stem_proj\.lora_a", "lora_A.weight", stem_layout),
@@ -94,7 +94,7 @@ class ReleasedLeaf:
     shape: tuple[int, ...]
     names: tuple[str, ...]
     tensor_shape: tuple[int, ...]
-    layout: Layout
+    layout: ArrayLayout
     stacked: bool
 
     @property
@@ -195,7 +195,7 @@ class SafetensorsCheckpoint:
             missing = expected.keys() - self.tensors.keys() - weight_map.keys()
             problems += [f"{name} is missing" for name in sorted(missing)]
         # Some tied checkpoints store the head none the less.
-        tied_head = self.tensors.pop(HEAD, None) if tied else None
+        tied_head = self.tensors.pop(HEAD_TENSOR, None) if tied else None
         for name, tensor in self.tensors.items():
             problems += _tensor_problems(name, tensor, expected)
         if problems:
@@ -246,7 +246,7 @@ class SafetensorsCheckpoint:
         )
         if not same:
             raise MossAudioError(
-                f"{self.directory / head.file} holds a {HEAD} that differs from {name}, though config.json says "
+                f"{self.directory / head.file} holds a {HEAD_TENSOR} that differs from {name}, though config.json says "
                 "tie_word_embeddings: set that to false, or remove the tensor"
             )
 

@@ -15,9 +15,9 @@ from flax import nnx
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from convert import pieces, to_orbax
+from convert import blocks, to_orbax
+from convert.blocks import cast, chunk_shape, row_blocks
 from convert.orbax_files import OrbaxCheckpoint
-from convert.pieces import cast, chunk_shape, row_blocks
 from convert.rehearse import write_random_checkpoint
 from convert.to_hf import convert_to_hf
 from convert.to_orbax import convert_to_orbax
@@ -75,7 +75,7 @@ CONFIGS = {
 @pytest.mark.parametrize(
     ("name", "piece_bytes", "chunk_bytes"),
     [
-        *((name, pieces.PIECE_BYTES, pieces.CHUNK_BYTES) for name in CONFIGS),
+        *((name, blocks.PIECE_BYTES, blocks.CHUNK_BYTES) for name in CONFIGS),
         ("tiny", 20_000, 500),  # several layers in a piece
         ("odd sizes", 4000, 500),  # parts of a layer in a piece
         ("one layer", 1000, 4000),  # less than a row of stem_proj
@@ -83,9 +83,9 @@ CONFIGS = {
 )
 def test_weights_come_back(tmp_path, monkeypatch, name, piece_bytes, chunk_bytes):
     write_random_checkpoint(CONFIGS[name], tmp_path / "released", seed=2, shard_bytes=100_000)
-    monkeypatch.setattr(pieces, "PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr(blocks, "PIECE_BYTES", piece_bytes)
     monkeypatch.setattr(to_orbax, "PIECE_BYTES", piece_bytes)
-    monkeypatch.setattr(pieces, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(blocks, "CHUNK_BYTES", chunk_bytes)
     convert_to_orbax(tmp_path / "released", tmp_path / "orbax")
     convert_to_hf(tmp_path / "orbax", tmp_path / "back")
     assert_same_bits(tensors_of(tmp_path / "back"), tensors_of(tmp_path / "released"))
@@ -293,7 +293,7 @@ def test_blocks_cover_all_rows_in_pieces_of_whole_chunks(preset, itemsize):
         for start, stop in row_blocks(leaf, itemsize):
             assert start == end < stop
             assert start % chunk == 0
-            assert (stop - start) * math.prod(leaf.tensor_shape[1:]) * itemsize <= pieces.PIECE_BYTES
+            assert (stop - start) * math.prod(leaf.tensor_shape[1:]) * itemsize <= blocks.PIECE_BYTES
             end = stop
         assert end == leaf.tensor_shape[0]
 

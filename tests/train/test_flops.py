@@ -16,7 +16,7 @@ from moss_audio_jax.inputs import ModelInputs
 from moss_audio_jax.weights.checkpoint import abstract_parameters, build_model, unflatten
 from train.data import TrainingBatch
 from train.planning.chips import CHIPS, V4, V7X, chip_of, peak_flops, shown_topology, topology_of
-from train.planning.flops import PARTS, Content, forward_flops, moved_bytes, recomputed_flops, step_flops
+from train.planning.flops import FLOP_PARTS, Content, forward_flops, moved_bytes, recomputed_flops, step_flops
 from train.step import StepConfig, loss_and_gradients
 
 ROWS, CHUNKS, TOKENS = 2, 2, 256
@@ -182,7 +182,7 @@ def test_a_forward_pass_costs_what_xla_counts(unrolled):
     counted = jax.jit(logits).lower(parameters(CONFIG), inputs).cost_analysis()["flops"]
     flops = forward_flops(CONFIG, WHOLE_ATTENTION)
     assert 1.0 < counted / sum(flops.values()) < 1.01
-    assert tuple(flops) == PARTS
+    assert tuple(flops) == FLOP_PARTS
 
 
 @pytest.mark.parametrize(("preset", "language_billions"), [("4b", 4.02), ("8b", 7.57)])
@@ -218,9 +218,9 @@ def test_gradients_flow_down_to_what_learns():
 
     def times(*trained: str) -> dict[str, float]:
         flops = step_flops(config, content, select(parameters(config), *trained) or trained)
-        return {part: flops[part] / forward[part] for part in PARTS}
+        return {part: flops[part] / forward[part] for part in FLOP_PARTS}
 
-    assert times("lm_head.*") == dict.fromkeys(PARTS, 1.0) | {"head": 2.0}
+    assert times("lm_head.*") == dict.fromkeys(FLOP_PARTS, 1.0) | {"head": 2.0}
     assert times("audio_encoder.layers.fc1.bias")["llm_matmuls"] == 2 and times("lm_head.*")["llm_attention"] == 1
     # An adapter of LoRA on a frozen weight.
     adapted = times("language_model.layers.self_attn.q_proj.lora_a")

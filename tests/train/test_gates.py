@@ -16,7 +16,7 @@ import pytest
 
 from benchmarks.plan_tables import recomputed, row
 from moss_audio_jax import MossAudioConfig
-from moss_audio_jax.storage.paths import write_whole
+from moss_audio_jax.storage.paths import atomic_write
 from train.__main__ import main
 
 pytest.importorskip("libtpu", reason="compiles for TPUs")
@@ -47,7 +47,7 @@ def test_a_program_keeps_its_budget(name: str, monkeypatch: pytest.MonkeyPatch, 
     report["sent_bytes_per_chip"] = round(sum(sums["sent_bytes_per_chip"] for sums in report["collectives"].values()))
     if os.environ.get("UPDATE_GATES"):
         GATES[name] |= {figure: report[figure] for figure in MEASURED}
-        write_whole(FILE, json.dumps(GATES, indent=2) + "\n")
+        atomic_write(FILE, json.dumps(GATES, indent=2) + "\n")
         return
     for figure in ("hbm_bytes_per_chip", "sent_bytes_per_chip"):
         assert report[figure] <= GROWTH * gate[figure], f"{figure}: {report[figure]:,} after {gate[figure]:,}"

@@ -22,7 +22,7 @@ from train import initialization as initial
 from train.config import RECIPES
 from train.initialization import ModelSource, first_parameters, model_config, random_parameters
 from train.loop import train
-from train.running.resume import settle
+from train.running.resume import write_or_check_config
 from train.step import initial_parameters
 
 TINY = MossAudioConfig.preset("tiny")
@@ -343,8 +343,10 @@ def test_what_a_checkpoint_gives_may_be_frozen(tmp_path: Path):
         lora.require_no_random_frozen(TINY)
     # A run that was begun before there was the option may go on with it.
     old = dataclasses.replace(stage1, model=ModelSource(preset="tiny"))
-    settle(old, tmp_path, begun=False)
-    settle(dataclasses.replace(old, model=ModelSource(preset="tiny", allow_random_frozen=True)), tmp_path, begun=True)
+    write_or_check_config(old, tmp_path, begun=False)
+    write_or_check_config(
+        dataclasses.replace(old, model=ModelSource(preset="tiny", allow_random_frozen=True)), tmp_path, begun=True
+    )
 
 
 def test_deepstack_is_the_presets_or_the_checkpoints():

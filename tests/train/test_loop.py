@@ -31,8 +31,8 @@ from train.data import DataConfig
 from train.loop import Outcome, train
 from train.optimizer import OptimizerConfig
 from train.running.checkpoints import Checkpoints, _parts
-from train.running.resume import settle
-from train.running.validation import HeldOut
+from train.running.resume import write_or_check_config
+from train.running.validation import Validation
 from train.step import StepConfig, TrainState, abstract_state, initial_parameters, parameters_of
 
 STEPS = 6
@@ -332,8 +332,8 @@ def test_moving_averages_are_evaluated_saved_and_loaded(
 ):
     out, asked = tmp_path / "run", {}
     config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, ema_decay=0.9))
-    monkeypatch.setattr(HeldOut, "is_due", lambda held_out, step: step == 2)
-    monkeypatch.setattr(HeldOut, "ask", lambda held_out, step, found: (asked.update(host(found)), ({}, []))[1])
+    monkeypatch.setattr(Validation, "is_due", lambda validation, step: step == 2)
+    monkeypatch.setattr(Validation, "ask", lambda validation, step, found: (asked.update(host(found)), ({}, []))[1])
     train(until(config, 2), out, mesh=one_device())
     state = restored(out, config)[0]
     assert state.ema is not None and state.frozen
@@ -545,31 +545,31 @@ def test_a_batch_that_devices_can_t_share_is_refused(config: RunConfig, tmp_path
 
 
 def test_another_configuration_is_refused(config: RunConfig, tmp_path: Path):
-    settle(config, tmp_path, begun=False)
-    settle(until(config, 50, workers=2), tmp_path, begun=True)  # goes on further
+    write_or_check_config(config, tmp_path, begun=False)
+    write_or_check_config(until(config, 50, workers=2), tmp_path, begun=True)  # goes on further
     changed = dataclasses.replace(config, seed=1, optimizer=dataclasses.replace(config.optimizer, learning_rate=2e-3))
     with pytest.raises(MossAudioError, match=r"optimizer.learning_rate is 0.002 and was 0.001; seed is 1 and was 0"):
-        settle(changed, tmp_path, begun=True)
-    settle(changed, tmp_path, begun=False)
+        write_or_check_config(changed, tmp_path, begun=True)
+    write_or_check_config(changed, tmp_path, begun=False)
 
 
 def test_an_option_that_is_newer_than_the_run(config: RunConfig, tmp_path: Path):
     config = dataclasses.replace(config, lora=LoraConfig())
-    settle(config, tmp_path, begun=False)
+    write_or_check_config(config, tmp_path, begun=False)
     file = tmp_path / "config.json"
     written = json.loads(file.read_text())
     del written["lora"]["int8"]
     file.write_text(json.dumps(written))
     changed = dataclasses.replace(config, lora=LoraConfig(int8=("language_model.layers.*_proj",)))
     with pytest.raises(MossAudioError, match=r"lora.int8 is .*_proj.* and was None"):
-        settle(changed, tmp_path, begun=True)
-    settle(config, tmp_path, begun=True)  # off, as it was
+        write_or_check_config(changed, tmp_path, begun=True)
+    write_or_check_config(config, tmp_path, begun=True)  # off, as it was
     del written["step"]["spike_patience"], written["optimizer"]["name"]
     file.write_text(json.dumps(written))
     changed = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, name="muon"))
     with pytest.raises(MossAudioError, match=r"optimizer.name is 'muon' and was None"):
-        settle(changed, tmp_path, begun=True)
-    settle(config, tmp_path, begun=True)  # at their defaults
+        write_or_check_config(changed, tmp_path, begun=True)
+    write_or_check_config(config, tmp_path, begun=True)  # at their defaults
 
 
 def test_gives_up_after_skipped_steps_in_a_row(copy: Path, config: RunConfig):

@@ -13,7 +13,7 @@ from train.config import RECIPES, GroupConfig, MixtureConfig, RunConfig, with_na
 from train.data.augment import AugmentConfig
 from train.data.mixture import ExampleOrder, source_weights
 from train.data.objectives import OBJECTIVES
-from train.running.resume import settle
+from train.running.resume import write_or_check_config
 
 
 @pytest.fixture
@@ -70,11 +70,11 @@ def test_the_order_of_options_does_not_change_that_of_examples(parsed, manifests
     orders = [ExampleOrder(config.mixture.groups(0), seed=1) for config in configs]
     drawn = [[(order[n].group, order[n].index) for n in range(50)] for order in orders]
     assert drawn[0] == drawn[1] and {group for group, _ in drawn[0]} == {"a", "b"}
-    settle(configs[0], tmp_path, begun=False)
-    settle(configs[1], tmp_path, begun=True)
+    write_or_check_config(configs[0], tmp_path, begun=False)
+    write_or_check_config(configs[1], tmp_path, begun=True)
     other = parsed(*options[0], *options[1], "--mixture.a.objectives", "caption=2")
     with pytest.raises(MossAudioError, match=r"another configuration: mixture\.a\.objectives is \['caption=2'\]"):
-        settle(other, tmp_path, begun=True)
+        write_or_check_config(other, tmp_path, begun=True)
 
 
 def test_a_run_older_than_named_groups_and_augmentation_resumes(tmp_path: Path):
@@ -86,8 +86,8 @@ def test_a_run_older_than_named_groups_and_augmentation_resumes(tmp_path: Path):
     assert old["mixture"]["speech"]["objectives"] == ["transcribe", "transcribe_words", "transcribe_sentences"]
     (tmp_path / "config.json").write_text(json.dumps(old))
     with pytest.raises(MossAudioError, match=r"configuration: augment\.time_masks is 1"):
-        settle(dataclasses.replace(config, augment=AugmentConfig(time_masks=1)), tmp_path, begun=True)
-    settle(config, tmp_path, begun=True)
+        write_or_check_config(dataclasses.replace(config, augment=AugmentConfig(time_masks=1)), tmp_path, begun=True)
+    write_or_check_config(config, tmp_path, begun=True)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from moss_audio_jax import MossAudioError
 from moss_audio_jax.storage.paths import AnyPath, to_path
 from moss_audio_jax.weights.checkpoint import orbax_paths
 from train.running.distributed import DistributedConfig
-from train.running.rendezvous import meet
+from train.running.rendezvous import rendezvous
 
 STEPS = 6
 BOUND = 20  # seconds until a lost process is given up
@@ -307,7 +307,7 @@ def met(places: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch, seconds:
 
     def join(place: tuple[int, int]) -> str:
         try:
-            meet(address, place[1], place[0], seconds)
+            rendezvous(address, place[1], place[0], seconds)
         except MossAudioError as error:
             return str(error)
         return ""

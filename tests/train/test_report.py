@@ -20,7 +20,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from moss_audio_jax import MossAudioError
 from train.running.profiling import Profile
-from train.running.report import Report, ShownSample, by_name
+from train.running.report import RunReport, ShownSample, by_name
 
 OPTIONS = {"last_step": 6, "log_every": 2, "max_skipped_in_a_row": 3}
 PEAK = 1e12
@@ -49,7 +49,7 @@ def host_metrics(**changes) -> Callable[[], dict[str, float]]:
 def run(out: Path, clock: SimpleNamespace, steps: range, **options) -> None:
     """Steps of two seconds, of which the first compiles for a minute."""
     out.mkdir(exist_ok=True)
-    with Report(out, start=steps[0] - 1, **OPTIONS | options) as report:
+    with RunReport(out, start=steps[0] - 1, **OPTIONS | options) as report:
         clock.now += 60
         for step in steps:
             report.add(step, step_metrics(float(step)), host_metrics())
@@ -140,7 +140,7 @@ def test_progress(tmp_path: Path, clock, capsys: pytest.CaptureFixture):
 
 def test_a_group_that_joins_and_the_time_a_run_takes(tmp_path: Path, clock, capsys: pytest.CaptureFixture):
     options = OPTIONS | {"last_step": 100, "log_every": 50, "joining": {"hard": 48, "later": 9000}}
-    with Report(tmp_path, start=0, **options) as report:
+    with RunReport(tmp_path, start=0, **options) as report:
         report.say("a run of nothing")
         for step in range(1, 9):
             report.add(step, step_metrics(), host_metrics(**{"tokens/hard": 3 * (step > 2), "tokens/later": 0}))
@@ -154,7 +154,7 @@ def test_a_group_that_joins_and_the_time_a_run_takes(tmp_path: Path, clock, caps
 
 
 def test_progress_of_a_run_that_ends_with_its_data(tmp_path: Path, clock, capsys: pytest.CaptureFixture):
-    with Report(
+    with RunReport(
         tmp_path,
         start=0,
         **OPTIONS | {"last_step": None},
@@ -184,7 +184,7 @@ def test_a_resumed_run_shows_every_step_once(tmp_path: Path, clock):
 
 
 def test_what_is_no_number_is_null(tmp_path: Path, clock):
-    with Report(tmp_path, start=0, **OPTIONS) as report:
+    with RunReport(tmp_path, start=0, **OPTIONS) as report:
         report.add(1, step_metrics(float("nan")), host_metrics(token_fill=float("inf")))
         report.add_scores(1, {"eval/loss": float("nan")})
     (line,) = lines(tmp_path / "metrics.jsonl")
@@ -195,17 +195,17 @@ def test_what_is_no_number_is_null(tmp_path: Path, clock):
 def test_a_damaged_file_is_named(tmp_path: Path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nrubbish\n')
     with pytest.raises(MossAudioError, match=r"metrics\.jsonl, line 2: expected a JSON object .* found 'rubbish'"):
-        Report(tmp_path, start=5, **OPTIONS)
+        RunReport(tmp_path, start=5, **OPTIONS)
 
 
 def test_a_file_that_cannot_be_written_is_named(tmp_path: Path):
     (tmp_path / "tensorboard").write_text("in the way")
     with pytest.raises(MossAudioError, match=r"the run's records can't be written into .*tensorboard"):
-        Report(tmp_path, start=0, **OPTIONS)
+        RunReport(tmp_path, start=0, **OPTIONS)
 
 
 def test_gives_up_after_the_skipped_steps_are_written(tmp_path: Path, clock):
-    with Report(tmp_path, start=0, **OPTIONS) as report:
+    with RunReport(tmp_path, start=0, **OPTIONS) as report:
         report.add(1, step_metrics(1.0, skipped_in_a_row=2), host_metrics())
         clock.now += 2
         report.add(2, step_metrics(float("nan"), skipped=1, skipped_total=3, skipped_in_a_row=3), host_metrics())
@@ -224,7 +224,7 @@ def test_an_evaluation_between_steps(tmp_path: Path, clock, capsys: pytest.Captu
         ShownSample("clip", "What is said?\nAnd when?", "hello <b>", "jello \x1b[31m" + "x" * 200, figure),
         ShownSample("other", "", "你好", ""),
     ]
-    with Report(tmp_path, start=0, **OPTIONS) as report:
+    with RunReport(tmp_path, start=0, **OPTIONS) as report:
         report.add(1, step_metrics(), host_metrics())
         clock.now += 2
         with report.paused():
@@ -262,14 +262,17 @@ def test_a_figure_that_is_none_is_named(tmp_path: Path, content: bytes | None, m
     figure = tmp_path / "figure.png"
     if content is not None:
         figure.write_bytes(content)
-    with Report(tmp_path, start=0, **OPTIONS) as report, pytest.raises(MossAudioError, match=f"figure.png.*{message}"):
+    with (
+        RunReport(tmp_path, start=0, **OPTIONS) as report,
+        pytest.raises(MossAudioError, match=f"figure.png.*{message}"),
+    ):
         report.add_samples(1, [ShownSample("clip", "", "", "", figure)])
 
 
 def test_other_processes_are_silent(tmp_path: Path, clock, monkeypatch: pytest.MonkeyPatch, capsys):
     """But they give up at the same step as the first one, lest it wait for them."""
     monkeypatch.setattr(jax, "process_index", lambda: 1)
-    with Report(tmp_path / "out", start=0, wandb="project", **OPTIONS) as report:
+    with RunReport(tmp_path / "out", start=0, wandb="project", **OPTIONS) as report:
         report.add_samples(0, [ShownSample("clip", "", "", "")])
         report.add(1, step_metrics(skipped_in_a_row=3), host_metrics())
         with pytest.raises(MossAudioError, match="3 steps in a row"):
@@ -310,7 +313,7 @@ def test_weights_and_biases(tmp_path: Path, clock, monkeypatch: pytest.MonkeyPat
     logged = [(call[1], call[2]["loss"]) for call in fake.calls if call[0] == "log"]
     assert logged == [(1, 1.0), (2, 2.0), (2, 2.0), (3, 3.0)]
     assert [call[0] for call in fake.calls].count("finish") == 2
-    with Report(tmp_path, start=3, wandb="project", **OPTIONS) as report:
+    with RunReport(tmp_path, start=3, wandb="project", **OPTIONS) as report:
         report.add_answers(4, [ShownSample("clip", "What?", "this", "that")])
     row = {"name": "clip", "question": "What?", "reference": "this", "prediction": "that"}
     assert fake.calls[-2] == ("log", 4, {"eval/answers": [row]})
@@ -319,7 +322,7 @@ def test_weights_and_biases(tmp_path: Path, clock, monkeypatch: pytest.MonkeyPat
 def test_weights_and_biases_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(MossAudioError, match=r"not installed: pip install 'moss-audio-jax\[wandb\]'"):
-        Report(tmp_path, start=0, wandb="project", **OPTIONS)
+        RunReport(tmp_path, start=0, wandb="project", **OPTIONS)
 
 
 def traced(out: Path) -> list[Path]:

@@ -28,7 +28,7 @@ from moss_audio_jax import LoraConfig, MossAudioError
 from train.config import RECIPES, ModelSource, RunConfig, with_paths
 from train.loop import train
 from train.optimizer import OptimizerConfig
-from train.running.resume import RULES, Record, ResumeConfig, is_begun, rule_of, settle, stored_config
+from train.running.resume import RULES, Record, ResumeConfig, is_begun, rule_of, stored_config, write_or_check_config
 
 ROOT = Path(__file__).parents[2]
 
@@ -65,52 +65,54 @@ def test_every_option_has_a_rule_and_the_documented_one():
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_configuration_is_read_back_as_it_was(name: str, tmp_path: Path):
     full = changed(RECIPES[name], mixture__speech__paths=("a", "b"), loop__patience=None)
-    settle(full, tmp_path, begun=False)
+    write_or_check_config(full, tmp_path, begun=False)
     assert stored_config(tmp_path) == full
 
 
 def test_options_that_came_and_went(tmp_path: Path, capfd):
     recipe = RECIPES["finetune_lora"]
-    settle(recipe, tmp_path, begun=False)
+    write_or_check_config(recipe, tmp_path, begun=False)
     file = tmp_path / "config.json"
     written = json.loads(file.read_text())
     written["step"]["old"], written["gone"] = 3, {"a": 1}
     del written["lora"]["rslora"], written["optimizer"]["b2"], written["starts"], written["history"]
     file.write_text(json.dumps(written))
     assert stored_config(tmp_path) == recipe
-    record = settle(recipe, tmp_path, begun=True, step=7)
+    record = write_or_check_config(recipe, tmp_path, begun=True, step=7)
     assert "step.old, gone.a are no options any more" in capfd.readouterr().err
     assert record.starts == 2 and [entry["step"] for entry in record.history] == [0, 7]
 
 
 def test_what_may_change_is_recorded_and_what_may_not_is_refused(tmp_path: Path):
     recipe = RECIPES["finetune"]
-    settle(recipe, tmp_path, begun=False)
+    write_or_check_config(recipe, tmp_path, begun=False)
     faster = changed(recipe, loop__steps=900, optimizer__learning_rate=1e-4, mixture__conversations__paths=("b",))
     with pytest.raises(
         MossAudioError, match=r"give --allow-change mixture.conversations.paths optimizer.learning_rate"
     ):
-        settle(faster, tmp_path, begun=True, step=5)
+        write_or_check_config(faster, tmp_path, begun=True, step=5)
     assert Record.read(tmp_path).starts == 1
     allowed = ResumeConfig(allow_change=("mixture", "optimizer.learning-rate"))
-    record = settle(faster, tmp_path, begun=True, step=5, resume=allowed)
+    record = write_or_check_config(faster, tmp_path, begun=True, step=5, resume=allowed)
     assert record.history[-1]["changes"] == {
         "loop.steps": [None, 900],
         "mixture.conversations.paths": [[], ["b"]],
         "optimizer.learning_rate": [2e-5, 1e-4],
     }
     assert record.has_other_data_since(5) and record.has_other_data_since(4) and not record.has_other_data_since(6)
-    record = settle(faster, tmp_path, begun=True, step=6, resume=allowed)  # the same command, started again
+    record = write_or_check_config(
+        faster, tmp_path, begun=True, step=6, resume=allowed
+    )  # the same command, started again
     assert record == Record.read(tmp_path) and record.starts == 3
     assert "changes" not in record.history[-1] and "versions" not in record.history[-1]
     assert {"python", "jax", "jaxlib", "numpy", "orbax-checkpoint"} <= record.versions.keys()
 
     thawed = changed(faster, optimizer__freeze=("lm_head.*",))
     with pytest.raises(MossAudioError, match=r"optimizer.freeze can't change"):
-        settle(thawed, tmp_path, begun=True, resume=ResumeConfig(allow_change=("optimizer",)))
+        write_or_check_config(thawed, tmp_path, begun=True, resume=ResumeConfig(allow_change=("optimizer",)))
     for name, problem in (("optimizer.freeze", "it can't change in a run"), ("optimizer.rate", "no such option")):
         with pytest.raises(MossAudioError, match=problem):
-            settle(faster, tmp_path, begun=True, resume=ResumeConfig(allow_change=(name,)))
+            write_or_check_config(faster, tmp_path, begun=True, resume=ResumeConfig(allow_change=(name,)))
 
 
 def test_a_base_of_an_adapter_can_t_change_and_a_first_checkpoint_can():
@@ -123,12 +125,14 @@ def test_a_wsd_schedule_is_prolonged_before_it_decays(tmp_path: Path):
     wsd = OptimizerConfig(schedule="wsd", total_steps=1000, decay_steps=200)
     recipe = changed(RECIPES["finetune"], optimizer=wsd)
     longer = changed(recipe, optimizer__total_steps=2000, optimizer__decay_steps=400)
-    settle(recipe, tmp_path, begun=False)
+    write_or_check_config(recipe, tmp_path, begun=False)
     with pytest.raises(MossAudioError, match=r"total_steps is 2000 and was 1000"):
-        settle(longer, tmp_path, begun=True, step=801)
-    settle(longer, tmp_path, begun=True, step=800)
+        write_or_check_config(longer, tmp_path, begun=True, step=801)
+    write_or_check_config(longer, tmp_path, begun=True, step=800)
     with pytest.raises(MossAudioError, match=r"total_steps is 1100 and was 2000"):
-        settle(changed(longer, optimizer__total_steps=1100), tmp_path, begun=True, step=800)  # would decay already
+        write_or_check_config(
+            changed(longer, optimizer__total_steps=1100), tmp_path, begun=True, step=800
+        )  # would decay already
 
 
 def test_short_options_are_compared_with_the_run_they_resume():
@@ -265,5 +269,5 @@ def test_what_can_t_be_read_is_refused(fields: dict, message: str):
 
 
 def test_a_run_without_a_checkpoint_is_not_begun(tmp_path: Path):
-    settle(RECIPES["finetune"], tmp_path, begun=False)
+    write_or_check_config(RECIPES["finetune"], tmp_path, begun=False)
     assert not is_begun(tmp_path)

@@ -22,8 +22,8 @@ from train.evaluation.evaluate import measure
 from train.evaluation.questions import Item, manifest_items
 from train.loop import Outcome, train
 from train.running.best import Best, overall
-from train.running.validation import HeldOut, evaluation_shapes, questions_and_texts, scalars
-from train.step import held_out_sums
+from train.running.validation import Validation, evaluation_shapes, questions_and_texts, scalars
+from train.step import validation_sums
 
 
 def written(out: Path, name: str) -> list[dict]:
@@ -53,11 +53,11 @@ def test_the_best_is_kept_and_a_run_ends_that_gets_no_better(
         "keep_last": 1,
         "checkpoint_every": 3,
     }
-    programs = held_out_sums._cache_size()
+    programs = validation_sums._cache_size()
     assert not train(until(config, 5, **asked), out, mesh=one_device()).stopped_early
     ended = Outcome(6, preempted=False, best=Best("wer", 1.0, step=2, since=2, evaluated=6), stopped_early=True)
     assert train(until(config, 10, **asked), out, mesh=one_device()) == ended
-    assert held_out_sums._cache_size() == programs + 1
+    assert validation_sums._cache_size() == programs + 1
     assert_same_end(out, straight, config)
     kept = out / "checkpoints"
     assert sorted(path.name for path in kept.iterdir()) == ["2", "6"]
@@ -102,9 +102,9 @@ def unstopped(evaluated: RunConfig, tmp_path_factory: pytest.TempPathFactory) ->
 
 def failing_after(step: int, error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     """The evaluation after that step reads its data and ends with the error, once."""
-    ask = HeldOut._loss_sums
+    ask = Validation._loss_sums
 
-    def fail(self: HeldOut, model: MossAudio, parameters: dict) -> dict:
+    def fail(self: Validation, model: MossAudio, parameters: dict) -> dict:
         found = ask(self, model, parameters)
         failing.append(len(failing) + 1)
         if 2 * failing[-1] == step:
@@ -112,7 +112,7 @@ def failing_after(step: int, error: Exception, monkeypatch: pytest.MonkeyPatch) 
         return found
 
     failing: list[int] = []
-    monkeypatch.setattr(HeldOut, "_loss_sums", fail)
+    monkeypatch.setattr(Validation, "_loss_sums", fail)
 
 
 def assert_same_outcome(found: Path, expected: Path, evaluated: RunConfig) -> None:
@@ -198,16 +198,16 @@ def test_a_run_that_looks_for_no_best_has_none(straight: Path):  # noqa: F811
         load_model(straight / "best")
 
 
-def held_out(config: RunConfig, mesh: jax.sharding.Mesh, out: Path, **loop) -> HeldOut:  # noqa: F811
+def validation(config: RunConfig, mesh: jax.sharding.Mesh, out: Path, **loop) -> Validation:  # noqa: F811
     config = until(config, 1, evaluate_every=1, **loop)
     processor = load_processor(str(config.model.checkpoint))
-    return HeldOut(config, processor, SampleMaker(processor.tokenizer, processor.config), mesh, out)
+    return Validation(config, processor, SampleMaker(processor.tokenizer, processor.config), mesh, out)
 
 
 def test_the_loss_is_of_all_of_a_long_text(config: RunConfig, tmp_path: Path):  # noqa: F811
     text, path = "a word " * 100, tmp_path / "long.jsonl"
     path.write_text(json.dumps({"text": text}))
-    batches = held_out(config, one_device(), tmp_path, evaluate_data=(str(path),))._batches
+    batches = validation(config, one_device(), tmp_path, evaluate_data=(str(path),))._batches
     assert sum(float(batch.weights.sum()) for _, batch in batches) == len(
         text
     )  # of bytes and an end, all but the first
@@ -227,12 +227,12 @@ def test_the_loss_is_of_all_tokens_and_the_same_on_a_mesh(
     )
     data = (str(corpus / "clips.jsonl"), str(corpus / "texts.jsonl"))
     mesh = make_mesh(fsdp=2, tensor=2, devices=jax.devices()[:4])
-    of_mesh = held_out(exact, mesh, tmp_path, evaluate_data=data, evaluate_count=5, evaluate_tokens=2)
+    of_mesh = validation(exact, mesh, tmp_path, evaluate_data=data, evaluate_count=5, evaluate_tokens=2)
     model, processor = load_model(corpus / "model", mesh=mesh), load_processor(corpus / "model")
-    before = held_out_sums._cache_size()
+    before = validation_sums._cache_size()
     with jax.set_mesh(mesh):
         scores, answers = of_mesh.ask(1, parameters_of(model))
-    assert held_out_sums._cache_size() == before + 1
+    assert validation_sums._cache_size() == before + 1
     assert len(answers) == 5  # a number that the mesh doesn't divide
 
     maker = SampleMaker(processor.tokenizer, processor.config)
@@ -277,14 +277,14 @@ def test_what_can_not_be_evaluated_is_refused_before_training(
     write_conversation(tmp_path / "long.jsonl", "far too long " * 100, "yes")
     paths = (*(str(tmp_path / path) for path in loop.get("evaluate_data", ())), str(corpus / "clips.jsonl"))
     with pytest.raises(MossAudioError, match=message):
-        held_out(config, one_device(), tmp_path, **loop | {"evaluate_data": paths[:1]})
+        validation(config, one_device(), tmp_path, **loop | {"evaluate_data": paths[:1]})
     assert ("left out of eval/loss" in caplog.text) == ("evaluate_data" in loop)
 
 
 def test_what_is_too_long_is_cut_as_in_training(config: RunConfig, tmp_path: Path):  # noqa: F811
     write_conversation(tmp_path / "long.jsonl", "Say it.", "far too long " * 100)
     truncating = dataclasses.replace(config, data=dataclasses.replace(config.data, oversize="truncate"))
-    cut = held_out(truncating, one_device(), tmp_path, evaluate_data=(str(tmp_path / "long.jsonl"),))
+    cut = validation(truncating, one_device(), tmp_path, evaluate_data=(str(tmp_path / "long.jsonl"),))
     assert sum(int((batch.inputs.segment_ids > 0).sum()) for _, batch in cut._batches) == config.data.tokens
     assert all(batch.weights[0, -2] == 1 for _, batch in cut._batches)  # up to a token of the answer
 

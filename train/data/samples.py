@@ -199,7 +199,9 @@ class SampleMaker:
     def _fitting(
         self, example: Example, rendered: Rendered, rng: np.random.Generator, budget: Budget, truncate: bool
     ) -> Sample:
-        cut = audible(example.name, rendered, budget, self._chunk_frames, truncate=truncate, answers=self._answers)
+        cut = truncate_turns(
+            example.name, rendered, budget, self._chunk_frames, truncate=truncate, answers=self._answers
+        )
         sample = self._labelled(example, cut, rng).within(budget, truncate=truncate)
         return sample if cut is rendered else replace(sample, truncated=True)
 
@@ -332,7 +334,7 @@ def _naming(name: str) -> Iterator[None]:
         raise error if str(error).startswith(name) else type(error)(f"{name}: {error}") from error
 
 
-def audible(
+def truncate_turns(
     name: str, rendered: Rendered, budget: Budget, chunk_frames: int, *, truncate: bool, answers: Answers
 ) -> Rendered:
     """The turns themselves, if the headers of their clips leave them within the chunks of a budget.

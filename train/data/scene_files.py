@@ -7,7 +7,7 @@ import soundfile
 
 from moss_audio_jax.audio import SAMPLE_RATE
 from moss_audio_jax.errors import MossAudioError
-from moss_audio_jax.storage.paths import AnyPath, Path, nothing_left, to_path, write_whole, written_whole
+from moss_audio_jax.storage.paths import AnyPath, Path, atomic_file, atomic_write, nothing_left, to_path
 from moss_audio_jax.weights.checkpoint import require_empty
 from train.data.manifest import Clip, Message
 from train.data.scenes import SEEDS, SceneConfig, SceneTask, make_task
@@ -33,10 +33,10 @@ def _write_scenes(directory: Path, count: int, seed: int, config: SceneConfig) -
         name = f"{index:0{len(str(count - 1))}d}.wav"
         file = io.BytesIO()
         soundfile.write(file, task.scene.wave, SAMPLE_RATE, subtype="PCM_16", format="WAV")
-        with written_whole(directory / name) as partial:
+        with atomic_file(directory / name) as partial:
             partial.write_bytes(file.getvalue())
         lines.append(json.dumps(_line(task, name), ensure_ascii=False) + "\n")
-    write_whole(directory / MANIFEST, "".join(lines))
+    atomic_write(directory / MANIFEST, "".join(lines))
     return directory / MANIFEST
 
 

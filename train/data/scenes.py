@@ -91,7 +91,7 @@ class Event(TimedText):
 
 
 @dataclass(frozen=True, eq=False)
-class Layout:
+class ScenePlan:
     """All that can be asked about a scene: events in order of their start, and the colour of the background."""
 
     samples: int
@@ -105,7 +105,7 @@ class Layout:
 
 
 @dataclass(frozen=True, eq=False)
-class Scene(Layout):
+class Scene(ScenePlan):
     """wave: float32 [samples], mono at 16 kHz, within [-1, 1]."""
 
     wave: np.ndarray
@@ -150,7 +150,7 @@ class SceneExamples(Sequence[Example]):
 def make_scene(seed: int, index: int, config: SceneConfig) -> Scene:
     """Scene number `index` of a seed; both are 0 or more."""
     rng = _generator(seed, index, stream=0)
-    return _synthesize(_draw_layout(config, rng), rng)
+    return _synthesize(_draw_plan(config, rng), rng)
 
 
 def _generator(seed: int, index: int, stream: int) -> np.random.Generator:
@@ -169,12 +169,12 @@ def make_task(seed: int, index: int, config: SceneConfig) -> SceneTask:
     name = str(rng.choice(config.tasks))
     for attempt in range(_ATTEMPTS):
         scene_rng = _generator(seed, index, stream=attempt)
-        layout = _draw_layout(config, scene_rng)
-        asked = TASKS[name](layout, rng)
+        plan = _draw_plan(config, scene_rng)
+        asked = TASKS[name](plan, rng)
         if asked is not None:
-            more = [TASKS[str(rng.choice(config.tasks))](layout, rng) for _ in range(config.questions - 1)]
+            more = [TASKS[str(rng.choice(config.tasks))](plan, rng) for _ in range(config.questions - 1)]
             others = tuple(dict.fromkeys(pair for pair in more if pair is not None and pair != asked))
-            return SceneTask(name, _synthesize(layout, scene_rng), *asked, more=others)
+            return SceneTask(name, _synthesize(plan, scene_rng), *asked, more=others)
     raise MossAudioError(
         f"scenes: no scene in {_ATTEMPTS} of this configuration can be asked the task {name!r}; "
         "allow the events it needs or leave it out."
@@ -191,7 +191,7 @@ _CHIRP_HZ = (400.0, 1600.0)  # its lower end
 _CHIRP_RATIO = (1.8, 4.0)
 
 
-def _draw_layout(config: SceneConfig, rng: np.random.Generator) -> Layout:
+def _draw_plan(config: SceneConfig, rng: np.random.Generator) -> ScenePlan:
     samples = round(rng.uniform(*config.seconds) * SAMPLE_RATE / _FRAME) * _FRAME
     count = rng.integers(config.events[0], config.events[1] + 1)
     lengths = np.round(rng.uniform(*config.event_seconds, count) * SAMPLE_RATE).astype(int)
@@ -206,7 +206,7 @@ def _draw_layout(config: SceneConfig, rng: np.random.Generator) -> Layout:
         )
         for start, length, label in zip(starts, lengths, map(str, rng.choice(config.labels, len(starts))), strict=True)
     )
-    return Layout(samples, events, str(rng.choice(config.backgrounds)), float(rng.uniform(*config.background_db)))
+    return ScenePlan(samples, events, str(rng.choice(config.backgrounds)), float(rng.uniform(*config.background_db)))
 
 
 def _place(
@@ -241,16 +241,16 @@ def _log_uniform(bounds: tuple[float, float], rng: np.random.Generator) -> float
 # Waves
 
 
-def _synthesize(layout: Layout, rng: np.random.Generator) -> Scene:
-    wave = _colored_noise(layout.samples, _SLOPES[layout.background], rng) * _gain(layout.background_db)
-    for event in layout.events:
+def _synthesize(plan: ScenePlan, rng: np.random.Generator) -> Scene:
+    wave = _colored_noise(plan.samples, _SLOPES[plan.background], rng) * _gain(plan.background_db)
+    for event in plan.events:
         first, last = round(event.start * SAMPLE_RATE), round(event.end * SAMPLE_RATE)
         sound = SOUNDS[event.text](event, last - first, rng)
         wave[first:last] += sound * (_gain(event.level_db) / np.abs(sound).max())
     loudest = np.abs(wave).max()
     if loudest > 1:  # events that overlap; scaled together, so that comparisons of loudness stay true
         wave /= loudest
-    return Scene(**vars(layout), wave=wave)
+    return Scene(**vars(plan), wave=wave)
 
 
 def _gain(decibels: float) -> np.float32:
@@ -393,29 +393,29 @@ def _ask(wordings: tuple[str, ...], subject: str, rng: np.random.Generator) -> s
     return str(rng.choice(wordings)).format(subject)
 
 
-def _ask_timeline(layout: Layout, rng: np.random.Generator) -> Asked:
-    return _ask(PROMPTS["events"], "", rng), timeline(layout.events, EVENT_DECIMALS)
+def _ask_timeline(plan: ScenePlan, rng: np.random.Generator) -> Asked:
+    return _ask(PROMPTS["events"], "", rng), timeline(plan.events, EVENT_DECIMALS)
 
 
-def _ask_caption(layout: Layout, rng: np.random.Generator) -> Asked:
-    return _ask(PROMPTS["caption"], "", rng), caption(layout)
+def _ask_caption(plan: ScenePlan, rng: np.random.Generator) -> Asked:
+    return _ask(PROMPTS["caption"], "", rng), caption(plan)
 
 
-def _ask_start(layout: Layout, rng: np.random.Generator) -> Asked:
-    subject, event = _pick_event(layout, rng)
+def _ask_start(plan: ScenePlan, rng: np.random.Generator) -> Asked:
+    subject, event = _pick_event(plan, rng)
     return _ask(TIME_QUESTIONS["start"], subject, rng), f"{event.start:.{EVENT_DECIMALS}f}"
 
 
-def _ask_duration(layout: Layout, rng: np.random.Generator) -> Asked:
-    subject, event = _pick_event(layout, rng)
+def _ask_duration(plan: ScenePlan, rng: np.random.Generator) -> Asked:
+    subject, event = _pick_event(plan, rng)
     return _ask(TIME_QUESTIONS["duration"], subject, rng), f"{event.end - event.start:.{EVENT_DECIMALS}f}"
 
 
-def _pick_event(layout: Layout, rng: np.random.Generator) -> tuple[str, Event]:
+def _pick_event(plan: ScenePlan, rng: np.random.Generator) -> tuple[str, Event]:
     """An event and its name in a question: "the tone", or "the second tone" where there are several."""
     names: list[tuple[str, Event]] = []
-    labels = [event.text for event in layout.events]
-    for index, event in enumerate(layout.events):
+    labels = [event.text for event in plan.events]
+    for index, event in enumerate(plan.events):
         earlier = labels[:index].count(event.text)
         if labels.count(event.text) == 1:
             names.append((f"the {event.text}", event))
@@ -424,9 +424,9 @@ def _pick_event(layout: Layout, rng: np.random.Generator) -> tuple[str, Event]:
     return names[rng.integers(len(names))]
 
 
-def _ask_what_at(layout: Layout, rng: np.random.Generator) -> Asked:
-    times = np.arange(1, int(layout.seconds * 10)) / 10
-    starts, ends = (np.array([getattr(event, side) for event in layout.events]) for side in ("start", "end"))
+def _ask_what_at(plan: ScenePlan, rng: np.random.Generator) -> Asked:
+    times = np.arange(1, int(plan.seconds * 10)) / 10
+    starts, ends = (np.array([getattr(event, side) for event in plan.events]) for side in ("start", "end"))
     edges = np.concatenate([starts, ends])
     times = times[(np.abs(times[:, None] - edges) > _MARGIN - 1e-6).all(1)]
     heard = (starts < times[:, None]) & (times[:, None] < ends)
@@ -434,35 +434,35 @@ def _ask_what_at(layout: Layout, rng: np.random.Generator) -> Asked:
     if not wanted.any():
         return None
     index = rng.choice(np.flatnonzero(wanted))
-    labels = [event.text for event, is_heard in zip(layout.events, heard[index], strict=True) if is_heard]
+    labels = [event.text for event, is_heard in zip(plan.events, heard[index], strict=True) if is_heard]
     question = _ask(TIME_QUESTIONS["what_at"], f"{times[index]:.{EVENT_DECIMALS}f}", rng)
     return question, ", ".join(labels) or "nothing"
 
 
-def _ask_pitch(layout: Layout, rng: np.random.Generator) -> Asked:
+def _ask_pitch(plan: ScenePlan, rng: np.random.Generator) -> Asked:
     def octaves(first: Event, second: Event) -> float:
         if first.text not in ("tone", "hum") or not first.pitch_hz or not second.pitch_hz:
             return 0.0
         return float(np.log2(first.pitch_hz[0] / second.pitch_hz[0]))
 
-    return _compare("pitch", layout, octaves, float(np.log2(PITCH_RATIO)), rng)
+    return _compare("pitch", plan, octaves, float(np.log2(PITCH_RATIO)), rng)
 
 
-def _ask_loudness(layout: Layout, rng: np.random.Generator) -> Asked:
-    return _compare("loudness", layout, lambda first, second: first.level_db - second.level_db, LOUDNESS_DB, rng)
+def _ask_loudness(plan: ScenePlan, rng: np.random.Generator) -> Asked:
+    return _compare("loudness", plan, lambda first, second: first.level_db - second.level_db, LOUDNESS_DB, rng)
 
 
 def _compare(
     task: str,
-    layout: Layout,
+    plan: ScenePlan,
     excess: Callable[[Event, Event], float],
     least: float,
     rng: np.random.Generator,
 ) -> Asked:
     """Asks about two sounds that are the only ones of their label, and that differ by `least` or more."""
     pairs = []
-    for label in dict.fromkeys(event.text for event in layout.events):
-        same = [event for event in layout.events if event.text == label]
+    for label in dict.fromkeys(event.text for event in plan.events):
+        same = [event for event in plan.events if event.text == label]
         if len(same) == 2 and abs(excess(*same)) >= least:
             pairs.append(same)
     if not pairs:
@@ -471,7 +471,7 @@ def _compare(
     return _ask(_COMPARISONS[task], first.text, rng), "first" if excess(first, second) > 0 else "second"
 
 
-TASKS: dict[str, Callable[[Layout, np.random.Generator], Asked]] = {
+TASKS: dict[str, Callable[[ScenePlan, np.random.Generator], Asked]] = {
     "timeline": _ask_timeline,
     "caption": _ask_caption,
     "start": _ask_start,
@@ -492,10 +492,10 @@ _PHRASES = {
 _BACKGROUND_PHRASES = {"white": "a faint hiss", "pink": "a faint rushing", "brown": "a faint rumble"}
 
 
-def caption(layout: Layout) -> str:
+def caption(plan: ScenePlan) -> str:
     """The events in words, in order of their start: `A tone, then a hum, over a faint hiss.`"""
-    phrases = [_PHRASES.get(event.text) or _chirp_phrase(event) for event in layout.events]
-    sentence = f"{', then '.join(phrases)}, over {_BACKGROUND_PHRASES[layout.background]}."
+    phrases = [_PHRASES.get(event.text) or _chirp_phrase(event) for event in plan.events]
+    sentence = f"{', then '.join(phrases)}, over {_BACKGROUND_PHRASES[plan.background]}."
     return sentence[0].upper() + sentence[1:]
 
 

@@ -26,7 +26,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from moss_audio_jax.audio import load_audio
 from moss_audio_jax.config import read_json
 from moss_audio_jax.errors import MossAudioError, StorageError
-from moss_audio_jax.storage.paths import AnyPath, Path, exists, read_bytes, to_path, write_whole, written_whole
+from moss_audio_jax.storage.paths import AnyPath, Path, atomic_file, atomic_write, exists, read_bytes, to_path
 from moss_audio_jax.storage.retries import is_transient, retried
 from train.data.manifest import Clip, Example, Manifest, Message, TimedText
 
@@ -179,7 +179,7 @@ def _write_index(out: Path, index: dict[str, Any]) -> None:
             f"{path}: expected shards of this manifest, found others ({', '.join(different)} differ); "
             "choose another directory or remove it."
         )
-    write_whole(path, json.dumps(index, indent=2))
+    atomic_write(path, json.dumps(index, indent=2))
 
 
 def _write_shard(examples: Manifest, out: Path, shard: int, shards: int) -> ShardReport:
@@ -187,7 +187,7 @@ def _write_shard(examples: Manifest, out: Path, shard: int, shards: int) -> Shar
     if _num_records(path) == count:
         return ShardReport(path, count, _count_unreadable(path, count), already_there=True)
     unreadable = 0
-    with written_whole(path) as file:
+    with atomic_file(path) as file:
         # Groups of one: every record is read on its own. The audio is compressed already.
         writer = ArrayRecordWriter(str(file), "group_size:1,uncompressed")
         try:

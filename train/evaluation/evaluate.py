@@ -37,7 +37,7 @@ from moss_audio_jax.model import MossAudio
 from moss_audio_jax.processor import Processor, load_processor
 from moss_audio_jax.sampling import Sampling
 from moss_audio_jax.sharding import make_mesh, mesh_of, num_parts, partition_spec
-from moss_audio_jax.storage.paths import AnyPath, write_whole
+from moss_audio_jax.storage.paths import AnyPath, atomic_write
 from moss_audio_jax.tokens import build_conversation
 from moss_audio_jax.weights.checkpoint import load_model
 from train.data.manifest import Clip
@@ -249,15 +249,15 @@ def _seconds(clip: Clip) -> float:
 
 # Measures
 
-Measured = dict[str, Any]
+Measures = dict[str, Any]
 
 
-def measure(items: Sequence[Item], answers: Sequence[str]) -> dict[str, dict[str, Measured]]:
+def measure(items: Sequence[Item], answers: Sequence[str]) -> dict[str, dict[str, Measures]]:
     """Source -> task -> measures and the counts behind them, for JSON. docs/evaluation.md explains the fields."""
     grouped: defaultdict[tuple[str, str], list[tuple[Item, str]]] = defaultdict(list)
     for item, answer in zip(items, answers, strict=True):
         grouped[item.source, item.task].append((item, answer))
-    measures: dict[str, dict[str, Measured]] = {}
+    measures: dict[str, dict[str, Measures]] = {}
     for (source, task), pairs in grouped.items():
         judge = MEASURES[pairs[0][0].measure]
         measured = judge([item for item, _ in pairs], [answer for _, answer in pairs])
@@ -265,11 +265,11 @@ def measure(items: Sequence[Item], answers: Sequence[str]) -> dict[str, dict[str
     return measures
 
 
-def _measure_text(items: Sequence[Item], answers: Sequence[str]) -> Measured:
+def _measure_text(items: Sequence[Item], answers: Sequence[str]) -> Measures:
     return _error_rates(map(final_answer, answers), [final_answer(item.reference) for item in items])
 
 
-def _error_rates(texts: Iterable[str], references: Sequence[str]) -> Measured:
+def _error_rates(texts: Iterable[str], references: Sequence[str]) -> Measures:
     predictions = list(texts)
     words, characters = (rate(predictions, references) for rate in (word_error_rate, character_error_rate))
     return {
@@ -282,19 +282,19 @@ def _error_rates(texts: Iterable[str], references: Sequence[str]) -> Measured:
     }
 
 
-def _measure_timed_text(items: Sequence[Item], answers: Sequence[str]) -> Measured:
+def _measure_timed_text(items: Sequence[Item], answers: Sequence[str]) -> Measures:
     texts = (without_times(final_answer(answer)) for answer in answers)
     references = [final_answer(" ".join(label.text for label in item.labels)) for item in items]
     return _timestamps(items, answers) | _error_rates(texts, references)
 
 
-def _timestamps(items: Sequence[Item], answers: Sequence[str]) -> Measured:
+def _timestamps(items: Sequence[Item], answers: Sequence[str]) -> Measures:
     timelines = [parse_timeline(answer) for answer in answers]
     score = score_timestamps([timeline.items for timeline in timelines], [item.labels for item in items])
     return asdict(score) | {"malformed": sum(timeline.malformed for timeline in timelines)}
 
 
-def _measure_events(items: Sequence[Item], answers: Sequence[str]) -> Measured:
+def _measure_events(items: Sequence[Item], answers: Sequence[str]) -> Measures:
     predictions = [parse_timeline(answer).items for answer in answers]
     score = score_events(predictions, [item.labels for item in items], ONSET_TOLERANCE)
     return {
@@ -306,12 +306,12 @@ def _measure_events(items: Sequence[Item], answers: Sequence[str]) -> Measured:
     }
 
 
-def _event_counts(counts: EventCounts) -> Measured:
+def _event_counts(counts: EventCounts) -> Measures:
     rates = {name: getattr(counts, name) for name in ("f1", "precision", "recall")}
     return rates | {f"{name}_events": count for name, count in asdict(counts).items()}
 
 
-def _measure_seconds(items: Sequence[Item], answers: Sequence[str]) -> Measured:
+def _measure_seconds(items: Sequence[Item], answers: Sequence[str]) -> Measures:
     score = score_seconds(answers, [float(final_answer(item.reference)) for item in items], SECONDS_TOLERANCE)
     return {
         "mean_error_s": score.mean_error,
@@ -321,22 +321,22 @@ def _measure_seconds(items: Sequence[Item], answers: Sequence[str]) -> Measured:
     }
 
 
-def _measure_label(items: Sequence[Item], answers: Sequence[str]) -> Measured:
+def _measure_label(items: Sequence[Item], answers: Sequence[str]) -> Measures:
     score = score_matches(map(final_answer, answers), [final_answer(item.reference) for item in items])
     return {"accuracy": score.accuracy, "correct": score.correct}
 
 
-def _measure_reply(items: Sequence[Item], answers: Sequence[str]) -> Measured:
+def _measure_reply(items: Sequence[Item], answers: Sequence[str]) -> Measures:
     return _measure_label(items, answers) | _measure_text(items, answers)
 
 
-def _measure_choice(items: Sequence[Item], answers: Sequence[str]) -> Measured:
+def _measure_choice(items: Sequence[Item], answers: Sequence[str]) -> Measures:
     by_group: defaultdict[str, defaultdict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
     for index, item in enumerate(items):
         for kind, group in item.groups.items():
             by_group[kind][group].append(index)
 
-    def accuracy(indices: Sequence[int]) -> Measured:
+    def accuracy(indices: Sequence[int]) -> Measures:
         score = score_choices(
             [answers[index] for index in indices],
             [items[index].choices for index in indices],
@@ -352,7 +352,7 @@ def _measure_choice(items: Sequence[Item], answers: Sequence[str]) -> Measured:
     return accuracy(range(len(items))) | {"by_group": groups}
 
 
-MEASURES: dict[str, Callable[[Sequence[Item], Sequence[str]], Measured]] = {
+MEASURES: dict[str, Callable[[Sequence[Item], Sequence[str]], Measures]] = {
     "text": _measure_text,
     "timed_text": _measure_timed_text,
     "events": _measure_events,
@@ -383,7 +383,7 @@ _SHOWN = {  # field -> how the table writes it
 }
 
 
-def table(measures: Mapping[str, Mapping[str, Measured]]) -> str:
+def table(measures: Mapping[str, Mapping[str, Measures]]) -> str:
     """A line a task, with what is mostly looked at; a rate of nothing is left out."""
     rows = [("source", "task", "items", "")]
     for source, tasks in measures.items():
@@ -471,7 +471,7 @@ class Evaluation:
     partial: bool = False
 
     def save_results(self, path: AnyPath) -> None:
-        write_whole(path, json.dumps(self.results, indent=2, ensure_ascii=False, default=str) + "\n")
+        atomic_write(path, json.dumps(self.results, indent=2, ensure_ascii=False, default=str) + "\n")
 
     def save_predictions(self, path: AnyPath) -> None:
         """A line of JSON an item."""
@@ -481,7 +481,7 @@ class Evaluation:
             line |= {"prediction": answer.text, "finished": answer.finished}
             line |= {"partial": True} if self.partial else {}
             lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-        write_whole(path, "".join(lines))
+        atomic_write(path, "".join(lines))
 
     def save_plot(self, path: AnyPath, most: int = 4) -> None:
         """Clips whose events were asked for: what is in them, and what the model says is.

@@ -9,7 +9,7 @@ import numpy as np
 
 from moss_audio_jax.audio import RELEASED_MEL, SAMPLE_RATE, log_mel
 from moss_audio_jax.errors import MossAudioError
-from moss_audio_jax.storage.paths import AnyPath, reason, written_whole
+from moss_audio_jax.storage.paths import AnyPath, atomic_file, reason
 from train.data.manifest import TimedText
 from train.data.scenes import SOUNDS
 
@@ -74,7 +74,7 @@ def plot_timelines(path: AnyPath, clips: Sequence[TimelinePlot]) -> None:
 def save_figure(figure: "Figure", path: AnyPath) -> None:
     """Writes a PNG; raises MossAudioError if that can't be done."""
     try:
-        with written_whole(path) as file:
+        with atomic_file(path) as file:
             figure.savefig(file, dpi=150, format="png")
     except OSError as error:
         raise MossAudioError(

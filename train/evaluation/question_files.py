@@ -46,7 +46,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Layout:
+class FileFormat:
     """Names of the fields of a benchmark's entries.
 
     choices: one field with a list, or one field an option; of those, the ones after the second may be null or absent.
@@ -62,10 +62,10 @@ class Layout:
 
 
 LAYOUTS = {
-    "mmau": Layout("audio_id", "choices", "answer", ("task", "category", "sub-category", "difficulty")),
-    "mmau_pro": Layout("audio_path", "choices", "answer", ("category", "length_type"), allows_open=True),
-    "mmar": Layout("audio_path", "choices", "answer", ("modality", "category", "sub-category")),
-    "mmsu": Layout(
+    "mmau": FileFormat("audio_id", "choices", "answer", ("task", "category", "sub-category", "difficulty")),
+    "mmau_pro": FileFormat("audio_path", "choices", "answer", ("category", "length_type"), allows_open=True),
+    "mmar": FileFormat("audio_path", "choices", "answer", ("modality", "category", "sub-category")),
+    "mmsu": FileFormat(
         "audio_path",
         ("choice_a", "choice_b", "choice_c", "choice_d"),
         "answer_gt",
@@ -123,33 +123,33 @@ class _Entry:
         self.name = name
         self.fields: dict[str, Any] = fields
 
-    def question(self, layout: Layout, audio_dir: Path) -> Question:
-        choices = self._choices(layout)
-        answer = self._text_or_null(layout.answer) if layout.allows_open else self._text(layout.answer)
-        groups = {field: self._group(field) for field in layout.groups}
+    def question(self, format_: FileFormat, audio_dir: Path) -> Question:
+        choices = self._choices(format_)
+        answer = self._text_or_null(format_.answer) if format_.allows_open else self._text(format_.answer)
+        groups = {field: self._group(field) for field in format_.groups}
         return Question(
             id=self._id(),
-            audio=tuple(audio_dir / self._inside(clip, layout.audio) for clip in self._texts(layout.audio)),
+            audio=tuple(audio_dir / self._inside(clip, format_.audio) for clip in self._texts(format_.audio)),
             question=self._text("question"),
             choices=choices,
             answer=_letter(answer, choices),
             groups={field: value for field, value in groups.items() if value},
         )
 
-    def _choices(self, layout: Layout) -> tuple[str, ...]:
-        if isinstance(layout.choices, str):
-            choices = self._value(layout.choices)
-            if choices is None and layout.allows_open:
+    def _choices(self, format_: FileFormat) -> tuple[str, ...]:
+        if isinstance(format_.choices, str):
+            choices = self._value(format_.choices)
+            if choices is None and format_.allows_open:
                 choices = []
         else:
-            required, optional = layout.choices[:2], layout.choices[2:]
+            required, optional = format_.choices[:2], format_.choices[2:]
             choices = [self._text(field) for field in required]
             choices += [self.fields[field] for field in optional if self.fields.get(field) is not None]
         if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
             raise MossAudioError(
                 f"{self.name}: expected a list of texts as options, found {_shown(choices)}; correct it."
             )
-        if len(choices) < 2 and layout.allows_open:
+        if len(choices) < 2 and format_.allows_open:
             return ()  # what MMAU-Pro's own evaluation leaves out of its accuracy
         if not 2 <= len(choices) <= len(LETTERS):
             raise MossAudioError(

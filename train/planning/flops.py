@@ -17,7 +17,7 @@ from typing import NamedTuple
 from moss_audio_jax.config import DOWNSAMPLE_RATE, MossAudioConfig
 from moss_audio_jax.errors import MossAudioError
 
-PARTS: tuple[str, ...] = ("encoder", "adapter", "mergers", "llm_matmuls", "llm_attention", "head")
+FLOP_PARTS: tuple[str, ...] = ("encoder", "adapter", "mergers", "llm_matmuls", "llm_attention", "head")
 CONVENTION = "model FLOPs, forward and backward, with causal attention halved and no recomputation"
 
 
@@ -39,17 +39,17 @@ class Content:
 
 
 def forward_flops(config: MossAudioConfig, content: Content) -> dict[str, float]:
-    """FLOPs of a forward pass with logits at every token, by part (`PARTS`)."""
+    """FLOPs of a forward pass with logits at every token, by part (`FLOP_PARTS`)."""
     return step_flops(config, content, trainable=())
 
 
 def step_flops(config: MossAudioConfig, content: Content, trainable: Iterable[str]) -> dict[str, float]:
-    """FLOPs of a training step, by part (`PARTS`).
+    """FLOPs of a training step, by part (`FLOP_PARTS`).
 
     trainable: paths of the parameters that learn, such as `TrainState.trainable` has; all others are frozen. The small
     products with adapters of LoRA are left out, but gradients are counted all the way to them.
     """
-    flops = dict.fromkeys(PARTS, 0.0)
+    flops = dict.fromkeys(FLOP_PARTS, 0.0)
     for operation, times in _step(config, content, trainable):
         flops[operation.part] += operation.flops * times.products
     return flops
@@ -58,12 +58,12 @@ def step_flops(config: MossAudioConfig, content: Content, trainable: Iterable[st
 def recomputed_flops(
     config: MossAudioConfig, content: Content, trainable: Iterable[str], remat: str
 ) -> dict[str, float]:
-    """FLOPs that a step's backward pass computes a second time, by part (`PARTS`), which model FLOPs leave out.
+    """FLOPs that a step's backward pass computes a second time, by part (`FLOP_PARTS`), which model FLOPs leave out.
 
     remat: a key of `layers.REMAT_POLICIES`. Nothing is recomputed where no gradient goes, nor the last product of a
     layer, whose result no gradient needs. The loss computes the logits twice whatever is trained.
     """
-    flops = dict.fromkeys(PARTS, 0.0)
+    flops = dict.fromkeys(FLOP_PARTS, 0.0)
     for operation, times in _step(config, content, trainable, remat):
         flops[operation.part] += operation.flops * times.again
     return flops
@@ -79,13 +79,13 @@ def moved_bytes(
     data_parallel: int = 1,
     tensor: int = 1,
 ) -> dict[str, float]:
-    """Bytes that the products of a step read and write in one chip's memory, by part (`PARTS`).
+    """Bytes that the products of a step read and write in one chip's memory, by part (`FLOP_PARTS`).
 
     Each product reads its operands and writes its result once, in bfloat16. Kernels are gathered, so that each chip
     reads the whole of them (or its part of `tensor`) in every microbatch; activations are shared by all chips. What
     stands between products (norms, activation functions) is fused into them and left out.
     """
-    moved = dict.fromkeys(PARTS, 0.0)
+    moved = dict.fromkeys(FLOP_PARTS, 0.0)
     for operation, times in _step(config, content, trainable, remat):
         elements = operation.activations / (data_parallel * tensor) + operation.kernel * microbatches / tensor
         moved[operation.part] += 2.0 * elements * (times.products + times.again)

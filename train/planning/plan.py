@@ -116,7 +116,7 @@ def with_sizes(
 def plan_step(config: RunConfig, devices: Sequence[Any], segments: int = 1) -> dict[str, Any]:
     """The report of a training step of this recipe on those devices, ready for JSON. segments: see `report_step`."""
     mesh = make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
-    model, data = config.trained_model(), config.data
+    model, data = config.model_config(), config.data
     batch = abstract_batch(
         model, data.batch_size, data.tokens, data.chunks, microbatches=config.microbatches, mesh=mesh
     )
@@ -128,7 +128,7 @@ def plan_step(config: RunConfig, devices: Sequence[Any], segments: int = 1) -> d
 
 
 def planned_state(config: RunConfig, mesh: Mesh) -> TrainState:
-    model = config.trained_model()
+    model = config.model_config()
     dtypes = config.frozen_dtypes(abstract_parameters(model, jnp.float32))
     return abstract_state(model, config.optimizer, frozen_dtypes=dtypes, mesh=mesh)
 
@@ -139,7 +139,7 @@ def report_step(config: RunConfig, mesh: Mesh, compiled: Compiled, segments: int
     segments: of equal length, that are packed into a sequence. A token attends within its own, so model FLOPs are
         fewer; the attention kernel computes whole sequences all the same.
     """
-    model, data, state, place = config.trained_model(), config.data, planned_state(config, mesh), _slice(mesh)
+    model, data, state, place = config.model_config(), config.data, planned_state(config, mesh), _slice(mesh)
     whole = Content(
         tokens=data.batch_size * data.tokens,
         chunks=data.batch_size * data.chunks,

@@ -23,7 +23,7 @@ from train.evaluation.evaluate import whole_batch
 from train.optimizer import Parameters
 from train.planning.plan import Compiled, bytes_on_chip, compile_answering, compile_for_memory, one_batch, planned_state
 from train.running.validation import EvaluationShapes, evaluation_shapes, questions_and_texts
-from train.step import abstract_batch, held_out_sums, in_compute_dtype
+from train.step import abstract_batch, in_compute_dtype, validation_sums
 
 BATCHES_ON_DEVICES = 3  # that of the step before, and those that `Prefetched` has put there
 
@@ -55,7 +55,7 @@ def _smaller_batches(batch: int, parts: int) -> Iterator[int]:
 
 
 def _report(config: RunConfig, mesh: Mesh, shapes: EvaluationShapes, step: dict[str, Any]) -> dict[str, Any]:
-    model, data, state = config.trained_model(), config.data, planned_state(config, mesh)
+    model, data, state = config.model_config(), config.data, planned_state(config, mesh)
     evaluated = (state.ema or state.trainable) | state.frozen
     dtypes = jax.eval_shape(partial(in_compute_dtype, config=config.step), evaluated)
     copies = {path: leaf.update(dtype=dtypes[path].dtype) for path, leaf in evaluated.items()}
@@ -85,12 +85,12 @@ def _report(config: RunConfig, mesh: Mesh, shapes: EvaluationShapes, step: dict[
 def _compiled(
     config: RunConfig, copies: Parameters, shapes: EvaluationShapes, mesh: Mesh
 ) -> dict[str, tuple[Compiled, int]]:
-    """The programs that `HeldOut.ask` runs with these parameters, and the bytes of those that each doesn't use."""
-    model, data = config.trained_model(), config.data
+    """The programs that `Validation.ask` runs with these parameters, and the bytes of those that each doesn't use."""
+    model, data = config.model_config(), config.data
     graphdef, state = nnx.split(build_model(model, dict(copies)))
     batch = one_batch(model, shapes.sequences, data.tokens, data.chunks, mesh)
     with jax.set_mesh(mesh):
-        loss = compile_for_memory(held_out_sums.trace(graphdef, config.step, copies, batch), mesh)
+        loss = compile_for_memory(validation_sums.trace(graphdef, config.step, copies, batch), mesh)
     inputs = one_batch(model, shapes.prompts, shapes.prompt_tokens, shapes.prompt_chunks, mesh).inputs
     inputs = dataclasses.replace(inputs, audio_chunks=inputs.audio_chunks.update(dtype=jnp.float32))  # of `make_inputs`
     prefill, decode, _ = compile_answering(graphdef, state, inputs, shapes.new_tokens, model.eos_ids, mesh)

@@ -7,20 +7,20 @@ from typing import Any
 
 from moss_audio_jax.errors import MossAudioError
 
-Measured = Mapping[str, Any]
+Measures = Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
     """One number about all that was measured.
 
-    field: its name where a task is measured (`evaluate.measure`; `HeldOut` for the loss).
+    field: its name where a task is measured (`evaluate.measure`; `Validation` for the loss).
     total: what it was divided by there. Weighted by that, the rates of several tasks make the rate of all of them.
     """
 
     field: str
     lower_is_better: bool
-    total: Callable[[Measured], float]
+    total: Callable[[Measures], float]
 
 
 METRICS = {
@@ -36,7 +36,7 @@ METRICS = {
 }
 
 
-def overall(measured: Iterable[Measured]) -> dict[str, float | None]:
+def overall(measured: Iterable[Measures]) -> dict[str, float | None]:
     """Every metric that any of the tasks has, over all that have it; None where there is nothing to divide by."""
     tasks = list(measured)
     found: dict[str, float | None] = {}

@@ -24,7 +24,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from moss_audio_jax.errors import MossAudioError, StorageError
-from moss_audio_jax.storage.paths import AnyPath, Path, absolute, children, exists, write_whole
+from moss_audio_jax.storage.paths import AnyPath, Path, absolute, atomic_write, children, exists
 from moss_audio_jax.storage.retries import is_transient, retried, summary
 from moss_audio_jax.weights.checkpoint import (
     PARAMS,
@@ -133,7 +133,7 @@ class Checkpoints:
         """Writes which checkpoint `RUN/best` stands for after an evaluation; raises MossAudioError if it can't."""
         if jax.process_index() == 0:
             try:
-                write_whole(self._run / RUN_BEST_FILE, json.dumps(dataclasses.asdict(best), allow_nan=False) + "\n")
+                atomic_write(self._run / RUN_BEST_FILE, json.dumps(dataclasses.asdict(best), allow_nan=False) + "\n")
             except OSError as error:
                 raise self._unwritable(error) from error
 
@@ -253,7 +253,7 @@ class Checkpoints:
         taken = sum(path.name.startswith(str(step)) and path.is_dir() for path in children(aside))
         name = f"{step}-{taken}" if taken else str(step)
         retried(aside, lambda: aside.mkdir(exist_ok=True))
-        write_whole(aside / f"{name}.txt", reason + "\n")  # first: on gs:// the directory is only there with a file
+        atomic_write(aside / f"{name}.txt", reason + "\n")  # first: on gs:// the directory is only there with a file
         (self._directory / str(step)).rename(aside / name)
 
     def close(self) -> None:

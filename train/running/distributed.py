@@ -26,7 +26,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from moss_audio_jax.errors import MossAudioError, StorageError
 from moss_audio_jax.sharding import RULES
 from train.data.pipeline import merge_states
-from train.running.rendezvous import meet
+from train.running.rendezvous import rendezvous
 
 BATCH_SECONDS = 1800  # for another process to read a batch
 BATCHES_KEPT = 64  # in the processes' store: none is so far behind another
@@ -87,7 +87,7 @@ def join(config: DistributedConfig) -> None:
             config.coordinator, config.num_processes, config.process_id, None, None, config.join_within
         )
         if coordinator is not None and count is not None and number is not None:  # else JAX says what is not known
-            meet(coordinator, count, number, config.join_within)
+            rendezvous(coordinator, count, number, config.join_within)
         jax.distributed.initialize(
             coordinator,
             count,
@@ -206,7 +206,7 @@ def _batch_key(process: int, batch: int) -> str:
     return f"moss-audio/batches/{process}/{batch}"
 
 
-def first_process_does(work: Callable[[], None]) -> None:
+def on_first_process(work: Callable[[], None]) -> None:
     """Process 0 does it, mostly writing files, while the others wait; if it fails, all do."""
     error = None
     if jax.process_index() == 0:
@@ -224,7 +224,7 @@ def first_process_does(work: Callable[[], None]) -> None:
         raise failed("process 0 of the run has refused: its message says why")
 
 
-def of_first_process(value: Any) -> Any:
+def from_first_process(value: Any) -> Any:
     """What process 0 gives, which is JSON, handed to all; every process has to call it."""
     if jax.process_count() == 1:
         return value
@@ -248,7 +248,7 @@ def first_process_decides(name: str, decide: Callable[[], bool]) -> bool:
     return store.blocking_key_value_get(f"moss-audio/{name}", DECISION_MILLISECONDS) == "yes"
 
 
-def state_of_all(state: dict[str, Any]) -> dict[str, Any]:
+def gather_data_state(state: dict[str, Any]) -> dict[str, Any]:
     """The data's states of all processes, merged; every process has to call it, with one of the same step."""
     if jax.process_count() == 1:
         return state
@@ -261,7 +261,7 @@ def state_of_all(state: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def ended_with_the_others() -> Iterator[None]:
+def exit_if_peer_lost() -> Iterator[None]:
     """Ends this process at once when work on all devices fails since another one is gone.
 
     There is nothing it could still save: an orderly end would wait for the lost one. Where a device only waits and

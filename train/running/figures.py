@@ -30,7 +30,7 @@ class DataFigures:
         trainable: Iterable[str],
         data_state: Mapping[str, Any],
     ):
-        """data_state: of all hosts (`distributed.state_of_all`), before the first batch."""
+        """data_state: of all hosts (`distributed.gather_data_state`), before the first batch."""
         self._order, self._config, self._model, self._trainable = order, config, model, tuple(trainable)
         self.groups = order.groups
         self._counts = total_counts(data_state)

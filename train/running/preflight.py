@@ -25,7 +25,7 @@ from train.data.budget import TooLong
 from train.data.lanes import DataConfig
 from train.data.manifest import Clip, Example, Message, checked_lines
 from train.data.objectives import OBJECTIVES, applying, nothing_to_ask
-from train.data.samples import SampleMaker, audible
+from train.data.samples import SampleMaker, truncate_turns
 from train.running.directory import LEARNED
 
 log = logging.getLogger(__name__)
@@ -119,7 +119,9 @@ class Check:
                     self.maker is not None and len(self.maker.extent(example.name, whole).learned) > budget.tokens
                 )
                 continue
-            cut = audible(example.name, whole, budget, self.chunk_frames, truncate=truncate, answers=self.data.answers)
+            cut = truncate_turns(
+                example.name, whole, budget, self.chunk_frames, truncate=truncate, answers=self.data.answers
+            )
             truncated |= cut is not whole
             if self.maker is not None:
                 extent = self.maker.extent(example.name, cut)
@@ -166,7 +168,7 @@ def check_of(config: RunConfig, path: AnyPath, group: str | None = None) -> Chec
     group = group or next(iter(named), DATA_GROUP)
     if group not in groups:
         raise MossAudioError(f"--group must be one of {', '.join(groups)}, not {group!r}")
-    model = config.trained_model()
+    model = config.model_config()
     chunk_frames = model.audio_config.chunk_frames
     if chunk_frames is None:
         raise MossAudioError(f"{path} can't be checked for a model without chunks, which does not train")

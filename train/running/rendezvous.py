@@ -20,7 +20,7 @@ LINE_SECONDS = 5  # in which a process that has connected says who it is
 HEARD_SECONDS = 10  # beyond the time to wait, to hear from process 0 who is missing
 
 
-def meet(coordinator: str, count: int, number: int, seconds: float) -> None:
+def rendezvous(coordinator: str, count: int, number: int, seconds: float) -> None:
     """Returns in all processes once all are there; raises MossAudioError in all that came if some don't in time.
 
     coordinator: HOST:PORT of process 0. number: of this process, from 0 to `count` - 1.

@@ -41,18 +41,18 @@ from moss_audio_jax.storage.paths import (
     AnyPath,
     GrowingFile,
     Path,
+    atomic_file,
+    atomic_write,
     exists,
     local_directory,
     read_bytes,
     read_text,
     to_path,
-    write_whole,
-    written_whole,
 )
 from moss_audio_jax.storage.retries import is_transient, retried
 from train.config import CONFIG_FILE
 from train.planning.flops import CONVENTION
-from train.running.distributed import of_first_process
+from train.running.distributed import from_first_process
 
 METRICS_FILE = "metrics.jsonl"
 SCORES_FILE = "scores.jsonl"
@@ -77,7 +77,7 @@ class ShownSample(NamedTuple):
     figure: Path | None = None
 
 
-class Report:
+class RunReport:
     """Takes the metrics of every step. They are fetched while the next step runs, so no step waits for them.
 
     figures: of a step's sums, what its line says (`figures.DataFigures`).
@@ -117,7 +117,7 @@ class Report:
         self._pending: tuple[int, Mapping[str, jax.Array], Callable[[], Values]] | None = None
         self._last = time.perf_counter()
 
-    def __enter__(self) -> "Report":
+    def __enter__(self) -> "RunReport":
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -197,7 +197,7 @@ class Report:
 
         Every process has to call it, and gets the same.
         """
-        return of_first_process(_scores_of(self._out, step) if jax.process_index() == 0 else None)
+        return from_first_process(_scores_of(self._out, step) if jax.process_index() == 0 else None)
 
     def add_samples(self, step: int, samples: Sequence[ShownSample]) -> None:
         """Shows answers of the model after this step."""
@@ -287,7 +287,7 @@ class _Lines(_Sink):
     def write_answers(self, step: int, answers: Sequence[ShownSample]) -> None:
         path = self._out / ANSWERS / f"{step}.md"
         retried(path, lambda: path.parent.mkdir(exist_ok=True))
-        write_whole(path, _markdown_table(_COLUMNS, map(_row, answers)))
+        atomic_write(path, _markdown_table(_COLUMNS, map(_row, answers)))
 
     def commit(self) -> None:
         for file in self._files.values():
@@ -328,7 +328,7 @@ def _open_after(path: Path, step: int) -> GrowingFile:
     """Opens a file of lines to append to, without those of later steps and one that was cut off."""
     if exists(path):
         whole = io.BytesIO(read_bytes(path))
-        with written_whole(path) as partial, partial.open("wb") as kept:
+        with atomic_file(path) as partial, partial.open("wb") as kept:
             kept.writelines(_lines_until(whole, step, path))
     return GrowingFile(path)
 
@@ -443,7 +443,7 @@ class _WeightsAndBiases(_Sink):
         known = read_text(id_file).strip() if exists(id_file) else None
         config = read_json(out / CONFIG_FILE)
         self._run = wandb.init(project=project, id=known, resume="allow", dir=str(local_directory(out)), config=config)
-        write_whole(id_file, self._run.id + "\n")
+        atomic_write(id_file, self._run.id + "\n")
         self._table = wandb.Table
 
     def write(self, step: int, line: Values) -> None:

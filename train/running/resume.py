@@ -27,7 +27,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from moss_audio_jax.config import read_json
 from moss_audio_jax.errors import MossAudioError
-from moss_audio_jax.storage.paths import AnyPath, Path, to_path, write_whole
+from moss_audio_jax.storage.paths import AnyPath, Path, atomic_write, to_path
 from moss_audio_jax.weights.checkpoint import orbax_paths
 from train.config import CONFIG_FILE, RunConfig
 
@@ -163,7 +163,7 @@ class Record:
         )
 
 
-def settle(
+def write_or_check_config(
     config: Any,
     out: AnyPath,
     *,
@@ -194,7 +194,7 @@ def settle(
         entry["versions"] = record.versions
     entry |= {name: value for name in ("from_step", "skip_steps") if (value := getattr(resume, name)) is not None}
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(_as_json(config) | dataclasses.asdict(record), indent=2) + "\n")
+    atomic_write(path, json.dumps(_as_json(config) | dataclasses.asdict(record), indent=2) + "\n")
     return record
 
 

@@ -44,10 +44,10 @@ from train.evaluation.evaluate import (
 from train.evaluation.plots import plot_timelines
 from train.evaluation.questions import Item, manifest_items, manifest_texts, scene_items
 from train.optimizer import Parameters
-from train.running.best import Measured, overall, require_metric
+from train.running.best import Measures, overall, require_metric
 from train.running.distributed import share_of_batch
 from train.running.report import ShownSample
-from train.step import held_out_sums, in_compute_dtype
+from train.step import in_compute_dtype, validation_sums
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ HELD_OUT_SEED = 2**31  # of scenes: added to the run's own seed, which makes tho
 FIGURES = "figures"
 
 
-class HeldOut:
+class Validation:
     """What a run's evaluations ask, the same each time; the packed sequences of the loss stay in the host's memory.
 
     Of several processes each reads all of it for the loss and holds its share of the sequences; of the questions it
@@ -115,7 +115,7 @@ class HeldOut:
         sharding = NamedSharding(self._mesh, partition_spec(("batch",), self._mesh))
         for source, batch in self._batches:
             placed = jax.make_array_from_process_local_data(sharding, batch)
-            found = held_out_sums(graphdef, self._config.step, parameters, placed)
+            found = validation_sums(graphdef, self._config.step, parameters, placed)
             sums[source] += jax.device_get((found.loss, found.correct, found.weight))
         return sums
 
@@ -167,7 +167,7 @@ def evaluation_shapes(config: RunConfig, parts: int, items: Sequence[Item] | Non
     tokens, chunks = config.data.tokens, config.data.chunks
     if items is not None:
         prompts = min(prompts, whole_batch(len(items), parts))
-        chunk_frames = config.trained_model().audio_config.chunk_frames
+        chunk_frames = config.model_config().audio_config.chunk_frames
         assert chunk_frames is not None  # as `SampleMaker` makes sure
         lengths = [prompt_length(item, chunk_frames) for item in items]
         tokens, chunks = (max(counts) for counts in zip(*lengths, strict=True))
@@ -264,7 +264,7 @@ def _batches(config: RunConfig, samples: Iterable[tuple[str, Sample]], mesh: Mes
     return batches
 
 
-def _tasks(measures: Mapping[str, Mapping[str, Measured]]) -> list[Measured]:
+def _tasks(measures: Mapping[str, Mapping[str, Measures]]) -> list[Measures]:
     return [measured for tasks in measures.values() for measured in tasks.values()]
 
 

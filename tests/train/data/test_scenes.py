@@ -17,8 +17,8 @@ from train.data.scenes import (
     LABELS,
     TASKS,
     Event,
-    Layout,
     SceneConfig,
+    ScenePlan,
     caption,
     make_scene,
     make_task,
@@ -29,7 +29,7 @@ RATE = 16000
 
 
 def layout(*events, seconds=8.0, background="white"):
-    return Layout(round(seconds * RATE), tuple(events), background, -60.0)
+    return ScenePlan(round(seconds * RATE), tuple(events), background, -60.0)
 
 
 def ask(task, scene, seed=0):
@@ -174,7 +174,7 @@ def test_backgrounds_have_their_colour():
         assert np.polyfit(range(6), octaves, 1)[0] == pytest.approx(slope, abs=0.3)
 
 
-# Layouts
+# Plans
 
 
 @st.composite
