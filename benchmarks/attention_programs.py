@@ -32,7 +32,7 @@ from moss_audio_jax.attention import attend, causal_attend
 from moss_audio_jax.commands.cli import run_cli
 from moss_audio_jax.config import MossAudioConfig
 from moss_audio_jax.splash import TILES, splash_attend
-from moss_audio_jax.weights.info import align
+from moss_audio_jax.text_table import align
 
 TOPOLOGIES = ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
 TOKENS = 8192

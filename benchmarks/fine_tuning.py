@@ -21,7 +21,8 @@ from moss_audio_jax.config import MossAudioConfig
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.inputs import make_inputs
 from moss_audio_jax.tokens import audio_span
-from moss_audio_jax.weights.checkpoint import load_model, parameters_of
+from moss_audio_jax.weights.checkpoint import load_model
+from moss_audio_jax.weights.parameters import parameters_of
 from train.data.budget import Budget
 from train.data.packing import Packer, TrainingBatch, pack_row, stack_rows
 from train.data.samples import FRAMES_PER_SECOND, Sample

@@ -12,7 +12,7 @@ import numpy as np
 import tyro
 
 from moss_audio_jax.commands.cli import run_cli
-from moss_audio_jax.weights.info import align
+from moss_audio_jax.text_table import align
 from train.config import RECIPES
 from train.data.packing import Packer
 

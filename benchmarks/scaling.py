@@ -17,7 +17,7 @@ from benchmarks.plan_tables import exchange
 from moss_audio_jax.commands.cli import run_cli
 from moss_audio_jax.sharding import make_mesh
 from moss_audio_jax.storage.paths import atomic_write
-from moss_audio_jax.weights.info import align
+from moss_audio_jax.text_table import align
 from train.config import RECIPES, RunConfig
 from train.evaluation.plots import require_matplotlib
 from train.planning.chips import GIB, V5P

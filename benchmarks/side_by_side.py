@@ -10,7 +10,7 @@ from pathlib import Path
 
 import jax
 
-from moss_audio_jax.weights.info import align
+from moss_audio_jax.text_table import align
 
 Timed = Callable[[], object]
 

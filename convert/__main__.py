@@ -139,10 +139,10 @@ def inspect(path: Source, /, *, json_output: JsonFlag = False) -> None:
         json_output: Print JSON instead of a table.
     """
     _keep_to_cpu()
-    from convert.inspect import contents, table
+    from moss_audio_jax.weights.info import contents, contents_json, contents_table
 
     found = contents(path)
-    print(json.dumps(found, indent=2) if json_output else table(found))
+    print(json.dumps(contents_json(found), indent=2) if json_output else contents_table(found))
 
 
 @app.command
@@ -180,12 +180,12 @@ def verify(
     """
     if not torch:
         _keep_to_cpu()
-    from convert.verify import as_json, table
+    from convert.verify import as_json, report_table
     from convert.verify import verify as compare
 
     limits = {"relative_error": max_error, "kl": max_kl, "top_1_agreement": min_top_1, "top_k_overlap": min_top_k}
     report = compare(source, target, pytorch=torch, audio=audio, dtype=dtype, limits=limits)
-    print(json.dumps(as_json(report), indent=2) if json_output else table(report))
+    print(json.dumps(as_json(report), indent=2) if json_output else report_table(report))
     if not report.passed:
         sys.exit(1)
 

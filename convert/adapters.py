@@ -15,19 +15,10 @@ from convert.tensor_source import by_released_name, open_checkpoint
 from convert.to_orbax import leaf_dtypes, pieces
 from moss_audio_jax.config import MossAudioConfig
 from moss_audio_jax.errors import MossAudioError
-from moss_audio_jax.storage.paths import AnyPath, to_path
-from moss_audio_jax.weights.checkpoint import (
-    PARAMS,
-    base_directory,
-    companion_files,
-    files_directory,
-    is_adapter,
-    is_released,
-    orbax_paths,
-    require_adapter,
-)
-from moss_audio_jax.weights.peft import ADAPTER_CONFIG, ADAPTER_FILE, PeftAdapter, adapted_config
-from moss_audio_jax.weights.released import PEFT_PREFIX, adapter_leaves
+from moss_audio_jax.storage.paths import AnyPath
+from moss_audio_jax.weights.locate import ADAPTER_CONFIG, ADAPTER_FILE, PARAMS, Location, locate
+from moss_audio_jax.weights.names import PEFT_PREFIX, adapter_leaves
+from moss_audio_jax.weights.peft import PeftAdapter, adapted_config
 
 
 class MergedCheckpoint:
@@ -39,18 +30,19 @@ class MergedCheckpoint:
     """
 
     def __init__(self, adapter: AnyPath, base: AnyPath | None = None, dtype: np.dtype | None = None):
-        base = base_directory(adapter) if base is None else base
-        if is_adapter(base):
+        location = locate(adapter)
+        base_location = location.base() if base is None else locate(base)
+        if base_location.is_adapter:
             raise MossAudioError(f"{base} holds an adapter, not a model: give the model that {adapter} is for")
-        require_adapter(adapter)
-        self._base, self._read_as = open_checkpoint(base), dtype
-        self._adapter = _open_adapter(adapter, self._base.config)
+        location.require_adapter()
+        self._base, self._read_as = open_checkpoint(base_location.path), dtype
+        self._adapter = _open_adapter(location, self._base.config)
         assert self._adapter.config.lora is not None
         self._scale = self._adapter.config.lora.scale
         self._names = by_released_name(self._adapter.leaves)
         # A run has its own configuration and tokenizer files, which may differ in the time markers.
-        run = to_path(adapter) if (files_directory(adapter) / "config.json").exists() else to_path(base)
-        self.directory, self.config, self.leaves = run, self._base.config, self._base.leaves
+        run = location if (location.files / "config.json").exists() else base_location
+        self.directory, self.config, self.leaves = run.path, self._base.config, self._base.leaves
 
     def dtype(self, name: str) -> np.dtype:
         return self._base.dtype(name)
@@ -75,7 +67,8 @@ def convert_to_peft(source: AnyPath, target: AnyPath, dtype: np.dtype | None = N
     dtype: of all tensors; None keeps each as it is stored.
     """
     target = check_target(target)
-    if orbax_paths(source) is None or not is_adapter(source):
+    location = locate(source)
+    if location.params is None or not location.is_adapter:
         raise MossAudioError(f"{source} holds no adapter in Orbax: give a training run of LoRA, or one of from-peft")
     adapter = OrbaxCheckpoint(source)
     leaves = by_released_name(adapter.leaves)
@@ -92,7 +85,7 @@ def convert_to_peft(source: AnyPath, target: AnyPath, dtype: np.dtype | None = N
         )
     size = sum(tensor.nbytes for tensor in tensors)
     with staged(target, size) as work:
-        (files_directory(source) / ADAPTER_CONFIG).copy(work / ADAPTER_CONFIG)
+        (location.files / ADAPTER_CONFIG).copy(work / ADAPTER_CONFIG)
         with tqdm(total=size, unit="B", unit_scale=True, disable=None) as progress:
             write_file(work / ADAPTER_FILE, tensors, progress)
 
@@ -104,16 +97,17 @@ def convert_from_peft(source: AnyPath, target: AnyPath, base: AnyPath | None = N
     adapter names. Tensors stay in the types they have, and adapter_config.json as it is.
     """
     target = check_target(target)
-    if not is_released(source):  # else the sentence below says it
-        require_adapter(source)
-    if not is_adapter(source) or orbax_paths(source) is not None:
+    location = locate(source)
+    if not location.is_released:  # otherwise the error below says what it is
+        location.require_adapter()
+    if not location.is_adapter or location.params is not None:
         raise MossAudioError(f"{source} is no adapter of PEFT's: give a directory with {ADAPTER_CONFIG}")
-    base = base_directory(source) if base is None else base
-    adapter = PeftAdapter(source, open_checkpoint(base).config)
+    base_location = location.base() if base is None else locate(base)
+    adapter = PeftAdapter(source, open_checkpoint(base_location.path).config)
     dtypes = leaf_dtypes(adapter, None)
     size = sum(math.prod(leaf.shape) * dtypes[path].itemsize for path, leaf in adapter.leaves.items())
     with staged(target, size) as work:
-        for file in [*companion_files(base), to_path(source) / ADAPTER_CONFIG]:
+        for file in [*base_location.companion_files(), location.path / ADAPTER_CONFIG]:
             file.copy(work / file.name)
         leaves = {
             path: StreamedArray(leaf.shape, dtypes[path], functools.partial(pieces, adapter, leaf, dtypes[path]))
@@ -122,13 +116,13 @@ def convert_from_peft(source: AnyPath, target: AnyPath, base: AnyPath | None = N
         save_streamed(work / PARAMS, leaves)
 
 
-def _open_adapter(directory: AnyPath, config: MossAudioConfig) -> OrbaxCheckpoint | PeftAdapter:
-    """config: of the model that it is to be merged into."""
-    if orbax_paths(directory) is None:
-        return PeftAdapter(directory, config)
-    adapter = OrbaxCheckpoint(directory)
-    fitting = adapter_leaves(adapted_config(files_directory(directory), config))
+def _open_adapter(location: Location, config: MossAudioConfig) -> OrbaxCheckpoint | PeftAdapter:
+    """Opens an adapter of either layout. config: of the model that it is merged into."""
+    if location.params is None:
+        return PeftAdapter(location.path, config)
+    adapter = OrbaxCheckpoint(location.path)
+    fitting = adapter_leaves(adapted_config(location.files, config))
     shapes, found = ({path: leaf.shape for path, leaf in leaves.items()} for leaves in (fitting, adapter.leaves))
     if shapes != found:
-        raise MossAudioError(f"{directory} holds an adapter for a model of other sizes: give its own model as base")
+        raise MossAudioError(f"{location.path} holds an adapter for a model of other sizes: give its own model as base")
     return adapter

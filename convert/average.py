@@ -11,7 +11,7 @@ from convert.tensor_source import copy_companions
 from convert.to_orbax import leaf_dtypes, pieces
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.storage.paths import AnyPath, children, to_path
-from moss_audio_jax.weights.checkpoint import PARAMS, RUN_CHECKPOINTS, is_adapter
+from moss_audio_jax.weights.locate import PARAMS, RUN_CHECKPOINTS, locate
 
 
 def average(run: AnyPath, out: AnyPath, *, last: int | None = None, steps: Sequence[int] = ()) -> list[int]:
@@ -24,7 +24,7 @@ def average(run: AnyPath, out: AnyPath, *, last: int | None = None, steps: Seque
     target = check_target(out)
     chosen = _chosen(to_path(run), last, steps)
     directories = [to_path(run) / RUN_CHECKPOINTS / str(step) for step in chosen]
-    if is_adapter(directories[0]):
+    if locate(directories[0]).is_adapter:
         raise MossAudioError(
             f"{run} trains an adapter of LoRA, whose factors have no meaningful mean: merge adapters with "
             "`python -m convert to-hf`, or give a run that trains the model itself"

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from moss_audio_jax.errors import MossAudioError
-from moss_audio_jax.weights.released import ReleasedLeaf
+from moss_audio_jax.weights.names import ReleasedLeaf
 
 PIECE_BYTES = 64 << 20  # one read, and one commit of an Orbax checkpoint
 # A shard narrower than a chunk has to read the whole chunk, so small chunks bound what a sharded restore reads in vain.

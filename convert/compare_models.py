@@ -19,7 +19,8 @@ from moss_audio_jax.language_model import KVCache
 from moss_audio_jax.model import MossAudio
 from moss_audio_jax.storage.paths import AnyPath
 from moss_audio_jax.tokens import Tokenizer, audio_span, build_prompt
-from moss_audio_jax.weights.checkpoint import files_directory, load_model, tokenizer_files
+from moss_audio_jax.weights.checkpoint import load_model
+from moss_audio_jax.weights.locate import locate
 
 SYNTHETIC_SECONDS = 9.3  # three chunks, the last of them partly empty, and four time markers
 QUESTION = "Transcribe the audio."
@@ -74,7 +75,7 @@ def compare_models(released: Path, checkpoint: AnyPath, sound: Sound, dtype: str
     """
     from convert.pytorch_reference import reference_stages  # PyTorch may be missing
 
-    config = MossAudioConfig.from_hf(files_directory(checkpoint))
+    config = MossAudioConfig.from_hf(locate(checkpoint).files)
     mel = round_bfloat16(log_mel(sound.wave))
     ids = prompt_ids(released, config, num_audio_tokens(mel.shape[1]))
     expected = reference_stages(released, ids, [mel], config.processor.audio_token_id, dtype)
@@ -99,10 +100,9 @@ def synthetic_clip() -> np.ndarray:
 def prompt_ids(directory: Path, config: MossAudioConfig, clip_tokens: int) -> list[int]:
     """A question about one clip or, without a tokenizer, ids from all over the vocabulary around it."""
     processor = config.processor
-    if tokenizer_files(directory):
-        return build_prompt(
-            Tokenizer.from_dir(files_directory(directory)), QUESTION, [clip_tokens], processor=processor
-        )
+    location = locate(directory)
+    if location.tokenizer_files():
+        return build_prompt(Tokenizer.from_dir(location.files), QUESTION, [clip_tokens], processor=processor)
     vocabulary = min(config.language_config.vocab_size, processor.audio_token_id)
     text = [index * vocabulary // PLAIN_IDS for index in range(PLAIN_IDS)]
     span = audio_span(clip_tokens, processor.enable_time_marker, processor)

@@ -12,7 +12,7 @@ from convert.blocks import row_blocks
 from convert.tensor_source import DTYPE_KEYS, Checkpoint, by_released_name, with_rope_theta
 from moss_audio_jax.config import read_json
 from moss_audio_jax.storage.paths import AnyPath, Path
-from moss_audio_jax.weights.checkpoint import companion_files
+from moss_audio_jax.weights.locate import locate
 
 STATISTICS_BLOCK = 1 << 20  # elements: differences are computed in float64
 
@@ -39,7 +39,7 @@ def companion_differences(source: AnyPath, target: AnyPath) -> list[str]:
     """How configuration and tokenizer files differ; the type of the weights in config.json may, and whether
     its rotary base stands where transformers 4 reads it too.
     """
-    files = [{file.name: file for file in companion_files(directory)} for directory in (source, target)]
+    files = [{file.name: file for file in locate(directory).companion_files()} for directory in (source, target)]
     problems = []
     for name in sorted(files[0].keys() | files[1].keys()):
         holders = [side[name] for side in files if name in side]

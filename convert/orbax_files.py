@@ -20,10 +20,12 @@ from tqdm import tqdm
 from convert.blocks import chunk_shape
 from moss_audio_jax.config import MossAudioConfig
 from moss_audio_jax.errors import MossAudioError
-from moss_audio_jax.storage.paths import AnyPath, Path, absolute, to_path
-from moss_audio_jax.weights.checkpoint import check_stored, flatten, is_adapter, orbax_paths, stored_shapes, unflatten
+from moss_audio_jax.storage.paths import AnyPath, Path, absolute
+from moss_audio_jax.tree import flatten, unflatten
+from moss_audio_jax.weights.locate import locate
+from moss_audio_jax.weights.names import adapter_leaves, released_leaves
+from moss_audio_jax.weights.orbax import check_stored, stored_shapes
 from moss_audio_jax.weights.peft import adapted_config
-from moss_audio_jax.weights.released import adapter_leaves, released_leaves
 
 Piece = tuple[Any, np.ndarray]  # where in the array, as an index, and what
 
@@ -123,19 +125,19 @@ class OrbaxCheckpoint:
     """
 
     def __init__(self, directory: AnyPath):
-        paths = orbax_paths(directory)
-        if paths is None:
+        location = locate(directory)
+        if location.params is None:
             raise MossAudioError(f"{directory} is no Orbax checkpoint: give one that to-orbax or training wrote")
-        self.directory, self.params = to_path(directory), absolute(paths.params)
-        self.config = MossAudioConfig.from_hf(paths.files)
-        if is_adapter(directory):
-            self.config = adapted_config(paths.files, self.config)
+        self.directory, self.params = location.path, absolute(location.params)
+        self.config = MossAudioConfig.from_hf(location.files)
+        if location.is_adapter:
+            self.config = adapted_config(location.files, self.config)
         check_stored(self.params, self.config)
         self.leaves = released_leaves(self.config) if self.config.lora is None else adapter_leaves(self.config)
         self._places = {name: (leaf, i) for leaf in self.leaves.values() for i, name in enumerate(leaf.names)}
         self._stores = self._open(self.params, self.leaves)
-        if paths.averages is not None:
-            averages = absolute(paths.averages)
+        if location.averages is not None:
+            averages = absolute(location.averages)
             self._stores |= self._open(averages, stored_shapes(averages))
 
     def dtype(self, name: str) -> np.dtype:

@@ -19,7 +19,8 @@ import numpy as np
 
 from convert.tensor_source import with_rope_theta
 from moss_audio_jax.errors import MossAudioError
-from moss_audio_jax.weights.released import IGNORED_TENSORS, INDEX_FILE, SINGLE_FILE
+from moss_audio_jax.weights.locate import INDEX_FILE, SINGLE_FILE
+from moss_audio_jax.weights.names import IGNORED_TENSORS
 
 try:
     import torch

@@ -15,9 +15,8 @@ from convert.staging import check_target, staged
 from convert.tensor_source import by_released_name
 from moss_audio_jax.config import MossAudioConfig
 from moss_audio_jax.small_tokenizer import write_small_tokenizer
-from moss_audio_jax.storage.paths import AnyPath
-from moss_audio_jax.weights.checkpoint import require_empty
-from moss_audio_jax.weights.released import ReleasedLeaf, released_leaves
+from moss_audio_jax.storage.paths import AnyPath, require_empty
+from moss_audio_jax.weights.names import ReleasedLeaf, released_leaves
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 EMBEDDING_STD = 0.02

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from moss_audio_jax.weights.released import INDEX_FILE, SAFETENSORS_DTYPES, SINGLE_FILE
+from moss_audio_jax.weights.locate import INDEX_FILE, SINGLE_FILE
+from moss_audio_jax.weights.names import SAFETENSORS_DTYPES
 
 SHARD_BYTES = 5 * 10**9  # transformers' default, in decimal gigabytes
 DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}

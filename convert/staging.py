@@ -8,8 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from moss_audio_jax.errors import MossAudioError
-from moss_audio_jax.storage.paths import AnyPath, require_local
-from moss_audio_jax.weights.checkpoint import require_empty
+from moss_audio_jax.storage.paths import AnyPath, require_empty, require_local
 
 # Conversions hold a few pieces of `blocks.PIECE_BYTES`, whatever the model's size. Measured at 4B: 0.43 to 0.80.
 PEAK_MEMORY_GB = 0.8

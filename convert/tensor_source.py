@@ -10,8 +10,9 @@ import numpy as np
 from convert.orbax_files import OrbaxCheckpoint
 from moss_audio_jax.config import MossAudioConfig, read_json
 from moss_audio_jax.storage.paths import AnyPath
-from moss_audio_jax.weights.checkpoint import companion_files, layout_of
-from moss_audio_jax.weights.released import ReleasedCheckpoint, ReleasedLeaf
+from moss_audio_jax.weights.locate import locate
+from moss_audio_jax.weights.names import ReleasedLeaf
+from moss_audio_jax.weights.safetensors_reader import ReleasedCheckpoint
 
 # Where config.json says what type the weights have; the older name is still met.
 DTYPE_KEYS = ("dtype", "torch_dtype")
@@ -33,7 +34,7 @@ class Checkpoint(Protocol):
 
 def open_checkpoint(path: AnyPath) -> Checkpoint:
     """A checkpoint of either layout, checked against its configuration; its tensors are not read yet."""
-    return OrbaxCheckpoint(path) if layout_of(path) == "orbax" else ReleasedCheckpoint(path)
+    return OrbaxCheckpoint(path) if locate(path).layout() == "orbax" else ReleasedCheckpoint(path)
 
 
 def by_released_name(leaves: dict[str, ReleasedLeaf]) -> dict[str, ReleasedLeaf]:
@@ -60,7 +61,7 @@ def copy_companions(source: Checkpoint, target: Path, dtype: np.dtype | None, *,
 
     export: config.json also says what transformers 4 would not find in one of 5.
     """
-    for file in companion_files(source.directory):
+    for file in locate(source.directory).companion_files():
         file.copy(target / file.name, overwrite=True)
     if dtype is not None and any(source.dtype(name) != dtype for name in by_released_name(source.leaves)):
         config = read_json(target / "config.json")

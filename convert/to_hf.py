@@ -13,7 +13,7 @@ from convert.staging import check_target, staged
 from convert.tensor_source import by_released_name, copy_companions
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.storage.paths import AnyPath
-from moss_audio_jax.weights.checkpoint import is_adapter, layout_of
+from moss_audio_jax.weights.locate import locate
 
 
 def convert_to_hf(
@@ -30,11 +30,12 @@ def convert_to_hf(
     that it names.
     """
     target = check_target(target)
-    if base is not None and not is_adapter(source):
+    location = locate(source)
+    if base is not None and not location.is_adapter:
         raise MossAudioError(f"{source} is no adapter that could be merged into {base}: leave --base out")
-    if is_adapter(source):
+    if location.is_adapter:
         checkpoint = MergedCheckpoint(source, base, dtype)
-    elif layout_of(source) == "released":
+    elif location.layout() == "released":
         raise MossAudioError(f"{source} is a released directory already: give one that to-orbax or training wrote")
     else:
         checkpoint = OrbaxCheckpoint(source)

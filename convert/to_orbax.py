@@ -12,8 +12,9 @@ from convert.staging import check_target, staged
 from convert.tensor_source import Checkpoint, copy_companions
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.storage.paths import AnyPath
-from moss_audio_jax.weights.checkpoint import PARAMS, layout_of
-from moss_audio_jax.weights.released import ReleasedCheckpoint, ReleasedLeaf, SafetensorsCheckpoint
+from moss_audio_jax.weights.locate import PARAMS, locate
+from moss_audio_jax.weights.names import ReleasedLeaf
+from moss_audio_jax.weights.safetensors_reader import ReleasedCheckpoint, SafetensorsCheckpoint
 
 
 def convert_to_orbax(source: AnyPath, target: AnyPath, dtype: np.dtype | None = None) -> None:
@@ -22,7 +23,7 @@ def convert_to_orbax(source: AnyPath, target: AnyPath, dtype: np.dtype | None = 
     dtype: of all parameters; None keeps each as it is stored.
     """
     target = check_target(target)
-    if layout_of(source) == "orbax":
+    if locate(source).layout() == "orbax":
         raise MossAudioError(f"{source} is an Orbax checkpoint already: give a released directory")
     released = ReleasedCheckpoint(source)
     dtypes = leaf_dtypes(released, dtype)

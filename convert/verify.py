@@ -19,8 +19,8 @@ from convert.memory import available_memory
 from convert.tensor_source import Checkpoint, open_checkpoint
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.storage.paths import AnyPath
-from moss_audio_jax.weights.checkpoint import layout_of
-from moss_audio_jax.weights.info import align
+from moss_audio_jax.text_table import align
+from moss_audio_jax.weights.locate import locate
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -103,9 +103,9 @@ def verify(
 
 def pytorch_pair(source: AnyPath, target: AnyPath) -> tuple[Path, AnyPath] | None:
     """Which of the two PyTorch reads, and which JAX: PyTorch needs a released directory."""
-    if layout_of(source) == "released":
+    if locate(source).layout() == "released":
         return Path(source), target
-    return (Path(target), source) if layout_of(target) == "released" else None
+    return (Path(target), source) if locate(target).layout() == "released" else None
 
 
 def unavailable_pytorch(has_released: bool) -> str:
@@ -163,7 +163,7 @@ def as_json(report: Verification) -> dict[str, Any]:
     return {"passed": report.passed} | finite(dataclasses.asdict(report))
 
 
-def table(report: Verification) -> str:
+def report_table(report: Verification) -> str:
     """The report for the eye: what differs, sums of what does not."""
     lines = [f"{report.source} -> {report.target}"]
     lines += [f"  {difference}" for difference in report.differences]

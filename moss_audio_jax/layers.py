@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 from moss_audio_jax.attention import dropout
 from moss_audio_jax.config import LoraConfig
 from moss_audio_jax.splash import RESIDUALS
+from moss_audio_jax.tree import dotted
 
 Initializer = Callable[..., jax.Array]
 Carry = TypeVar("Carry")
@@ -68,7 +69,7 @@ def weighted(module: nnx.Module, name: str, function: Callable[..., jax.Array], 
 
 def set_masters(model: nnx.Module, masters: Mapping[str, jax.Array]) -> None:
     """Gives modules the float32 masters, by path, of the parameters that they hold copies of."""
-    modules = {".".join(map(str, path)): module for path, module in nnx.iter_modules(model)}
+    modules = {dotted(path): module for path, module in nnx.iter_modules(model)}
     for path, master in masters.items():
         module, _, name = path.rpartition(".")
         setattr(modules[module], name + MASTER, nnx.Variable(master))

@@ -17,6 +17,7 @@ from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.int8 import declare_scales
 from moss_audio_jax.layers import Linear
 from moss_audio_jax.patterns import matches, require_matches
+from moss_audio_jax.tree import dotted
 
 
 def add_adapters(model: nnx.Module, config: LoraConfig, rngs: nnx.Rngs) -> None:
@@ -26,7 +27,7 @@ def add_adapters(model: nnx.Module, config: LoraConfig, rngs: nnx.Rngs) -> None:
     a layer that is trained whole and adapted or in int8 as well.
     """
     linears = adaptable_layers(model)
-    parameters = [".".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(model, nnx.Param))]
+    parameters = [dotted(path) for path, _ in nnx.to_flat_state(nnx.state(model, nnx.Param))]
     require_matches("lora.targets", config.targets, linears, what="linear layer that can have an adapter")
     require_matches("lora.full", config.full, parameters)
     targets = {path: layer for path, layer in linears.items() if matches(path, config.targets)}
@@ -49,7 +50,7 @@ def add_adapters(model: nnx.Module, config: LoraConfig, rngs: nnx.Rngs) -> None:
 
 def adaptable_layers(model: nnx.Module) -> dict[str, Linear]:
     """Path -> linear layer; without the head, whose kernel the loss reads by itself."""
-    modules = {".".join(map(str, path)): module for path, module in nnx.iter_modules(model)}
+    modules = {dotted(path): module for path, module in nnx.iter_modules(model)}
     return {path: module for path, module in modules.items() if isinstance(module, Linear) and path != "lm_head"}
 
 

@@ -25,6 +25,7 @@ from moss_audio_jax.language_model import KVCache, LanguageModel
 from moss_audio_jax.layers import GatedMLP, Linear, map_layers
 from moss_audio_jax.lora import add_adapters
 from moss_audio_jax.sharding import constrain, on_automatic_mesh, on_mesh_of
+from moss_audio_jax.tree import dotted
 
 TOKENS_PER_SECOND = 100 / DOWNSAMPLE_RATE  # of audio: a mel frame each 10 ms
 
@@ -158,7 +159,7 @@ def check_positions(inputs: ModelInputs, config: MossAudioConfig, new_tokens: in
 def parameter_specs(config: MossAudioConfig) -> dict[str, nnx.Variable]:
     """Path, such as `language_model.norm.scale` -> the declared parameter, without its values."""
     model = nnx.eval_shape(lambda: MossAudio(config, rngs=nnx.Rngs(0)))
-    return {".".join(map(str, path)): spec for path, spec in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+    return {dotted(path): spec for path, spec in nnx.to_flat_state(nnx.state(model, nnx.Param))}
 
 
 def adapter_specs(config: MossAudioConfig) -> dict[str, nnx.Variable]:

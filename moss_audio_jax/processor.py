@@ -13,7 +13,7 @@ from moss_audio_jax.inputs import ModelInputs, make_inputs
 from moss_audio_jax.sound_files import require_rate
 from moss_audio_jax.storage.paths import AnyPath
 from moss_audio_jax.tokens import DEFAULT_SYSTEM_PROMPT, Tokenizer, build_prompt
-from moss_audio_jax.weights.checkpoint import processor_directories
+from moss_audio_jax.weights.locate import processor_directories
 
 # A path, bytes, a file, an array or tensor, (array, rate), {"array": ..., "sampling_rate": ...}: see Processor.mel.
 Clip = Any

@@ -28,10 +28,10 @@ from tokenizers import AddedToken, Regex, models, pre_tokenizers
 from moss_audio_jax.config import ProcessorConfig
 from moss_audio_jax.errors import MossAudioError, shown
 from moss_audio_jax.schema import INT32, integer
+from moss_audio_jax.storage.foreign_files import foreign_content
 from moss_audio_jax.storage.json_files import read_json
 from moss_audio_jax.storage.paths import AnyPath, Path, exists, file_in, read_text, to_path
 from moss_audio_jax.storage.retries import summary
-from moss_audio_jax.weights.recognition import foreign_content
 
 # Qwen's ids. The ids of the audio span may differ between checkpoints and are in ProcessorConfig.
 ENDOFTEXT, IM_START, IM_END = 151643, 151644, 151645

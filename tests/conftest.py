@@ -26,7 +26,8 @@ from flax import nnx
 
 from convert.rehearse import rehearse
 from moss_audio_jax import ModelInputs, MossAudio, MossAudioConfig, load_model, make_inputs
-from moss_audio_jax.weights.released import released_leaves
+from moss_audio_jax.tree import dotted
+from moss_audio_jax.weights.names import released_leaves
 
 TESTS = Path(__file__).parent
 TINY_AUDIO_ID = 511  # tests/data/tiny has no processor_config.json to say so
@@ -125,7 +126,7 @@ def released_tensors(config: MossAudioConfig, parameters: nnx.State) -> dict[str
     tensors = {}
     leaves = released_leaves(config)
     for path, parameter in nnx.to_flat_state(parameters):
-        leaf, array = leaves[".".join(map(str, path))], np.asarray(parameter[...])
+        leaf, array = leaves[dotted(path)], np.asarray(parameter[...])
         for index, name in enumerate(leaf.names):
             tensors[name] = leaf.layout.to_released(array[index] if leaf.stacked else array)
     return tensors

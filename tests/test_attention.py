@@ -23,7 +23,7 @@ from moss_audio_jax.language_model import LanguageModel
 from moss_audio_jax.sampling import Sampling
 from moss_audio_jax.sharding import make_mesh, named_sharding
 from moss_audio_jax.splash import LANES, TILES, Tiles, serves, splash_attend
-from moss_audio_jax.weights.checkpoint import abstract_parameters, build_model
+from moss_audio_jax.weights.parameters import abstract_parameters, build_model
 from train.planning.hlo import collectives
 from train.planning.plan import one_batch, topology_devices
 

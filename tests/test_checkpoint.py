@@ -12,8 +12,8 @@ from flax import nnx
 from moss_audio_jax import MossAudio, MossAudioConfig, MossAudioError, load_model, load_processor, save_model
 from moss_audio_jax.compilation import jit
 from moss_audio_jax.model import _compiled_logits
-from moss_audio_jax.weights.checkpoint import build_model, parameters_of
 from moss_audio_jax.weights.finite import first_nonfinite
+from moss_audio_jax.weights.parameters import build_model, parameters_of
 from tests.conftest import question
 
 

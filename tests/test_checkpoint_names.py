@@ -7,7 +7,8 @@ import pytest
 
 from moss_audio_jax import MossAudioError, load_model
 from moss_audio_jax.storage.paths import is_plain_name, to_path
-from moss_audio_jax.weights.checkpoint import orbax_paths, stored_shapes
+from moss_audio_jax.weights.locate import locate
+from moss_audio_jax.weights.orbax import stored_shapes
 
 BEST = {"metric": "loss", "value": 0.5, "step": 5, "since": 0, "evaluated": 9}
 
@@ -28,12 +29,12 @@ def write(file: Path, content: object) -> None:
 @pytest.mark.parametrize("file", ["best.json", "checkpoints/9/best/metadata"])
 def test_the_best_checkpoint_is_one_of_the_run(file, run):
     write(run / file, BEST)
-    found = orbax_paths(run / "best")
-    assert found is not None and Path(found.params) == run / "checkpoints" / "5" / "params"
+    found = locate(run / "best")
+    assert found.params is not None and Path(found.params) == run / "checkpoints" / "5" / "params"
     for step in ("../../outside", str(run.parent / "outside"), "5", 5.0, True, -1, [5]):
         write(run / file, BEST | {"step": step})
         with pytest.raises(MossAudioError, match=r"(best\.json|metadata): step must be an integer from 0"):
-            orbax_paths(run / "best")
+            locate(run / "best")
 
 
 @pytest.mark.parametrize(
@@ -49,7 +50,7 @@ def test_the_best_checkpoint_is_one_of_the_run(file, run):
 def test_a_damaged_best_is_named(content, message, run):
     write(run / "best.json", content)
     with pytest.raises(MossAudioError, match=message):
-        orbax_paths(run / "best")
+        locate(run / "best")
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ from moss_audio_jax import generate as generate_function
 from moss_audio_jax.generation import decode_until, prefill_prompts
 from moss_audio_jax.sampling import Sampling, row_keys, row_seeds
 from moss_audio_jax.sharding import make_mesh
-from moss_audio_jax.weights.checkpoint import abstract_parameters, build_model
+from moss_audio_jax.tree import dotted
+from moss_audio_jax.weights.parameters import abstract_parameters, build_model
 from tests.conftest import TINY_AUDIO_ID, question, question_parts
 from tests.test_model import CASES, inputs_of
 
@@ -149,7 +150,7 @@ def test_all_tokens_stay_at_a_top_p_of_one():
 
 def broken(model: MossAudio, path: str, index: int) -> MossAudio:
     """The model with one NaN in that layer of a stack."""
-    flat = {".".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(model))}
+    flat = {dotted(path): leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(model))}
     return build_model(model.config, flat | {path: flat[path].at[index, 3, 5].set(jnp.nan)})
 
 
@@ -290,7 +291,7 @@ def test_pieces_of_no_tokens_are_refused(tiny):
 
 
 def on_mesh(model: MossAudio, mesh: jax.sharding.Mesh) -> MossAudio:
-    flat = {".".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(model))}
+    flat = {dotted(path): leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(model))}
     target = abstract_parameters(model.config, jnp.float32, mesh)
     return build_model(model.config, {path: jax.device_put(flat[path], target[path].sharding) for path in flat})
 

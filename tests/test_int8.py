@@ -11,7 +11,8 @@ from flax import nnx
 from moss_audio_jax import LoraConfig, MossAudio, MossAudioConfig, MossAudioError
 from moss_audio_jax.int8 import LARGEST, int8_kernels, quantize
 from moss_audio_jax.model import parameter_specs
-from moss_audio_jax.weights.checkpoint import build_model, merge_adapter, parameters_of
+from moss_audio_jax.weights.checkpoint import merge_adapter
+from moss_audio_jax.weights.parameters import build_model, parameters_of
 from tests.conftest import question
 
 TINY = MossAudioConfig.preset("tiny")

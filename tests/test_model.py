@@ -12,7 +12,8 @@ from flax import nnx
 
 from moss_audio_jax import ModelInputs, MossAudio, MossAudioConfig, attention, encoder, make_inputs
 from moss_audio_jax.layers import REMAT_POLICIES, map_layers
-from moss_audio_jax.weights.checkpoint import build_model
+from moss_audio_jax.tree import dotted
+from moss_audio_jax.weights.parameters import build_model
 from tests.conftest import TINY_AUDIO_ID, question, question_parts, released_tensors
 
 CASES = ("t1", "t8", "t237", "t400", "t403", "t801_markers", "t2998_markers", "two_clips")
@@ -209,7 +210,7 @@ def test_bfloat16_weights_compute_in_bfloat16_and_stay_near(tiny):
 
 def test_a_tied_head_reads_the_embedding(tiny):
     config = dataclasses.replace(tiny.config, tie_word_embeddings=True)
-    flat = {".".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(tiny))}
+    flat = {dotted(path): leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(tiny))}
     embedding = flat["language_model.embed_tokens.embedding"]
     del flat["lm_head.kernel"]
     tied = build_model(config, flat)

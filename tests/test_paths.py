@@ -20,8 +20,9 @@ from moss_audio_jax.errors import StorageError
 from moss_audio_jax.small_tokenizer import write_small_tokenizer
 from moss_audio_jax.storage import paths
 from moss_audio_jax.storage.paths import GrowingFile, to_path
-from moss_audio_jax.weights.checkpoint import copy_tokenizer, layout_of, save_model
+from moss_audio_jax.weights.checkpoint import save_model
 from moss_audio_jax.weights.info import describe
+from moss_audio_jax.weights.locate import copy_tokenizer, locate
 
 
 @pytest.fixture(params=["disk", "gs"])
@@ -231,7 +232,7 @@ def test_a_checkpoint_is_saved_and_loaded(root: paths.Path, tiny: MossAudio, tmp
     write_small_tokenizer(tmp_path)
     save_model(tiny, root)
     copy_tokenizer(tmp_path, root)
-    assert layout_of(root) == "orbax"
+    assert locate(root).layout() == "orbax"
     same_model(load_model(root), tiny)
     assert load_processor(root).tokenizer.encode("12") == [16, 17]
     assert f"{root}: moss_audio, Orbax" in describe(root)

@@ -7,7 +7,7 @@ import pytest
 
 from moss_audio_jax import MossAudioConfig, MossAudioError
 from moss_audio_jax.weights import peft as peft_files
-from moss_audio_jax.weights.checkpoint import adapted_config
+from moss_audio_jax.weights.peft import adapted_config
 
 PLAIN = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
 LAYER = "language_model.layers.self_attn.{}_proj"

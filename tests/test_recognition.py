@@ -14,10 +14,12 @@ import soundfile
 from safetensors.numpy import load_file, save_file
 
 from moss_audio_jax import LoraConfig, MossAudioConfig, MossAudioError, load_adapter, load_model, load_processor
-from moss_audio_jax.weights.checkpoint import parameters_of, save_model
+from moss_audio_jax.weights.checkpoint import save_model
 from moss_audio_jax.weights.info import describe
-from moss_audio_jax.weights.peft import ADAPTER_CONFIG, ADAPTER_FILE, write_adapter_config
-from moss_audio_jax.weights.released import SINGLE_FILE, adapter_leaves
+from moss_audio_jax.weights.locate import ADAPTER_CONFIG, ADAPTER_FILE, SINGLE_FILE
+from moss_audio_jax.weights.names import adapter_leaves
+from moss_audio_jax.weights.parameters import parameters_of
+from moss_audio_jax.weights.peft import write_adapter_config
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 432608\n"
 PAGE = "<!DOCTYPE html>\n<html><title>Sign in</title></html>"
@@ -77,7 +79,7 @@ def test_a_snapshot_may_not_link_into_another_repository(released: Path, tmp_pat
     moved = Path(shutil.move((snapshot / "config.json").resolve(), other / "0"))
     (snapshot / "config.json").unlink()
     (snapshot / "config.json").symlink_to(moved)
-    with pytest.raises(MossAudioError, match=r"config\.json is a link to outside the directory"):
+    with pytest.raises(MossAudioError, match=r"config\.json must be inside the directory, not a link"):
         load_model(snapshot)
 
 
@@ -88,7 +90,7 @@ def test_links_to_outside_are_refused(released: Path, tmp_path: Path, name: str)
     directory = Path(shutil.copytree(released, tmp_path / "model"))
     outside = shutil.move(directory / name, tmp_path / name)
     (directory / name).symlink_to(outside)
-    with pytest.raises(MossAudioError, match=rf"{name} is a link to outside the directory"):
+    with pytest.raises(MossAudioError, match=rf"{name} must be inside the directory, not a link"):
         load_model(directory)
         load_processor(directory)
 
@@ -98,7 +100,7 @@ def test_parameters_outside_are_refused(orbax: Path, tmp_path: Path, inside: str
     directory = Path(shutil.copytree(orbax, tmp_path / "model"))
     outside = shutil.move(directory / "params" / inside, tmp_path / "outside")
     (directory / "params" / inside).symlink_to(outside)
-    with pytest.raises(MossAudioError, match=r"is a link to outside of .*/model"):
+    with pytest.raises(MossAudioError, match=r"must be inside of .*/model, not a link"):
         load_model(directory)
 
 
@@ -106,7 +108,7 @@ def test_an_adapter_file_outside_is_refused(adapter: Path, tmp_path: Path):
     directory = Path(shutil.copytree(adapter, tmp_path / "adapter"))
     (directory / ADAPTER_CONFIG).unlink()
     (directory / ADAPTER_CONFIG).symlink_to(adapter / ADAPTER_CONFIG)
-    with pytest.raises(MossAudioError, match=r"adapter_config\.json is a link to outside"):
+    with pytest.raises(MossAudioError, match=r"adapter_config\.json must be inside the directory"):
         load_model(directory)
 
 
@@ -234,7 +236,7 @@ def test_the_processor_of_an_adapter_is_its_models(adapter: Path, released: Path
     vocabulary |= {"1": vocabulary["2"], "2": vocabulary["1"]}
     (with_own / "vocab.json").write_text(json.dumps(vocabulary), "utf-8")
     assert load_processor(with_own).tokenizer.encode("12") == [17, 16]
-    assert "an adapter as PEFT lays it out" in describe(adapter)
+    assert "adapter in PEFT's layout" in describe(adapter)
 
 
 def test_an_adapter_s_base_must_be_a_model(adapter: Path, tmp_path: Path):

@@ -16,13 +16,9 @@ from safetensors.numpy import load_file, save_file
 from convert.rehearse import write_random_checkpoint
 from moss_audio_jax import MossAudioConfig, MossAudioError, load_model
 from moss_audio_jax.model import parameter_specs
-from moss_audio_jax.weights.released import (
-    INDEX_FILE,
-    SINGLE_FILE,
-    Qwen3Checkpoint,
-    ReleasedCheckpoint,
-    released_leaves,
-)
+from moss_audio_jax.weights.locate import INDEX_FILE, SINGLE_FILE
+from moss_audio_jax.weights.names import released_leaves
+from moss_audio_jax.weights.safetensors_reader import Qwen3Checkpoint, ReleasedCheckpoint
 
 TINY = MossAudioConfig.preset("tiny")
 

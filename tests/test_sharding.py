@@ -11,7 +11,8 @@ from moss_audio_jax import MossAudioConfig, MossAudioError, encoder, language_mo
 from moss_audio_jax import model as model_module
 from moss_audio_jax.model import parameter_specs
 from moss_audio_jax.sharding import RULES, constrain, make_mesh
-from moss_audio_jax.weights.checkpoint import abstract_parameters, unflatten
+from moss_audio_jax.tree import dotted, unflatten
+from moss_audio_jax.weights.parameters import abstract_parameters
 from tests.conftest import TINY_AUDIO_ID, question, question_parts
 
 
@@ -132,7 +133,7 @@ def test_load_model_onto_a_mesh(layout, tiny, tmp_path):
     model = load_model(tmp_path / "orbax", mesh=mesh)
     target = abstract_parameters(tiny.config, jnp.float32, mesh)
     for path, leaf in nnx.to_flat_state(nnx.state(model)):
-        assert leaf[...].sharding == target[".".join(map(str, path))].sharding
+        assert leaf[...].sharding == target[dotted(path)].sharding
     inputs = question(tiny, [403])
     with jax.set_mesh(mesh):
         logits = model(inputs)

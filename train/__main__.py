@@ -346,7 +346,7 @@ def _plan(
 def _train(config: "RunConfig", out: Path, resume: "ResumeConfig") -> None:
     import jax
 
-    from moss_audio_jax.weights.checkpoint import RUN_BEST
+    from moss_audio_jax.weights.locate import RUN_BEST
     from train.loop import train
 
     logging.basicConfig(format="%(message)s", force=True)  # names the examples that are skipped

@@ -29,16 +29,11 @@ from moss_audio_jax.config import (
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.int8 import int8_kernels, quantize
 from moss_audio_jax.model import MossAudio
-from moss_audio_jax.weights.checkpoint import (
-    abstract_parameters,
-    assemble,
-    files_directory,
-    is_adapter,
-    layout_of,
-    parameters_of,
-    restore,
-)
-from moss_audio_jax.weights.released import EMBEDDING, Qwen3Checkpoint, ReleasedCheckpoint
+from moss_audio_jax.weights.locate import locate
+from moss_audio_jax.weights.names import EMBEDDING
+from moss_audio_jax.weights.orbax import restore
+from moss_audio_jax.weights.parameters import abstract_parameters, parameters_of
+from moss_audio_jax.weights.safetensors_reader import Qwen3Checkpoint, ReleasedCheckpoint, assemble
 from train.optimizer import Parameters
 
 HEAD_PATH = "lm_head.kernel"
@@ -132,8 +127,9 @@ def model_config(source: ModelSource) -> MossAudioConfig:
     if source.checkpoint is None:
         config = MossAudioConfig.preset(source.preset)
     else:
-        layout_of(source.checkpoint)  # says what a directory lacks that is none
-        config = MossAudioConfig.from_hf(files_directory(source.checkpoint))
+        checkpoint = locate(source.checkpoint)
+        checkpoint.layout()  # raises what is there instead of a checkpoint
+        config = MossAudioConfig.from_hf(checkpoint.files)
     if source.deepstack is not None:
         config = dataclasses.replace(config, deepstack_num_inject_layers=source.deepstack)
     if source.time_markers is not None:
@@ -238,8 +234,9 @@ def _open_parts(source: ModelSource) -> list[Part]:
 
 def _open_language_model(directory: str) -> Part:
     prefixes = GIVES["language_model"]
-    layout_of(directory)
-    config = files_directory(directory) / "config.json"
+    checkpoint = locate(directory)
+    checkpoint.layout()
+    config = checkpoint.files / "config.json"
     kind = read_json(config).get("model_type") if config.exists() else None
     if kind not in (None, "qwen3", *MODEL_TYPES):
         raise MossAudioError(
@@ -255,13 +252,14 @@ def _open_language_model(directory: str) -> Part:
 
 
 def _open_moss_audio(option: str, directory: str, prefixes: tuple[str, ...]) -> Part:
-    if is_adapter(directory):
+    checkpoint = locate(directory)
+    if checkpoint.is_adapter:
         raise MossAudioError(
             f"model.{option} {directory} holds an adapter, not a model: merge it with `python -m convert to-hf`"
         )
-    if layout_of(directory) == "orbax":
-        config = MossAudioConfig.from_hf(files_directory(directory))
-        read = functools.partial(restore, directory, config)
+    if checkpoint.layout() == "orbax":
+        config = MossAudioConfig.from_hf(checkpoint.files)
+        read = functools.partial(restore, checkpoint, config)
     else:
         released = ReleasedCheckpoint(directory)
         config, read = released.config, functools.partial(assemble, released)

@@ -34,13 +34,8 @@ from moss_audio_jax.sharding import make_mesh
 from moss_audio_jax.storage.paths import AnyPath, Path, children, nothing_left, to_path
 from moss_audio_jax.storage.retries import retried
 from moss_audio_jax.tokens import Tokenizer
-from moss_audio_jax.weights.checkpoint import (
-    RUN_CHECKPOINTS,
-    RUN_MODEL,
-    abstract_parameters,
-    base_directory,
-    build_model,
-)
+from moss_audio_jax.weights.locate import RUN_CHECKPOINTS, RUN_MODEL, locate
+from moss_audio_jax.weights.parameters import abstract_parameters, build_model
 from train.config import CONFIG_FILE, RunConfig
 from train.data import ExampleOrder, Interrupted, Prefetched, SampleMaker, TrainingBatch, TrainingData
 from train.data.augment import Augmentation
@@ -165,7 +160,7 @@ def train(config: RunConfig, out: AnyPath, *, mesh: Mesh | None = None, resume: 
         data = stack.enter_context(_data(config, mesh, order, maker))
         first = config.model
         if model.lora is not None:
-            first = dataclasses.replace(first, checkpoint=str(base_directory(out / RUN_MODEL)))
+            first = dataclasses.replace(first, checkpoint=str(locate(out / RUN_MODEL).base().path))
         state, start = _first_or_restored_state(config, first, model, mesh, checkpoints, data, record, resume)
         figures = DataFigures(order, config.data, model, state.trainable, gather_data_state(data.get_state()))
         report = stack.enter_context(_report(config, out, start, mesh, figures, record))

@@ -30,7 +30,8 @@ from moss_audio_jax.layers import REMAT_POLICIES, set_masters
 from moss_audio_jax.lora import set_adapter_dropout
 from moss_audio_jax.model import MossAudio
 from moss_audio_jax.sharding import constrain, num_parts, partition_spec
-from moss_audio_jax.weights.checkpoint import abstract_parameters, parameters_of, unflatten
+from moss_audio_jax.tree import dotted, unflatten
+from moss_audio_jax.weights.parameters import abstract_parameters, parameters_of
 from train.data.packing import TrainingBatch
 from train.loss import CHUNK, LossSums, chunked_cross_entropy
 from train.optimizer import (
@@ -471,7 +472,7 @@ def _parameter_path(keys: KeyPath) -> str:
 def _placed(graphdef: nnx.GraphDef, parameters: Parameters, tree: Any) -> Any:
     """Pins arrays to the current mesh, as `abstract_state` says where they lie."""
     declared = nnx.to_flat_state(nnx.state(_model(graphdef, parameters), nnx.Param))
-    axes = {".".join(map(str, path)): leaf.get_metadata("logical_axes") for path, leaf in declared}
+    axes = {dotted(path): leaf.get_metadata("logical_axes") for path, leaf in declared}
 
     def placed(keys: KeyPath, x: jax.Array) -> jax.Array:
         path = _parameter_path(keys)

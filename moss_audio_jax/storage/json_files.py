@@ -8,9 +8,9 @@ from collections import Counter
 from typing import Any
 
 from moss_audio_jax.errors import MossAudioError, shown
+from moss_audio_jax.storage.foreign_files import foreign_content
 from moss_audio_jax.storage.paths import AnyPath, is_remote, read_bytes, reason, to_path
 from moss_audio_jax.storage.retries import retried
-from moss_audio_jax.weights.recognition import foreign_content
 
 MAX_BYTES = 1 << 28  # the largest of a released checkpoint, tokenizer.json, has 11 MB
 MAX_DEPTH = 64  # copying and writing what was read recur, too

@@ -109,14 +109,23 @@ def _blobs(directory: pathlib.Path) -> pathlib.Path | None:
 
 
 def file_in(directory: AnyPath, name: str) -> Path:
-    """The path of a directory's file, there or not; raises MossAudioError for a link that leads out of there."""
+    """Returns the path of a directory's file, which may not exist; raises MossAudioError for a link to elsewhere."""
     path = to_path(directory) / name
     if not is_inside(directory, path):
         raise MossAudioError(
-            f"{path} is a link to outside the directory, which no file of a checkpoint may be: copy the file itself "
-            "there (`cp -L`, or `hf download --local-dir`)"
+            f"{path} must be inside the directory, not a link to elsewhere: copy the file itself there (`cp -L`, or "
+            "`hf download --local-dir`)"
         )
     return path
+
+
+def require_empty(directory: AnyPath) -> None:
+    """Raises MossAudioError unless a directory to write is new or empty: nothing is ever overwritten."""
+    directory = to_path(directory)
+    if directory.exists() and (not directory.is_dir() or children(directory)):
+        raise MossAudioError(
+            f"{directory} already exists and is not an empty directory: name a new one, or remove it first"
+        )
 
 
 def children(directory: AnyPath) -> list[Path]:

@@ -1,7 +1,6 @@
-"""Adapters of LoRA as PEFT lays them out: adapter_config.json and adapter_model.safetensors.
+"""Adapters of LoRA in PEFT's layout: adapter_config.json and adapter_model.safetensors.
 
-A training run keeps its adapter_config.json in this layout too, so it is the one place that says what an adapter is.
-PEFT itself is not needed.
+A training run writes the same adapter_config.json, so one file describes every adapter. PEFT itself is not needed.
 """
 
 import dataclasses
@@ -22,19 +21,19 @@ from moss_audio_jax.model import MossAudio
 from moss_audio_jax.schema import SWITCH, Rule, check_keys, integer, number
 from moss_audio_jax.storage.json_files import read_json
 from moss_audio_jax.storage.paths import AnyPath, atomic_write, exists, file_in, to_path
+from moss_audio_jax.weights.locate import ADAPTER_CONFIG, ADAPTER_FILE
+from moss_audio_jax.weights.names import adapter_leaves, released_leaves
 from moss_audio_jax.weights.recognition import not_an_adapter
-from moss_audio_jax.weights.released import SafetensorsCheckpoint, adapter_leaves, released_leaves
+from moss_audio_jax.weights.safetensors_reader import SafetensorsCheckpoint
 
-ADAPTER_CONFIG, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"
-
-# Keys that change nothing about what an adapter computes, whatever they hold, and those that are read below. Every
-# other key, also one of a later PEFT, must be null, false or empty.
+# Keys that don't change what an adapter computes, and keys that are read below. Every other key, also one of a later
+# version of PEFT, must be null, false or empty.
 _HARMLESS = ("auto_mapping", "base_model_name_or_path", "inference_mode", "megatron_core", "peft_version")
 _HARMLESS += ("qalora_group_size", "revision", "task_type")
 _READ = ("peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "exclude_modules")
 _READ += ("modules_to_save", "bias", "init_lora_weights")
-# Others change the base's weights before training begins.
-_INITIALISERS = (True, False, "gaussian", "orthogonal")
+# Other initializers change the weights of the base before training begins.
+_INITIALIZERS = (True, False, "gaussian", "orthogonal")
 
 
 def _is_name(value: Any) -> bool:
@@ -45,7 +44,6 @@ def _is_names(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(name, str) and re.fullmatch(r"[\w.]+", name) for name in value)
 
 
-_NAME = Rule("a name of at most 1,000 printable characters", _is_name)
 _NAMES = Rule("a list of the names of modules", _is_names)
 _NAMES_OR_EXPRESSION = Rule("a list of the names of modules, or one expression", lambda x: _is_name(x) or _is_names(x))
 _VALUES = {
@@ -61,9 +59,10 @@ _MATCHING_SECONDS = 10
 
 
 class PeftAdapter(SafetensorsCheckpoint):
-    """An adapter's directory; config: of the model that it is for, with `lora` as the directory says it.
+    """An adapter's directory, whose headers have been checked. config: of the base model.
 
-    Raises MossAudioError with all tensors that are missing, surplus or of another shape.
+    `self.config` is that with the adapter's `lora`. Raises MossAudioError with all tensors that are missing, surplus or
+    of another shape.
     """
 
     def __init__(self, directory: AnyPath, config: MossAudioConfig):
@@ -74,7 +73,7 @@ class PeftAdapter(SafetensorsCheckpoint):
 
 
 def adapted_config(directory: AnyPath, config: MossAudioConfig) -> MossAudioConfig:
-    """The configuration of a model with the adapter that a directory's adapter_config.json describes."""
+    """Returns a model's configuration with the `lora` that a directory's adapter_config.json describes."""
     path = file_in(directory, ADAPTER_CONFIG)
     try:
         lora = _read_lora(read_json(path), config)
@@ -83,17 +82,8 @@ def adapted_config(directory: AnyPath, config: MossAudioConfig) -> MossAudioConf
     return dataclasses.replace(config, lora=lora)
 
 
-def base_of(directory: AnyPath) -> str | None:
-    """What an adapter says that it was made for: a directory, or a name on a hub."""
-    path = file_in(directory, ADAPTER_CONFIG)
-    base = read_json(path).get("base_model_name_or_path")
-    if base:
-        _NAME.check(f"{path}: base_model_name_or_path", base)
-    return base or None
-
-
 def write_adapter_config(directory: AnyPath, config: MossAudioConfig, base: str | None) -> None:
-    """For PEFT, and for us: which layers of the model `base` have adapters, and how they are scaled."""
+    """Writes adapter_config.json, for PEFT and for `adapted_config`. base: the path or name of the model."""
     assert config.lora is not None
     lora, released = config.lora, released_leaves(config)
     saved = {name.rpartition(".")[0] for path, leaf in released.items() if lora.trains(path) for name in leaf.names}
@@ -109,7 +99,7 @@ def write_adapter_config(directory: AnyPath, config: MossAudioConfig, base: str 
         "modules_to_save": sorted(saved) or None,
         "peft_type": "LORA",
         "r": lora.rank,
-        # An expression rather than a list of names, which would match by their ends: other parts have projections too.
+        # An expression: names in a list match by their ends, and other parts have projections of the same names.
         "target_modules": "|".join(_expression(target, released) for target in targets),
         "task_type": None,
         "use_rslora": lora.rslora,
@@ -118,7 +108,7 @@ def write_adapter_config(directory: AnyPath, config: MossAudioConfig, base: str 
 
 
 def _expression(layer: str, released: dict[str, Any]) -> str:
-    """Matches a linear layer's released names, whatever the number."""
+    """Returns an expression that matches a linear layer's released names, in all layers."""
     name = released[f"{layer}.kernel"].names[0].rpartition(".")[0]
     return re.sub(r"(?<=\\\.)\d+(?=\\\.)", r"\\d+", re.escape(name))
 
@@ -126,11 +116,11 @@ def _expression(layer: str, released: dict[str, Any]) -> str:
 def _read_lora(content: dict[str, Any], config: MossAudioConfig) -> LoraConfig:
     if content.get("peft_type") != "LORA":
         raise MossAudioError(f"peft_type is {shown(content.get('peft_type'))}, and this port reads LORA only")
-    bias, initialiser = content.get("bias", "none"), content.get("init_lora_weights", True)
-    if bias != "none" or initialiser not in _INITIALISERS:
+    bias, initializer = content.get("bias", "none"), content.get("init_lora_weights", True)
+    if bias != "none" or initializer not in _INITIALIZERS:
         raise MossAudioError(
-            f"bias is {shown(bias)} and init_lora_weights {shown(initialiser)}; this port "
-            f"reads bias 'none' and {', '.join(map(repr, _INITIALISERS))}: convert the adapter to plain LoRA with PEFT"
+            f"bias is {shown(bias)} and init_lora_weights {shown(initializer)}; this port "
+            f"reads bias 'none' and {', '.join(map(repr, _INITIALIZERS))}: convert the adapter to plain LoRA with PEFT"
         )
     unknown = {key: value for key, value in content.items() if value and key not in _HARMLESS + _READ}
     if unknown:
@@ -167,14 +157,14 @@ def _read_lora(content: dict[str, Any], config: MossAudioConfig) -> LoraConfig:
 
 @functools.lru_cache(maxsize=8)
 def _modules(config: MossAudioConfig) -> tuple[tuple[str, ...], dict[str, list[str]]]:
-    """The layers that can have adapters, and for each parameter the modules that it is made of."""
+    """Returns the paths of layers that can have adapters, and path -> released modules of every parameter."""
     layers = adaptable_layers(nnx.eval_shape(lambda: MossAudio(config, rngs=nnx.Rngs(0))))
     leaves = {path: [name.rpartition(".")[0] for name in leaf.names] for path, leaf in released_leaves(config).items()}
     return tuple(layers), leaves
 
 
 def _names_module(names: str | Sequence[str], modules: Sequence[str]) -> Callable[[str], bool]:
-    """PEFT's rule: one string is an expression for whole names, in a list each is a name or the end of one."""
+    """Selects modules by PEFT's rule: a string is an expression for whole names, a list holds names or their ends."""
     if names == "all-linear":
         return lambda module: True
     if isinstance(names, str):
@@ -184,7 +174,7 @@ def _names_module(names: str | Sequence[str], modules: Sequence[str]) -> Callabl
 
 @functools.lru_cache(maxsize=64)
 def _matching(expression: str, modules: tuple[str, ...]) -> frozenset[str]:
-    """Those modules whose whole names match; raises MossAudioError for no expression, or one that takes too long."""
+    """Returns the modules whose whole names match; raises MossAudioError for an invalid or a slow expression."""
     try:
         compiled = re.compile(expression)
     except (re.error, OverflowError, RecursionError) as error:
@@ -194,7 +184,7 @@ def _matching(expression: str, modules: tuple[str, ...]) -> frozenset[str]:
         ) from error
     if _is_quick(expression):
         return frozenset(filter(compiled.fullmatch, modules))
-    # A few repetitions inside of each other take longer than anyone waits, and nothing in this process can end them.
+    # Nested repetitions can take years, and nothing in this process can interrupt them: match in another process.
     program = (
         "import json, re, sys; e, n = json.load(sys.stdin); json.dump([x for x in n if re.fullmatch(e, x)], sys.stdout)"
     )
@@ -213,7 +203,7 @@ def _matching(expression: str, modules: tuple[str, ...]) -> frozenset[str]:
 
 
 def _is_quick(expression: str) -> bool:
-    """Whether nothing that is repeated is a group, and little is repeated: matching then takes milliseconds."""
+    """True if no group is repeated, and little else: matching then takes milliseconds."""
     pieces = [expression] if "(" in expression else expression.split("|")
     return not re.search(r"\)[*+?{]|\\\d", expression) and all(len(re.findall(r"[*+{]", each)) <= 3 for each in pieces)
 

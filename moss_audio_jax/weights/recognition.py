@@ -1,11 +1,11 @@
-"""Says what a path holds that isn't the checkpoint or file it was given for, and what helps."""
+"""Messages for a path that is not the checkpoint it was given for: what is there, and what to do."""
 
 import difflib
 import fnmatch
 import re
 import shlex
-from collections.abc import Callable
 
+from moss_audio_jax.storage.foreign_files import SOUND, foreign_content
 from moss_audio_jax.storage.paths import AnyPath, Path, children, exists, reason, to_path
 
 RELEASED_NAMES = tuple(f"MOSS-Audio-{size}-{kind}" for size in ("4B", "8B") for kind in ("Instruct", "Thinking"))
@@ -13,35 +13,8 @@ OWNER = "OpenMOSS-Team"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w-]*/[A-Za-z0-9][\w.-]*", re.ASCII)  # one slash, as no path of a file's has it
 MODEL = "a released MOSS-Audio directory, one that `python -m convert to-orbax` wrote, or a training run"
 ADAPTER = "the directory of an adapter: PEFT's, one of `python -m convert from-peft`, or a training run of LoRA"
-SOUND = "a sound, and not what was asked for"
 
-_HEAD_BYTES = 512
-_HEADS: tuple[tuple[Callable[[bytes], bool], str], ...] = (
-    (
-        lambda head: head.startswith(b"version https://git-lfs.github.com/spec/"),
-        "a pointer of Git LFS and not the file itself: run `git lfs pull` in its repository, or fetch it with "
-        "`hf download`",
-    ),
-    (
-        lambda head: re.match(rb"\s*<(!doctype\s+html|html|head|\?xml)", head, re.IGNORECASE) is not None,
-        "a web page and not the file itself: fetch it again with `hf download`, after `hf auth login` if it is gated",
-    ),
-    (
-        lambda head: head.startswith((b"Entry not found", b"Access to model", b"Invalid username or password")),
-        "the answer of a server that refused the file: fetch it again with `hf download`",
-    ),
-    (
-        lambda head: head.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x04")),
-        "a pickle of PyTorch, which is never read here: save the model with `save_pretrained` as safetensors",
-    ),
-    (lambda head: head.startswith(b"GGUF"), "of llama.cpp (GGUF), which this port does not read: fetch safetensors"),
-    (
-        lambda head: head.startswith((b"ID3", b"fLaC", b"OggS")) or (head[:4] == b"RIFF" and head[8:12] == b"WAVE"),
-        SOUND,
-    ),
-)
-
-# Files that tell what a directory holds; the first pattern with a match counts.
+# Pattern of a file -> what to do about a directory that holds one; the first match counts.
 _PICKLE = "a pickle of PyTorch, which is never read here: load it in PyTorch and save it with "
 _PICKLE += "`save_pretrained(..., safe_serialization=True)`, or fetch safetensors"
 _ADAPTERS = (
@@ -62,18 +35,8 @@ _CONTENTS = (
 )
 
 
-def foreign_content(file: AnyPath) -> str:
-    """What a file is by its first bytes, and what helps, if that is something else than was asked for; else empty."""
-    try:
-        with to_path(file).open("rb") as opened:
-            head = opened.read(_HEAD_BYTES)
-    except OSError:
-        return ""
-    return next((what for matches, what in _HEADS if matches(head)), "")
-
-
 def not_a_model(path: AnyPath, wanted: str = MODEL) -> str:
-    """A sentence on why a path is no checkpoint. wanted: what to give instead."""
+    """Says why a path is no checkpoint. wanted: what to give instead."""
     path = to_path(path)
     try:
         if not exists(path):
@@ -84,7 +47,7 @@ def not_a_model(path: AnyPath, wanted: str = MODEL) -> str:
 
 
 def not_an_adapter(path: AnyPath, is_model: bool) -> str:
-    """The same for a path that is no adapter of LoRA. is_model: a whole model is there instead."""
+    """Says why a path is no adapter of LoRA. is_model: a whole model is there instead."""
     if is_model:
         return f"{path} holds a model and no adapter of LoRA: give {ADAPTER}"
     names = [entry.name for entry in children(path)]

@@ -12,8 +12,9 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from moss_audio_jax import LoraConfig, MossAudioConfig, load_adapter, load_model, merge_adapter
-from moss_audio_jax.weights.peft import ADAPTER_CONFIG, ADAPTER_FILE, write_adapter_config
-from moss_audio_jax.weights.released import PEFT_PREFIX, adapter_leaves
+from moss_audio_jax.weights.locate import ADAPTER_CONFIG, ADAPTER_FILE
+from moss_audio_jax.weights.names import PEFT_PREFIX, adapter_leaves
+from moss_audio_jax.weights.peft import write_adapter_config
 from tests.conftest import released_tensors
 
 LORA = LoraConfig(rank=2, alpha=3.0, targets=("language_model.layers.*_proj", "audio_encoder.stem_proj"))

@@ -16,7 +16,7 @@ from convert import staging
 from convert.memory import peak_memory
 from convert.rehearse import write_random_checkpoint
 from moss_audio_jax import MossAudioConfig
-from moss_audio_jax.weights.released import SINGLE_FILE
+from moss_audio_jax.weights.locate import SINGLE_FILE
 
 GIB = 1 << 30
 

@@ -24,8 +24,9 @@ from convert.to_orbax import convert_to_orbax
 from moss_audio_jax import MossAudioConfig, MossAudioError, load_model, save_model
 from moss_audio_jax.config import EncoderConfig, LanguageConfig, ProcessorConfig
 from moss_audio_jax.sharding import make_mesh
-from moss_audio_jax.weights.checkpoint import flatten
-from moss_audio_jax.weights.released import INDEX_FILE, SINGLE_FILE, released_leaves
+from moss_audio_jax.tree import dotted, flatten
+from moss_audio_jax.weights.locate import INDEX_FILE, SINGLE_FILE
+from moss_audio_jax.weights.names import released_leaves
 
 BFLOAT16, FLOAT32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)
 TINY = MossAudioConfig.preset("tiny")
@@ -197,7 +198,7 @@ def test_linked_companions(released, tmp_path, inside):
         assert (tmp_path / "orbax" / "merges.txt").read_text() == "#version: 0.2\n"
         assert not (tmp_path / "orbax" / "merges.txt").is_symlink()
     else:
-        with pytest.raises(MossAudioError, match=r"merges\.txt is a link to outside the directory"):
+        with pytest.raises(MossAudioError, match=r"merges\.txt must be inside the directory, not a link"):
             convert_to_orbax(source, tmp_path / "orbax")
         assert not (tmp_path / "orbax").exists()
 
@@ -263,7 +264,7 @@ def test_converted_checkpoint_is_plain_orbax(released, orbax):
         restored = flatten(checkpointer.restore(orbax / "params"))
     models = load_model(released, dtype=BFLOAT16), load_model(orbax, dtype=BFLOAT16)
     for path, leaf in nnx.to_flat_state(nnx.state(models[0], nnx.Param)):
-        np.testing.assert_array_equal(np.asarray(leaf[...]), np.asarray(restored[".".join(map(str, path))]))
+        np.testing.assert_array_equal(np.asarray(leaf[...]), np.asarray(restored[dotted(path)]))
     jax.tree.map(np.testing.assert_array_equal, nnx.state(models[0]), nnx.state(models[1]))
 
 

@@ -15,7 +15,8 @@ from convert.compare_tensors import largest_errors, same_bits
 from convert.to_hf import convert_to_hf
 from convert.to_orbax import convert_to_orbax
 from convert.verify import THRESHOLDS, as_json, beyond, table, verify
-from moss_audio_jax.weights.released import SINGLE_FILE, ReleasedCheckpoint
+from moss_audio_jax.weights.locate import SINGLE_FILE
+from moss_audio_jax.weights.safetensors_reader import ReleasedCheckpoint
 
 BFLOAT16, FLOAT32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)
 CHANGED = "language_model.layers.2.mlp.up_proj.weight"

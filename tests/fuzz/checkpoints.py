@@ -22,8 +22,10 @@ from convert.rehearse import write_random_checkpoint
 from moss_audio_jax import LoraConfig, MossAudioConfig, model
 from moss_audio_jax.small_tokenizer import write_small_tokenizer
 from moss_audio_jax.tokens import Tokenizer
-from moss_audio_jax.weights import checkpoint, released
+from moss_audio_jax.tree import unflatten
+from moss_audio_jax.weights import names, orbax, safetensors_reader
 from moss_audio_jax.weights import peft as peft_files
+from moss_audio_jax.weights.locate import ADAPTER_FILE, base_name, locate
 from tests.fuzz.mutations import BINARY_FILE, JSON_FILE, LINES_FILE, OUTSIDE, SAFETENSORS_FILE, Mutation
 
 TEXT = "<|im_start|>Ein Bär, 3 cafés\n\t你好<|im_end|> the quick brown fox"
@@ -77,7 +79,7 @@ def read_configuration(directory: Path, rng: random.Random) -> None:
     files = {name: json.loads((directory / name).read_text("utf-8")) for name in config.raw}
     assert _is_written_back(config.to_hf(), files), "not written back equal"
     if rng.random() < 0.02:  # what costs as much as a hundred other inputs
-        released.released_leaves(config)
+        names.released_leaves(config)
 
 
 def _is_written_back(written: Any, read: Any) -> bool:
@@ -108,8 +110,9 @@ _remembered = {
     module: {name: functools.lru_cache(maxsize=64)(getattr(module, name)) for name in names}
     for module, names in (
         (model, ("parameter_specs",)),
-        (released, ("parameter_specs", "released_leaves")),
-        (checkpoint, ("parameter_specs",)),
+        (names, ("parameter_specs", "released_leaves")),
+        (safetensors_reader, ("released_leaves",)),
+        (orbax, ("parameter_specs",)),
         (peft_files, ("released_leaves", "adapter_leaves")),
     )
 }
@@ -125,7 +128,7 @@ def remembered_shapes() -> Iterator[None]:
 
 
 def read_tensors(directory: Path, rng: random.Random) -> None:
-    found = released.ReleasedCheckpoint(directory)
+    found = safetensors_reader.ReleasedCheckpoint(directory)
     for name, header in found.tensors.items():
         array = found.read(name)
         assert array.shape == header.shape and array.dtype == header.dtype
@@ -140,9 +143,9 @@ def read_tokenizer(directory: Path, rng: random.Random) -> None:
 
 
 def read_adapter(directory: Path, rng: random.Random) -> None:
-    config = checkpoint.adapted_config(directory, tiny_config())
+    config = peft_files.adapted_config(directory, tiny_config())
     assert config.lora is not None and math.isfinite(config.lora.scale) and config.lora.scale > 0
-    peft_files.base_of(directory)
+    base_name(directory)
     if config.lora == _adapter_lora() or rng.random() < 0.02:
         adapter = peft_files.PeftAdapter(directory, tiny_config())
         for name, header in adapter.tensors.items():
@@ -151,18 +154,18 @@ def read_adapter(directory: Path, rng: random.Random) -> None:
 
 def read_stored(directory: Path, rng: random.Random) -> None:
     params = epath.Path(directory / "params")
-    stored = checkpoint.stored_shapes(params)
+    stored = orbax.stored_shapes(params)
     assert stored
     if rng.random() < 0.1:
         place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         target = {name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place) for name, a in ARRAYS.items()}
         if {name: (a.shape, a.dtype) for name, a in ARRAYS.items()} == stored:
-            checkpoint._restore(params, target)
+            orbax.restore_tree(params, target)
 
 
 def read_best(directory: Path, rng: random.Random) -> None:
-    found = checkpoint.orbax_paths(directory / "best")
-    assert found is not None
+    found = locate(directory / "best")
+    assert found.params is not None
     inside = Path(found.params).resolve().relative_to(directory.resolve())
     assert len(inside.parts) == 3 and inside.parts[0] == "checkpoints" and inside.parts[1].isdigit(), inside
 
@@ -237,11 +240,11 @@ def _write_adapter(directory: Path, config: MossAudioConfig) -> None:
     directory.mkdir()
     config = dataclasses.replace(config, lora=_adapter_lora())
     peft_files.write_adapter_config(directory, config, "a/model")
-    leaves = released.adapter_leaves(config).values()
+    leaves = names.adapter_leaves(config).values()
     tensors = {name: np.zeros(leaf.tensor_shape, np.float32) for leaf in leaves for name in leaf.names}
-    save_file(tensors, directory / peft_files.ADAPTER_FILE)
+    save_file(tensors, directory / ADAPTER_FILE)
 
 
 def _save(params: Path) -> None:
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(params.absolute(), checkpoint.unflatten({name: jnp.asarray(a) for name, a in ARRAYS.items()}))
+        checkpointer.save(params.absolute(), unflatten({name: jnp.asarray(a) for name, a in ARRAYS.items()}))

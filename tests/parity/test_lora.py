@@ -23,8 +23,8 @@ from convert.to_hf import convert_to_hf  # noqa: E402
 from moss_audio_jax import LoraConfig, MossAudio, MossAudioError, load_adapter, merge_adapter  # noqa: E402
 from moss_audio_jax.int8 import int8_kernels, quantize  # noqa: E402
 from moss_audio_jax.model import parameter_specs  # noqa: E402
-from moss_audio_jax.weights.checkpoint import build_model, parameters_of  # noqa: E402
-from moss_audio_jax.weights.released import adapter_leaves, released_leaves  # noqa: E402
+from moss_audio_jax.weights.names import adapter_leaves, released_leaves  # noqa: E402
+from moss_audio_jax.weights.parameters import build_model, parameters_of  # noqa: E402
 from train.optimizer import OptimizerConfig, learning_rate  # noqa: E402
 from train.running.checkpoints import Checkpoints  # noqa: E402
 from train.step import StepConfig, new_state, split_microbatches, train_step  # noqa: E402

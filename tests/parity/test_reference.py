@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from transformers import Qwen3ForCausalLM  # noqa: E402
 
 from convert.pytorch_reference import ReferenceModel, load_reference, token_count  # noqa: E402
-from moss_audio_jax.weights.released import IGNORED_TENSORS  # noqa: E402
+from moss_audio_jax.weights.names import IGNORED_TENSORS  # noqa: E402
 
 from .reference import loss, random_reference, save_released  # noqa: E402
 

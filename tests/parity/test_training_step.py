@@ -20,7 +20,7 @@ pytest.importorskip("transformers", reason=INSTALL)
 import torch.nn.functional as F  # noqa: E402
 
 from moss_audio_jax import ModelInputs  # noqa: E402
-from moss_audio_jax.weights.released import released_leaves  # noqa: E402
+from moss_audio_jax.weights.names import released_leaves  # noqa: E402
 from train.data.packing import TrainingBatch  # noqa: E402
 from train.optimizer import OptimizerConfig, learning_rate, rate_of  # noqa: E402
 from train.step import (  # noqa: E402

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moss_audio_jax import MossAudioError, load_processor
-from moss_audio_jax.weights.checkpoint import abstract_parameters
+from moss_audio_jax.weights.parameters import abstract_parameters
 from train import ablation
 from train.ablation import (
     ARMS,

@@ -8,8 +8,8 @@ import pytest
 
 from moss_audio_jax import MossAudioConfig, MossAudioError, load_model, load_processor, save_model
 from moss_audio_jax.small_tokenizer import write_small_tokenizer
-from moss_audio_jax.weights.checkpoint import layout_of
 from moss_audio_jax.weights.info import describe
+from moss_audio_jax.weights.locate import locate
 from train.data import ExampleOrder
 from train.data.mixture import Group, Source
 from train.data.scenes import SceneConfig, SceneExamples
@@ -73,7 +73,7 @@ def test_a_run_is_read_at_its_newest_checkpoint(tmp_path: Path, tiny):
     run = tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)
     with pytest.raises(MossAudioError, match="is a training run without a checkpoint so far"):
-        layout_of(run)
+        locate(run).layout()
     for step, scale in ((9, 1.0), (10, 2.0)):
         save_model(scaled(tiny, scale), run / "checkpoints" / str(step))
     (run / "model").mkdir()
@@ -94,7 +94,7 @@ def test_a_run_is_read_at_its_newest_checkpoint(tmp_path: Path, tiny):
 def scaled(model, scale: float):
     from flax import nnx
 
-    from moss_audio_jax.weights.checkpoint import build_model
+    from moss_audio_jax.weights.parameters import build_model
     from train.step import parameters_of
 
     return build_model(model.config, {path: scale * leaf for path, leaf in parameters_of(nnx.clone(model)).items()})

@@ -21,7 +21,9 @@ from moss_audio_jax.generation import decode_until, generate, prefill_prompts
 from moss_audio_jax.sampling import Sampling
 from moss_audio_jax.sharding import make_mesh
 from moss_audio_jax.small_tokenizer import write_small_tokenizer
-from moss_audio_jax.weights.checkpoint import build_model, save_model
+from moss_audio_jax.tree import dotted
+from moss_audio_jax.weights.checkpoint import save_model
+from moss_audio_jax.weights.parameters import build_model
 from train.data.manifest import Clip, Message, TimedText
 from train.data.scenes import SceneConfig
 from train.evaluation.evaluate import (
@@ -138,7 +140,7 @@ def test_answers_that_were_cut_off_are_told_from_finished_ones(model, processor,
     inputs = processor([FILLING * 2], [[mixed[0].clips[0].wave()]])
     ids = generate(model, inputs, max_new_tokens=12)[0].tolist()
     flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
-    parameters = {".".join(map(str, path)): leaf[...] for path, leaf in flat}
+    parameters = {dotted(path): leaf[...] for path, leaf in flat}
     stopping = build_model(dataclasses.replace(MODEL, eos_ids=(ids[-1],)), parameters)
     end = ids.index(ids[-1])
     assert end > 0

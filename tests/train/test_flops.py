@@ -13,7 +13,8 @@ from flax import nnx
 from moss_audio_jax import MossAudioConfig, MossAudioError
 from moss_audio_jax.config import EncoderConfig, LanguageConfig
 from moss_audio_jax.inputs import ModelInputs
-from moss_audio_jax.weights.checkpoint import abstract_parameters, build_model, unflatten
+from moss_audio_jax.tree import unflatten
+from moss_audio_jax.weights.parameters import abstract_parameters, build_model
 from train.data import TrainingBatch
 from train.planning.chips import CHIPS, V4, V7X, chip_of, peak_flops, shown_topology, topology_of
 from train.planning.flops import FLOP_PARTS, Content, forward_flops, moved_bytes, recomputed_flops, step_flops

@@ -14,7 +14,7 @@ from test_loop import assert_same_numbers, config, corpus, one_device, restored,
 from moss_audio_jax import MossAudioError, load_model
 from moss_audio_jax.storage import paths
 from moss_audio_jax.storage.paths import to_path
-from moss_audio_jax.weights.checkpoint import orbax_paths
+from moss_audio_jax.weights.locate import locate
 from train.__main__ import main
 from train.config import RunConfig
 from train.data.manifest import Manifest
@@ -90,8 +90,8 @@ def test_storage_that_fails_changes_nothing(
 
 def test_what_is_not_whole_is_not_taken(run: paths.Path, straight: Path, storage: FakeGcs):  # noqa: F811
     storage.put("corpus", "run/checkpoints/7/params/manifest.ocdbt", b"being written")
-    found = orbax_paths(run)
-    assert found is not None and found.params == run / "checkpoints" / "6" / "params"
+    found = locate(run)
+    assert found.params == run / "checkpoints" / "6" / "params"
     with Checkpoints(run) as checkpoints:  # which clears away what is not whole
         assert checkpoints.steps == [4, 6]
     expected = parameters_of(load_model(straight))

@@ -16,8 +16,11 @@ from safetensors.numpy import save_file
 from moss_audio_jax import MossAudioConfig, MossAudioError
 from moss_audio_jax.model import parameter_specs
 from moss_audio_jax.sharding import make_mesh
-from moss_audio_jax.weights.checkpoint import abstract_parameters, build_model, save_model
-from moss_audio_jax.weights.released import INDEX_FILE, SINGLE_FILE, SafetensorsCheckpoint, released_leaves
+from moss_audio_jax.weights.checkpoint import save_model
+from moss_audio_jax.weights.locate import INDEX_FILE, SINGLE_FILE
+from moss_audio_jax.weights.names import released_leaves
+from moss_audio_jax.weights.parameters import abstract_parameters, build_model
+from moss_audio_jax.weights.safetensors_reader import SafetensorsCheckpoint
 from train import initialization as initial
 from train.config import RECIPES
 from train.initialization import ModelSource, first_parameters, model_config, random_parameters

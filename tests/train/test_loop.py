@@ -25,7 +25,8 @@ from moss_audio_jax import LoraConfig, MossAudioConfig, MossAudioError, load_mod
 from moss_audio_jax.errors import StorageError
 from moss_audio_jax.sharding import make_mesh
 from moss_audio_jax.small_tokenizer import write_small_tokenizer
-from moss_audio_jax.weights.checkpoint import build_model, save_model
+from moss_audio_jax.weights.checkpoint import save_model
+from moss_audio_jax.weights.parameters import build_model
 from train.config import RECIPES, LoopConfig, MixtureConfig, ModelSource, RunConfig
 from train.data import DataConfig
 from train.loop import Outcome, train

@@ -34,7 +34,8 @@ from moss_audio_jax.lora import set_adapter_dropout
 from moss_audio_jax.model import parameter_specs
 from moss_audio_jax.sharding import make_mesh
 from moss_audio_jax.small_tokenizer import write_small_tokenizer
-from moss_audio_jax.weights.checkpoint import abstract_parameters, build_model, parameters_of, stored_shapes
+from moss_audio_jax.weights.orbax import stored_shapes
+from moss_audio_jax.weights.parameters import abstract_parameters, build_model, parameters_of
 from tests.conftest import question, question_parts
 from train.config import RECIPES, LoopConfig, MixtureConfig, ModelSource, RunConfig, SceneConfig, SceneGroupConfig
 from train.data import DataConfig

@@ -20,7 +20,7 @@ from test_loop import ENVIRONMENT, corpus, lines  # noqa: F401 - a fixture
 
 from moss_audio_jax import MossAudioError
 from moss_audio_jax.storage.paths import AnyPath, to_path
-from moss_audio_jax.weights.checkpoint import orbax_paths
+from moss_audio_jax.weights.locate import locate
 from train.running.distributed import DistributedConfig
 from train.running.rendezvous import rendezvous
 
@@ -185,8 +185,8 @@ def assert_same_evaluation(found: Path, expected: Path) -> None:
     assert lines[1]["eval/loss"] == pytest.approx(others[1]["eval/loss"], rel=2e-4)
     assert (found / "answers" / "4.md").read_text() == (expected / "answers" / "4.md").read_text()
     for out in (found, expected):
-        best = orbax_paths(out / "best")
-        assert best is not None and best.params == out / "checkpoints" / str(STEPS) / "params"
+        best = locate(out / "best")
+        assert best.params == out / "checkpoints" / str(STEPS) / "params"
 
 
 def test_processes_end_their_epochs_together(start: Callable[..., Run], tmp_path: Path):

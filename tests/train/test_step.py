@@ -23,7 +23,7 @@ from moss_audio_jax import MossAudioConfig, MossAudioError, make_inputs
 from moss_audio_jax.language_model import LanguageModel
 from moss_audio_jax.model import parameter_specs
 from moss_audio_jax.sharding import make_mesh
-from moss_audio_jax.weights.checkpoint import build_model
+from moss_audio_jax.weights.parameters import build_model
 from tests.conftest import question_parts
 from train.data.packing import TrainingBatch
 from train.optimizer import OptimizerConfig

@@ -14,7 +14,7 @@ from test_loop import assert_same_end, config, copy, corpus, lines, one_device, 
 
 from moss_audio_jax import MossAudio, MossAudioError, load_model, load_processor
 from moss_audio_jax.sharding import make_mesh
-from moss_audio_jax.weights.checkpoint import parameters_of
+from moss_audio_jax.weights.parameters import parameters_of
 from train.config import LoopConfig, RunConfig
 from train.data import Manifest, Message, SampleMaker, TimedText
 from train.data.samples import Sample

@@ -30,7 +30,7 @@ from moss_audio_jax.generation import MIN_NEW_TOKENS, decode_until, make_drawing
 from moss_audio_jax.inputs import ModelInputs
 from moss_audio_jax.sampling import Sampling
 from moss_audio_jax.sharding import make_mesh
-from moss_audio_jax.weights.checkpoint import abstract_parameters, build_model
+from moss_audio_jax.weights.parameters import abstract_parameters, build_model
 from train.config import RunConfig
 from train.data import TrainingBatch
 from train.planning.calibration import calibrated

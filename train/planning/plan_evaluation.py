@@ -17,7 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from moss_audio_jax.sharding import make_mesh, num_parts
-from moss_audio_jax.weights.checkpoint import build_model
+from moss_audio_jax.weights.parameters import build_model
 from train.config import RunConfig
 from train.evaluation.evaluate import whole_batch
 from train.optimizer import Parameters

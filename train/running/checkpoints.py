@@ -26,16 +26,9 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 from moss_audio_jax.errors import MossAudioError, StorageError
 from moss_audio_jax.storage.paths import AnyPath, Path, absolute, atomic_write, children, exists
 from moss_audio_jax.storage.retries import is_transient, retried, summary
-from moss_audio_jax.weights.checkpoint import (
-    PARAMS,
-    RUN_BEST,
-    RUN_BEST_FILE,
-    RUN_CHECKPOINTS,
-    RUN_EMA,
-    flatten,
-    retried_alone,
-    unflatten,
-)
+from moss_audio_jax.tree import flatten, unflatten
+from moss_audio_jax.weights.locate import PARAMS, RUN_BEST, RUN_BEST_FILE, RUN_CHECKPOINTS, RUN_EMA
+from moss_audio_jax.weights.orbax import retried_alone
 from train.running.best import Best
 from train.step import TrainState
 

@@ -6,7 +6,7 @@ from moss_audio_jax.config import CONFIG_FILES, MossAudioConfig
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.small_tokenizer import write_small_tokenizer
 from moss_audio_jax.storage.paths import AnyPath, Path, absolute, children, exists, to_path
-from moss_audio_jax.weights.checkpoint import companion_files, orbax_paths, tokenizer_files
+from moss_audio_jax.weights.locate import locate
 from moss_audio_jax.weights.peft import write_adapter_config
 from train.data import ExampleOrder
 from train.data.objectives import render
@@ -34,8 +34,8 @@ def write_model_files(source: ModelSource, config: MossAudioConfig, order: Examp
     directory.mkdir(parents=True)
     if tokenizer == LEARNED:
         write_small_tokenizer(directory, _texts(order), config.processor.audio_start_id)
-    files = companion_files(source.checkpoint) if source.checkpoint else []
-    for file in files + (tokenizer_files(tokenizer) if tokenizer != LEARNED else []):
+    files = locate(source.checkpoint).companion_files() if source.checkpoint else []
+    for file in files + (locate(tokenizer).tokenizer_files() if tokenizer != LEARNED else []):
         if file.name not in CONFIG_FILES:
             file.copy(directory / file.name, overwrite=True)
     if config.lora is not None:
@@ -58,8 +58,8 @@ def _settled(checkpoint: str | None) -> Path:
     """The directory of a checkpoint that will not become another one when training goes on there."""
     if checkpoint is None:
         raise MossAudioError("lora adapts a checkpoint: name it with model.checkpoint")
-    paths = orbax_paths(checkpoint)
-    return absolute(checkpoint if paths is None else paths.averages or paths.params.parent)
+    found = locate(checkpoint)
+    return absolute(found.averages or (found.path if found.params is None else found.params.parent))
 
 
 def _texts(order: ExampleOrder) -> list[str]:

@@ -18,7 +18,7 @@ from moss_audio_jax.config import MossAudioConfig
 from moss_audio_jax.errors import MossAudioError, StorageError
 from moss_audio_jax.storage.paths import AnyPath, is_remote, local_copy, to_path
 from moss_audio_jax.tokens import Tokenizer
-from moss_audio_jax.weights.checkpoint import files_directory
+from moss_audio_jax.weights.locate import locate
 from train.config import RunConfig
 from train.data.augment import Augmentation
 from train.data.budget import TooLong
@@ -180,7 +180,7 @@ def _maker(config: RunConfig, model: MossAudioConfig) -> SampleMaker | None:
     source = config.model.tokenizer_source
     if source in (None, LEARNED):
         return None
-    tokenizer = Tokenizer.from_dir(files_directory(source))
+    tokenizer = Tokenizer.from_dir(locate(source).files)
     return sample_maker(config, tokenizer, model)
 
 

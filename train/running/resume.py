@@ -28,7 +28,7 @@ from typing import Any, Literal, get_args, get_origin
 from moss_audio_jax.config import read_json
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.storage.paths import AnyPath, Path, atomic_write, to_path
-from moss_audio_jax.weights.checkpoint import orbax_paths
+from moss_audio_jax.weights.locate import locate
 from train.config import CONFIG_FILE, RunConfig
 
 Rule = Literal["free", "asked", "never"]
@@ -124,7 +124,7 @@ class ResumeConfig:
 
 def is_begun(out: AnyPath) -> bool:
     """Whether a directory holds a run with a checkpoint, which a start resumes."""
-    return orbax_paths(out) is not None and (to_path(out) / CONFIG_FILE).exists()
+    return locate(out).params is not None and (to_path(out) / CONFIG_FILE).exists()
 
 
 # The record

@@ -26,7 +26,7 @@ from moss_audio_jax.model import MossAudio
 from moss_audio_jax.processor import Processor
 from moss_audio_jax.sharding import num_parts, partition_spec
 from moss_audio_jax.storage.paths import Path
-from moss_audio_jax.weights.checkpoint import build_model
+from moss_audio_jax.weights.parameters import build_model
 from train.config import RunConfig
 from train.data import Message, SampleMaker, TrainingBatch
 from train.data.budget import Budget, TooLong

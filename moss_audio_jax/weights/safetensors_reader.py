@@ -1,171 +1,45 @@
-"""The released PyTorch layout on disk: safetensors files, and the one table between their tensor names and our tree.
+"""Reads safetensors files: released MOSS-Audio, stock Qwen3, and through `peft` adapters.
 
-Our names follow the released ones, so the table is short: equal layers are stacked, a leaf is renamed, and an array
-changes its layout. Every change is invertible. PyTorch itself is not needed. Stock Qwen3 weights, from which a language
-model may start, are read by the same table.
+Every header is compared with the table of `names` before a tensor is read, so a conversion or a load starts only if
+all tensors are there. Tensors are read in rows, and PyTorch is not needed.
 """
 
 import dataclasses
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Iterator, Set
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
+import jax
 import numpy as np
-from flax import nnx
 from safetensors import SafetensorError, safe_open
 
 from moss_audio_jax.config import MossAudioConfig, read_language
 from moss_audio_jax.errors import MossAudioError, shown
-from moss_audio_jax.model import adapter_specs, parameter_specs
+from moss_audio_jax.storage.foreign_files import foreign_content
 from moss_audio_jax.storage.json_files import parse_json, read_json
 from moss_audio_jax.storage.paths import AnyPath, file_in, is_plain_name, require_local
-from moss_audio_jax.weights.recognition import foreign_content
-
-INDEX_FILE = "model.safetensors.index.json"
-SINGLE_FILE = "model.safetensors"
-# MOSS-Music stores the encoder's sinusoids, which are recomputed in float32 here.
-IGNORED_TENSORS = frozenset({"audio_encoder.embed_positions.inv_timescales"})
-# PEFT wraps the model twice before it names its tensors.
-PEFT_PREFIX = "base_model.model."
-HEAD_TENSOR = "lm_head.weight"  # a tensor; it has this name in every layout
-EMBEDDING = "language_model.embed_tokens.embedding"  # our path
-
-
-@dataclasses.dataclass(frozen=True)
-class ArrayLayout:
-    """How one released tensor becomes one of our arrays, and back.
-
-    Both changes also work on a block of the released tensor's rows (its first axis), which are `rows_axis` of our
-    array: that is how a conversion streams.
-    """
-
-    from_released: Callable[[np.ndarray], np.ndarray]
-    to_released: Callable[[np.ndarray], np.ndarray]
-    rows_axis: int
-
-
-SAME = ArrayLayout(lambda x: x, lambda x: x, rows_axis=0)
-# [out, in] -> [in, out]
-LINEAR = ArrayLayout(lambda x: x.T, lambda x: x.T, rows_axis=-1)
-# [out, in, frequency, time] -> [time, frequency, in, out]
-CONV = ArrayLayout(lambda x: x.transpose(3, 2, 1, 0), lambda x: x.transpose(3, 2, 1, 0), rows_axis=-1)
-
-
-def stem_layout(channels: int) -> ArrayLayout:
-    """[out, channel * frequency] -> [frequency * channel, out]: the order in which each side flattens the conv stem."""
-
-    def from_released(x: np.ndarray) -> np.ndarray:
-        return x.reshape(x.shape[0], channels, -1).transpose(2, 1, 0).reshape(-1, x.shape[0])
-
-    def to_released(x: np.ndarray) -> np.ndarray:
-        return x.reshape(-1, channels, x.shape[1]).transpose(2, 1, 0).reshape(x.shape[1], -1)
-
-    return ArrayLayout(from_released, to_released, rows_axis=-1)
-
-
-# What lies stacked in our tree is numbered in the released names.
-STACKS = ("audio_encoder.layers", "deepstack_audio_merger_list", "language_model.layers")
-
-# pattern of our path -> the leaf's released name, and the change of layout. The first match counts.
-TABLE: tuple[tuple[str, str, Callable[[int], ArrayLayout]], ...] = (
-    (r"audio_encoder\.conv\d\.kernel", "weight", lambda channels: CONV),
-    (r"audio_encoder\.stem_proj\.kernel", "weight", stem_layout),
-    (r"audio_encoder\.stem_proj\.lora_a", "lora_A.weight", stem_layout),
-    (r".*\.lora_a", "lora_A.weight", lambda channels: LINEAR),
-    (r".*\.lora_b", "lora_B.weight", lambda channels: LINEAR),
-    (r".*\.kernel", "weight", lambda channels: LINEAR),
-    (r".*\.(scale|embedding)", "weight", lambda channels: SAME),
-    (r".*\.bias", "bias", lambda channels: SAME),
+from moss_audio_jax.weights.locate import INDEX_FILE, SINGLE_FILE
+from moss_audio_jax.weights.names import (
+    EMBEDDING,
+    HEAD_TENSOR,
+    IGNORED_TENSORS,
+    SAFETENSORS_DTYPES,
+    ReleasedLeaf,
+    released_leaves,
 )
 
 
 @dataclasses.dataclass(frozen=True)
-class ReleasedLeaf:
-    """Where one of our arrays comes from: one released tensor, or one for each layer of a stack.
-
-    shape: ours, the layers included. tensor_shape: each released tensor's.
-    """
-
-    path: str
-    shape: tuple[int, ...]
-    names: tuple[str, ...]
-    tensor_shape: tuple[int, ...]
-    layout: ArrayLayout
-    stacked: bool
-
-    @property
-    def rows_axis(self) -> int:
-        """The axis of our array that holds the rows of the released tensors."""
-        return self.stacked + self.layout.rows_axis % len(self.tensor_shape)
-
-    def region(self, index: int, start: int, stop: int) -> tuple[int | slice, ...]:
-        """Where rows [start, stop) of `names[index]` lie in our array."""
-        region: list[int | slice] = [slice(None)] * len(self.shape)
-        region[self.rows_axis] = slice(start, stop)
-        if self.stacked:
-            region[0] = index
-        return tuple(region)
-
-
-def released_leaves(config: MossAudioConfig) -> dict[str, ReleasedLeaf]:
-    """Our path -> where it comes from, for every parameter of a model but LoRA's; no released tensor is used twice."""
-    return _leaves(config, parameter_specs(dataclasses.replace(config, lora=None)))
-
-
-def adapter_leaves(config: MossAudioConfig) -> dict[str, ReleasedLeaf]:
-    """The same for what an adapter of LoRA holds, by the names that PEFT gives its tensors."""
-    leaves = _leaves(config, adapter_specs(config))
-    return {
-        path: dataclasses.replace(leaf, names=tuple(PEFT_PREFIX + name for name in leaf.names))
-        for path, leaf in leaves.items()
-    }
-
-
-def _leaves(config: MossAudioConfig, specs: dict[str, nnx.Variable]) -> dict[str, ReleasedLeaf]:
-    channels = config.audio_config.downsample_hidden_size
-    leaves = {path: _released_leaf(path, spec.shape, channels) for path, spec in specs.items()}
-    uses = Counter(name for leaf in leaves.values() for name in leaf.names)
-    doubled = [name for name, count in uses.items() if count > 1]
-    assert not doubled, f"TABLE takes {doubled} for more than one parameter"
-    return leaves
-
-
-def _released_leaf(path: str, shape: tuple[int, ...], channels: int) -> ReleasedLeaf:
-    rows = [(leaf, make(channels)) for pattern, leaf, make in TABLE if re.fullmatch(pattern, path)]
-    assert rows, f"TABLE has no row for {path}"
-    leaf, layout = rows[0]
-    stack = next((stack for stack in STACKS if path.startswith(stack + ".")), None)
-    parent = path.rpartition(".")[0]
-    if stack is None:
-        names, one = (f"{parent}.{leaf}",), shape
-    else:
-        inside = parent[len(stack) + 1 :]
-        names, one = tuple(f"{stack}.{i}.{inside}.{leaf}" for i in range(shape[0])), shape[1:]
-    # Only its shape counts: this array of bytes holds no data.
-    tensor_shape = layout.to_released(np.broadcast_to(np.int8(0), one)).shape
-    return ReleasedLeaf(path, shape, names, tensor_shape, layout, stacked=stack is not None)
-
-
-SAFETENSORS_DTYPES = {
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "F16": np.dtype(np.float16),
-    "F32": np.dtype(np.float32),
-    "F64": np.dtype(np.float64),
-}
-
-
-@dataclasses.dataclass(frozen=True)
 class TensorHeader:
-    """A tensor's place: row after row, from byte `offset` of `file` on."""
+    """Place of a tensor: its rows follow each other from byte `offset` of `file`."""
 
     file: str
     offset: int
     shape: tuple[int, ...]
-    stored_dtype: str  # safetensors' name for it
+    stored_dtype: str  # a key of SAFETENSORS_DTYPES, if it can be read
 
     @property
     def dtype(self) -> np.dtype:
@@ -173,11 +47,11 @@ class TensorHeader:
 
 
 class SafetensorsCheckpoint:
-    """The safetensors files of a directory, every header read and compared with `leaves` before anything is used.
+    """The safetensors files of a directory, whose headers have been read and compared with `leaves`.
 
-    tied: there is no head in `leaves`; files may hold one all the same, if it equals the embedding.
-    single_file: which file holds all tensors, where no index names several.
-    Raises MossAudioError with all problems found: missing, surplus, doubled or wrongly shaped tensors, files that are
+    tied: `leaves` has no head; the files may still hold one, if it equals the embedding.
+    single_file: the file of all tensors, where no index names several.
+    Raises MossAudioError with all problems: missing, surplus, doubled or wrongly shaped tensors; files that are
     truncated, unreadable or outside the directory.
     """
 
@@ -191,18 +65,18 @@ class SafetensorsCheckpoint:
         expected = {name: leaf.tensor_shape for leaf in self.leaves.values() for name in leaf.names}
         if wrapped := _wrapped_names(self.tensors.keys(), expected.keys()):
             raise MossAudioError(f"{self.directory}: {wrapped}")
-        if weight_map or not problems:  # else the only file is unreadable, and nothing is known of its tensors
+        if weight_map or not problems:  # otherwise the only file is unreadable, and its tensors are unknown
             missing = expected.keys() - self.tensors.keys() - weight_map.keys()
             problems += [f"{name} is missing" for name in sorted(missing)]
-        # Some tied checkpoints store the head none the less.
+        # Some tied checkpoints store the head as well.
         tied_head = self.tensors.pop(HEAD_TENSOR, None) if tied else None
         for name, tensor in self.tensors.items():
             problems += _tensor_problems(name, tensor, expected)
         if problems:
             # Names in foreign files may be of any length and hold control characters.
-            shown = "; ".join(ascii(problem)[1:-1][:300] for problem in problems[:20])
-            shown += "; ..." * (len(problems) > 20)
-            raise MossAudioError(f"{self.directory} has {len(problems)} problem(s): {shown}")
+            listed = "; ".join(ascii(problem)[1:-1][:300] for problem in problems[:20])
+            listed += "; ..." * (len(problems) > 20)
+            raise MossAudioError(f"{self.directory} has {len(problems)} problem(s): {listed}")
         if tied_head:
             self._check_tied_head(tied_head)
 
@@ -210,11 +84,11 @@ class SafetensorsCheckpoint:
         return self.tensors[name].dtype
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Rows [start, stop) of one tensor, all by default."""
+        """Reads rows [start, stop) of one tensor, all by default."""
         return self._read(self.tensors[name], start, stop)
 
     def assemble(self, path: str, dtype: Any) -> np.ndarray:
-        """The parameter at `path` of our tree, out of released tensors that are read one at a time."""
+        """Reads the parameter at `path` of our tree, in our shape; holds one released tensor at a time beside it."""
         leaf = self.leaves[path]
         array = np.empty(leaf.shape, dtype)
         for index, name in enumerate(leaf.names):
@@ -222,7 +96,7 @@ class SafetensorsCheckpoint:
         return array
 
     def _read(self, tensor: TensorHeader, start: int, stop: int | None) -> np.ndarray:
-        # Not through safetensors, whose mapped file would count as this program's memory.
+        # The safetensors library maps the file, which would count as this program's memory.
         start, stop, _ = slice(start, stop).indices(tensor.shape[0])
         row_bytes = math.prod(tensor.shape[1:]) * tensor.dtype.itemsize
         path, size = self.directory / tensor.file, (stop - start) * row_bytes
@@ -251,6 +125,16 @@ class SafetensorsCheckpoint:
             )
 
 
+def assemble(source: SafetensorsCheckpoint, abstract: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    """Reads the parameters in `abstract` onto their devices, one after the other: the host holds one at a time."""
+    return {path: _place(source, path, leaf) for path, leaf in abstract.items()}
+
+
+def _place(source: SafetensorsCheckpoint, path: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    host = source.assemble(path, leaf.dtype)
+    return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: host[index])
+
+
 class ReleasedCheckpoint(SafetensorsCheckpoint):
     """A released MOSS-Audio directory."""
 
@@ -260,9 +144,9 @@ class ReleasedCheckpoint(SafetensorsCheckpoint):
 
 
 class Qwen3Checkpoint(SafetensorsCheckpoint):
-    """A stock Qwen3 directory as Hugging Face lays it out: the language model and, unless it is tied, its head.
+    """A stock Qwen3 directory in Hugging Face's layout: the language model and, unless it is tied, its head.
 
-    `leaves` has our paths, and so `assemble` takes them.
+    `leaves` has our paths, so `assemble` takes them.
     """
 
     def __init__(self, directory: AnyPath):
@@ -289,7 +173,7 @@ def _qwen3_name(released_name: str) -> str:
 
 
 def _read_weight_map(directory: Path) -> dict[str, str]:
-    """Tensor name -> file, as the index has it; empty if there is a single file and no index."""
+    """Reads the index: tensor name -> file; empty if there is a single file and no index."""
     path = file_in(directory, INDEX_FILE)
     if not path.exists():
         return {}
@@ -306,7 +190,7 @@ def _read_weight_map(directory: Path) -> dict[str, str]:
 def _read_headers(
     directory: Path, weight_map: dict[str, str], single_file: str
 ) -> tuple[dict[str, TensorHeader], list[str]]:
-    """Tensor name -> header over all files, IGNORED_TENSORS left out, and what is wrong with files and index."""
+    """Reads all headers: tensor name -> header without IGNORED_TENSORS, and the problems of files and index."""
     tensors: dict[str, TensorHeader] = {}
     problems: list[str] = []
     unread = set()
@@ -344,7 +228,7 @@ def _read_header(directory: Path, file: str) -> dict[str, TensorHeader]:
     try:
         with (directory / file).open("rb") as handle:
             with safe_open(directory / file, framework="numpy"):
-                pass  # checks the whole header, and that the file is as long as it says
+                pass  # checks the whole header and the file's length
             length = int.from_bytes(handle.read(8), "little")
             header = parse_json(handle.read(length))
     except PermissionError as error:
@@ -361,7 +245,7 @@ def _read_header(directory: Path, file: str) -> dict[str, TensorHeader]:
     }
 
 
-# What PyTorch's wrappers put into the names of tensors, whose it is, and what saves the model without it.
+# Part of a tensor's name -> the wrapper of PyTorch that adds it, and the way to save the model without it.
 _WRAPPERS = {
     "module.": ("DataParallel", "save `model.module`"),
     "_orig_mod.": ("torch.compile", "save `model._orig_mod`"),
@@ -373,7 +257,7 @@ _WRAPPERS = {
 
 
 def _wrapped_names(names: Set[str], expected: Set[str]) -> str:
-    """What was put into tensors' names, how many have it and what helps; empty if nothing was."""
+    """Says which wrapper changed how many tensor names, and what to do; empty if none did."""
     counts: Counter[str] = Counter()
     for name in names - expected:
         found = [part for part in _WRAPPERS if f".{part}" in f".{name}"]
@@ -392,7 +276,7 @@ def _wrapped_names(names: Set[str], expected: Set[str]) -> str:
 
 
 def _dots(name: str) -> Iterator[int]:
-    """Where the parts of a name begin, but for the first."""
+    """Indices at which the parts of a name begin, without the first."""
     return (match.end() for match in re.finditer(r"\.", name))
 
 
