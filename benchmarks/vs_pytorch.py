@@ -22,7 +22,7 @@ from flax import nnx
 
 from benchmarks.side_by_side import Row, Timed, compare, report
 from convert.rehearse import write_random_checkpoint
-from moss_audio_jax.audio import log_mel, num_audio_tokens, round_bfloat16
+from moss_audio_jax.audio import model_mel, num_audio_tokens
 from moss_audio_jax.commands.cli import run_cli
 from moss_audio_jax.config import EncoderConfig, LanguageConfig, MossAudioConfig, ProcessorConfig
 from moss_audio_jax.errors import MossAudioError
@@ -91,7 +91,7 @@ def rows(directory: Path, repeats: int, short: float = 30, long: float = 600) ->
     extractor = WhisperFeatureExtractor(feature_size=128)
     yield compare(
         f"mel of {short:g} s",
-        lambda: round_bfloat16(log_mel(short_wave)),
+        lambda: model_mel(short_wave, "the short clip"),
         lambda: torch.from_numpy(extractor._np_extract_fbank_features(short_wave[None], "cpu")).bfloat16(),
         repeats,
     )
@@ -110,7 +110,7 @@ def rows(directory: Path, repeats: int, short: float = 30, long: float = 600) ->
 
     config = model.config
     for sound, times in ((short_wave, repeats), (long_wave, min(repeats, 3))):
-        mel = round_bfloat16(log_mel(sound))
+        mel = model_mel(sound, "the clip")
         inputs, tensor = jax.device_put(question(mel, config)[1]), torch.from_numpy(mel)
         yield compare(
             f"encoder on {len(sound) / 16000:g} s",
@@ -119,7 +119,7 @@ def rows(directory: Path, repeats: int, short: float = 30, long: float = 600) ->
             times,
         )
 
-    mel = round_bfloat16(log_mel(short_wave))
+    mel = model_mel(short_wave, "the short clip")
     ids, inputs = question(mel, config)
     inputs = jax.device_put(inputs)
     tokens, clip = torch.tensor([ids]), torch.from_numpy(mel)

@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from scipy.special import log_softmax
 
-from moss_audio_jax.audio import SAMPLE_RATE, load_audio, log_mel, num_audio_tokens, round_bfloat16
+from moss_audio_jax.audio import SAMPLE_RATE, load_audio, model_mel, num_audio_tokens
 from moss_audio_jax.compilation import jit
 from moss_audio_jax.config import MossAudioConfig
 from moss_audio_jax.inputs import ModelInputs, make_inputs
@@ -76,7 +76,7 @@ def compare_models(released: Path, checkpoint: AnyPath, sound: Sound, dtype: str
     from convert.pytorch_reference import reference_stages  # PyTorch may be missing
 
     config = MossAudioConfig.from_hf(locate(checkpoint).files)
-    mel = round_bfloat16(log_mel(sound.wave))
+    mel = model_mel(sound.wave, sound.name)
     ids = prompt_ids(released, config, num_audio_tokens(mel.shape[1]))
     expected = reference_stages(released, ids, [mel], config.processor.audio_token_id, dtype)
     gc.collect()

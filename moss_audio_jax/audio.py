@@ -1,11 +1,12 @@
-"""From an audio file to the log-mel frames the encoder reads: decode, mix to mono, resample, log-mel.
+"""Turns an audio file into the log-mel frames that the encoder reads: decode, mix to mono, resample, log-mel.
 
-NumPy, SciPy and soundfile only. Two steps follow the released MOSS-Audio processor to float32 rounding: the
-resampler (torchaudio's, with its defaults) and the log-mel (that of Whisper's feature extractor).
+Uses NumPy, SciPy and soundfile only. Two steps match the released MOSS-Audio processor to float32 rounding: the
+resampler (torchaudio's, with its defaults) and the log-mel (of Whisper's feature extractor).
 """
 
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -15,14 +16,14 @@ import scipy.signal
 import scipy.sparse
 from numpy.lib.stride_tricks import sliding_window_view
 
-from moss_audio_jax import sound_files
 from moss_audio_jax.errors import MossAudioError
+from moss_audio_jax.sound import decode
 from moss_audio_jax.storage.paths import AnyPath
 
 
 @dataclass(frozen=True)
 class MelConfig:
-    """The log-mel's settings, named as in `mel_config` of the released processor_config.json."""
+    """Settings of the log-mel, named as in `mel_config` of the released processor_config.json."""
 
     mel_sr: int = 16000  # samples per second
     mel_dim: int = 128  # mel bins
@@ -45,26 +46,26 @@ def load_audio(
     end: float | None = None,
     name: str | None = None,
 ) -> np.ndarray:
-    """Decodes wav, flac, ogg, mp3 or whatever else libsndfile reads; averages the channels, then resamples.
+    """Decodes wav, flac, ogg, mp3 or another format of libsndfile; averages the channels, then resamples.
 
-    All of a file is read, also of files joined one behind the other. One that was cut short or is damaged is read as
-    far as it goes; the log says how many of its seconds that is.
+    Files that were joined one behind the other are read to the end. A file that was cut short or is damaged is read as
+    far as possible, and the log says how many of its seconds that is.
 
     Args:
-      source: a path (of gs:// the whole object is fetched; a pipe is read to its end), or the bytes of an encoded file.
+      source: a path (a whole object of gs:// is fetched; a pipe is read to its end), or the bytes of an encoded file.
       sample_rate: of the result, in Hz.
-      start, end: cut, in seconds, to the nearest sample of the file; where the format can seek, little before the
-        cut is decoded. An `end` beyond the file means its end. The cut is resampled as if it were a file of its own.
-      name: what errors and the log call the audio; by default the path.
+      start, end: of a cut, in seconds, rounded to the nearest sample of the file. Little before the cut is decoded if
+        the format can seek. An `end` beyond the file means its end. The cut is resampled like a file of its own.
+      name: of the audio, in errors and the log; by default the path.
 
     Returns:
       float32 [samples], full scale at 1.
 
     Raises:
-      MossAudioError: the source cannot be read or decoded, has a sample rate outside 100 Hz to 384 kHz or more than ten
-        hours, the cut holds no sample or one that is not finite.
+      MossAudioError: the source cannot be read or decoded; its sample rate is outside 100 Hz to 384 kHz; it has more
+        than ten hours; or the cut holds no sample, or one that is not finite.
     """
-    pieces = sound_files.read(source, start, end, name or _name(source))
+    pieces = decode.read(source, start, end, name or _name(source))
     waves = [resample(piece.wave, piece.rate, sample_rate) for piece in pieces]
     return waves[0] if len(waves) == 1 else np.concatenate(waves)
 
@@ -77,12 +78,12 @@ def num_samples(
     end: float | None = None,
     name: str | None = None,
 ) -> int:
-    """How many samples `load_audio` gives, as the file's headers promise: nothing is decoded if they say it.
+    """Returns the number of samples that `load_audio` gives, from the file's headers; decodes only without them.
 
-    A file that was cut short has fewer. Arguments and errors are those of `load_audio`, but for samples that are found
-    missing or not finite when they are decoded.
+    A file that was cut short has fewer. Arguments and errors are those of `load_audio`; only decoding finds samples
+    that are missing or not finite.
     """
-    pieces = sound_files.lengths(source, start, end, name or _name(source))
+    pieces = decode.lengths(source, start, end, name or _name(source))
     return sum(resampled_length(samples, rate, sample_rate) for samples, rate in pieces)
 
 
@@ -99,7 +100,7 @@ _ROLLOFF = 0.99  # cutoff as a fraction of the lower Nyquist frequency
 def resample(wave: np.ndarray, orig_rate: int, new_rate: int) -> np.ndarray:
     """`torchaudio.functional.resample` with its defaults: windowed sinc, zeros beyond both ends.
 
-    Takes memory for the result alone, and time for the filter's non-zero taps alone, whatever the two rates.
+    Memory grows with the result alone, and time with the filter's non-zero taps, for any two rates.
 
     Args:
       wave: float32 [samples].
@@ -109,7 +110,7 @@ def resample(wave: np.ndarray, orig_rate: int, new_rate: int) -> np.ndarray:
       float32 [samples * new_rate / orig_rate, rounded up to the precision of a float32].
     """
     if min(orig_rate, new_rate) <= 0:
-        raise MossAudioError(f"expected positive sample rates, found {orig_rate} and {new_rate} Hz; correct them.")
+        raise MossAudioError(f"sample rates must be positive, not {orig_rate} and {new_rate} Hz: correct them")
     if orig_rate == new_rate or not len(wave):
         return wave
     divisor = math.gcd(orig_rate, new_rate)
@@ -122,26 +123,26 @@ def resample(wave: np.ndarray, orig_rate: int, new_rate: int) -> np.ndarray:
 
 
 def resampled_length(samples: int, orig_rate: int, new_rate: int) -> int:
-    """How many samples `resample` makes of so many."""
+    """Returns the number of samples that `resample` gives for `samples`."""
     divisor = math.gcd(orig_rate, new_rate)
     return samples if orig_rate == new_rate else _resampled_length(samples, orig_rate // divisor, new_rate // divisor)
 
 
 def _resampled_length(samples: int, orig: int, new: int) -> int:
-    """torchaudio's length: a ceiling taken after rounding to float32, within the whole cycles it computed."""
+    """Computes torchaudio's length: a ceiling after rounding to float32, within the whole cycles it computes."""
     return min(math.ceil(np.float32(new * samples / orig)), (samples // orig + 1) * new)
 
 
 @lru_cache(maxsize=16)
 def _sinc_filter(orig: int, new: int) -> tuple[np.ndarray, int]:
-    """torchaudio's Hann-windowed sinc for two coprime rates, as one filter at the rate `orig * new`.
+    """Computes torchaudio's Hann-windowed sinc for two coprime rates, as one filter at the rate `orig * new`.
 
     Output j lies at time j/new and takes input i, at time i/orig, with the weight
         cutoff/orig * sinc(t) * cos(pi/2 * t/zero_crossings)^2,   t = cutoff * (i/orig - j/new),
-    where |t| < zero_crossings. It depends on i*new - j*orig alone, which no two weights of a cycle share.
+    where |t| < zero_crossings. It depends on i*new - j*orig alone, which is different for all weights of a cycle.
 
     Returns:
-      float32 [2*delay*orig + 1] taps, and the delay they cause, in output samples.
+      taps, float32 [2*delay*orig + 1], and their delay in output samples.
     """
     cutoff = min(orig, new) * _ROLLOFF
     reach = math.ceil(_ZERO_CROSSINGS * orig / cutoff)  # inputs on either side of an output
@@ -161,13 +162,13 @@ def _sinc_filter(orig: int, new: int) -> tuple[np.ndarray, int]:
 
 _MEL_MAX_HZ = 8000.0  # Whisper's, whatever the sample rate
 _MEL_FLOOR = 1e-10
-_FRAME_BLOCK = 128  # frames transformed at a time: they fit in cache, and an hour of audio needs no more memory
+_FRAME_BLOCK = 128  # frames transformed at a time: they fit in the cache, and bound the memory for long audio
 
 
 def log_mel(wave: np.ndarray, config: MelConfig = RELEASED_MEL) -> np.ndarray:
-    """Whisper's log-mel of a whole clip, without padding it to 30 s.
+    """Computes Whisper's log-mel of a whole clip, without padding it to 30 s.
 
-    As in transformers' WhisperFeatureExtractor: reflect padding, periodic Hann window, float64 FFT, power,
+    Follows transformers' WhisperFeatureExtractor: reflect padding, periodic Hann window, float64 FFT, power,
     Slaney mel bank, log10, last frame dropped, clamped to the maximum of the whole clip minus 8, (x + 4) / 4.
 
     Args:
@@ -177,17 +178,17 @@ def log_mel(wave: np.ndarray, config: MelConfig = RELEASED_MEL) -> np.ndarray:
       float32 [mel_dim, samples // mel_hop_length].
 
     Raises:
-      MossAudioError: not one channel of finite floats, shorter than one frame, or so loud that the mel overflows.
+      MossAudioError: the wave is not one channel of finite floats, is shorter than one frame, or overflows the mel.
     """
     if wave.ndim != 1 or not np.issubdtype(wave.dtype, np.floating):
         raise MossAudioError(
-            f"expected a wave of floats in [-1, 1] and shape [samples], "
-            f"found {wave.dtype} {list(wave.shape)}; average its channels and scale it."
+            f"the wave must be floats in [-1, 1] of shape [samples], not {wave.dtype} {list(wave.shape)}: average its "
+            "channels and scale it"
         )
     num_frames = mel_frames(len(wave), config)
     wave = wave.astype(np.float32, copy=False)
     if not np.isfinite(wave).all():
-        raise MossAudioError("expected a wave of finite samples, found NaN or infinity; repair it or leave it out.")
+        raise MossAudioError("the wave must have finite samples, not NaN or infinity: repair it, or leave it out")
     padded = np.pad(wave, config.mel_n_fft // 2, mode="reflect")
     frames = sliding_window_view(padded, config.mel_n_fft)[:: config.mel_hop_length][:-1]
     window = np.hanning(config.mel_n_fft + 1)[:-1]
@@ -195,16 +196,16 @@ def log_mel(wave: np.ndarray, config: MelConfig = RELEASED_MEL) -> np.ndarray:
     mel = np.empty((config.mel_dim, num_frames), np.float32)
     for begin in range(0, num_frames, _FRAME_BLOCK):
         block = slice(begin, begin + _FRAME_BLOCK)
-        # Kept as complex64 but squared in float64, like the reference: it decides the last bit of the result.
-        with np.errstate(over="ignore"):  # what overflows is refused below
+        # Stored as complex64 but squared in float64, like the reference: this decides the last bit of the result.
+        with np.errstate(over="ignore"):  # an overflow is refused below
             spectrum = np.fft.rfft(frames[block] * window).astype(np.complex64)
         power = np.square(spectrum.real, dtype=np.float64) + np.square(spectrum.imag, dtype=np.float64)
         mel[:, block] = np.log10(np.maximum(mel_bank @ power.T, _MEL_FLOOR))
     peak = mel.max()
     if not np.isfinite(peak):
         raise MossAudioError(
-            f"the samples must be about -1 to 1, not up to {np.abs(wave).max():.1e}, of which the mel is not finite: "
-            "scale or restore it"
+            f"the samples must be about -1 to 1, not up to {np.abs(wave).max():.1e}, whose mel is not finite: "
+            "scale or restore the wave"
         )
     np.maximum(mel, peak - 8.0, out=mel)
     mel += 4.0
@@ -213,22 +214,22 @@ def log_mel(wave: np.ndarray, config: MelConfig = RELEASED_MEL) -> np.ndarray:
 
 
 def mel_frames(samples: int, config: MelConfig = RELEASED_MEL) -> int:
-    """Frames of the log-mel of so many samples; raises MossAudioError if that is none."""
+    """Returns the number of frames that `log_mel` gives for `samples`; raises MossAudioError if that is 0."""
     if samples < config.mel_hop_length:
         raise MossAudioError(
-            f"expected at least {config.mel_hop_length} samples at {config.mel_sr} Hz, one mel frame, "
-            f"found {samples}; lengthen the clip or leave it out."
+            f"the wave must have at least {config.mel_hop_length} samples at {config.mel_sr} Hz, one mel frame, not "
+            f"{samples}: lengthen the clip, or leave it out"
         )
     return samples // config.mel_hop_length
 
 
 @lru_cache(maxsize=4)
 def _slaney_mel_bank(config: MelConfig) -> scipy.sparse.csr_array:
-    """Triangles of equal area, even on Slaney's mel scale up to 8 kHz: float64 [mel_dim, n_fft//2 + 1].
+    """Computes triangles of equal area, even on Slaney's mel scale up to 8 kHz: float64 [mel_dim, n_fft//2 + 1].
 
-    The scale is linear up to 1 kHz (15 mel), then logarithmic (27 mel for a factor of 6.4). A frequency lies
-    in two triangles at most, hence sparse: less work than a dense product, and no BLAS threads that would
-    fight over the cores with the other workers of a data pipeline.
+    The scale is linear up to 1 kHz (15 mel), then logarithmic (27 mel for a factor of 6.4). The matrix is sparse, as a
+    frequency is in at most two triangles: less work than a dense product, and no BLAS threads that would compete for
+    cores with the other workers of a data pipeline.
     """
     mels_per_log = 27.0 / np.log(6.4)
     highest = 15.0 + np.log(_MEL_MAX_HZ / 1000.0) * mels_per_log
@@ -241,16 +242,26 @@ def _slaney_mel_bank(config: MelConfig) -> scipy.sparse.csr_array:
     return scipy.sparse.csr_array(bank)
 
 
-def round_bfloat16(mel: np.ndarray) -> np.ndarray:
-    """Rounds to the nearest bfloat16 (ties to even); returns those values as float32, in the same shape.
+def model_mel(wave: np.ndarray, name: str, augment: Callable[[np.ndarray], np.ndarray] | None = None) -> np.ndarray:
+    """Computes the mel that the model reads: `log_mel` rounded to bfloat16, float32 [mel bins, frames].
 
-    The MOSS-Audio processor rounds every mel so, whatever dtype the model computes in.
+    The released processor rounds every mel, whatever dtype the model computes in.
+    name: of the clip; errors begin with it. augment: changes the mel before it is rounded.
     """
+    try:
+        mel = log_mel(wave)
+    except MossAudioError as error:
+        raise MossAudioError(f"{name}: {error}") from error
+    return round_bfloat16(mel if augment is None else augment(mel))
+
+
+def round_bfloat16(mel: np.ndarray) -> np.ndarray:
+    """Rounds to the nearest bfloat16 (ties to even); returns those values as float32, in the same shape."""
     return mel.astype(ml_dtypes.bfloat16).astype(np.float32)
 
 
 def num_audio_tokens(frames: int) -> int:
-    """Audio tokens of a clip: each of the encoder's three convolutions halves its mel frames, rounding up."""
+    """Returns the audio tokens of a clip: each of the encoder's three convolutions halves its frames, rounding up."""
     for _ in range(3):
         frames = (frames - 1) // 2 + 1
     return frames

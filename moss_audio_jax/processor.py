@@ -6,11 +6,11 @@ from typing import Any, Self
 
 import numpy as np
 
-from moss_audio_jax.audio import SAMPLE_RATE, load_audio, log_mel, num_audio_tokens, resample, round_bfloat16
+from moss_audio_jax.audio import SAMPLE_RATE, load_audio, model_mel, num_audio_tokens, resample
 from moss_audio_jax.config import MossAudioConfig
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.inputs import ModelInputs, make_inputs
-from moss_audio_jax.sound_files import require_rate
+from moss_audio_jax.sound.streams import require_rate
 from moss_audio_jax.storage.paths import AnyPath
 from moss_audio_jax.tokens import DEFAULT_SYSTEM_PROMPT, Tokenizer, build_prompt
 from moss_audio_jax.weights.locate import processor_directories
@@ -76,11 +76,7 @@ class Processor:
             16 kHz, as an array of NumPy, JAX or PyTorch; (wave, rate); {"array": wave, "sampling_rate": rate} or
             {"bytes": ..., "path": ...} as Hugging Face's datasets have it.
         """
-        wave, name = _wave(clip)
-        try:
-            return round_bfloat16(log_mel(wave))
-        except MossAudioError as error:
-            raise MossAudioError(f"{name}: {error}") from error
+        return model_mel(*_wave(clip))
 
     def decode(self, ids: Sequence[int] | np.ndarray, *, skip_special_tokens: bool = True) -> str:
         """Text of one answer; ids without text are dropped."""

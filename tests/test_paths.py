@@ -214,7 +214,7 @@ def test_errors_name_what_can_not_be_written_or_read(bucket: str, tmp_path: Path
         paths.require_writable(tmp_path / "file" / "x" / "y")
     paths.require_writable(to_path(bucket) / "new" / "file")
     assert not paths.exists(to_path(bucket) / "new" / "file")
-    with pytest.raises(MossAudioError, match=r"gs://.*/no\.wav: expected a readable audio file, found 'No such file"):
+    with pytest.raises(MossAudioError, match=r"gs://.*/no\.wav must be a readable audio file \(No such file"):
         load_audio(f"{bucket}/no.wav")
 
 

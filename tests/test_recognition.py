@@ -150,9 +150,9 @@ CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "in another model": (rename(lambda n: f"thinker.{n}"), "have 'thinker.' in their names, as another model around"),
     "weights are a pointer": (
         write(SINGLE_FILE, POINTER),
-        "model.safetensors is a pointer of Git LFS .* `git lfs pull`",
+        "model.safetensors is a pointer of Git LFS.* `git lfs pull`",
     ),
-    "weights are a page": (write(SINGLE_FILE, PAGE), "model.safetensors is a web page .* `hf download`"),
+    "weights are a page": (write(SINGLE_FILE, PAGE), "model.safetensors is a web page.* `hf download`"),
     "weights are a pickle": (
         lambda directory: (directory / SINGLE_FILE).write_bytes(b"PK\x03\x04" + bytes(100)),
         "model.safetensors is a pickle of PyTorch, which is never read here",

@@ -196,7 +196,7 @@ BAD: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "zero byte": (name_file("model\0.safetensors"), ["plain file names"]),
     "endless name": (name_file("m" * 5000), ["plain file names"]),
     "no text": (lambda d: edit_index(d, lambda w: w.update({"lm_head.weight": 7})), ["7 is missing"]),
-    "link outside": (link_outside, ["link to outside the directory"]),
+    "link outside": (link_outside, ["must be inside the directory, not a link"]),
     "dangling link": (link_nowhere, ["model-00001-of-", "is missing"]),
     "missing shard": (lambda d: shards(d)[0].unlink(), ["model-00001-of-", "is missing"]),
     "truncated shard": (truncate, ["model-00002-of-", "damaged"]),

@@ -13,10 +13,11 @@ import soundfile
 from gcsfs.retry import HttpError
 from google.api_core.exceptions import Forbidden, ServiceUnavailable
 
-from moss_audio_jax import MossAudioError, sound_files
+from moss_audio_jax import MossAudioError
 from moss_audio_jax.audio import load_audio, num_samples
 from moss_audio_jax.commands.cli import run_cli
 from moss_audio_jax.errors import StorageError
+from moss_audio_jax.sound import files
 from moss_audio_jax.storage import retries
 from moss_audio_jax.storage.retries import is_transient, retried
 
@@ -166,16 +167,16 @@ def test_audio_is_read_again_wherever_a_read_fails(
     soundfile.write(path, np.random.default_rng(0).normal(0, 0.1, 40_000), 16000)
     expected, samples = load_audio(path), num_samples(path)
     whole = Flaky(set())
-    monkeypatch.setattr(sound_files, "open_binary", whole.open)
+    monkeypatch.setattr(files, "open_binary", whole.open)
     load_audio(path)
     for number in {1, 2, 3, whole.reads // 2, whole.reads - 1, whole.reads}:
         flaky = Flaky({number})
-        monkeypatch.setattr(sound_files, "open_binary", flaky.open)
+        monkeypatch.setattr(files, "open_binary", flaky.open)
         np.testing.assert_array_equal(load_audio(path), expected)
         assert flaky.openings == 2
     assert "can be read" not in caplog.text  # nothing is missing
-    monkeypatch.setattr(sound_files, "open_binary", Flaky({1}).open)
+    monkeypatch.setattr(files, "open_binary", Flaky({1}).open)
     assert num_samples(path) == samples
-    monkeypatch.setattr(sound_files, "open_binary", Flaky(set(range(10_000))).open)
+    monkeypatch.setattr(files, "open_binary", Flaky(set(range(10_000))).open)
     with pytest.raises(StorageError, match=rf"a\.{ending}: storage failed in each of 6 attempts"):
         load_audio(path)

@@ -14,7 +14,7 @@ from convert.compare_models import ModelComparison, StageError, distribution_err
 from convert.compare_tensors import largest_errors, same_bits
 from convert.to_hf import convert_to_hf
 from convert.to_orbax import convert_to_orbax
-from convert.verify import THRESHOLDS, as_json, beyond, table, verify
+from convert.verify import THRESHOLDS, as_json, beyond, report_table, verify
 from moss_audio_jax.weights.locate import SINGLE_FILE
 from moss_audio_jax.weights.safetensors_reader import ReleasedCheckpoint
 
@@ -99,7 +99,7 @@ def test_rounding_is_measured_and_expected_exactly(data_dir, tmp_path):
     report = verify(source, tmp_path / "narrow", pytorch=False)
     assert report.passed
     assert 2**-10 < max(tensor.max_relative_error for tensor in report.tensors) <= 2**-8
-    assert "converted from float32 to bfloat16 exactly as expected" in table(report)
+    assert "converted from float32 to bfloat16 exactly as expected" in report_table(report)
     # What was rounded is not what a conversion of the rounded one would give.
     assert not verify(tmp_path / "narrow", source, pytorch=False).passed
     flip_byte(tmp_path / "narrow", CHANGED)

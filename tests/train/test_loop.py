@@ -21,10 +21,11 @@ import soundfile
 
 from convert.average import average
 from convert.to_hf import convert_to_hf
-from moss_audio_jax import LoraConfig, MossAudioConfig, MossAudioError, load_model, sound_files
+from moss_audio_jax import LoraConfig, MossAudioConfig, MossAudioError, load_model
 from moss_audio_jax.errors import StorageError
 from moss_audio_jax.sharding import make_mesh
 from moss_audio_jax.small_tokenizer import write_small_tokenizer
+from moss_audio_jax.sound import files
 from moss_audio_jax.weights.checkpoint import save_model
 from moss_audio_jax.weights.parameters import build_model
 from train.config import RECIPES, LoopConfig, MixtureConfig, ModelSource, RunConfig
@@ -397,7 +398,7 @@ def test_a_disk_that_fails_for_a_moment_changes_nothing(
     straight: Path, config: RunConfig, tmp_path: Path, hasty: None, monkeypatch: pytest.MonkeyPatch
 ):
     """Half of all openings of audio fail: no example is skipped for it."""
-    chance, opened = random.Random(0), sound_files.open_binary
+    chance, opened = random.Random(0), files.open_binary
     failed = 0
 
     def open_binary(path: str):
@@ -408,7 +409,7 @@ def test_a_disk_that_fails_for_a_moment_changes_nothing(
         return opened(path)
 
     monkeypatch.setenv("MOSS_AUDIO_STORAGE_ATTEMPTS", "20")
-    monkeypatch.setattr(sound_files, "open_binary", open_binary)
+    monkeypatch.setattr(files, "open_binary", open_binary)
     assert train(config, tmp_path / "run", mesh=one_device()).step == STEPS
     assert failed > 5
     assert_same_end(tmp_path / "run", straight, config)
@@ -420,7 +421,7 @@ def test_a_disk_that_stays_away_ends_the_run_to_be_tried_again(
     def open_binary(path: str):
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), path)
 
-    monkeypatch.setattr(sound_files, "open_binary", open_binary)
+    monkeypatch.setattr(files, "open_binary", open_binary)
     with pytest.raises(StorageError, match=r"\.wav: storage failed in each of 6 attempts \(.*Stale file handle"):
         train(config, tmp_path / "run", mesh=one_device())
 

@@ -36,16 +36,16 @@ BAD = {
     "no JSON": (b'{"conversation": [', "expected a JSON object, found none (Expecting value"),
     "no UTF-8": (b'{"text": "caf\xe9"}', "expected text in UTF-8, found none ('utf-8' codec can't decode byte 0xe9"),
     "UTF-16": (json.dumps(line("a.wav")).encode("utf-16"), "expected text in UTF-8, found none"),
-    "missing audio": (line("absent.wav"), "absent.wav: expected a readable audio file, found 'No such file"),
+    "missing audio": (line("absent.wav"), "absent.wav must be a readable audio file (No such file"),
     "no path": (line(""), "'content' in message 1 to be the path of one audio file"),
     "a directory": (line("."), "must be an audio file, not a directory"),
-    "0 bytes": (line("empty.wav"), "empty.wav: expected audio, found 0 bytes"),
-    "0 samples": (line("silent.wav"), "silent.wav: expected audio, found 0 samples"),
+    "0 bytes": (line("empty.wav"), "empty.wav must be an audio file, not 0 bytes"),
+    "0 samples": (line("silent.wav"), "silent.wav must hold samples, not 0 in"),
     "no audio": (
         line("text.wav"),
         "text.wav must be wav, flac, ogg or mp3, not text that begins with",
     ),
-    "a short clip": (line("short.wav"), "short.wav: expected at least 160 samples"),
+    "a short clip": (line("short.wav"), "short.wav: the wave must have at least 160 samples"),
     "a list of clips": (line(["a.wav", "a.wav"]), "of one audio file (of several clips each has a message of its own)"),
     "a list as audio": ({"audio": ["a.wav"], "text": "hi"}, "'audio' in the line to be the path of one audio file"),
     "an empty answer": (line("a.wav", answer=" "), "'content' in message 3 to be a text that is not blank, found ' '"),
@@ -117,7 +117,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def nothing_is_decoded(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("moss_audio_jax.sound_files._read_cut", lambda *_: pytest.fail("audio was decoded"))
+    monkeypatch.setattr("moss_audio_jax.sound.decode._read_cut", lambda *_: pytest.fail("audio was decoded"))
 
 
 def config_of(directory: Path, **data) -> RunConfig:
@@ -254,7 +254,7 @@ def test_short_options_are_those_they_are_short_for(
     out, tokenizer = tmp_path / "run", directory / "tokenizer"
     common = ("run", "--recipe", "finetune", "--out", out, "--model.preset", "tiny", "--model.tokenizer", tokenizer)
     assert run(monkeypatch, *common, "--data", path, "--data.tokens", 200) == 2
-    assert f"{path} line 1: absent.wav: expected a readable" in capsys.readouterr().err and not out.exists()
+    assert f"{path} line 1: absent.wav must be a readable" in capsys.readouterr().err and not out.exists()
     recipe = RECIPES["finetune_lora"]
     config = with_paths(recipe, "moss-4b", ("a.jsonl",), ("b.jsonl",))
     assert (config.model.checkpoint, config.mixture.conversations.paths) == ("moss-4b", ("a.jsonl",))

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import ml_dtypes
 import numpy as np
 
-from moss_audio_jax.audio import log_mel, mel_frames, num_audio_tokens, round_bfloat16
+from moss_audio_jax.audio import mel_frames, model_mel, num_audio_tokens
 from moss_audio_jax.config import DOWNSAMPLE_RATE, MossAudioConfig
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.inputs import ModelInputs, make_inputs
@@ -409,9 +409,4 @@ def _num_frames(clip: Clip) -> int:
 
 def _mel(clip: Clip) -> np.ndarray:
     """Log-mel [mel bins, frames] as `Processor.mel` makes it."""
-    wave = clip.wave()
-    try:
-        mel = log_mel(wave)
-    except MossAudioError as error:
-        raise MossAudioError(f"{clip.name}: {error}") from error
-    return round_bfloat16(clip.masked(mel) if isinstance(clip, VariedClip) else mel)
+    return model_mel(clip.wave(), clip.name, clip.masked if isinstance(clip, VariedClip) else None)

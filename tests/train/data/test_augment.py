@@ -276,7 +276,7 @@ def test_mistakes_are_named(tmp_path: Path):
         Augmentation(AugmentConfig(noise=("brown",)))
     (tmp_path / "noise.jsonl").write_text('{"audio": "absent.wav", "caption": "noise"}')
     clip = varied(AugmentConfig(noise=(str(tmp_path / "noise.jsonl"),), noise_probability=1.0))[1]
-    with pytest.raises(MossAudioError, match=r"noise\.jsonl line 1: absent\.wav: expected a readable audio file"):
+    with pytest.raises(MossAudioError, match=r"noise\.jsonl line 1: absent\.wav must be a readable audio file"):
         clip.wave()
     (tmp_path / "texts.jsonl").write_text('{"text": "no audio"}')
     with pytest.raises(MossAudioError, match=r"its noise, .*texts\.jsonl line 1, has no audio"):

@@ -165,7 +165,7 @@ def test_clips_are_cut(tmp_path: Path):
     np.testing.assert_array_equal(Clip(wave, 0.25, 0.5).wave(), wave[4000:8000])
     absent = parse({"audio": "../b.wav", "text": "hi"}, tmp_path)
     assert absent.clip is not None
-    with pytest.raises(MossAudioError, match=r"m\.jsonl line 3: \.\./b\.wav: expected a readable audio file"):
+    with pytest.raises(MossAudioError, match=r"m\.jsonl line 3: \.\./b\.wav must be a readable audio file"):
         absent.clip.wave()
 
 

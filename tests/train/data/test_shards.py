@@ -126,7 +126,7 @@ def test_unreadable_clips_are_counted_and_named(corpus: Path, tmp_path: Path, ca
     assert prepare(manifest, tmp_path / "out", 1)[0].unreadable == 1  # a repeated call counts them too
     shards = Shards(tmp_path / "out")
     assert shards[0].text == shards[2].text == "hi"
-    with pytest.raises(MossAudioError, match=r"line 2: absent\.wav: expected a readable audio file"):
+    with pytest.raises(MossAudioError, match=r"line 2: absent\.wav must be a readable audio file"):
         shards[1]
 
 
