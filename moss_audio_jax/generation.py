@@ -1,8 +1,8 @@
-"""Text out of the model: one prefill, then a compiled loop of cached single-token steps.
+"""Generates text: one prefill, then a compiled loop of cached single-token steps.
 
-The prompt's length is bucketed by `make_inputs`, the answer's here, so a new length seldom compiles anything, and other
-options of sampling never do. The loop runs on the device until every sequence has stopped; the host hears of it once,
-or every few tokens when streaming.
+`make_inputs` pads the prompt to a bucket of lengths, and the answer has buckets here, so a new length seldom compiles;
+other sampling options never do. The loop runs on the device until every sequence has stopped; the host reads tokens
+once, or every few tokens when streaming.
 """
 
 import dataclasses
@@ -26,6 +26,7 @@ from moss_audio_jax.sampling import Sampling, SamplingArrays, row_keys, row_seed
 from moss_audio_jax.sharding import constrain, on_automatic_mesh, on_host, on_mesh_of
 from moss_audio_jax.weights.finite import first_nonfinite
 
+GREEDY = Sampling()
 MIN_NEW_TOKENS = 16  # the smallest bucket of an answer's length
 _MIN_EOS_IDS = 8  # the smallest bucket of their number
 
@@ -33,7 +34,7 @@ _MIN_EOS_IDS = 8  # the smallest bucket of their number
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Drawing:
-    """What the tokens of a batch are drawn by. eos_ids: -1 at the end is none. fill: what follows an answer's end."""
+    """Arrays that tokens are drawn by. eos_ids: padded with -1. fill: the token after an answer's end."""
 
     sampling: SamplingArrays
     seeds: UInt32[Any, "b 2"]
@@ -48,7 +49,7 @@ def make_drawing(
     seed: int = 0,
     seeds: Sequence[int] | None = None,
 ) -> Drawing:
-    """Arrays of NumPy, of a few shapes."""
+    """Makes NumPy arrays whose shapes come from a few buckets."""
     padding = bucket(len(eos_ids), _MIN_EOS_IDS) - len(eos_ids)
     return Drawing(
         sampling.arrays(),
@@ -61,10 +62,11 @@ def make_drawing(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _State:
-    """The loop's carry. `tokens[:, :count]` are drawn and read.
+    """The loop's carry. `tokens[:, :count]` have been drawn and are in the cache.
 
-    hidden: what the next tokens are drawn from.
-    finite: whether the logits of each sequence have been so; the loop ends where they are not.
+    hidden: the last hidden states, from which the next tokens are drawn.
+    finite: True while all logits of a sequence were finite; the loop ends at one that is not.
+    seen: tokens of the prompt and of the answer so far.
     """
 
     cache: KVCache
@@ -82,24 +84,23 @@ def generate(
     inputs: ModelInputs,
     *,
     max_new_tokens: int,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    repetition_penalty: float = 1.0,
+    sampling: Sampling = GREEDY,
     eos_ids: Sequence[int] | None = None,
     seed: int = 0,
     seeds: Sequence[int] | None = None,
+    **options: float,
 ) -> Int[np.ndarray, "b new"]:
-    """Answers to a batch of prompts, `new` being the longest one's length.
+    """Generates answers to a batch of prompts; `new` is the longest answer's length.
 
-    Sampling: see `Sampling`; the default is greedy. eos_ids: a sequence stops after any of these (which is part of its
-    answer, and fills the rest of its row); None takes the checkpoint's, `()` never stops early.
-    seed, seeds: a row's random numbers follow from its own seed alone, so it draws the same alone and in any batch. The
-    rows' seeds are `seeds`, or else `seed` + row, so that equal prompts of a batch get different answers.
-    Raises MossAudioError for options that can't be, for prompts and answers beyond the model's positions, and where
-    logits are not finite; then it names the tensor of the weights that is not, if there is one.
+    sampling, options: the fields of `Sampling`, as an object or one by one: `generate(..., temperature=0.7)`.
+    eos_ids: a sequence stops after any of these; it is part of the answer, and the first of `eos_ids` fills the rest of
+        the row. None takes the checkpoint's; `()` never stops early.
+    seed, seeds: a row draws by its own seed alone, so it draws the same in any batch. The rows' seeds are `seeds`, or
+        `seed` + row, so that equal prompts of a batch get different answers.
+    Raises MossAudioError for invalid options, for prompts and answers beyond the model's positions, and for logits that
+    are not finite; then it names the tensor of the weights that is not finite, if there is one.
     """
-    sampling = Sampling(temperature, top_k, top_p, repetition_penalty)
+    sampling = dataclasses.replace(sampling, **options)
     pieces = list(_answers(model, inputs, max_new_tokens, max_new_tokens, sampling, eos_ids, seed, seeds))
     return np.concatenate([np.zeros((len(inputs.tokens), 0), np.int32), *pieces], axis=1)
 
@@ -110,16 +111,14 @@ def stream(
     *,
     max_new_tokens: int,
     every: int = 8,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    repetition_penalty: float = 1.0,
+    sampling: Sampling = GREEDY,
     eos_ids: Sequence[int] | None = None,
     seed: int = 0,
     seeds: Sequence[int] | None = None,
+    **options: float,
 ) -> Iterator[Int[np.ndarray, "b piece"]]:
-    """The same answers as `generate`, in pieces of up to `every` tokens as they are produced."""
-    sampling = Sampling(temperature, top_k, top_p, repetition_penalty)
+    """Yields the answers of `generate` as they are produced, in pieces of up to `every` tokens."""
+    sampling = dataclasses.replace(sampling, **options)
     return _answers(model, inputs, max_new_tokens, every, sampling, eos_ids, seed, seeds)
 
 
@@ -133,7 +132,7 @@ def _answers(
     seed: int,
     seeds: Sequence[int] | None,
 ) -> Iterator[Int[np.ndarray, "b piece"]]:
-    """Checks the request, now, and gives the pieces."""
+    """Checks the request at once, and returns an iterator over the pieces."""
     check_request(model.config, inputs, max_new_tokens, seed, seeds)
     if every < 1:
         raise MossAudioError(f"every must be 1 or more, not {every}")
@@ -150,7 +149,7 @@ def check_request(
     seed: int = 0,
     seeds: Sequence[int] | None = None,
 ) -> None:
-    """Raises MossAudioError for what `generate` can't do; no weights are needed to know."""
+    """Raises MossAudioError for a request that `generate` can't serve; needs no weights."""
     if max_new_tokens < 1:
         raise MossAudioError(f"max_new_tokens must be 1 or more, not {max_new_tokens}")
     if _is_packed(inputs.segment_ids):
@@ -168,7 +167,7 @@ def _pieces(
         loop = prefill_prompts(graphdef, state, inputs, drawing, bucket(max_new_tokens, MIN_NEW_TOKENS))
     done = 0
     while done < max_new_tokens:
-        with on_mesh_of(state):  # and not while the caller has the piece
+        with on_mesh_of(state):  # not while the caller has the piece
             loop = decode_until(graphdef, state, loop, min(max_new_tokens, done + every), drawing)
         results = loop.tokens, loop.count, loop.stopped, loop.finite
         tokens, count, stopped, finite = map(on_host, results)
@@ -182,7 +181,7 @@ def _pieces(
 def prefill_prompts(
     graphdef: nnx.GraphDef, state: nnx.State, inputs: ModelInputs, drawing: Drawing, new_slots: int
 ) -> _State:
-    """Reads the prompts."""
+    """Runs the prompts through the model, and makes room for `new_slots` tokens of each answer."""
     model = nnx.merge(graphdef, state)
     batch, length = inputs.tokens.shape
     hidden, cache = model.prefill(inputs, length + new_slots)
@@ -218,10 +217,10 @@ def decode_until(graphdef: nnx.GraphDef, state: nnx.State, loop: _State, until: 
 
 
 def _draw(model: MossAudio, loop: _State, drawing: Drawing) -> tuple[_State, Int[Array, " b"]]:
-    """The state with one more token of each sequence, and those tokens."""
+    """Draws one token of each sequence; returns the state with them, and the tokens."""
     keys = jax.vmap(jax.random.fold_in, (0, None))(row_keys(drawing.seeds), loop.count)
-    # One token of each sequence is far less than the head: it goes to where the head's rows and columns lie. The sums
-    # return, first as they are cut there, or XLA would gather the columns.
+    # The hidden states of one token are far smaller than the head, so they move to the shards of the head. The logits
+    # come back sharded over the vocabulary first; otherwise XLA would all-gather the head's columns.
     logits = constrain(model.logits(constrain(loop.hidden, None, "embed")), None, "vocab")
     logits = constrain(logits, "batch", None)
     token = jnp.where(loop.stopped, drawing.fill, drawing.sampling(logits, loop.seen, keys))
@@ -245,7 +244,7 @@ def _why_not_finite(model: MossAudio, row: int, count: int) -> str:
 
 
 def _is_packed(segment_ids: np.ndarray | jax.Array) -> bool:
-    """Whether a row holds several examples, among those that this process has."""
+    """Returns True if a row of this process holds several examples."""
     if isinstance(segment_ids, jax.Array):
         return any(np.asarray(shard.data).max(initial=0) > 1 for shard in segment_ids.addressable_shards)
     return bool(segment_ids.max(initial=0) > 1)

@@ -1,4 +1,4 @@
-"""Globs over dotted paths, such as `audio_encoder.*`: what they match, and what was meant where they match nothing."""
+"""Globs over dotted paths, such as `audio_encoder.*`: matching, and suggestions where nothing matches."""
 
 import difflib
 import fnmatch
@@ -12,7 +12,7 @@ def matches(path: str, patterns: Sequence[str]) -> bool:
 
 
 def require_matches(kind: str, patterns: Sequence[str], paths: Collection[str], what: str = "parameter") -> None:
-    """Every pattern must match at least one of the paths."""
+    """Raises MossAudioError, with similar paths, for a pattern that matches none of the paths."""
     for pattern in patterns:
         if not any(matches(path, [pattern]) for path in paths):
             close = ", ".join(_close_patterns(pattern, paths))
@@ -20,7 +20,7 @@ def require_matches(kind: str, patterns: Sequence[str], paths: Collection[str], 
 
 
 def _close_patterns(pattern: str, paths: Iterable[str]) -> list[str]:
-    """Existing paths, and patterns of everything below a name, that are spelt like `pattern`."""
+    """Returns existing paths, and patterns of everything below a name, that are spelt like `pattern`."""
     prefixes = {path.rsplit(".", depth)[0] + ".*" for path in paths for depth in range(1, path.count(".") + 1)}
     candidates = sorted(prefixes) + sorted(paths)
     return difflib.get_close_matches(pattern, candidates, n=3, cutoff=0.0)

@@ -1,6 +1,6 @@
-"""How a token is drawn from logits: Hugging Face's options, as arrays, so that other values compile nothing.
+"""Draws tokens from logits with Hugging Face's options, which are arrays: other values compile nothing.
 
-The tokens to draw from are found without sorting the vocabulary: a threshold on the logits is built bit by bit.
+Top-k and top-p don't sort the vocabulary: they find a threshold on the logits bit by bit.
 """
 
 import dataclasses
@@ -66,7 +66,7 @@ class Sampling:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SamplingArrays:
-    """`Sampling` within a compiled function."""
+    """`Sampling` as an argument of a compiled function."""
 
     temperature: Float[Any, ""]
     top_k: Int[Any, ""]
@@ -76,7 +76,7 @@ class SamplingArrays:
     def __call__(
         self, logits: Float[Array, "b vocab"], seen: Bool[Array, "b vocab"], keys: jax.Array
     ) -> Int[Array, " b"]:
-        """One token a sequence; `keys` [b] are its random keys. seen: tokens of the prompt and of the answer so far."""
+        """Draws one token for each sequence. seen: tokens of the prompt and answer so far. keys: random keys [b]."""
         logits = self._penalised(logits, seen)
 
         def greedy() -> Int[Array, " b"]:
@@ -88,7 +88,7 @@ class SamplingArrays:
         return jax.lax.cond(self.temperature == 0, greedy, drawn)
 
     def log_weights(self, logits: Float[Array, "b vocab"], seen: Bool[Array, "b vocab"]) -> Float[Array, "b vocab"]:
-        """Logarithms of the weights that tokens are drawn by, temperature above 0: -inf where one can't be drawn."""
+        """Returns the log weights that tokens are drawn by at temperature > 0: -inf for those that can't be drawn."""
         return self._filtered(self._penalised(logits, seen))
 
     def _penalised(self, logits: Float[Array, "b vocab"], seen: Bool[Array, "b vocab"]) -> Float[Array, "b vocab"]:
@@ -97,7 +97,7 @@ class SamplingArrays:
         return jnp.where(seen, jnp.clip(penalised, _FLOAT32.min, _FLOAT32.max), logits)
 
     def _filtered(self, logits: Float[Array, "b vocab"]) -> Float[Array, "b vocab"]:
-        # The largest becomes 0, which no temperature makes infinite.
+        # The largest becomes 0, which stays finite at any temperature.
         logits = (logits - logits.max(-1, keepdims=True)) / self.temperature
         limited = (self.top_k > 0) & (self.top_k < logits.shape[-1])
         logits = jax.lax.cond(limited, lambda: _top_k(logits, self.top_k), lambda: logits)
@@ -105,7 +105,7 @@ class SamplingArrays:
 
 
 def _top_k(logits: Float[Array, "b vocab"], k: Int[Array, ""]) -> Float[Array, "b vocab"]:
-    """-inf for all that are less than the k-th largest."""
+    """Sets logits below the k-th largest to -inf."""
     order = _ordered(logits)
 
     def enough(threshold: UInt32[Array, " b"]) -> Bool[Array, " b"]:
@@ -115,7 +115,7 @@ def _top_k(logits: Float[Array, "b vocab"], k: Int[Array, ""]) -> Float[Array, "
 
 
 def _top_p(logits: Float[Array, "b vocab"], p: Float[Array, ""]) -> Float[Array, "b vocab"]:
-    """-inf for all whose larger ones' probabilities reach p."""
+    """Sets a logit to -inf if the probabilities of all larger ones reach p."""
     order, probabilities = _ordered(logits), jax.nn.softmax(logits, axis=-1)
 
     def reached(threshold: UInt32[Array, " b"]) -> Bool[Array, " b"]:
@@ -125,14 +125,14 @@ def _top_p(logits: Float[Array, "b vocab"], p: Float[Array, ""]) -> Float[Array,
 
 
 def _ordered(x: Float[Array, "..."]) -> UInt32[Array, "..."]:
-    """Whole numbers above 0, in the order of the floats."""
+    """Maps floats to positive integers of the same order."""
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     sign = jnp.uint32(1 << 31)
     return jnp.where(bits < sign, bits | sign, ~bits)
 
 
 def _largest(holds: Callable[[UInt32[Array, " b"]], Bool[Array, " b"]], batch: int) -> UInt32[Array, " b"]:
-    """The largest number for which `holds` is true, which it is up to there and not beyond; 0 if nowhere."""
+    """Returns the largest number for which `holds` is true, or 0; `holds` is true up to a number and false above."""
 
     def with_bit(index: jax.Array, found: UInt32[Array, " b"]) -> UInt32[Array, " b"]:
         candidate = found | (jnp.uint32(1 << 31) >> index.astype(jnp.uint32))
@@ -142,9 +142,9 @@ def _largest(holds: Callable[[UInt32[Array, " b"]], Bool[Array, " b"]], batch: i
 
 
 def row_seeds(batch: int, seed: int, seeds: Sequence[int] | None) -> np.ndarray:
-    """Seeds [b, 2] of the rows' random keys, the high and low 32 bits; `seeds`, or else seed + row.
+    """Returns the rows' seeds as high and low 32 bits [b, 2]: `seeds`, or else seed + row.
 
-    Raises MossAudioError for what is no whole number of 64 bits, and for another number of seeds than rows.
+    Raises MossAudioError for a seed that is no whole number of 64 bits, and for a wrong number of seeds.
     """
     if seeds is not None and len(seeds) != batch:
         raise MossAudioError(f"seeds must hold one for each of {batch} prompts, not {len(seeds)}")
@@ -166,5 +166,5 @@ def _checked_seed(name: str, seed: Any) -> int:
 
 
 def row_keys(seeds: UInt32[Any, "b 2"]) -> jax.Array:
-    """The random key of each row."""
+    """Returns the random key of each row."""
     return jax.vmap(lambda words: jax.random.fold_in(jax.random.key(words[1]), words[0]))(jnp.asarray(seeds))

@@ -1,4 +1,4 @@
-"""What a field of a configuration may hold, declared in its type and checked when the configuration is made.
+"""Rules for the fields of a configuration, declared in their types and checked when the configuration is made.
 
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:
@@ -22,13 +22,13 @@ INT32 = 2**31 - 1
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """expected: in words, after 'must be'."""
+    """A condition on a value. expected: its description, after 'must be'."""
 
     expected: str
     accepts: Callable[[Any], bool]
 
     def check(self, name: str, value: Any) -> None:
-        """Raises MossAudioError that names the field."""
+        """Raises MossAudioError, which names the field, for a value that breaks the rule."""
         if not self.accepts(value):
             raise MossAudioError(f"{name} must be {self.expected}, not {shown(value)}")
 
@@ -45,7 +45,7 @@ def integer(least: int, most: int) -> Rule:
 
 
 def number(least: float, most: float, *, below: bool = False) -> Rule:
-    """A finite number; with `below`, `most` itself is none."""
+    """Returns a rule for a finite number from `least` to `most`; `below` excludes `most`."""
 
     def accepts(value: Any) -> bool:
         # NaN is in no range.
@@ -68,7 +68,7 @@ def each(rule: Rule) -> Rule:
 SWITCH = Rule("true or false", lambda value: isinstance(value, bool))
 TEXT = Rule("a text", lambda value: isinstance(value, str))
 
-# Bounds beyond any model keep what is computed from them finite: no layer is counted for hours.
+# Bounds beyond any model: without them a damaged file could make a loop over layers take hours.
 Size = Annotated[int, integer(1, 2**20)]
 Layers = Annotated[int, integer(1, 2**10)]
 TokenId = Annotated[int, integer(0, INT32)]
@@ -94,7 +94,7 @@ def check_fields(config: Any, prefix: str = "") -> None:
 
 
 def check_keys(content: dict[str, Any], rules: dict[str, Rule], where: str) -> None:
-    """The same for the keys of a JSON object that are there and not null."""
+    """Raises MossAudioError for the first key of a JSON object that breaks its rule; null counts as absent."""
     for name, rule in rules.items():
         if content.get(name) is not None:
             rule.check(f"{where}.{name}", content[name])

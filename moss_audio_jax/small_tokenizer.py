@@ -1,4 +1,4 @@
-"""A tokenizer for small models: bytes, and merges learned from a handful of texts, in the released files' layout."""
+"""Writes a tokenizer for small models: bytes, and merges learned from a few texts, in the released files' layout."""
 
 import json
 from collections.abc import Iterable
@@ -19,9 +19,9 @@ SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 def write_small_tokenizer(directory: AnyPath, texts: Iterable[str] = (), size: int = 0) -> None:
     """Writes the released tokenizer files into a directory.
 
-    texts: what merges are learned from, within Qwen's words: so digits stay single, as time markers need them. Marks
-        stay single too: "]tone" is one of Qwen's words, but "tone" is the same token wherever it stands.
-    size: ids in all; without texts it is of no effect, and there are BYTES and SPECIAL_TOKENS only.
+    texts: merges are learned from these, within Qwen's words. Digits stay single, as time markers need. Punctuation
+        marks stay single too: Qwen has a word "]tone", but here "tone" is the same token everywhere.
+    size: number of ids; without texts it has no effect, and only BYTES and SPECIAL_TOKENS are written.
     The bytes are in GPT-2's order, like the first 256 tokens of Qwen's vocabulary, so that the digits of time markers
     have the same ids, 15 to 24.
     """

@@ -70,7 +70,7 @@ def test_each_sequence_stops_at_its_own_end(tiny):
 
 def test_streaming_gives_the_same_answer_in_pieces(tiny):
     inputs = question(tiny, [237])
-    whole = generate(tiny, inputs, max_new_tokens=13, eos_ids=(), temperature=1.0, seed=3)
+    whole = generate(tiny, inputs, max_new_tokens=13, eos_ids=(), sampling=Sampling(temperature=1.0), seed=3)
     pieces = list(stream(tiny, inputs, max_new_tokens=13, every=5, eos_ids=(), temperature=1.0, seed=3))
     assert [piece.shape[1] for piece in pieces] == [5, 5, 3]
     np.testing.assert_array_equal(np.concatenate(pieces, axis=1), whole)
@@ -276,6 +276,7 @@ def test_the_prompt_counts_as_said(tiny):
         ({"max_new_tokens": 4, "seed": 1.5}, "seed must be a whole number"),
         ({"max_new_tokens": 4, "seeds": [1, 2]}, "seeds must hold one for each of 1 prompts, not 2"),
         ({"max_new_tokens": 4, "top_k": -1}, "top_k"),
+        ({"max_new_tokens": 4, "sampling": Sampling(top_k=3), "top_p": 2}, "top_p"),
         ({"max_new_tokens": 4, "top_p": 0.0}, "top_p"),
         ({"max_new_tokens": 4, "repetition_penalty": 0.0}, "repetition_penalty"),
     ],

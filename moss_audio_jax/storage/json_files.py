@@ -1,4 +1,4 @@
-"""JSON that others wrote: of a bounded size and depth, of one meaning only, or refused in a sentence."""
+"""Reads JSON that others wrote; refuses files that are too large or deep, or that name a key twice."""
 
 import json
 import os
@@ -13,17 +13,17 @@ from moss_audio_jax.storage.paths import AnyPath, is_remote, read_bytes, reason,
 from moss_audio_jax.storage.retries import retried
 
 MAX_BYTES = 1 << 28  # the largest of a released checkpoint, tokenizer.json, has 11 MB
-MAX_DEPTH = 64  # copying and writing what was read recur, too
+MAX_DEPTH = 64  # later copies and writes are recursive too
 _HALF_OF_A_PAIR = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def read_json(path: AnyPath) -> dict[str, Any]:
-    """A JSON object from a file; anything else is an error that names the file."""
+    """Reads a JSON object from a file; raises MossAudioError, which names the file, for anything else."""
     path = to_path(path)
     try:
         if not is_remote(path):
             found = retried(path, lambda: os.stat(path))
-            if not stat.S_ISREG(found.st_mode):  # a pipe would be waited for
+            if not stat.S_ISREG(found.st_mode):  # reading a pipe would wait for its writer
                 raise MossAudioError(f"{path} must be a file, but is none: fetch it again")
             if found.st_size > MAX_BYTES:
                 raise ValueError(f"it has {found.st_size:,} bytes, and at most {MAX_BYTES:,} are read")
@@ -41,9 +41,9 @@ def read_json(path: AnyPath) -> dict[str, Any]:
 
 
 def parse_json(text: bytes) -> dict[str, Any]:
-    """A JSON object; raises ValueError, in one line, for all else.
+    """Parses a JSON object; raises ValueError, in one line, for anything else.
 
-    No key may stand twice in an object, of which Python, and safetensors, would take the last.
+    A key must not occur twice in an object: Python, and safetensors, would take the last value.
     """
     try:
         content = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)

@@ -1,14 +1,14 @@
-"""One layer for paths: a disk of this machine, or Google Cloud Storage as gs://bucket/directory.
+"""Paths of a disk of this machine, or of Google Cloud Storage as gs://bucket/directory.
 
-`to_path` gives an `epath.Path`, whose methods are pathlib's for both. What differs is kept here:
+`to_path` returns an `epath.Path`, which has pathlib's methods for both. This module handles the differences:
 
-* An object appears when its upload is complete, and never grows: so files are written whole (`atomic_file`), and to
-  one that lines are added to, pieces are composed now and then (`GrowingFile`).
-* There are no directories apart from what lies in them, and no links. Moving one moves each of its objects, so nothing
-  of ours relies on that: what makes a directory whole is the file that is written last.
-* Libraries that know files of a disk alone get one (`local_copy`, `local_directory`), or a refusal (`require_local`).
+* An object appears when its upload is complete, and never grows. So files are written whole (`atomic_file`), and files
+  that grow are composed from pieces (`GrowingFile`).
+* gs:// has no empty directories and no links. Renaming a directory moves each object, so this project never relies on
+  it: a directory is complete when the file that is written last is there.
+* Libraries that need a file of a disk get a copy (`local_copy`, `local_directory`), or `require_local` raises.
 
-What is read or written by a function of this module is tried again while storage fails for a moment (`retries`).
+Functions of this module retry while storage fails for a moment (`retries`).
 """
 
 import functools
@@ -39,13 +39,12 @@ Path = epath.Path
 AnyPath = str | os.PathLike[str]
 
 UPLOAD_SECONDS = 60  # between uploads of a file that grows
-# Other hosts write into the directories that this one lists.
+# No cache: other hosts write into the directories that this one lists.
 conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
 
 
 def to_path(path: AnyPath) -> Path:
-    """A path of either kind; raises MossAudioError for an empty one, for a URL of another kind, and where gs:// can't
-    be used."""
+    """Converts to a path; raises MossAudioError for an empty one, for other URLs, and for gs:// without gcsfs."""
     text = os.fspath(path)
     if not text:
         raise MossAudioError("a path must name a file or a directory, not be empty: give '.' for the current directory")
@@ -67,40 +66,40 @@ def is_remote(path: AnyPath) -> bool:
 
 
 def absolute(path: AnyPath) -> Path:
-    """As Orbax needs it. (`epath.Path.absolute` takes gs:// for a directory.)"""
+    """Returns an absolute path, as Orbax needs it. (`epath.Path.absolute` takes gs:// for a relative directory.)"""
     return to_path(path) if is_remote(path) else to_path(path).absolute()
 
 
 def url(path: AnyPath) -> str:
-    """As TensorStore needs it: file:///... or gs://..."""
+    """Returns file:///... or gs://..., as TensorStore needs it."""
     return absolute(path).as_uri()
 
 
 def join(directory: AnyPath, name: str) -> str:
-    """What `name` means in a file of `directory`: relative to that, absolute, or gs://; `..` is followed."""
+    """Resolves a name in a file of `directory`: relative to that, absolute, or gs://; `..` is normalized."""
     joined = name if is_remote(name) else posixpath.join(os.fspath(directory), name)
     scheme, separator, place = joined.rpartition("://")
     return scheme + separator + posixpath.normpath(place) if separator else joined
 
 
 def is_plain_name(name: object) -> bool:
-    """Whether a name out of a file can only mean something in the directory it is looked up in."""
+    """Returns True if a name from a file can't lead out of the directory that it is looked up in."""
     return isinstance(name, str) and re.fullmatch(r"\w[\w.+-]{0,199}", name, re.ASCII) is not None
 
 
 def is_inside(directory: AnyPath, file: AnyPath) -> bool:
-    """Whether a file is where its name says, neither by `..` nor by a link elsewhere.
+    """Returns True if a file is inside a directory, with `..` and links resolved.
 
     A Hugging Face cache keeps the files of `models--OWNER--NAME/snapshots/HASH` in `models--OWNER--NAME/blobs`: links
     from a snapshot to its own repository's blobs count as inside.
     """
-    # Of gs:// paths, which have no links, realpath resolves `..` alone.
+    # gs:// has no links; there realpath resolves only `..`.
     inside, real = pathlib.Path(os.path.realpath(directory)), pathlib.Path(os.path.realpath(file))
     return real.is_relative_to(inside) or real.parent == _blobs(inside)
 
 
 def _blobs(directory: pathlib.Path) -> pathlib.Path | None:
-    """Where a Hugging Face cache keeps the files of the snapshot that a directory is, or is in."""
+    """Returns the directory of the files of a Hugging Face cache's snapshot; None outside of a snapshot."""
     for snapshot in (directory, *directory.parents):
         repository = snapshot.parent.parent
         if snapshot.parent.name == "snapshots" and repository.name.startswith("models--"):
@@ -129,7 +128,7 @@ def require_empty(directory: AnyPath) -> None:
 
 
 def children(directory: AnyPath) -> list[Path]:
-    """What is in a directory, by name; nothing if there is none."""
+    """Lists a directory, sorted by name; empty if there is none."""
     directory = to_path(directory)
     if is_remote(directory):
         return retried(directory, lambda: sorted(directory.iterdir()) if directory.is_dir() else [])
@@ -142,7 +141,7 @@ def children(directory: AnyPath) -> list[Path]:
 
 
 def exists(path: AnyPath) -> bool:
-    """Whether there is something. (`epath.Path.exists` denies it if the disk can't tell.)"""
+    """Returns True if a path exists. (`epath.Path.exists` is False after an error of the disk.)"""
     path = to_path(path)
     if is_remote(path):
         return retried(path, path.exists)
@@ -160,7 +159,7 @@ def _unreadable(path: Path, error: OSError) -> MossAudioError:
 
 
 def reason(error: OSError) -> str:
-    """What an error says apart from the path, which those of gs:// say in their own way."""
+    """Returns the message of an error without the path; errors of gs:// have their own form."""
     return error.strerror or (os.strerror(2) if isinstance(error, FileNotFoundError) else str(error))
 
 
@@ -173,7 +172,7 @@ def read_text(path: AnyPath) -> str:
 
 
 def read_lines(file: AnyPath) -> Iterator[bytes]:
-    """The lines of a file of this machine."""
+    """Yields the lines of a file of this machine."""
     begin = 0
 
     def some() -> list[bytes]:
@@ -190,26 +189,26 @@ _BYTES_OF_LINES = 1 << 20  # read at a time
 
 
 def open_binary(path: AnyPath) -> BinaryIO:
-    """To read: a file, or an object's bytes in memory."""
+    """Opens a file to read; an object of gs:// is read into memory."""
     return io.BytesIO(to_path(path).read_bytes()) if is_remote(path) else cast(BinaryIO, open(path, "rb"))
 
 
 @contextmanager
 def atomic_file(path: AnyPath) -> Iterator[pathlib.Path]:
-    """A file of this machine to write into, which becomes `path` at the end; until then `path` stays as it is."""
+    """Yields a local file to write, which replaces `path` at the end; after an error `path` is unchanged."""
     path = to_path(path)
     if is_remote(path):
         with tempfile.TemporaryDirectory() as directory:
             yield (file := pathlib.Path(directory, path.name))
             retried(path, lambda: epath.Path(file).copy(path, overwrite=True))
         return
-    # Of this process alone, for others may write the same file.
+    # The process id: other processes may write the same file.
     file = pathlib.Path(path.with_name(f"{path.name}.{os.getpid()}.partial"))
     try:
         yield file
         retried(path, lambda: file.replace(path))
     except OSError as error:
-        error.filename = error.filename or str(path)  # a disk that is full doesn't say
+        error.filename = error.filename or str(path)  # the error of a full disk has none
         raise
     finally:
         file.unlink(missing_ok=True)
@@ -224,23 +223,22 @@ def atomic_write(path: AnyPath, content: str) -> None:
 
 
 class GrowingFile:
-    """A file that bytes are added to, made if it isn't there. Readers see one file, whose bytes are those written.
+    """A file that bytes are appended to, created if it doesn't exist.
 
-    On a disk they are there after `flush`. An object takes no more bytes once it is written, but the service puts
-    objects together: what is new is uploaded as an object of its own and composed onto the end. A thread does so, at a
-    `flush` if the last time is UPLOAD_SECONDS ago; `commit` and `close` wait for it. A kill loses what is written in
-    between, and so a run commits its lines before each checkpoint. What went wrong in the thread is raised by the next
-    `flush`, `commit` or `close`.
+    On a disk the bytes are in the file after `flush`. An object of gs:// can't grow, but the service composes objects:
+    new bytes are uploaded as an object of their own and composed onto the end. A thread does so, at a `flush` if the
+    last upload is UPLOAD_SECONDS ago; `commit` and `close` wait for it. A kill loses the bytes in between, so a run
+    commits before each checkpoint. The next `flush`, `commit` or `close` raises errors of the thread.
     """
 
     def __init__(self, path: AnyPath):
         self._path = to_path(path)
         self._remote = is_remote(self._path)
-        # Bytes of the file when all that was handed over is there.
+        # Bytes of the file once all uploads are complete.
         self._size = retried(path, lambda: (_made_object if self._remote else _made_file)(self._path))
         self._new = bytearray()
         self._coming: deque[Future[None]] = deque()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="uploads")  # has none before the first upload
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="uploads")  # starts at the first upload
         self._uploaded = time.monotonic()
         self._closed = False
 
@@ -265,7 +263,7 @@ class GrowingFile:
             _append_to_file(self._path, new, begin)
 
     def commit(self) -> None:
-        """Puts all that was written where a kill can't reach it."""
+        """Writes all bytes to storage, where a kill can't lose them."""
         self._hand_over()
         while self._coming:
             self._coming.popleft().result()
@@ -281,13 +279,13 @@ class GrowingFile:
 
 
 def _made_file(path: Path) -> int:
-    """The bytes of a file, which is made if it isn't there."""
+    """Creates a file if it doesn't exist; returns its size in bytes."""
     with open(path, "ab") as file:
         return file.seek(0, os.SEEK_END)
 
 
 def _append_to_file(path: Path, new: bytes, begin: int) -> None:
-    """Puts bytes at the end of a file that has `begin`; the same again where an attempt has put a part of them."""
+    """Writes bytes at `begin`, the end of a file; an attempt overwrites what a failed one has written."""
 
     def append() -> None:
         with open(path, "r+b") as file:
@@ -309,13 +307,13 @@ def _size_and_generation(path: Path) -> tuple[int, str]:
 
 
 def _gcs(path: Path) -> Any:
-    """gcsfs, for what epath has no method for."""
+    """Returns gcsfs, for operations that epath lacks."""
     return fsspec.core.url_to_fs(str(path))[0]
 
 
 def _append_to_object(path: Path, new: bytes, begin: int) -> None:
-    """Puts bytes at the end of an object that has `begin`, once, however often an answer gets lost on its way."""
-    # Named by what it is, so that it is the same in all attempts; not by the file, which TensorBoard would look into.
+    """Appends bytes to an object of `begin` bytes, exactly once, also if the service's answers get lost."""
+    # The same name in all attempts. Without the file's own name, by which TensorBoard would find the piece.
     piece = path.with_name(f"{zlib.crc32(path.name.encode()):08x}-{begin}.piece")
     retried(piece, lambda: piece.write_bytes(new))
 
@@ -326,7 +324,7 @@ def _append_to_object(path: Path, new: bytes, begin: int) -> None:
             size, _ = _size_and_generation(path)
         if size != begin + len(new):
             raise MossAudioError(
-                f"{path}: expected {begin + len(new)} bytes after an upload, found {size}; end what else writes there, "
+                f"{path} must have {begin + len(new)} bytes after an upload, not {size}: end what else writes there, "
                 "and run the same command again"
             )
 
@@ -335,11 +333,11 @@ def _append_to_object(path: Path, new: bytes, begin: int) -> None:
 
 
 def _compose(path: Path, piece: Path, generation: str) -> None:
-    """Puts an object behind another one of that generation, if it still has it."""
+    """Appends one object to another, if that still has the given generation."""
     gcs = _gcs(path)
     bucket, name, _ = gcs.split_path(str(path))
     _, piece_name, _ = gcs.split_path(str(piece))
-    # gcsfs raises FileExistsError for another generation, such as the one an attempt made whose answer was lost.
+    # gcsfs raises FileExistsError for another generation, for example after a success whose answer was lost.
     with suppress(FileExistsError):
         gcs.call(
             "POST",
@@ -352,7 +350,7 @@ def _compose(path: Path, piece: Path, generation: str) -> None:
 
 
 def require_writable(path: AnyPath) -> None:
-    """Raises MossAudioError unless a file, and its directory, is there or can be made; makes neither."""
+    """Raises MossAudioError unless a file, and its directory, exists or can be created; creates neither."""
     path = to_path(path)
     made = _missing(path.parent)
     try:
@@ -362,19 +360,17 @@ def require_writable(path: AnyPath) -> None:
         if not there:
             retried(path, lambda: path.unlink(missing_ok=True))
     except OSError as error:
-        raise MossAudioError(
-            f"{path}: expected a file that can be written, found '{reason(error)}'; choose another."
-        ) from error
+        raise MossAudioError(f"{path} must be a file that can be written ({reason(error)}): choose another") from error
     finally:
         _remove_empty(made)
 
 
 @contextmanager
 def nothing_left(directory: AnyPath, names: Collection[str] | None = None) -> Iterator[Callable[[], None]]:
-    """A directory to write into; an error removes what was put there, and the directories that were made for it.
+    """Removes what the body has written into a directory, and the directories created for it, if it raises an error.
 
-    names: of all that may be put there; None if nobody else does, for a directory that is new or empty. What was there
-    before stays. Gives a function to call from when on an error is to remove nothing.
+    names: of all files that may be written; None if no one else writes there. Files from before stay.
+    Yields a function; after it is called, an error removes nothing.
     """
     directory = to_path(directory)
     made, before, removes = _missing(directory), {child.name for child in children(directory)}, True
@@ -389,7 +385,7 @@ def nothing_left(directory: AnyPath, names: Collection[str] | None = None) -> It
         if isinstance(error, OSError) and error.errno is not None:
             error.filename = error.filename or str(directory)
         if removes:
-            with suppress(OSError):  # the error at hand matters more
+            with suppress(OSError):  # the first error matters more
                 for child in children(directory):
                     if child.name not in before and (names is None or child.name in names):
                         child.rmtree() if child.is_dir() else child.unlink()
@@ -398,7 +394,7 @@ def nothing_left(directory: AnyPath, names: Collection[str] | None = None) -> It
 
 
 def _missing(directory: Path) -> list[Path]:
-    """A directory and those above it that are not there, the innermost first; on gs:// there are none to make."""
+    """Returns a directory and its parents that don't exist, the innermost first; on gs:// none."""
     if is_remote(directory):
         return []
     return list(itertools.takewhile(lambda path: not os.path.lexists(path), (directory, *directory.parents)))
@@ -406,12 +402,12 @@ def _missing(directory: Path) -> list[Path]:
 
 def _remove_empty(directories: Iterable[Path]) -> None:
     for directory in directories:
-        with suppress(OSError):  # not made after all, or there is something in it
+        with suppress(OSError):  # never created, or not empty
             directory.rmdir()
 
 
 def require_local(path: AnyPath, what: str) -> pathlib.Path:
-    """A path of this machine; `what` is only used there, and an error for gs:// says so."""
+    """Returns a path of this machine; raises MossAudioError for gs://. what: the beginning of its reason."""
     if is_remote(to_path(path)):
         raise MossAudioError(
             f"{path}: {what} a disk of this machine, not of gs://: copy the directory with `gcloud storage cp -r`"
@@ -421,18 +417,18 @@ def require_local(path: AnyPath, what: str) -> pathlib.Path:
 
 @functools.cache
 def _scratch() -> tempfile.TemporaryDirectory:
-    """Removed when this process ends."""
+    """Creates a temporary directory, which is removed when this process ends."""
     return tempfile.TemporaryDirectory(prefix="moss-audio-")
 
 
 def remove_local_copies() -> None:
-    """For a process that ends without Python's own end, which removes them."""
+    """Removes the copies, for a process that ends by `os._exit`, which skips Python's clean-up."""
     if _scratch.cache_info().currsize:
         _scratch().cleanup()
 
 
 def local_copy(path: AnyPath) -> pathlib.Path:
-    """The file itself, or what an object holds now, on a disk until this process ends."""
+    """Returns a file itself, or a copy of an object on a disk, which is removed when this process ends."""
     path = to_path(path)
     if not is_remote(path):
         return pathlib.Path(path)
@@ -442,12 +438,12 @@ def local_copy(path: AnyPath) -> pathlib.Path:
 
 
 def local_directory(path: AnyPath) -> pathlib.Path:
-    """A directory itself, or another one until this process ends, whose files `upload` takes there."""
+    """Returns a directory itself or, for gs://, a temporary one, whose files `upload` copies there."""
     return pathlib.Path(tempfile.mkdtemp(dir=_scratch().name)) if is_remote(to_path(path)) else pathlib.Path(path)
 
 
 def upload(directory: pathlib.Path, path: AnyPath) -> None:
-    """Copies all files of a `local_directory` to where it belongs."""
+    """Copies all files of a `local_directory` to gs://; does nothing for other paths."""
     if is_remote(path):
         for file in directory.rglob("*"):
             if file.is_file():

@@ -1,14 +1,13 @@
-"""Storage that fails for a moment: what is worth another try, and the tries.
+"""Retries storage operations that fail for a moment.
 
-A disk over a network loses its server, a service answers 429 or 503, a connection is reset: the next attempt mostly
-works. `retried` makes it, after a pause that doubles each time. Two environment variables, which reach all processes of
-a run, say how often and how long:
+A network disk loses its server, a service answers 429 or 503, a connection is reset: the next attempt mostly works.
+`retried` makes it, after a pause that doubles each time. Two environment variables, for all processes of a run:
 
-    MOSS_AUDIO_STORAGE_ATTEMPTS=6    attempts in all; 1 is none but the first
-    MOSS_AUDIO_STORAGE_BACKOFF=1     seconds of the first pause, give or take a half; none is above 30
+    MOSS_AUDIO_STORAGE_ATTEMPTS=6    attempts in all; 1 never retries
+    MOSS_AUDIO_STORAGE_BACKOFF=1     seconds of the first pause, plus or minus a half; no pause is above 30
 
-gcsfs and TensorStore make attempts of their own for each request to gs://, some six and some thirty. What is done here
-may therefore be done twice, or have been done already when its answer was lost: so it has to end the same either way.
+gcsfs (about 6 times) and TensorStore (about 30) also retry each request to gs://. An operation may therefore run twice,
+also after a success whose answer was lost, so all operations here are idempotent.
 """
 
 import errno
@@ -47,7 +46,7 @@ _ERRNOS = (
     errno.EREMOTEIO,
     errno.EAGAIN,
 )
-# What libraries written in C++ say, whose errors have no number.
+# Messages of libraries in C++, whose errors have no number.
 _TEXT = re.compile(
     r"\b(?:UNAVAILABLE|ABORTED|DEADLINE_EXCEEDED)\b|HTTP (?:response code|code|status)?:? ?(?:408|429|5\d\d)\b|"
     f"(?i:connection (?:was )?reset|{'|'.join(re.escape(os.strerror(number)) for number in _ERRNOS)})"
@@ -64,7 +63,7 @@ _NEVER = (
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether an error, or the one it was raised from, says nothing about the file and may be gone the next time."""
+    """Returns True if an error, or its cause, is about the storage and not the file, and may not occur again."""
     if isinstance(error, _NEVER):
         return False
     if isinstance(error, BaseExceptionGroup):
@@ -80,7 +79,7 @@ def is_transient(error: BaseException) -> bool:
 
 
 def _status(error: BaseException) -> int | None:
-    """The HTTP status that an error of gcsfs, aiohttp or Google's libraries holds."""
+    """Returns the HTTP status of an error of gcsfs, aiohttp or Google's libraries."""
     status = getattr(error, "code", None) or getattr(error, "status", None)
     try:
         return int(status) if isinstance(status, int | str) else None
@@ -89,10 +88,10 @@ def _status(error: BaseException) -> int | None:
 
 
 def retried(path: object, work: Callable[[], Result]) -> Result:
-    """What `work` returns, called again as long as its error is transient; all other errors are its own.
+    """Calls `work` until it raises no transient error, and returns its result.
 
     path: what it reads or writes, for the log and errors.
-    Raises StorageError when all attempts have failed.
+    Raises StorageError if all attempts fail, and every other error of `work` at once.
     """
     attempts, backoff = _settings(os.environ.get(ATTEMPTS, "6"), os.environ.get(BACKOFF, "1"))
     for attempt in range(1, attempts + 1):
@@ -126,5 +125,5 @@ def _settings(attempts: str, backoff: str) -> tuple[int, float]:
 
 
 def summary(error: BaseException) -> str:
-    """An error in a line of its own."""
+    """Returns the first line of an error's message."""
     return (str(error) or type(error).__name__).splitlines()[0][:300]

@@ -344,7 +344,7 @@ def test_ctrl_c_keeps_what_was_answered(corpus, tmp_path):
 def test_the_command_names_a_mistake_before_it_loads_the_model(corpus, tmp_path):
     result = door("no-model", "--data", corpus / "test.jsonl", "--out", corpus / "test.jsonl" / "results.json")
     assert result.returncode == 2 and "Traceback" not in result.stderr
-    assert "results.json: expected a file that can be written" in result.stderr
+    assert "results.json must be a file that can be written" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -205,9 +205,7 @@ def test_which_answers_are_learned_and_what_of_them(tokenizer: Tokenizer, option
 def test_errors_name_the_example(corpus: Path, maker: SampleMaker):
     short = Clip(np.zeros(100, np.float32), name="line 4: a.wav")
     for read in (maker.extent, maker.sample):
-        with pytest.raises(
-            MossAudioError, match=r"^line 4: a\.wav: the wave must have at least 160 samples at"
-        ):
+        with pytest.raises(MossAudioError, match=r"^line 4: a\.wav: the wave must have at least 160 samples at"):
             read("line 4", conversation(short))
     with pytest.raises(MossAudioError, match=r"^line 5: "):
         maker.sample("line 5", conversation(answer="<|audio_bos|><|AUDIO|><|audio_eos|>"))
