@@ -48,7 +48,7 @@ def test_a_training_step(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     arrays = [array for sums in report["collectives"].values() for array in sums["arrays"]]
     # A block of the head is gathered, and its gradient scattered; the whole never, nor the embedding.
     assert any("128" in array for array in arrays) and not any("512" in array for array in arrays), arrays
-    people = plan.table(report)
+    people = plan.plan_table(report)
     assert "FITS" in people and "ESTIMATE" in people and "8 sequences of 256 tokens" in people
 
 
@@ -124,7 +124,7 @@ def test_two_slices_hold_a_replica_each(monkeypatch: pytest.MonkeyPatch, capsys:
     assert 2 * gradients < sent < 1.2 * 4 * gradients
     assert report["estimated_seconds_between_slices"] == pytest.approx(sent / 3.125e9)
     assert report["estimated_communication_seconds"] > report["estimated_seconds_between_slices"]
-    assert "v5e:2x2 (v5litepod-4), 8 chips" in plan.table(report) and "between slices" in plan.table(report)
+    assert "v5e:2x2 (v5litepod-4), 8 chips" in plan.plan_table(report) and "between slices" in plan.plan_table(report)
     with pytest.raises(MossAudioError, match="replica=1 does not fit 2 TPU slices"):
         make_mesh(devices=plan.topology_devices("v5e:2x2", 2))
 
@@ -159,7 +159,7 @@ def test_packed_clips_are_fewer_model_flops_of_the_same_step():
     assert packed["estimated_mfu"] / whole["estimated_mfu"] == pytest.approx(
         packed["model_flops"] / whole["model_flops"]
     )
-    assert "4096 tokens in 4 segments" in plan.table(packed | {"topology": "v5e:2x4", "chips": 8})
+    assert "4096 tokens in 4 segments" in plan.plan_table(packed | {"topology": "v5e:2x4", "chips": 8})
 
 
 def test_a_batch_is_proposed_by_what_the_second_takes_more():

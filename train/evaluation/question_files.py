@@ -16,11 +16,11 @@ from typing import Any
 
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.storage.paths import AnyPath, Path, to_path
-from train.evaluation.multiple_choice import LETTERS
+from train.evaluation.metrics.choices import LETTERS
 
 
 @dataclass(frozen=True)
-class Question:
+class BenchmarkQuestion:
     """One question about one or more clips.
 
     audio: paths of the clips, in order.
@@ -61,7 +61,7 @@ class FileFormat:
     allows_open: bool = False
 
 
-LAYOUTS = {
+FILE_FORMATS = {
     "mmau": FileFormat("audio_id", "choices", "answer", ("task", "category", "sub-category", "difficulty")),
     "mmau_pro": FileFormat("audio_path", "choices", "answer", ("category", "length_type"), allows_open=True),
     "mmar": FileFormat("audio_path", "choices", "answer", ("modality", "category", "sub-category")),
@@ -74,11 +74,11 @@ LAYOUTS = {
 }
 
 
-def read_benchmark(name: str, path: AnyPath, audio_dir: AnyPath | None = None) -> list[Question]:
+def read_benchmark(name: str, path: AnyPath, audio_dir: AnyPath | None = None) -> list[BenchmarkQuestion]:
     """Reads all questions of a benchmark's file, open ones included.
 
     Args:
-      name: one of `LAYOUTS`.
+      name: one of `FILE_FORMATS`.
       path: the question file. Fields that are not needed are ignored.
       audio_dir: what the audio paths in the file are relative to; by default the directory of the file.
 
@@ -86,12 +86,12 @@ def read_benchmark(name: str, path: AnyPath, audio_dir: AnyPath | None = None) -
       MossAudioError: an unknown name; a file that can't be read; an entry, named by its number, whose field is missing
         or of another type, or whose audio path leaves `audio_dir`.
     """
-    if name not in LAYOUTS:
-        raise MossAudioError(f"benchmark {name!r} is unknown: choose one of {', '.join(LAYOUTS)}.")
+    if name not in FILE_FORMATS:
+        raise MossAudioError(f"benchmark {name!r} is unknown: choose one of {', '.join(FILE_FORMATS)}.")
     path = to_path(path)
     audio_dir = path.parent if audio_dir is None else to_path(audio_dir)
     return [
-        _Entry(f"{path}: entry {number}", fields).question(LAYOUTS[name], audio_dir)
+        _Entry(f"{path}: entry {number}", fields).question(FILE_FORMATS[name], audio_dir)
         for number, fields in enumerate(_read_entries(path), start=1)
     ]
 
@@ -123,11 +123,11 @@ class _Entry:
         self.name = name
         self.fields: dict[str, Any] = fields
 
-    def question(self, format_: FileFormat, audio_dir: Path) -> Question:
+    def question(self, format_: FileFormat, audio_dir: Path) -> BenchmarkQuestion:
         choices = self._choices(format_)
         answer = self._text_or_null(format_.answer) if format_.allows_open else self._text(format_.answer)
         groups = {field: self._group(field) for field in format_.groups}
-        return Question(
+        return BenchmarkQuestion(
             id=self._id(),
             audio=tuple(audio_dir / self._inside(clip, format_.audio) for clip in self._texts(format_.audio)),
             question=self._text("question"),

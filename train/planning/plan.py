@@ -454,7 +454,7 @@ def propose_batch(config: RunConfig, devices: Sequence[Any], report: dict[str, A
     return largest_batch(config, report["hbm_bytes_per_chip"], report["hbm_usable_bytes_per_chip"], compiled)
 
 
-def table(report: dict[str, Any]) -> str:
+def plan_table(report: dict[str, Any]) -> str:
     """The report for people."""
     gib = {kind: size / GIB for kind, size in report["hbm_bytes_by_kind"].items()}
     used, usable = report["hbm_bytes_per_chip"] / GIB, report["hbm_usable_bytes_per_chip"] / GIB

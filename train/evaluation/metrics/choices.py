@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from train.evaluation.metrics import final_answer
+from train.evaluation.metrics.text import final_answer
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
