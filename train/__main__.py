@@ -307,8 +307,8 @@ def _plan(
     config: "RunConfig", topology: str, mode: str, slices: int, segments: int, propose_batch: bool
 ) -> dict[str, Any]:
     from train.planning import plan
-    from train.planning.chips import topology_of
     from train.planning.plan_evaluation import plan_evaluation
+    from train.planning.topology import topology_devices, topology_of
 
     if mode != "train" and config.lora is not None and config.lora.int8:
         raise MossAudioError(f"lora.int8 is for training: leave it out of --mode {mode}, where no kernel is int8")
@@ -319,7 +319,7 @@ def _plan(
             f"--segments must be from 1 to the {config.data.tokens} tokens of a sequence, not {segments}"
         )
     topology = topology_of(topology)
-    devices = plan.topology_devices(topology, slices)
+    devices = topology_devices(topology, slices)
     named = {"model": config.model.preset, "topology": topology, "slices": slices, "chips": len(devices)}
     if mode == "generate":
         data = config.data

@@ -14,13 +14,9 @@ A chip is not always one device. JAX makes one of the two TensorCores of a v5p, 
 ("megacore"), but two devices of those of a TPU7x. `Device.num_cores` says how many cores a device has.
 """
 
-import math
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
-
-from moss_audio_jax.errors import MossAudioError
 
 GIB = 2**30
 
@@ -43,11 +39,6 @@ class Chip:
     ici_links: int
     ici_link_bandwidth: float
     dcn_bandwidth: float
-
-    @property
-    def ici_bandwidth(self) -> float:
-        """Bytes through all links in both directions, as the documentation counts them."""
-        return 2 * self.ici_links * self.ici_link_bandwidth
 
     def wraps(self, shape: Sequence[int]) -> tuple[bool, ...]:
         """Which axes of a slice of this shape are closed to rings: those of a whole pod's 16 chips in two dimensions,
@@ -91,50 +82,3 @@ def peak_flops(devices: Iterable[Any]) -> float | None:
             return None
         total += chip.peak_flops * device.num_cores / chip.cores
     return total
-
-
-_FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
-_CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16", "16x16x16")
-
-
-def _rented(prefix: str, kind: str, shapes: Iterable[str], counted: int) -> dict[str, str]:
-    """Names such as v5p-64 -> topologies such as v5p:2x4x4. counted: units of the name in a chip."""
-    chips = {shape: math.prod(map(int, shape.split("x"))) for shape in shapes}
-    return {f"{prefix}-{counted * count}": f"{kind}:{shape}" for shape, count in chips.items()}
-
-
-# The shapes that Google Cloud's documentation lists for these names, which it calls accelerator types.
-ACCELERATOR_TYPES = {
-    **_rented("v4", "v4", _CUBES[:10], 2),
-    **_rented("v5litepod", "v5e", _FLAT, 1),
-    **_rented("v5p", "v5p", (*_CUBES, "16x16x24"), 2),
-    **_rented("v6e", "v6e", _FLAT, 1),
-}
-_SHAPED = re.compile(r"(?P<kind>\w+):(?P<shape>\d+(x\d+)*)")
-
-
-def topology_of(name: str) -> str:
-    """`v5p:2x4x4` for either name of that slice, `v5p-64` or `v5p:2x4x4` itself.
-
-    Raises MossAudioError, with the names nearest to it, if it is neither.
-    """
-    if _SHAPED.fullmatch(name):
-        return name
-    rented = re.sub(r"^v5e-", "v5litepod-", name)
-    if rented in ACCELERATOR_TYPES:
-        return ACCELERATOR_TYPES[rented]
-    kind, _, count = rented.partition("-")
-    near = [other for other in ACCELERATOR_TYPES if other.partition("-")[0] == kind]
-    if near and count.isdecimal():
-        near = sorted(near, key=lambda other: abs(math.log(int(other.partition("-")[2]) / max(int(count), 1))))[:2]
-    near = near or ["v5litepod-8", "v5p-64", "v6e-8"]
-    raise MossAudioError(
-        f"--topology must name a TPU and its shape, such as v5e:2x4, v5p:4x4x4 or v6e:8x8, or be a name that Google "
-        f"Cloud rents by, such as {', '.join(near)}, not {name!r}"
-    )
-
-
-def shown_topology(topology: str) -> str:
-    """With the name that it is rented by, if it has one: `v5p:2x4x4 (v5p-64)`."""
-    rented = [kind for kind, shape in ACCELERATOR_TYPES.items() if shape == topology]
-    return f"{topology} ({rented[0]})" if rented else topology

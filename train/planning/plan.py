@@ -7,16 +7,10 @@ FLOPs      counted from the model (`flops`), since XLA counts the body of a loop
 time, MFU  an estimate (`estimate`), and what measurements of like models make of it (`calibration`)
 """
 
-import contextlib
 import dataclasses
 import math
-import os
-import re
 import sys
-import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -34,64 +28,13 @@ from moss_audio_jax.weights.checkpoint import abstract_parameters, build_model
 from train.config import RunConfig
 from train.data import TrainingBatch
 from train.planning.calibration import calibrated
-from train.planning.chips import GIB, Chip, chip_of, shown_topology, topology_of
+from train.planning.chips import GIB, Chip, chip_of
+from train.planning.compilation import Compiled, compile_for_memory
 from train.planning.estimate import Slice, by_kind, speed
 from train.planning.flops import Content, forward_flops, moved_bytes, recomputed_flops, step_flops
-from train.planning.hlo import Collective, collectives
 from train.planning.interconnect import slice_shape
+from train.planning.topology import shown_topology
 from train.step import TrainState, abstract_batch, abstract_state, train_step
-
-
-@dataclasses.dataclass(frozen=True)
-class Compiled:
-    """What the compiler made of a step. `problem`: why it made nothing; then the figures are what it had got to.
-
-    bytes of HBM on one chip by kind. code: the program itself. largest: (bytes, shapes) of the largest buffers.
-    """
-
-    problem: str | None
-    arguments: int
-    temporaries: int
-    code: int
-    largest: tuple[tuple[int, str], ...]
-    collectives: tuple[Collective, ...]
-    seconds: float
-    inputs: Any = None  # where its arguments lie; None for one that it does not use
-    outputs: Any = None  # where its results lie
-
-    @property
-    def total(self) -> int:
-        return self.arguments + self.temporaries + self.code
-
-
-def topology_devices(topology: str, slices: int = 1) -> list[Any]:
-    """The devices of a TPU such as `v5e:4x4`, no TPU needed; of several slices, one after the other.
-
-    topology: either name of `chips.topology_of`.
-    """
-    topology = topology_of(topology)
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # asks a machine on Google Cloud what it is
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")  # or libtpu complains of what it did not ask
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # compiling alone needs no TPU to itself
-    try:
-        import libtpu  # noqa: F401  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise MossAudioError(
-            "compiling for a TPU needs libtpu, which is not installed here: pip install libtpu"
-        ) from error
-    from jax.experimental import topologies
-
-    options: dict[str, Any] = {} if slices == 1 else {"num_slices": slices}
-    if topology.startswith("v4:"):
-        options["chip_config_name"] = "megacore"  # both cores are one device, as on a v4 pod; meshes serve no other
-    try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices)
-    except (RuntimeError, ValueError, jax.errors.JaxRuntimeError) as error:
-        raise MossAudioError(
-            f"--topology must name a TPU and its shape, such as v5e:2x4, v5p:4x4x4 or v6e:8x8, not {topology!r} "
-            f"({str(error).splitlines()[0]})"
-        ) from error
 
 
 def with_sizes(
@@ -291,59 +234,6 @@ def _placed(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
 
 def _without_first_axis(sharding: NamedSharding) -> NamedSharding:
     return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
-
-
-def compile_for_memory(traced: Any, mesh: Mesh) -> Compiled:
-    """Compiles a traced function for its mesh. The dump is read rather than the executable: XLA writes it even of what
-    does not fit, and can't always print what does."""
-    began = time.monotonic()
-    with tempfile.TemporaryDirectory() as dump:
-        options = {"xla_dump_to": dump, "xla_dump_hlo_as_text": True}
-        problem, memory, inputs, outputs = None, None, None, None
-        try:
-            with _uncached():
-                executable = traced.lower().compile(compiler_options=options)
-            memory = executable.memory_analysis()
-            inputs, outputs = executable.input_shardings, executable.output_shardings
-        except jax.errors.JaxRuntimeError as error:
-            problem = str(error)
-            if "HbmOom" not in problem:
-                raise
-        seconds = time.monotonic() - began
-        found = collectives(_dumped(dump, "after_optimizations.txt"), mesh.size)
-        largest = _largest(_dumped(dump, "memory-usage-report.txt"))
-    if memory is None:
-        assert problem is not None
-        needed = re.search(r"\(([\d.]+)G\) exceeds", problem)
-        total = int(float(needed[1]) * GIB) if needed else 0  # with the arguments, though XLA says "temporaries"
-        return Compiled(problem.splitlines()[0], 0, total, 0, largest, tuple(found), seconds)
-    arguments = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    temporaries, code = memory.temp_size_in_bytes, memory.generated_code_size_in_bytes
-    return Compiled(None, arguments, temporaries, code, largest, tuple(found), seconds, inputs, outputs)
-
-
-@contextlib.contextmanager
-def _uncached() -> Iterator[None]:
-    """Leaves what is compiled out of JAX's cache on disk: nothing here could load it, and a hit would write no dump."""
-    name = "jax_persistent_cache_min_compile_time_secs"
-    before = getattr(jax.config, name)
-    jax.config.update(name, math.inf)
-    try:
-        yield
-    finally:
-        jax.config.update(name, before)
-
-
-def _dumped(directory: str, ending: str) -> str:
-    files = sorted(Path(directory).glob(f"*{ending}"), key=lambda file: file.stat().st_size)
-    return files[-1].read_text() if files else ""
-
-
-def _largest(report: str, count: int = 8) -> tuple[tuple[int, str], ...]:
-    """The largest buffers of XLA's memory report, whose lines are `sum(%); size; offset; n; shapes`."""
-    units = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
-    rows = re.findall(r"^\s*\S+\(\s*\d+%\);\s*([\d.]+)([KMG]?i?B);[^;]*;[^;]*; (.*)$", report, re.MULTILINE)
-    return tuple((int(float(size) * units[unit]), shapes) for size, unit, shapes in rows[:count])
 
 
 def bytes_on_chip(tree: Any) -> int:

@@ -21,7 +21,8 @@ from moss_audio_jax.weights.checkpoint import build_model
 from train.config import RunConfig
 from train.evaluation.answers import whole_batch
 from train.optimizer import Parameters
-from train.planning.plan import Compiled, bytes_on_chip, compile_answering, compile_for_memory, one_batch, planned_state
+from train.planning.compilation import Compiled, compile_for_memory
+from train.planning.plan import bytes_on_chip, compile_answering, one_batch, planned_state
 from train.running.validation import EvaluationShapes, evaluation_shapes, questions_and_texts
 from train.step import abstract_batch, in_compute_dtype, validation_sums
 
