@@ -1,4 +1,4 @@
-"""Shares."""
+"""Rows of a global batch that each process reads, from the mesh."""
 
 import jax
 import numpy as np
@@ -9,10 +9,12 @@ from moss_audio_jax.sharding import RULES
 
 
 def share_of_batch(mesh: Mesh) -> tuple[int, int]:
-    """Which share of a batch's rows this process reads, and how many shares there are, all of one size.
+    """Returns the index of the share of rows that this process reads, and the number of shares, all of one size.
 
-    Processes whose devices hold the same rows, since a layer is cut over both, read the same share. Where a pod's mesh
-    doesn't follow the order of its processes the shares lie in other rows than with one process, and add up the same.
+    Processes whose devices hold the same rows (tensor parallelism across processes) read the same share. If the mesh
+    orders devices differently from processes, a share is in other rows than with one process; sums are the same.
+
+    Raises MossAudioError if the mesh gives processes different numbers of rows.
     """
     rows = _rows_of_processes(mesh)
     shares = sorted(set(rows.values()))
@@ -26,8 +28,9 @@ def share_of_batch(mesh: Mesh) -> tuple[int, int]:
 
 
 def _rows_of_processes(mesh: Mesh) -> dict[int, tuple[int, ...]]:
-    """Of each process the places along the data-parallel axes that its devices have."""
+    """Returns for each process the sorted positions of its devices along the data-parallel axes."""
     batch = [mesh.axis_names.index(axis) for axis in RULES["batch"] or () if axis in mesh.axis_names]
+    # [data-parallel positions, other devices of a position]
     by_place = np.moveaxis(mesh.devices, batch, range(len(batch)))
     by_place = by_place.reshape(int(np.prod(by_place.shape[: len(batch)])), -1)
     places: dict[int, set[int]] = {}
@@ -38,6 +41,6 @@ def _rows_of_processes(mesh: Mesh) -> dict[int, tuple[int, ...]]:
 
 
 def processes_with_this_share(mesh: Mesh) -> int:
-    """How many processes read the same share of a batch as this one."""
+    """Number of processes that read the same share of a batch as this one, itself included."""
     rows = _rows_of_processes(mesh)
     return sum(places == rows[jax.process_index()] for places in rows.values())

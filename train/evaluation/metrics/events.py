@@ -1,4 +1,4 @@
-"""Events."""
+"""Sound events: event-based F1, and errors of onsets and offsets."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,6 +13,8 @@ from train.evaluation.metrics.timelines import ROUNDING_SECONDS
 
 @dataclass(frozen=True)
 class EventCounts:
+    """Numbers of matched, predicted and reference events."""
+
     matched: int = 0
     predicted: int = 0
     reference: int = 0
@@ -39,7 +41,9 @@ class EventCounts:
 
 @dataclass(frozen=True)
 class EventScore:
-    total: EventCounts  # over all classes: its F1 is the micro average
+    """Counts over all classes and by class, and mean errors of matched events."""
+
+    total: EventCounts  # its F1 is the micro average
     by_class: Mapping[str, EventCounts]
     onset_ms: float | None  # mean absolute error over matched events
     offset_ms: float | None
@@ -50,11 +54,10 @@ def score_events(
     references: Iterable[Sequence[TimedText]],
     onset_tolerance: float = 0.2,
 ) -> EventScore:
-    """Event-based F1 of a test set: an event is right if its label equals and its onset lies within the tolerance.
+    """Computes event-based F1 of a test set.
 
-    As many events as possible are matched, one to one. Labels are compared after `normalize_text`.
-
-    onset_tolerance: in seconds, inclusive.
+    A predicted event matches a reference event with the same label, after `normalize_text`, whose onset is within
+    `onset_tolerance` seconds (inclusive). The largest possible number of events is matched one to one.
     """
     by_class: defaultdict[str, EventCounts] = defaultdict(EventCounts)
     onset_errors, offset_errors = [], []
@@ -83,7 +86,7 @@ def _sorted_by_label(events: Sequence[TimedText]) -> defaultdict[str, list[Timed
 def _match_onsets(
     predicted: Sequence[TimedText], expected: Sequence[TimedText], tolerance: float
 ) -> list[tuple[TimedText, TimedText]]:
-    """The most pairs within the tolerance. Both sides in order of onset, so that taking the earliest is optimal."""
+    """Returns the most pairs within the tolerance. Both inputs are sorted by onset, so the greedy match is optimal."""
     pairs = []
     i = j = 0
     while i < len(predicted) and j < len(expected):

@@ -1,4 +1,4 @@
-"""Timelines."""
+"""Timelines, such as `[0.00]hello[0.31][0.35]there[0.80]`: parsing, and the error of their timestamps."""
 
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -14,7 +14,7 @@ ROUNDING_SECONDS = 1e-6  # 2.7 - 2.5 is more than 0.2 in floating point
 
 
 class ParsedTimeline(NamedTuple):
-    """What could be read, and how many texts or times stand where the format has none."""
+    """Parsed items, and the number of texts and times that belong to none."""
 
     items: tuple[TimedText, ...]
     malformed: int
@@ -24,11 +24,10 @@ _TIME = re.compile(r"\[\s*([0-9]{1,7}(?:\.[0-9]{0,9})?)\s*\]")
 
 
 def parse_timeline(text: str) -> ParsedTimeline:
-    """Reads `[0.00]hello there[2.01][2.01]the weather[4.32]` or `[2.7]tone[3.5]`, whatever is around it.
+    """Parses `[0.00]hello there[2.01][2.01]the weather[4.32]` or `[2.7]tone[3.5]` in a model's final answer.
 
     A text directly between two times is an item; one time may end an item and begin the next. A text without a time
-    before or after it, and a time that belongs to no item, count as malformed. Times are taken as written, even
-    if they run backwards. Reasoning before `</think>` is dropped first.
+    on both sides, and a time without an item, count as malformed. Times may run backwards.
     """
     texts, times = [], []
     for index, part in enumerate(_TIME.split(final_answer(text))):
@@ -50,13 +49,13 @@ def parse_timeline(text: str) -> ParsedTimeline:
 
 
 def without_times(text: str) -> str:
-    """The text of a timeline, malformed or not: every `[2.01]` becomes a space."""
+    """Replaces every time, such as `[2.01]`, by a space."""
     return _TIME.sub(" ", text)
 
 
 @dataclass(frozen=True)
 class TimestampScore:
-    """Accumulated average shift over matched slots; an item has two slots, its start and its end."""
+    """Accumulated average shift (AAS) over matched slots. An item has two slots: start and end."""
 
     aas_ms: float | None
     matched_slots: int
@@ -67,12 +66,12 @@ class TimestampScore:
 def score_timestamps(
     predictions: Iterable[Sequence[TimedText]], references: Iterable[Sequence[TimedText]]
 ) -> TimestampScore:
-    """AAS of a test set: the mean |predicted - reference| over timestamp slots, as MOSS-Audio reports it.
+    """Computes AAS: the mean |predicted - reference| over matched timestamp slots, as MOSS-Audio reports it.
 
-    The words of all items are aligned by `align`, among equal edits by the one whose times are nearest. A slot belongs
-    to its item's first or last word, so it is matched where both sides begin (or end) an item at an aligned word,
-    substituted words included. Items that were merged or split thus cost missing or surplus slots, and no error is
-    taken between unrelated times.
+    Words of all items are aligned with `align`; ties are broken by the nearest times. A start slot belongs to the first
+    word of its item, an end slot to the last. A slot is matched if both sides start (or end) an item at an aligned
+    word; substituted words count as aligned. Merged or split items therefore give missing or surplus slots, not errors
+    between unrelated times.
     """
     shift = 0.0
     matched = predicted_slots = reference_slots = 0
@@ -95,8 +94,8 @@ def score_timestamps(
 
 class _WordTimes(NamedTuple):
     words: list[str]
-    starts: dict[int, float]  # by index of an item's first word
-    ends: dict[int, float]  # by index of its last
+    starts: dict[int, float]  # by index of the first word of an item
+    ends: dict[int, float]  # by index of the last word
 
 
 def _word_times(items: Sequence[TimedText]) -> _WordTimes:
@@ -109,8 +108,8 @@ def _word_times(items: Sequence[TimedText]) -> _WordTimes:
 
 
 def _gaps(predicted: _WordTimes, expected: _WordTimes) -> Callable[[int], np.ndarray]:
-    """Seconds between the slots that a predicted word shares with each of the reference."""
-    sides = [
+    """Function of a predicted word: seconds to each reference word, [reference words], over the slots both have."""
+    sides = [  # start and end: predicted times by word, reference times [reference words] with NaN for no slot
         (times, np.array([true_times.get(j, np.nan) for j in range(len(expected.words))]))
         for times, true_times in ((predicted.starts, expected.starts), (predicted.ends, expected.ends))
     ]

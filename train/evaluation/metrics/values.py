@@ -1,4 +1,4 @@
-"""Values."""
+"""Answers of one value: a time or duration in seconds, or a label."""
 
 import re
 from collections.abc import Iterable
@@ -14,8 +14,8 @@ from train.evaluation.metrics.timelines import ROUNDING_SECONDS
 class SecondsScore:
     """Errors of answers that are a time or a duration.
 
-    mean_error: seconds, over the answers that could be read. within: how many answers lie within the tolerance.
-    unreadable: answers without a number or with several.
+    mean_error: seconds, over readable answers. within: answers within the tolerance.
+    unreadable: answers without a number, or with several numbers.
     """
 
     mean_error: float | None
@@ -25,12 +25,12 @@ class SecondsScore:
 
     @property
     def share_within(self) -> float | None:
-        """Counts unreadable answers as wrong."""
+        """Share of answers within the tolerance; unreadable ones are outside."""
         return self.within / self.total if self.total else None
 
 
 def score_seconds(predictions: Iterable[str], references: Iterable[float], tolerance: float = 0.2) -> SecondsScore:
-    """Mean absolute error of a test set. tolerance: in seconds, inclusive."""
+    """Computes the mean absolute error of a test set. tolerance: seconds, inclusive."""
     read = [(read_seconds(text), truth) for text, truth in zip(predictions, references, strict=True)]
     errors = np.array([abs(seconds - truth) for seconds, truth in read if seconds is not None])
     return SecondsScore(
@@ -45,14 +45,18 @@ _NUMBER = re.compile(r"(?<![\w.])[0-9]{1,7}(?:\.[0-9]{1,9})?(?![0-9]|\.[0-9])")
 
 
 def read_seconds(text: str) -> float | None:
-    """The one number that an answer holds, in digits: `2.7`, `At [2.7] s.`, `2.7s`; None if it holds none, or several
-    that differ, so also for a range and for minutes (`1:05`)."""
+    """Returns the one number in an answer, in digits: `2.7`, `At [2.7] s.`, `2.7s`.
+
+    None without a number, or with different numbers, such as a range or minutes (`1:05`).
+    """
     numbers = {float(number) for number in _NUMBER.findall(final_answer(text))}
     return numbers.pop() if len(numbers) == 1 else None
 
 
 @dataclass(frozen=True)
 class MatchScore:
+    """Numbers of correct and of all answers."""
+
     correct: int
     total: int
 
@@ -62,6 +66,6 @@ class MatchScore:
 
 
 def score_matches(predictions: Iterable[str], references: Iterable[str]) -> MatchScore:
-    """How many answers equal their reference after `normalize_text`."""
+    """Counts answers that equal their reference after `normalize_text`."""
     equal = [normalize_text(p) == normalize_text(r) for p, r in zip(predictions, references, strict=True)]
     return MatchScore(sum(equal), len(equal))
