@@ -242,7 +242,7 @@ class Lane:
             self._check_skips(kind, group)
 
     def _samples(self, drawn: Drawn) -> list[Sample]:
-        """Returns the pieces of an example. Raises TooLong or another MossAudioError that names it if it is unusable."""
+        """Returns the pieces of an example. Raises TooLong or another MossAudioError if it is unusable."""
         budget, truncate = self._config.budget, self._config.oversize == "truncate"
         return self._maker.fitting(drawn.example, drawn.rng, drawn.source.objectives, budget, truncate=truncate)
 

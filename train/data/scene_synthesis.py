@@ -1,4 +1,4 @@
-"""Synthesis."""
+"""Waves of sound scenes: a plan of timed sounds -> samples."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,10 +15,10 @@ BACKGROUNDS = ("white", "pink", "brown")
 
 @dataclass(frozen=True)
 class Event(TimedText):
-    """A sound. `text` is its label; `start` and `end` are where its samples begin and end, to the sample.
+    """A sound. `text` is its label; `start` and `end` are exact to the sample.
 
-    level_db: its peak, in dB of full scale.
-    pitch_hz: at its start and at its end; None for sounds without pitch.
+    level_db: peak, in dB of full scale.
+    pitch_hz: at the start and at the end; None for sounds without pitch.
     """
 
     level_db: float
@@ -27,7 +27,7 @@ class Event(TimedText):
 
 @dataclass(frozen=True, eq=False)
 class ScenePlan:
-    """All that can be asked about a scene: events in order of their start, and the colour of the background."""
+    """Contents of a scene: events in order of their start, and background noise."""
 
     samples: int
     events: tuple[Event, ...]
@@ -41,19 +41,20 @@ class ScenePlan:
 
 @dataclass(frozen=True, eq=False)
 class Scene(ScenePlan):
-    """wave: float32 [samples], mono at 16 kHz, within [-1, 1]."""
+    """A scene with its wave: float32 [samples], mono at 16 kHz, within [-1, 1]."""
 
     wave: np.ndarray
 
 
 def synthesize(plan: ScenePlan, rng: np.random.Generator) -> Scene:
+    """Makes the wave of a plan: background noise, and each event at its time, scaled to its peak level."""
     wave = _colored_noise(plan.samples, _SLOPES[plan.background], rng) * _gain(plan.background_db)
     for event in plan.events:
         first, last = round(event.start * SAMPLE_RATE), round(event.end * SAMPLE_RATE)
         sound = SOUNDS[event.text](event, last - first, rng)
         wave[first:last] += sound * (_gain(event.level_db) / np.abs(sound).max())
     loudest = np.abs(wave).max()
-    if loudest > 1:  # events that overlap; scaled together, so that comparisons of loudness stay true
+    if loudest > 1:  # overlapping events; scaled together, which keeps comparisons of loudness true
         wave /= loudest
     return Scene(**vars(plan), wave=wave)
 
@@ -67,7 +68,7 @@ _LOWEST_NOISE_HZ = 20.0
 
 
 def _colored_noise(samples: int, slope: float, rng: np.random.Generator) -> np.ndarray:
-    """Noise of amplitude proportional to frequency ** slope and a root mean square of 1: float32 [samples]."""
+    """Noise float32 [samples] with amplitude proportional to frequency ** slope and a root mean square of 1."""
     if slope:
         spectrum = rng.standard_normal((samples // 2 + 1, 2), np.float32).view(np.complex64)[:, 0]
         noise = np.asarray(scipy.fft.irfft(spectrum * _spectral_shape(samples, slope), samples))
@@ -82,7 +83,7 @@ def _spectral_shape(samples: int, slope: float) -> np.ndarray:
     return (np.maximum(hertz, _LOWEST_NOISE_HZ) ** slope * (hertz >= _LOWEST_NOISE_HZ)).astype(np.float32)
 
 
-_RAMP = 0.005  # seconds in which a sound rises and falls: no clicks, and an onset exact to a few ms
+_RAMP = 0.005  # seconds of fade-in and fade-out: no clicks, and onsets exact to a few ms
 
 
 def _ramped(sound: np.ndarray) -> np.ndarray:
@@ -97,7 +98,7 @@ def _seconds(samples: int) -> np.ndarray:
 
 
 def _tone(event: Event, samples: int, rng: np.random.Generator) -> np.ndarray:
-    """A glide on a logarithmic scale from the first pitch to the second; a steady sine if they are equal."""
+    """Sine that glides from the first pitch to the second on a logarithmic scale."""
     assert event.pitch_hz is not None
     first, last = event.pitch_hz
     hertz = np.float32(first) * np.exp(np.linspace(0, np.log(last / first), samples, dtype=np.float32))
@@ -109,7 +110,7 @@ _HARMONICS = 12
 
 
 def _hum(event: Event, samples: int, rng: np.random.Generator) -> np.ndarray:
-    """Harmonics that fall with 1 / k, at random phases."""
+    """Sum of harmonics k with amplitudes 1 / k and random phases."""
     assert event.pitch_hz is not None
     k = np.arange(1, _HARMONICS + 1, dtype=np.float32)[:, None]
     phases = rng.uniform(0, 2 * np.pi, k.shape).astype(np.float32)
@@ -127,7 +128,7 @@ _CLICKS_PER_SECOND = (6.0, 14.0)
 
 
 def _clicks(event: Event, samples: int, rng: np.random.Generator) -> np.ndarray:
-    """Decaying bursts of noise, equally loud and evenly spaced; the first begins and the last ends with the event."""
+    """Decaying bursts of noise, equally loud and evenly spaced from the start of the event to its end."""
     click = _seconds(round(_CLICK * SAMPLE_RATE))
     count = max(2, round(rng.uniform(*_CLICKS_PER_SECOND) * samples / SAMPLE_RATE))
     bursts = rng.standard_normal((count, len(click)), np.float32) * np.exp(-click / _CLICK_DECAY)
@@ -145,7 +146,7 @@ _KEY_PAUSE = 0.05  # seconds
 
 
 def _dial(event: Event, samples: int, rng: np.random.Generator) -> np.ndarray:
-    """Random DTMF keys, evenly spaced; the first begins and the last ends with the event."""
+    """Random DTMF keys, evenly spaced from the start of the event to its end."""
     seconds = _seconds(samples)
     count = max(1, round(_KEYS_PER_SECOND * samples / SAMPLE_RATE))
     period = (samples / SAMPLE_RATE + _KEY_PAUSE) / count
@@ -156,13 +157,13 @@ def _dial(event: Event, samples: int, rng: np.random.Generator) -> np.ndarray:
     return gate * (np.sin(2 * np.pi * row * since) + np.sin(2 * np.pi * column * since))
 
 
-_SIREN_HZ = (500.0, 1200.0)  # its lowest pitch
+_SIREN_HZ = (500.0, 1200.0)  # of the lowest pitch
 _SIREN_RATIO = (1.6, 2.4)
 _SIREN_TURNS_PER_SECOND = (2.0, 5.0)
 
 
 def _siren(event: Event, samples: int, rng: np.random.Generator) -> np.ndarray:
-    """A pitch that goes up and down on a logarithmic scale."""
+    """Sine whose pitch goes up and down on a logarithmic scale."""
     lowest, octaves = log_uniform(_SIREN_HZ, rng), np.log2(rng.uniform(*_SIREN_RATIO))
     turns = rng.uniform(*_SIREN_TURNS_PER_SECOND) * _seconds(samples) + rng.random()
     cycles = np.cumsum(lowest * 2 ** (octaves * (0.5 - 0.5 * np.cos(2 * np.pi * turns)))) / SAMPLE_RATE

@@ -1,4 +1,4 @@
-"""Tasks."""
+"""Questions about sound scenes. A task maps a plan to a question and its answer, or None if it does not apply."""
 
 from collections.abc import Callable
 
@@ -9,15 +9,15 @@ from train.data.scene_synthesis import Event, ScenePlan
 
 Asked = tuple[str, str] | None
 
-PITCH_RATIO = 1.2  # at least, between two sounds whose pitch is compared: three semitones
-LOUDNESS_DB = 6.0  # at least, between two whose loudness is compared
+PITCH_RATIO = 1.2  # minimum between two compared pitches: three semitones
+LOUDNESS_DB = 6.0  # minimum between two compared levels
 _COMPARISONS = {
     "pitch": ("Which {0} is higher, the first or the second?", "Is the first or the second {0} higher in pitch?"),
     "loudness": ("Which {0} is louder, the first or the second?", "Is the first or the second {0} louder?"),
 }
 _ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth")
-_MARGIN = 0.1  # seconds at least between a time that is asked about and the nearest onset or offset
-_QUIET_SHARE = 0.25  # of the questions what is heard at a time
+_MARGIN = 0.1  # minimum seconds between a time that is asked about and any onset or offset
+_QUIET_SHARE = 0.25  # of `what_at` questions: the share whose answer is "nothing"
 
 
 def _ask(wordings: tuple[str, ...], subject: str, rng: np.random.Generator) -> str:
@@ -43,7 +43,7 @@ def _ask_duration(plan: ScenePlan, rng: np.random.Generator) -> Asked:
 
 
 def _pick_event(plan: ScenePlan, rng: np.random.Generator) -> tuple[str, Event]:
-    """An event and its name in a question: "the tone", or "the second tone" where there are several."""
+    """Draws an event; returns its name in a question ("the tone", or "the second tone" of several) and the event."""
     names: list[tuple[str, Event]] = []
     labels = [event.text for event in plan.events]
     for index, event in enumerate(plan.events):
@@ -56,6 +56,7 @@ def _pick_event(plan: ScenePlan, rng: np.random.Generator) -> tuple[str, Event]:
 
 
 def _ask_what_at(plan: ScenePlan, rng: np.random.Generator) -> Asked:
+    # Candidate times [n] in tenths of a second, away from all edges; heard [n, events].
     times = np.arange(1, int(plan.seconds * 10)) / 10
     starts, ends = (np.array([getattr(event, side) for event in plan.events]) for side in ("start", "end"))
     edges = np.concatenate([starts, ends])
@@ -90,7 +91,7 @@ def _compare(
     least: float,
     rng: np.random.Generator,
 ) -> Asked:
-    """Asks about two sounds that are the only ones of their label, and that differ by `least` or more."""
+    """Compares the only two sounds of a label, if `excess` of one over the other is at least `least` in size."""
     pairs = []
     for label in dict.fromkeys(event.text for event in plan.events):
         same = [event for event in plan.events if event.text == label]
@@ -124,7 +125,7 @@ _BACKGROUND_PHRASES = {"white": "a faint hiss", "pink": "a faint rushing", "brow
 
 
 def caption(plan: ScenePlan) -> str:
-    """The events in words, in order of their start: `A tone, then a hum, over a faint hiss.`"""
+    """Describes the events in order of their start: `A tone, then a hum, over a faint hiss.`"""
     phrases = [_PHRASES.get(event.text) or _chirp_phrase(event) for event in plan.events]
     sentence = f"{', then '.join(phrases)}, over {_BACKGROUND_PHRASES[plan.background]}."
     return sentence[0].upper() + sentence[1:]

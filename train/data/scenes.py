@@ -1,12 +1,12 @@
-"""Sound scenes made on the fly: what can be heard, when it starts and ends, and questions about it.
+"""Synthetic sound scenes, made on the fly: audio, timed events, and questions with answers.
 
     scene = make_scene(seed=0, index=7, config=SceneConfig())
     scene.wave, scene.events            # float32 [128000]; (Event("tone", 2.703, 3.512, ...), ...)
     task = make_task(seed=0, index=7, config=SceneConfig(tasks=("timeline", "start")))
     task.question, task.answer          # "When does the tone start?", "2.7"
 
-Scene number `index` depends on the seed, its index and the configuration alone, so any worker can make any scene, in
-any order. Some hundreds of 8-second scenes a second on one core.
+A scene depends on the seed, its index and the configuration alone: any worker can make any scene, in any order.
+One core makes hundreds of 8-second scenes per second.
 """
 
 from collections.abc import Sequence
@@ -78,7 +78,7 @@ class SceneConfig:
 
 @dataclass(frozen=True, eq=False)
 class SceneTask:
-    """A scene with a question and its answer; `name` is one of `TASKS`. more: questions and answers that follow."""
+    """A scene, a question and its answer. name: a key of `TASKS`. more: further questions and answers."""
 
     name: str
     scene: Scene
@@ -87,7 +87,7 @@ class SceneTask:
     more: tuple[tuple[str, str], ...] = ()
 
     def example(self, name: str = "a scene") -> Example:
-        """As a line of a manifest: a conversation about the clip, and the labels beside it."""
+        """Returns an example as from a manifest: a conversation about the clip, and labels."""
         clip = Clip(self.scene.wave, name=name)
         turns = [Message("user", (clip, self.question)), Message("assistant", (self.answer,))]
         for question, answer in self.more:
@@ -99,11 +99,11 @@ class SceneTask:
 
 @dataclass(frozen=True)
 class SceneExamples(Sequence[Example]):
-    """Scenes with their questions as a data set, made when they are read. An epoch is `count` of them."""
+    """Data set of scenes with questions, made when they are read."""
 
     config: SceneConfig
     seed: int
-    count: int = ENDLESS  # none is met twice
+    count: int = ENDLESS  # no scene is repeated
 
     def __len__(self) -> int:
         return self.count
@@ -113,7 +113,7 @@ class SceneExamples(Sequence[Example]):
 
 
 def make_scene(seed: int, index: int, config: SceneConfig) -> Scene:
-    """Scene number `index` of a seed; both are 0 or more."""
+    """Makes scene number `index` of a seed; both are 0 or more."""
     rng = _generator(seed, index, stream=0)
     return synthesize(_draw_plan(config, rng), rng)
 
@@ -126,9 +126,9 @@ _ATTEMPTS = 1000
 
 
 def make_task(seed: int, index: int, config: SceneConfig) -> SceneTask:
-    """Draws one of the tasks, then scenes until one fits it (the first is that of `make_scene`), then more questions.
+    """Draws a task, then scenes until the task applies to one (the first is that of `make_scene`), then more questions.
 
-    Raises MossAudioError if no scene of this configuration does.
+    Raises MossAudioError if the task applies to no scene.
     """
     rng = _generator(seed, index, stream=_ATTEMPTS)
     name = str(rng.choice(config.tasks))
@@ -146,13 +146,13 @@ def make_task(seed: int, index: int, config: SceneConfig) -> SceneTask:
     )
 
 
-# Layouts
+# Plans: what sounds when
 
 _SHORTEST = 0.1  # seconds of an event
 _FRAME = SAMPLE_RATE // 100
 _TONE_HZ = (300.0, 3000.0)
 _HUM_HZ = (60.0, 160.0)
-_CHIRP_HZ = (400.0, 1600.0)  # its lower end
+_CHIRP_HZ = (400.0, 1600.0)  # the lower end
 _CHIRP_RATIO = (1.8, 4.0)
 
 
@@ -177,7 +177,7 @@ def _draw_plan(config: SceneConfig, rng: np.random.Generator) -> ScenePlan:
 def _place(
     samples: int, lengths: np.ndarray, gap: int, overlap: bool, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Starts, in order, and lengths of the events that fit, in samples; all arrangements are equally likely."""
+    """Returns sorted starts and the lengths of the events that fit, in samples. All arrangements are equally likely."""
     if overlap:
         starts = gap + np.floor(rng.random(len(lengths)) * (samples - 2 * gap - lengths + 1)).astype(int)
         order = np.argsort(starts, kind="stable")
