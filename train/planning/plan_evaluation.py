@@ -30,7 +30,7 @@ BATCHES_ON_DEVICES = 3  # the previous step's, and those prefetched by `Prefetch
 
 
 def plan_evaluation(config: RunConfig, devices: Sequence[Any], step: dict[str, Any]) -> dict[str, Any]:
-    """Returns the report of an evaluation, ready for JSON. If it does not fit, `would_fit` is a smaller batch that does.
+    """Returns the report of an evaluation, ready for JSON. `would_fit` is a smaller batch, if this one does not fit.
 
     step: the report of the training step, which fits. Raises MossAudioError if data can't be read.
     """
@@ -94,9 +94,7 @@ def _compiled(
     with jax.set_mesh(mesh):
         loss = compile_for_memory(validation_sums.trace(graphdef, config.step, copies, batch), mesh)
     inputs = one_batch(model, shapes.prompts, shapes.prompt_tokens, shapes.prompt_chunks, mesh).inputs
-    inputs = dataclasses.replace(
-        inputs, audio_chunks=inputs.audio_chunks.update(dtype=jnp.float32)
-    )  # as from `make_inputs`
+    inputs = dataclasses.replace(inputs, audio_chunks=inputs.audio_chunks.update(dtype=jnp.float32))
     prefill, decode, _ = compile_answering(graphdef, state, inputs, shapes.new_tokens, model.eos_ids, mesh)
     return {
         "loss": (loss, _unused_bytes(copies, loss)),
