@@ -12,14 +12,12 @@ kernel.
 """
 
 import functools
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import tyro
-from jax.experimental import topologies
 from jax.experimental.pallas.ops.tpu.splash_attention import (
     BlockSizes,
     FullMask,
@@ -33,6 +31,7 @@ from moss_audio_jax.commands.cli import run_cli
 from moss_audio_jax.config import MossAudioConfig
 from moss_audio_jax.splash import TILES, splash_attend
 from moss_audio_jax.text_table import align
+from train.planning.topology import topology_devices
 
 TOPOLOGIES = ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
 TOKENS = 8192
@@ -57,7 +56,7 @@ class Program:
 
     def row(self, topology: str) -> tuple[str, ...]:
         """Chip, name and figures, of the program compiled."""
-        device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
+        device = topology_devices(topology, megacore=False)[0]
         where = jax.sharding.SingleDeviceSharding(device)
         query, key = (
             jax.ShapeDtypeStruct((self.batch, self.tokens, heads, self.head_dim), jnp.bfloat16, sharding=where)
@@ -135,7 +134,6 @@ def attend_packed(query: jax.Array, key: jax.Array, value: jax.Array, *, packed:
 
 def run(topology_names: tuple[str, ...] = TOPOLOGIES) -> None:
     """Compiles attention for a chip of each topology and prints both tables."""
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU to ask about itself
     language, encoder = CONFIG.language_config, CONFIG.audio_config
     heads = f"{language.num_attention_heads} heads, {language.num_key_value_heads} of keys, of {language.head_dim}"
     titles = {

@@ -18,8 +18,10 @@ from moss_audio_jax.sharding import make_mesh
 from moss_audio_jax.storage.paths import atomic_write
 from train.config import RECIPES, RecipeName, RunConfig
 from train.planning.chips import GIB
+from train.planning.compilation import Compiled
 from train.planning.hlo import Collective
-from train.planning.plan import Compiled, report_generation, report_step, topology_devices, with_sizes
+from train.planning.plan import report_generation, report_step, with_sizes
+from train.planning.topology import topology_devices
 
 GATES = Path(__file__).parents[1] / "tests" / "train" / "gates.json"
 COLUMNS = ("sequences a chip", "HBM a chip, GiB", "of", "a chip sends, GiB", "estimated step, s", "estimated MFU")

@@ -21,7 +21,9 @@ from moss_audio_jax.text_table import align
 from train.config import RECIPES, RunConfig
 from train.evaluation.plots import require_matplotlib
 from train.planning.chips import GIB, V5P
-from train.planning.plan import Compiled, plan_step, report_step, topology_devices, with_sizes
+from train.planning.compilation import Compiled
+from train.planning.plan import plan_step, report_step, with_sizes
+from train.planning.topology import topology_devices
 
 SEQUENCES, TOKENS = 1024, 8192
 # Microbatches as memory asks for, and replicas: 256 is the most parts that all dimensions can be cut into.

@@ -25,7 +25,8 @@ from moss_audio_jax.sharding import make_mesh, named_sharding
 from moss_audio_jax.splash import LANES, TILES, Tiles, serves, splash_attend
 from moss_audio_jax.weights.parameters import abstract_parameters, build_model
 from train.planning.hlo import collectives
-from train.planning.plan import one_batch, topology_devices
+from train.planning.plan import one_batch
+from train.planning.topology import topology_devices
 
 SMALL_TILES = Tiles(256, 256, 128, 256, 256, 128)  # several a sequence, and in halves
 

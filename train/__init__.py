@@ -1,0 +1,23 @@
+"""Training of MOSS-Audio: data -> loss -> steps -> checkpoints. To change X, go to Y:
+
+__main__           commands and their options: argv -> a call into the modules below
+config             options of a run, as dataclasses, and its recipes
+loop               a run from start to end: data, steps, checkpoints, evaluations
+step               one training step: microbatches, gradients, update
+loss               cross-entropy without the whole logits in memory
+optimizer          AdamW, schedules, which parameters are trained
+initialization     starting parameters: a checkpoint, released parts, or random
+ablation           comparison of runs with and without a change
+data               manifests -> packed batches; imports moss_audio_jax alone
+evaluation         questions with known answers -> measures; imports data
+planning           memory and speed of a recipe on TPUs that need not be present
+running            a run's directory, checkpoints, reports, validation, processes
+
+Each package has a map of its modules in its docstring. Common changes:
+
+    format of a manifest: data.manifest             tokens of an example: data.samples
+    questions and prompts: data.objectives          share of each source: data.mixture
+    augmentation: data.augment                      workers, hosts, exact resume: data.pipeline, data.lanes
+    another benchmark: evaluation.question_files    another metric: evaluation.metrics, evaluation.measures
+    another TPU: planning.chips                     figures of a step: loop, running.report
+"""

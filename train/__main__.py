@@ -292,11 +292,11 @@ def plan_command(arguments: list[str]) -> Callable[..., None]:
         """
         from json import dumps
 
-        from train.planning.plan import table, with_sizes
+        from train.planning.plan import plan_table, with_sizes
 
         config = with_paths(with_sizes(config, model, slices, batch, seq, chunks), eval_data=eval_data)
         report = _plan(config, topology, mode, slices, segments, propose_batch)
-        print(dumps(report, indent=2) if json else table(report))
+        print(dumps(report, indent=2) if json else plan_table(report))
         if not (report["fits"] and report.get("evaluation", report)["fits"]):
             sys.exit(1)
 
@@ -307,8 +307,8 @@ def _plan(
     config: "RunConfig", topology: str, mode: str, slices: int, segments: int, propose_batch: bool
 ) -> dict[str, Any]:
     from train.planning import plan
-    from train.planning.chips import topology_of
     from train.planning.plan_evaluation import plan_evaluation
+    from train.planning.topology import topology_devices, topology_of
 
     if mode != "train" and config.lora is not None and config.lora.int8:
         raise MossAudioError(f"lora.int8 is for training: leave it out of --mode {mode}, where no kernel is int8")
@@ -319,7 +319,7 @@ def _plan(
             f"--segments must be from 1 to the {config.data.tokens} tokens of a sequence, not {segments}"
         )
     topology = topology_of(topology)
-    devices = plan.topology_devices(topology, slices)
+    devices = topology_devices(topology, slices)
     named = {"model": config.model.preset, "topology": topology, "slices": slices, "chips": len(devices)}
     if mode == "generate":
         data = config.data
@@ -409,11 +409,12 @@ def _evaluate(
 ) -> None:
     import jax
 
-    from train.evaluation.evaluate import evaluate, has_events, read_items, table
+    from train.evaluation.evaluate import evaluate, has_events, read_questions
+    from train.evaluation.measures import measures_table
     from train.evaluation.plots import require_matplotlib
     from train.running.distributed import exit_if_peer_lost, on_first_process
 
-    items = read_items(config)
+    items = read_questions(config)
     if plot:
         require_matplotlib()
         if not any(map(has_events, items)):
@@ -429,10 +430,10 @@ def _evaluate(
         evaluation = evaluate(checkpoint, items, config, progress=first, keep_partial=jax.process_count() == 1)
     if not first:
         return
-    print(table(evaluation.results["measures"]))
+    print(measures_table(evaluation.results["measures"]))
     if unfinished := evaluation.results["unfinished"]:
         limit = config.answers.max_new_tokens
-        print(f"{unfinished} of {len(evaluation.items)} answers were cut off after {limit} tokens", file=sys.stderr)
+        print(f"{unfinished} of {len(evaluation.questions)} answers were cut off after {limit} tokens", file=sys.stderr)
     for path, save in (
         (out, evaluation.save_results),
         (predictions, evaluation.save_predictions),
@@ -442,7 +443,7 @@ def _evaluate(
             retried(path, lambda path=path: path.parent.mkdir(parents=True, exist_ok=True))
             save(path)
     if evaluation.partial:
-        print(f"interrupted: this is of {len(evaluation.items)} of {len(items)} questions", file=sys.stderr)
+        print(f"interrupted: this is of {len(evaluation.questions)} of {len(items)} questions", file=sys.stderr)
         end(INTERRUPTED)
 
 

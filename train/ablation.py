@@ -23,9 +23,11 @@ from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.storage.paths import Path, atomic_write
 from train.config import CONFIG_FILE, RECIPES, MixtureConfig, RunConfig, SceneGroupConfig
 from train.data.scenes import SceneConfig
-from train.evaluation.evaluate import AnswerConfig, EvaluationConfig, Measures, evaluate
+from train.evaluation.answers import AnswerConfig
+from train.evaluation.evaluate import EvaluationConfig, evaluate
+from train.evaluation.measures import Measures
 from train.evaluation.plots import plot_ranges, require_matplotlib
-from train.evaluation.questions import Item, scene_items
+from train.evaluation.questions import Question, scene_questions
 from train.loop import train
 from train.running.resume import write_or_check_config
 
@@ -148,7 +150,7 @@ def run_config(run: Run, config: AblationConfig) -> RunConfig:
 # Questions
 
 
-def questions(config: AblationConfig) -> list[Item]:
+def questions(config: AblationConfig) -> list[Question]:
     """Of every task as many, about validation scenes and about both kinds of test scenes; those are the sources."""
     places = (
         (VALIDATION, config.scenes, _VALIDATION_SEED),
@@ -159,11 +161,11 @@ def questions(config: AblationConfig) -> list[Item]:
         dataclasses.replace(item, source=source, task=_task(item, config))
         for source, scenes, seed in places
         for task in config.scenes.tasks
-        for item in scene_items(config.questions, dataclasses.replace(scenes, tasks=(task,)), seed=seed)
+        for item in scene_questions(config.questions, dataclasses.replace(scenes, tasks=(task,)), seed=seed)
     ]
 
 
-def _task(item: Item, config: AblationConfig) -> str:
+def _task(item: Question, config: AblationConfig) -> str:
     is_late = item.task == "start" and float(item.reference) > config.scenes.seconds[1]
     return LATE_START if is_late else item.task
 
@@ -222,7 +224,7 @@ def ablate(config: AblationConfig, out: Path) -> bool:
     return True
 
 
-def _measures(run: Run, config: AblationConfig, items: Sequence[Item], directory: Path) -> dict[str, Any] | None:
+def _measures(run: Run, config: AblationConfig, items: Sequence[Question], directory: Path) -> dict[str, Any] | None:
     """Of a run, trained and asked unless it was before; None if training was stopped."""
     path = directory / MEASURES_FILE
     if not path.exists():

@@ -39,6 +39,7 @@ from moss_audio_jax.weights.parameters import abstract_parameters, build_model
 from train.config import CONFIG_FILE, RunConfig
 from train.data import ExampleOrder, Interrupted, Prefetched, SampleMaker, TrainingBatch, TrainingData
 from train.data.augment import Augmentation
+from train.data.host_shares import share_of_batch
 from train.initialization import ModelSource, first_parameters
 from train.planning.chips import peak_flops
 from train.running.best import Best
@@ -51,7 +52,6 @@ from train.running.distributed import (
     first_process_decides,
     gather_data_state,
     on_first_process,
-    share_of_batch,
 )
 from train.running.figures import DataFigures
 from train.running.overview import overview

@@ -24,7 +24,7 @@ from train.ablation import (
     table,
 )
 from train.data.scenes import SceneConfig
-from train.evaluation.evaluate import AnswerConfig
+from train.evaluation.answers import AnswerConfig
 from train.initialization import model_config
 
 SCENES = SceneConfig(seconds=(2.0, 3.0), events=(1, 2), tasks=("timeline", "start", "loudness"))

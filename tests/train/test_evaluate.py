@@ -26,21 +26,17 @@ from moss_audio_jax.weights.checkpoint import save_model
 from moss_audio_jax.weights.parameters import build_model
 from train.data.manifest import Clip, Message, TimedText
 from train.data.scenes import SceneConfig
+from train.evaluation.answers import Answer, AnswerConfig, answer_questions, ask
 from train.evaluation.evaluate import (
-    Answer,
-    AnswerConfig,
     Evaluation,
     EvaluationConfig,
-    _of_all_labels,
-    answer_items,
-    ask,
     clip_title,
     evaluate,
-    measure,
-    read_items,
-    table,
+    indices_of_all_labels,
+    read_questions,
 )
-from train.evaluation.questions import Item
+from train.evaluation.measures import measure, measures_table
+from train.evaluation.questions import Question
 from train.step import initial_parameters
 
 TINY = MossAudioConfig.preset("tiny")
@@ -88,9 +84,9 @@ def processor(corpus: Path):
     return load_processor(corpus / "model")
 
 
-def item(measure: str = "text", reference: str = "", *content: str | Clip, **fields) -> Item:
+def item(measure: str = "text", reference: str = "", *content: str | Clip, **fields) -> Question:
     fields = {"name": "an item", "source": "here", "task": measure} | fields
-    return Item(turns=(Message("user", content or ("?",)),), reference=reference, measure=measure, **fields)
+    return Question(turns=(Message("user", content or ("?",)),), reference=reference, measure=measure, **fields)
 
 
 # Answers
@@ -105,7 +101,7 @@ FILLING = "Listen to this with care. "  # so that few buckets of lengths have to
 
 
 @pytest.fixture(scope="module")
-def mixed(corpus: Path) -> list[Item]:
+def mixed(corpus: Path) -> list[Question]:
     """Clips of several lengths and kinds, two clips in one question, and a conversation."""
     turns = (Message("system", ("S",)), Message("user", (noise(3.5),)), Message("assistant", (FILLING,)))
     return [
@@ -127,7 +123,7 @@ def test_answers_are_those_of_each_question_alone(model, processor, mixed):
 
 
 def test_a_bucket_of_lengths_is_compiled_once(model, processor):
-    def items(*seconds: float) -> list[Item]:
+    def items(*seconds: float) -> list[Question]:
         return [item("text", "", noise(s), "Which?") for s in seconds]
 
     ask(model, processor, items(6, 6.5, 2), batch_size=3, max_new_tokens=12)
@@ -145,16 +141,16 @@ def test_answers_that_were_cut_off_are_told_from_finished_ones(model, processor,
     end = ids.index(ids[-1])
     assert end > 0
     for limit, finished in ((end, False), (end + 1, True), (12, True)):
-        (answer,) = answer_items(stopping, processor, mixed[:1], AnswerConfig(max_new_tokens=limit))
+        (answer,) = answer_questions(stopping, processor, mixed[:1], AnswerConfig(max_new_tokens=limit))
         assert answer == (processor.decode(ids[: min(limit, end + 1)]), finished)
 
 
 def test_sampled_answers_repeat_with_their_seed(model, processor, mixed):
     config = AnswerConfig(max_new_tokens=12, sampling=Sampling(temperature=1.0))
-    first, again, other = (answer_items(model, processor, mixed[:1], config, seed=seed) for seed in (1, 1, 2))
+    first, again, other = (answer_questions(model, processor, mixed[:1], config, seed=seed) for seed in (1, 1, 2))
     assert first == again != other
     together, alone = (
-        answer_items(model, processor, mixed, dataclasses.replace(config, batch_size=size)) for size in (3, 1)
+        answer_questions(model, processor, mixed, dataclasses.replace(config, batch_size=size)) for size in (3, 1)
     )
     assert together == alone
 
@@ -164,7 +160,7 @@ def test_clips_that_cannot_be_heard_are_named(model, processor, corpus):
     with pytest.raises(MossAudioError, match=r"^clip 7 of a test: .*at least 160 samples"):
         ask(model, processor, [empty])
     with pytest.raises(MossAudioError, match=r"broken\.jsonl line 1: broken\.wav must be wav, flac"):
-        ask(model, processor, read_items(EvaluationConfig(data=(corpus / "broken.jsonl",))))
+        ask(model, processor, read_questions(EvaluationConfig(data=(corpus / "broken.jsonl",))))
     with pytest.raises(MossAudioError, match=r"^an item: .*holds the audio span"):
         ask(model, processor, [item("text", "", "a <|audio_bos|><|AUDIO|><|audio_eos|>")])
 
@@ -178,7 +174,7 @@ def test_a_mesh_gives_the_same_answers(corpus, model, processor):
         fsdp=4,
         tensor=2,
     )
-    items = read_items(config)
+    items = read_questions(config)
     evaluation = evaluate(corpus / "model", items, config)
     assert evaluation.results["devices"] == 8
     answers = [answer.text for answer in evaluation.answers]
@@ -272,7 +268,7 @@ def test_sources_and_tasks_are_measured_apart():
     ]
     assert (measured["here"]["text"]["wer"], measured["there"]["text"]["wer"]) == (0.5, 1.0)
     assert measured["here"]["unjudged"] == {"items": 1}
-    lines = table(measured).splitlines()
+    lines = measures_table(measured).splitlines()
     assert lines[1].split() == ["here", "text", "2", "WER", "50.0%,", "CER", "50.0%"]
     assert "not judged" in lines[2]
     with pytest.raises(ValueError):
@@ -302,11 +298,12 @@ def test_the_command_reports_what_the_model_answers(corpus, tmp_path):
     config = EvaluationConfig(
         data=(corpus / "test.jsonl",), scenes=4, scene=scenes, benchmark=(f"mmar={corpus / 'mmar.jsonl'}",), seed=5
     )
-    items = read_items(config)
+    items = read_questions(config)
     predictions = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text("utf-8").splitlines()]
     for found, expected in zip(predictions, items, strict=True):
-        keys = ("name", "source", "task", "question", "reference")
+        keys = ("name", "source", "task", "reference")
         assert {key: found[key] for key in keys} == {key: getattr(expected, key) for key in keys}
+        assert found["question"] == expected.text
     answers = [line["prediction"] for line in predictions]
     assert len(set(answers)) > 3
     results = json.loads((tmp_path / "new" / "results.json").read_text("utf-8"))
@@ -314,7 +311,7 @@ def test_the_command_reports_what_the_model_answers(corpus, tmp_path):
     assert results["items"] == len(items) == 5 * 3 + 4 + 1
     assert results["unfinished"] == sum(not line["finished"] for line in predictions)
     assert results["config"]["answers"]["max_new_tokens"] == 12 and results["dtype"] == "float32"
-    assert table(results["measures"]) in result.stdout
+    assert measures_table(results["measures"]) in result.stdout
 
 
 @pytest.mark.usefixtures("heard_interrupts")
@@ -338,7 +335,7 @@ def test_ctrl_c_keeps_what_was_answered(corpus, tmp_path):
     assert 2 <= len(predictions) == results["items"] < results["items_in_all"] == 2000
     assert results["partial"] and all(line["partial"] for line in predictions)
     assert f"this is of {len(predictions)} of 2000 questions".encode() in errors
-    assert table(results["measures"]) in out.decode()
+    assert measures_table(results["measures"]) in out.decode()
 
 
 def test_the_command_names_a_mistake_before_it_loads_the_model(corpus, tmp_path):
@@ -364,25 +361,25 @@ def test_mistakes_are_named(options, message):
     with pytest.raises(MossAudioError, match=message):
         if "answers" in options:
             options = {"answers": AnswerConfig(**options["answers"])}
-        read_items(EvaluationConfig(**options))
+        read_questions(EvaluationConfig(**options))
 
 
 def test_events_are_plotted(corpus, tmp_path):
     pytest.importorskip("matplotlib")
-    items = read_items(EvaluationConfig(data=(corpus / "test.jsonl",)))
+    items = read_questions(EvaluationConfig(data=(corpus / "test.jsonl",)))
     evaluation = Evaluation(items, [Answer("[0.1]tone[0.5]", True)] * len(items), {})
     evaluation.save_plot(tmp_path / "events.png")
     assert (tmp_path / "events.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_clips_of_a_picture_hold_as_many_labels_as_possible():
-    def item(index: int, *labels: str) -> Item:
+    def item(index: int, *labels: str) -> Question:
         found = tuple(TimedText(label, 0, 1) for label in labels)
         clip = Clip("data/a.wav") if index == 3 else Clip(np.zeros(160, np.float32))
-        return Item(f"x/m.jsonl line {index}", "", "events", (Message("user", (clip, "?")),), "", "events", found)
+        return Question(f"x/m.jsonl line {index}", "", "events", (Message("user", (clip, "?")),), "", "events", found)
 
     items = [item(0, "a"), item(1, "a"), item(2, "b", "a"), item(3, "d", "c"), item(4, "e")]
-    assert _of_all_labels(items, 3) == [2, 3, 4]
-    assert _of_all_labels(items, 4) == [0, 2, 3, 4]
-    assert _of_all_labels(items[:2], 4) == [0, 1]
+    assert indices_of_all_labels(items, 3) == [2, 3, 4]
+    assert indices_of_all_labels(items, 4) == [0, 2, 3, 4]
+    assert indices_of_all_labels(items[:2], 4) == [0, 1]
     assert [clip_title(item) for item in items[2:4]] == ["m.jsonl line 2", "a.wav (m.jsonl line 3)"]

@@ -16,8 +16,9 @@ from moss_audio_jax.inputs import ModelInputs
 from moss_audio_jax.tree import unflatten
 from moss_audio_jax.weights.parameters import abstract_parameters, build_model
 from train.data import TrainingBatch
-from train.planning.chips import CHIPS, V4, V7X, chip_of, peak_flops, shown_topology, topology_of
+from train.planning.chips import CHIPS, V4, V7X, chip_of, peak_flops
 from train.planning.flops import FLOP_PARTS, Content, forward_flops, moved_bytes, recomputed_flops, step_flops
+from train.planning.topology import shown_topology, topology_of
 from train.step import StepConfig, loss_and_gradients
 
 ROWS, CHUNKS, TOKENS = 2, 2, 256
@@ -245,7 +246,8 @@ def test_chips():
         chip = chip_of(kind)
         assert chip is not None and chip.peak_flops == teraflops * 1e12
         assert 0.95 < chip.usable_hbm_bytes / chip.hbm_bytes < 1.01
-    assert {chip.name: chip.ici_bandwidth / 1e9 for chip in CHIPS.values() if chip != V4} == {
+    # GB/s through all links in both directions, as the documentation gives it
+    assert {chip.name: 2 * chip.ici_links * chip.ici_link_bandwidth / 1e9 for chip in CHIPS.values() if chip != V4} == {
         "TPU v5e": 400,
         "TPU v5p": 1200,
         "TPU v6e": 800,

@@ -10,27 +10,19 @@ from scipy.optimize import linear_sum_assignment
 
 from train.data.manifest import TimedText
 from train.data.objectives import timeline
-from train.evaluation.metrics import (
+from train.evaluation.metrics.events import EventCounts, score_events
+from train.evaluation.metrics.text import (
     ErrorRate,
-    EventCounts,
-    MatchScore,
-    SecondsScore,
-    TimestampScore,
     align,
     character_error_rate,
     edit_distance,
     normalize_text,
-    parse_timeline,
-    read_seconds,
-    score_events,
-    score_matches,
-    score_seconds,
-    score_timestamps,
     split_characters,
     split_words,
-    without_times,
     word_error_rate,
 )
+from train.evaluation.metrics.timelines import TimestampScore, parse_timeline, score_timestamps, without_times
+from train.evaluation.metrics.values import MatchScore, SecondsScore, read_seconds, score_matches, score_seconds
 
 # Text
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train.evaluation.multiple_choice import read_choice, score_choices
+from train.evaluation.metrics.choices import read_choice, score_choices
 
 SOUNDS = ("dog", "cat", "car", "car horn")
 

@@ -13,6 +13,8 @@ from train import loss
 from train.__main__ import main
 from train.config import RECIPES, LoopConfig
 from train.planning import plan, plan_evaluation
+from train.planning.compilation import Compiled, largest_buffers
+from train.planning.topology import topology_devices
 
 pytest.importorskip("libtpu", reason="compiles for TPUs")
 pytestmark = pytest.mark.tpu
@@ -48,7 +50,7 @@ def test_a_training_step(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     arrays = [array for sums in report["collectives"].values() for array in sums["arrays"]]
     # A block of the head is gathered, and its gradient scattered; the whole never, nor the embedding.
     assert any("128" in array for array in arrays) and not any("512" in array for array in arrays), arrays
-    people = plan.table(report)
+    people = plan.plan_table(report)
     assert "FITS" in people and "ESTIMATE" in people and "8 sequences of 256 tokens" in people
 
 
@@ -124,30 +126,30 @@ def test_two_slices_hold_a_replica_each(monkeypatch: pytest.MonkeyPatch, capsys:
     assert 2 * gradients < sent < 1.2 * 4 * gradients
     assert report["estimated_seconds_between_slices"] == pytest.approx(sent / 3.125e9)
     assert report["estimated_communication_seconds"] > report["estimated_seconds_between_slices"]
-    assert "v5e:2x2 (v5litepod-4), 8 chips" in plan.table(report) and "between slices" in plan.table(report)
+    assert "v5e:2x2 (v5litepod-4), 8 chips" in plan.plan_table(report) and "between slices" in plan.plan_table(report)
     with pytest.raises(MossAudioError, match="replica=1 does not fit 2 TPU slices"):
-        make_mesh(devices=plan.topology_devices("v5e:2x2", 2))
+        make_mesh(devices=topology_devices("v5e:2x2", 2))
 
 
 def test_axes_may_be_parts_of_a_torus():
-    devices = plan.topology_devices("v5p:4x4x4")
+    devices = topology_devices("v5p:4x4x4")
     assert make_mesh(tensor=2, devices=devices).shape == {"replica": 1, "fsdp": 32, "tensor": 2}
     assert make_mesh(replica=8, tensor=4, devices=devices).shape == {"replica": 8, "fsdp": 2, "tensor": 4}
 
 
 def test_unknown_topologies_are_refused():
     with pytest.raises(MossAudioError, match="--topology must name a TPU and its shape, such as v5e:2x4"):
-        plan.topology_devices("v9:2x2")
-    assert len(plan.topology_devices("v6e-8")) == 8 and len(plan.topology_devices("v5p-64")) == 32
-    assert len(plan.topology_devices("v4-16")) == 8  # a chip of two cores is one device
+        topology_devices("v9:2x2")
+    assert len(topology_devices("v6e-8")) == 8 and len(topology_devices("v5p-64")) == 32
+    assert len(topology_devices("v4-16")) == 8  # a chip of two cores is one device
 
 
 def small_step(**changes) -> dict:
     """The report of a step of the 8B's LoRA on eight v5e chips, as if it had been compiled."""
     recipe = RECIPES["finetune_lora"]
     config = plan.with_sizes(recipe, "8b", slices=1, batch=8, tokens=4096, chunks=None)
-    mesh = make_mesh(devices=plan.topology_devices("v5e:2x4"))
-    compiled = plan.Compiled(None, 10, 0, 0, (), (), 0.0)
+    mesh = make_mesh(devices=topology_devices("v5e:2x4"))
+    compiled = Compiled(None, 10, 0, 0, (), (), 0.0)
     return plan.report_step(config, mesh, compiled, **changes)
 
 
@@ -159,7 +161,7 @@ def test_packed_clips_are_fewer_model_flops_of_the_same_step():
     assert packed["estimated_mfu"] / whole["estimated_mfu"] == pytest.approx(
         packed["model_flops"] / whole["model_flops"]
     )
-    assert "4096 tokens in 4 segments" in plan.table(packed | {"topology": "v5e:2x4", "chips": 8})
+    assert "4096 tokens in 4 segments" in plan.plan_table(packed | {"topology": "v5e:2x4", "chips": 8})
 
 
 def test_a_batch_is_proposed_by_what_the_second_takes_more():
@@ -244,7 +246,7 @@ def test_the_largest_buffers_of_xla_s_report():
     2.34GiB(  5%);    2.34GiB;   4581834752;                2; 2×bf16[3,64,800,8192]
     2.84GiB( 10%);  512.00MiB;   7098417152;                1; f32[8,8192,512,4]
 """
-    assert plan._largest(report) == (
+    assert largest_buffers(report) == (
         (int(2.34 * 2**30), "2×bf16[3,64,800,8192]"),
         (512 * 2**20, "f32[8,8192,512,4]"),
     )
@@ -256,7 +258,7 @@ def test_a_run_s_own_evaluation_is_counted():
     recipe = dataclasses.replace(RECIPES["pretrain_stage2"], loop=loop)
     config = plan.with_sizes(recipe, "tiny", slices=1, batch=8, tokens=256, chunks=None)
     larger = dataclasses.replace(config, loop=dataclasses.replace(loop, evaluate_batch=8))
-    devices = plan.topology_devices("v5e:2x2")
+    devices = topology_devices("v5e:2x2")
     step = {"hbm_bytes_by_kind": {"code": 0}, "hbm_usable_bytes_per_chip": 2**30}
     found = plan_evaluation.plan_evaluation(config, devices, step)
     assert found["fits"] and (found["prompts"], found["sequences"], found["new_tokens"]) == (4, 4, 16)

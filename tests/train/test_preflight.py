@@ -14,7 +14,7 @@ from train.__main__ import main
 from train.config import RECIPES, RunConfig, with_paths
 from train.data.lanes import DataConfig
 from train.data.manifest import Clip, Manifest
-from train.evaluation.questions import manifest_items
+from train.evaluation.questions import manifest_questions
 from train.initialization import ModelSource
 from train.loop import train
 from train.running.preflight import check_of, require_usable
@@ -302,8 +302,8 @@ def test_a_default_prompt_is_part_of_a_sample(directory: Path):
     lengths = {}
     for prompt in ("", "What is it?"):
         maker = check_of(config_of(directory, default_prompt=prompt), path).maker
-        (item,) = manifest_items(path, default_prompt=prompt)
-        assert maker is not None and item.question == prompt
+        (item,) = manifest_questions(path, default_prompt=prompt)
+        assert maker is not None and item.text == prompt
         example = Manifest(path)[0]
         lengths[prompt] = len(maker.extent(example.name, example.conversation).learned)
     assert lengths["What is it?"] - lengths[""] == len("What is it?")  # a token for each byte

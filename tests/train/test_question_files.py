@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from moss_audio_jax.errors import MossAudioError
-from train.evaluation.question_files import LAYOUTS, read_benchmark
+from train.evaluation.question_files import FILE_FORMATS, read_benchmark
 
 MMAU = {
     "id": "11111111-2222-3333-4444-555555555555",
@@ -155,7 +155,7 @@ def test_answers_are_found_by_their_text(read, choices, answer, letter):
     assert question.answer == letter
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", FILE_FORMATS)
 def test_json_lines_are_read_like_a_list(name, tmp_path):
     entries = [{**ENTRIES[name], "question": "One\u2028two?"}, ENTRIES[name]]
     (tmp_path / "list.json").write_text(json.dumps(entries), "utf-8")

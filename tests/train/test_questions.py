@@ -12,8 +12,8 @@ from train.data.manifest import Clip, TimedText
 from train.data.objectives import PROMPTS, TIME_QUESTIONS
 from train.data.scenes import TASKS, SceneConfig, make_task
 from train.data.shards import prepare
-from train.evaluation.evaluate import MEASURES, measure
-from train.evaluation.questions import ASKABLE, Item, benchmark_items, manifest_items, scene_items
+from train.evaluation.measures import MEASURES, measure
+from train.evaluation.questions import ASKABLE, Question, benchmark_questions, manifest_questions, scene_questions
 
 WORDS = [{"text": "hello", "start": 0.5, "end": 0.75}, {"text": "there", "start": 1.0, "end": 1.25}]
 LABELLED = {
@@ -46,7 +46,7 @@ def manifest(tmp_path: Path) -> Path:
     return path
 
 
-def seen(item: Item) -> tuple:
+def seen(item: Question) -> tuple:
     """What an item is, without the decoded audio."""
     turns = [(turn.role, [p if isinstance(p, str) else "clip" for p in turn.content]) for turn in item.turns]
     waves = [clip.wave().tobytes() for clip in item.clips]
@@ -54,11 +54,11 @@ def seen(item: Item) -> tuple:
 
 
 def test_every_objective_is_asked_once_in_its_first_wording(manifest):
-    items = {item.task: item for item in manifest_items(manifest)}
+    items = {item.task: item for item in manifest_questions(manifest)}
     (time_task,) = [task for task in items if task.startswith("time_qa")]
     assert list(items) == [*PROMPTS, time_task, "conversation"]
     for name, prompts in PROMPTS.items():
-        assert items[name].question == prompts[0] and len(items[name].clips) == 1
+        assert items[name].text == prompts[0] and len(items[name].clips) == 1
         assert items[name].source == str(manifest)
     references = {name: (items[name].reference, items[name].measure) for name in PROMPTS}
     assert references == {
@@ -73,9 +73,9 @@ def test_every_objective_is_asked_once_in_its_first_wording(manifest):
 
 
 def test_a_conversation_is_asked_for_its_last_turn(manifest):
-    (item,) = manifest_items(manifest, ["conversation"])
+    (item,) = manifest_questions(manifest, ["conversation"])
     assert [turn.role for turn in item.turns] == ["system", "user", "assistant", "user"]
-    assert (item.question, item.reference, item.measure) == ("Where?", "At sea.\nI think.", "reply")
+    assert (item.text, item.reference, item.measure) == ("Where?", "At sea.\nI think.", "reply")
     assert len(item.clips) == 1
 
 
@@ -95,7 +95,7 @@ def test_thoughts_of_earlier_turns_are_shown_as_in_training(tmp_path: Path):
     path = tmp_path / "thinking.jsonl"
     path.write_text(json.dumps(THINKING))
     for answers, earlier in (("last", "A man."), ("all", THINKING["conversation"][2]["content"])):
-        (item,) = manifest_items(path, answers=answers)
+        (item,) = manifest_questions(path, answers=answers)
         assert item.turns[1].content == (earlier,)
         assert item.reference == "<think>\nWaves.\n</think>\n\nAt sea."
 
@@ -117,9 +117,9 @@ def test_the_references_themselves_score_perfectly(tmp_path: Path):
     (tmp_path / "mmar.json").write_text(json.dumps([question | fields for fields in questions]))
     scenes = SceneConfig(events=(2, 3), labels=("tone", "hum"), tasks=tuple(TASKS), questions=1)
     items = [
-        *manifest_items(tmp_path / "test.jsonl"),
-        *scene_items(60, scenes, seed=3),
-        *benchmark_items("mmar", tmp_path / "mmar.json", tmp_path),
+        *manifest_questions(tmp_path / "test.jsonl"),
+        *scene_questions(60, scenes, seed=3),
+        *benchmark_questions("mmar", tmp_path / "mmar.json", tmp_path),
     ]
     assert {item.measure for item in items} == set(MEASURES)
     assert {item.task for item in items} >= set(TASKS) | set(ASKABLE) - {"time_qa"}
@@ -135,31 +135,31 @@ def test_questions_about_times_follow_the_seed(tmp_path):
     soundfile.write(tmp_path / "a.wav", np.full(32000, 0.1), 16000)
     path = tmp_path / "many.jsonl"
     path.write_text("\n".join([json.dumps({"audio": "a.wav", "words": WORDS})] * 40))
-    items = manifest_items(path, ["time_qa"], seed=1)
-    assert [seen(item) for item in items] == [seen(item) for item in manifest_items(path, ["time_qa"], seed=1)]
-    assert [item.question for item in items] != [item.question for item in manifest_items(path, ["time_qa"], seed=2)]
+    items = manifest_questions(path, ["time_qa"], seed=1)
+    assert [seen(item) for item in items] == [seen(item) for item in manifest_questions(path, ["time_qa"], seed=1)]
+    assert [item.text for item in items] != [item.text for item in manifest_questions(path, ["time_qa"], seed=2)]
     assert {item.task for item in items} == {"time_qa_seconds", "time_qa_label"}
     for item in items:  # the measure is that of the kind of question
         seconds = [text.split("{0}")[0] for kind in ("start", "end", "duration") for text in TIME_QUESTIONS[kind]]
         is_number = item.reference.replace(".", "").isdecimal()
-        assert (item.measure == "seconds") == is_number == item.question.startswith(tuple(seconds))
-    assert len(manifest_items(path, ["time_qa"], limit=3)) == 3
+        assert (item.measure == "seconds") == is_number == item.text.startswith(tuple(seconds))
+    assert len(manifest_questions(path, ["time_qa"], limit=3)) == 3
 
 
 def test_shards_ask_what_their_manifest_asks(manifest, tmp_path):
     prepare(manifest, tmp_path / "shards", 2)
-    items = manifest_items(tmp_path / "shards")
-    assert [seen(item)[1:] for item in items] == [seen(item)[1:] for item in manifest_items(manifest)]
+    items = manifest_questions(tmp_path / "shards")
+    assert [seen(item)[1:] for item in items] == [seen(item)[1:] for item in manifest_questions(manifest)]
 
 
 def test_scenes():
     tasks = ("timeline", "caption", "start", "duration", "what_at", "pitch", "loudness")
     config = SceneConfig(events=(2, 3), labels=("tone", "hum"), tasks=tasks, questions=2)
-    items = scene_items(40, config, seed=3)
+    items = scene_questions(40, config, seed=3)
     assert {item.task for item in items} == set(tasks)
     for index, item in enumerate(items):
         task = make_task(3, index, config)
-        assert (item.task, item.question, item.reference) == (task.name, task.question, task.answer)
+        assert (item.task, item.text, item.reference) == (task.name, task.question, task.answer)
         assert len(item.turns) == 1 and item.labels == task.scene.events and item.measure in MEASURES
         np.testing.assert_array_equal(item.clips[0].wave(), task.scene.wave)
         if item.measure == "seconds":
@@ -172,12 +172,12 @@ def test_benchmarks(tmp_path):
     entries[1]["length_type"] = "short"
     path = tmp_path / "pro.json"
     path.write_text(json.dumps(entries))
-    choice, opened = benchmark_items("mmau_pro", path, tmp_path / "sounds")
+    choice, opened = benchmark_questions("mmau_pro", path, tmp_path / "sounds")
     assert (choice.source, choice.task, choice.measure, choice.reference) == ("mmau_pro", "choice", "choice", "B")
     assert (choice.choices, choice.groups) == (("a dog", "a cat"), {"category": "x"})
-    assert choice.question.startswith("What?\nA. a dog\nB. a cat\n")
+    assert choice.text.startswith("What?\nA. a dog\nB. a cat\n")
     assert isinstance(choice.clips[0], Clip) and choice.clips[0].audio == str(tmp_path / "sounds" / "a.wav")
     assert (opened.task, opened.measure) == ("open", "unjudged")
-    assert len(benchmark_items("mmau_pro", path, limit=1)) == 1
+    assert len(benchmark_questions("mmau_pro", path, limit=1)) == 1
     with pytest.raises(MossAudioError, match="'mmxx' is unknown"):
-        benchmark_items("mmxx", path)
+        benchmark_questions("mmxx", path)

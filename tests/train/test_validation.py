@@ -18,8 +18,8 @@ from moss_audio_jax.weights.parameters import parameters_of
 from train.config import LoopConfig, RunConfig
 from train.data import Manifest, Message, SampleMaker, TimedText
 from train.data.samples import Sample
-from train.evaluation.evaluate import measure
-from train.evaluation.questions import Item, manifest_items
+from train.evaluation.measures import measure
+from train.evaluation.questions import Question, manifest_questions
 from train.loop import Outcome, train
 from train.running.best import Best, overall
 from train.running.validation import Validation, evaluation_shapes, questions_and_texts, scalars
@@ -188,7 +188,7 @@ def test_what_an_evaluation_found_survives(
 def test_the_shapes_of_an_evaluation(config: RunConfig, corpus: Path):  # noqa: F811
     asking = until(config, 5, evaluate_every=1, evaluate_batch=3, evaluate_tokens=20)
     assert evaluation_shapes(asking, parts=2) == (4, 192, 2, 24, 1)
-    items = manifest_items(corpus / "clips.jsonl", limit=2)
+    items = manifest_questions(corpus / "clips.jsonl", limit=2)
     prompts, tokens, chunks, new_tokens, _ = evaluation_shapes(asking, 1, items)
     assert (prompts, chunks, new_tokens) == (2, 1, 24) and 64 <= tokens < 160
 
@@ -236,7 +236,7 @@ def test_the_loss_is_of_all_tokens_and_the_same_on_a_mesh(
     assert len(answers) == 5  # a number that the mesh doesn't divide
 
     maker = SampleMaker(processor.tokenizer, processor.config)
-    items = [item for path in data for item in manifest_items(path, limit=5)]
+    items = [item for path in data for item in manifest_questions(path, limit=5)]
     samples = [maker.sample(item.name, (*item.turns, Message("assistant", (item.reference,)))) for item in items]
     samples += [maker.sample(example.name, example.text) for example in Manifest(data[1])][:5]
     alone = load_model(corpus / "model")
@@ -315,9 +315,9 @@ def test_a_metric_over_several_tasks_is_that_of_all_questions():
     references = ["one two six", "four", "", ""]
     measures = ["text", "text", "events", "events"]
 
-    def items(sources: str) -> list[Item]:
+    def items(sources: str) -> list[Question]:
         parts = zip(sources, measures, references, labels, strict=True)
-        return [Item("item", source, kind, (), text, kind, labels=timed) for source, kind, text, timed in parts]
+        return [Question("item", source, kind, (), text, kind, labels=timed) for source, kind, text, timed in parts]
 
     together, apart = (
         overall(task for tasks in measure(items(sources), answers).values() for task in tasks.values())
@@ -329,7 +329,7 @@ def test_a_metric_over_several_tasks_is_that_of_all_questions():
 
 
 def test_a_class_that_nobody_expects_is_no_curve():
-    item = Item("item", "a", "events", (), "", "events", labels=(TimedText("hum", 0.0, 1.0),))
+    item = Question("item", "a", "events", (), "", "events", labels=(TimedText("hum", 0.0, 1.0),))
     found = dict(scalars("eval", measure([item], ["[0.0]hum[1.0][2.0]mmm[3.0]"])))
     assert {name.split("/")[4] for name in found if "/by_class/" in name} == {"hum"}
     assert found["eval/a/events/predicted_events"] == 2

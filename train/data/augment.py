@@ -1,15 +1,15 @@
-"""Audio that varies each time it is trained on: its speed, its level, noise over it, and masks in its log-mel.
+"""Augmentation of training audio: speed, level, noise, and masks of the log-mel.
 
-Speed is changed by resampling, as Kaldi does: pitch and timbre move with it, and the times of labels follow before
-answers are made of them. A conversation's own text may hold times, so audio with one keeps its speed.
+Speed is changed by resampling, as in Kaldi: pitch and timbre change with it, and times of labels are scaled before
+answers are made from them. The text of a conversation may contain times, so its audio keeps its speed.
 
-Masks are those of SpecAugment (Park et al., 2019), without its time warping: blocks of mel bins and of frames, each
-of a width drawn from 0 to its most, are set to one value. That is the clip's mean, to which zero corresponds in the
-normalised features of the paper and of NeMo (`mask_value=0.0` after per-feature normalisation). Whisper in
-transformers sets its log-mel to 0 instead, which is no mean, since it isn't normalised.
+Masks are those of SpecAugment (Park et al., 2019) without time warping: blocks of mel bins and of frames, with a width
+drawn from 0 to a maximum, are set to the mean of the clip. This is the zero of the normalised features in the paper and
+in NeMo (`mask_value=0.0` after per-feature normalisation). Whisper in transformers sets its log-mel, which is not
+normalised, to 0, which is not the mean.
 
-What happens to an example depends on its place in the order alone. It is drawn by a generator of its own, so what is
-asked about the example does not depend on whether it is augmented.
+The augmentation of an example depends on its place in the order alone. It has its own random generator: questions do
+not depend on whether augmentation is on.
 """
 
 import dataclasses
@@ -85,10 +85,10 @@ class AugmentConfig:
 
 
 class Augmentation:
-    """Draws what happens to an example. Cheap to send to worker processes."""
+    """Draws the augmentation of examples. Cheap to send to worker processes."""
 
     def __init__(self, config: AugmentConfig):
-        """Opens what noise is taken from; raises MossAudioError if that can't be read."""
+        """Opens the sources of noise. Raises MossAudioError if one can't be read."""
         from train.data.shards import open_examples
 
         self.config = config
@@ -101,16 +101,16 @@ class Augmentation:
                     raise MossAudioError(f"augment.noise must be white, pink or of files: {error}") from error
 
     def content_options(self) -> dict[str, Any]:
-        """JSON of what the samples depend on, which a resumed run compares; empty if nothing varies."""
+        """Returns JSON of the options that samples depend on, which a resumed run compares; empty if all is off."""
         if not self.config.on:
             return {}
         sizes = {name: len(examples) for name, examples in self._noises.items()}
         return {"augment": json.loads(json.dumps(dataclasses.asdict(self.config) | {"noise_clips": sizes}))}
 
     def versions(self, example: Example, rng: np.random.Generator) -> tuple[Example, ...]:
-        """The example as it is to be trained on; where that is slower, also at its own speed, if it is too long then.
+        """Returns the augmented example; if it is slowed down, also a version at its own speed, in case it is too long.
 
-        It is the same example where nothing varies, or without audio. rng: is not advanced.
+        Without audio, or with augmentation off, returns the example itself. rng: is not advanced.
         """
         clips = _clips(example)
         if not (self.config.on and clips):
@@ -145,11 +145,10 @@ class Augmentation:
 
 @dataclass(frozen=True, eq=False)
 class VariedClip(Clip):
-    """A clip that is decoded with what was drawn for it, the same each time.
+    """A clip with the augmentation drawn for it; decoding is deterministic.
 
-    own: the clip as it is. speed: factor of its own. gain_db: change of level. noise: a colour, or the clip laid over
-    it, or None. snr_db: its level over that noise. masks: how its mel is masked; None leaves it alone. seed: of the
-    noise and the masks.
+    own: the original clip. speed: speed factor. gain_db: change of level. noise: a colour, a clip, or None.
+    snr_db: level over the noise. masks: options of the masks of its mel, or None. seed: of noise and masks.
     """
 
     own: Clip = field(kw_only=True)
@@ -175,7 +174,7 @@ class VariedClip(Clip):
         return resampled_length(self.own.num_samples(), *self._rates)
 
     def masked(self, mel: np.ndarray) -> np.ndarray:
-        """The log-mel [bins, frames] of `wave`, masked."""
+        """Masks the log-mel [bins, frames] of `wave`."""
         return mel if self.masks is None else masked(mel, self.masks, np.random.default_rng([self.seed, 1]))
 
     @property
@@ -184,7 +183,7 @@ class VariedClip(Clip):
 
 
 def masked(mel: np.ndarray, config: AugmentConfig, rng: np.random.Generator) -> np.ndarray:
-    """A copy of a log-mel [bins, frames] in which blocks of bins and of frames are its mean."""
+    """Returns a copy of a log-mel [bins, frames] with blocks of bins and of frames set to its mean."""
     bins, frames = mel.shape
     longest = min(round(config.time_width * _FRAMES_PER_SECOND), int(frames * LONGEST_SHARE))
     time_masks = config.time_masks * math.ceil(frames / (MASKED_SECONDS * _FRAMES_PER_SECOND))
@@ -197,49 +196,49 @@ def masked(mel: np.ndarray, config: AugmentConfig, rng: np.random.Generator) -> 
 
 
 def _block(length: int, widest: int, rng: np.random.Generator) -> slice:
-    """Of a width from 0 to `widest`, anywhere in a length."""
+    """Draws a slice of a width from 0 to `widest`, anywhere within `length`."""
     width = int(rng.integers(widest + 1))
     first = int(rng.integers(length - width + 1))
     return slice(first, first + width)
 
 
 def _scale(wave: np.ndarray, noise: np.ndarray, snr_db: float) -> np.float32:
-    """The factor of a noise that a wave is so much louder than; 0 where one of them is silent."""
+    """Factor of a noise that gives the signal-to-noise ratio `snr_db`; 0 if one of them is silent."""
     power, noise_power = (float(np.mean(np.square(part, dtype=np.float64))) for part in (wave, noise))
     return np.float32(math.sqrt(power / noise_power * 10 ** (-snr_db / 10)) if noise_power else 0)
 
 
 def _colored(samples: int, color: str, rng: np.random.Generator) -> np.ndarray:
-    """Noise whose amplitude is proportional to a power of the frequency: float32 [samples], of any level."""
+    """Noise float32 [samples] with amplitude proportional to a power of frequency, at any level."""
     slope = NOISE_SLOPES[color]
     if not slope:
         return rng.standard_normal(samples, np.float32)
-    length = 1 << (samples - 1).bit_length()  # fast to transform
+    length = 1 << (samples - 1).bit_length()  # a fast FFT size
     spectrum = rng.standard_normal((length // 2 + 1, 2), np.float32).view(np.complex64)[:, 0]
     spectrum *= np.maximum(np.arange(len(spectrum), dtype=np.float32), 1) ** np.float32(slope)
     return np.asarray(scipy.fft.irfft(spectrum, length))[:samples]
 
 
 def _piece(noise: np.ndarray, samples: int, rng: np.random.Generator) -> np.ndarray:
-    """So many samples of a noise from anywhere in it; repeated if it is shorter."""
+    """Random piece [samples] of a noise; a shorter noise is repeated."""
     first = int(rng.integers(len(noise) - samples + 1 if len(noise) >= samples else len(noise)))
     return np.take(noise, np.arange(first, first + samples), mode="wrap")
 
 
 def _clips(example: Example) -> list[Clip]:
-    """Each once, though that of the labels is mostly one of the conversation too."""
+    """Distinct clips of an example; the labelled clip is usually in the conversation too."""
     pieces = [example.clip, *(piece for turn in example.conversation for piece in turn.content)]
     return list({id(piece): piece for piece in pieces if isinstance(piece, Clip)}.values())
 
 
 def in_own_time(example: Example, seconds: float) -> tuple[Example, float]:
-    """A version of an example with the times that its labels have in the file, and a time of the version likewise."""
+    """Converts labels of an augmented example, and a time in it, to times of the original audio."""
     speed = example.clip.speed if isinstance(example.clip, VariedClip) else 1.0
     return _labels_at(example, 1 / speed), seconds * speed
 
 
 def _at_speed(example: Example, varied: Mapping[int, VariedClip], speed: float) -> Example:
-    """The example with these clips, by the id of its own, and with the times of its labels at that speed."""
+    """Replaces clips by `varied` (by id of the original) at a speed, and scales the times of labels."""
 
     def clip(piece: Any) -> Any:
         return replace(varied[id(piece)], speed=speed) if isinstance(piece, Clip) else piece

@@ -1,4 +1,4 @@
-"""What one packed sequence holds, and what becomes of an example that is longer."""
+"""Budget of a packed sequence: tokens and audio chunks; truncation and splitting of longer examples."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,12 +9,12 @@ from moss_audio_jax.errors import MossAudioError
 
 
 class TooLong(MossAudioError):
-    """An example goes beyond its budget."""
+    """An example exceeds the budget."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Of one packed sequence."""
+    """Maximum tokens and audio chunks of a packed sequence."""
 
     tokens: int
     chunks: int
@@ -35,7 +35,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Extent:
-    """What decides whether a sample is within a budget.
+    """Size of a sample, to compare with a budget.
 
     learned: bool [tokens], as in Sample. slots: int [tokens], as ModelInputs.audio_slots.
     tokens_per_chunk: audio tokens of a whole chunk.
@@ -46,36 +46,36 @@ class Extent:
     tokens_per_chunk: int
 
     def chunks(self, num_tokens: int) -> int:
-        """Of the clips among the first tokens."""
+        """Chunks of the clips among the first `num_tokens` tokens."""
         return int(self.slots[:num_tokens].max(initial=-1)) // self.tokens_per_chunk + 1
 
     def within(self, budget: Budget, *, truncate: bool) -> int | None:
-        """How many of its first tokens are trained on: all, if they are within the budget.
+        """Returns the number of leading tokens to keep: all of them if they fit the budget.
 
-        If not, and if it may be truncated, those up to the last learned one that is within the budget. As none is
-        learned within a clip, a clip stays whole or goes. None if there is nothing to learn within the budget.
+        If not, and with `truncate`, up to the last supervised token that fits. No token of a clip is supervised, so
+        clips are kept whole or dropped. None if no supervised token fits.
         """
         total = len(self.learned)
         if total <= budget.tokens and self.chunks(total) <= budget.chunks:
             return total
         beyond = np.flatnonzero(self.slots >= budget.chunks * self.tokens_per_chunk)
         learned = np.flatnonzero(self.learned[: min(budget.tokens, *beyond[:1].tolist(), total)])
-        # Nothing comes before the first token that could predict it.
+        # The first token has no predecessor to predict it.
         return int(learned[-1]) + 1 if truncate and learned.max(initial=0) > 0 else None
 
 
 def split_text(ids: Sequence[int], limit: int, spell: Callable[[Sequence[int]], bytes]) -> list[slice]:
-    """Pieces of at most `limit` ids (2 or more) that together hold all ids of a text, in order.
+    """Splits the ids of a text into pieces of at most `limit` (2 or more) ids.
 
-    A piece begins with the last id of the one before, which predicts its first id. It ends in the last quarter of its
-    length, where there is a line's end, else a sentence's, else a word's, else a character's: the last of the best.
+    A piece starts with the last id of the previous piece, which predicts the next id. It ends in the last quarter of
+    `limit`, at the last end of a line, else of a sentence, else of a word, else of a character.
 
-    spell: the bytes of some ids.
+    spell: returns the bytes of ids.
     """
     pieces, begin = [], 0
     while len(ids) - begin > limit:
         ends = range(begin + max(2, limit - limit // 4), begin + limit + 1)
-        # Four ids spell the last character, even where each is a byte.
+        # Four ids cover the last character, even if each is one byte.
         end = max(ends, key=lambda end: (_border(spell(ids[max(end - 4, 0) : end]), spell(ids[end : end + 1])), end))
         pieces.append(slice(begin, end))
         begin = end - 1
@@ -87,7 +87,7 @@ _WIDE_SENTENCE_ENDS = tuple(mark.encode() for mark in "。！？")
 
 
 def _border(before: bytes, after: bytes) -> int:
-    """How good a place between two texts is to cut at; 0 is within a character."""
+    """Scores the place between two texts for a cut; 0 is inside a character."""
     if after and 0x80 <= after[0] < 0xC0:  # UTF-8's continuation bytes
         return 0
     if before.endswith(b"\n"):

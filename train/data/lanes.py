@@ -1,8 +1,7 @@
-"""One row of the batch: its examples, read in turn and packed into sequences, with all that a resumed run needs.
+"""A lane: one row of the batch. Reads examples, packs them into sequences, and keeps the state to resume from.
 
-Lane l of a batch of n rows packs the examples l, l + n, l + 2 n ... of the order. The first sequences are given out
-while its bins are still being opened. The state holds the numbers and sizes of the examples in the open bins: a resumed
-lane decodes them when their bin is given out.
+Lane l of n packs examples l, l + n, l + 2 n ... of the order. The state has the numbers and sizes of the examples in
+open bins; a resumed lane decodes them when their bin is emitted.
 """
 
 import json
@@ -23,17 +22,17 @@ from train.data.samples import Answers, Sample, SampleMaker, Thoughts
 log = logging.getLogger(__name__)
 
 Oversize = Literal["skip", "truncate", "refuse"]
-SKIPS_JUDGED_AFTER = 200  # examples of a lane: fewer say little about a rate
-KINDS = {  # of skipped examples -> what the message that ends a run calls them, and the options that allow more
+SKIPS_JUDGED_AFTER = 200  # examples per lane: fewer are too few for a rate
+KINDS = {  # reason for a skip -> words and options in the message that stops a run
     "unreadable": ("unreadable", "data.max_skip_rate"),
     "unlabelled": ("without labels for the objectives of their group", "data.max_unused_rate"),
     "too_long": ("too long", "data.tokens, data.chunks or data.max_unused_rate"),
 }
-COUNTS = ("read", *KINDS, "truncated", "done", "audio_seconds")  # of a lane, since the start of the run
+COUNTS = ("read", *KINDS, "truncated", "done", "audio_seconds")  # totals of a lane since the start of the run
 
 
 class Interrupted(Exception):
-    """The wait for a batch was ended."""
+    """Waiting for a batch was interrupted."""
 
 
 @dataclass(frozen=True)
@@ -107,13 +106,13 @@ class DataConfig:
 
 @dataclass
 class LaneState:
-    """Where a lane is: JSON when it travels.
+    """State of a lane; JSON in reports and checkpoints.
 
-    next, piece: the sample to read next is piece `piece` of example number `next`.
-    open: of each open bin, the fields of its items (`_Item`) but the sample.
-    rows: packed sequences so far. done: examples in them, and skipped ones. audio_seconds: of audio in them.
-    read: examples so far. unreadable, unlabelled, too_long: those of them that were skipped. truncated: those that lost
-    their end. in_a_row: by group, how many were skipped since one that was not.
+    next, piece: next sample to read: piece `piece` of example number `next`.
+    open: `Piece.sizes` of each piece in each open bin.
+    rows: packed sequences so far. done: examples in them or skipped. audio_seconds: of audio in them.
+    read: examples read so far. unreadable, unlabelled, too_long: skipped ones among them. truncated: shortened ones.
+    in_a_row: consecutive skipped examples, by group.
     """
 
     next: int
@@ -131,10 +130,11 @@ class LaneState:
 
 
 @dataclass(frozen=True)
-class _Item:
-    """A piece of an example in a bin. sample: None where the rest alone is known, from a state.
+class Piece:
+    """A piece of an example in a bin: the whole example, or a part of a long plain text.
 
-    number: of the example. group: its index in the mixture. is_last: whether it is the example's last piece, 0 or 1.
+    number: of the example in the order. group: its index in the mixture. is_last: 1 for the last piece, else 0.
+    sample: None in a bin restored from a state; `Lane._row` decodes it.
     """
 
     number: int
@@ -150,9 +150,9 @@ class _Item:
 
 
 class Lane:
-    """Packed sequences out of every `batch_size`-th example, as pairs (row, JSON of `_report`), without end.
+    """Endless iterator of (packed sequence, JSON of `_report`) over every `batch_size`-th example.
 
-    After the last example that `end` allows, the open bins are given out, and then empty rows.
+    end: number of examples of the order. After them, the open bins are emitted, then empty rows.
     """
 
     def __init__(
@@ -166,43 +166,45 @@ class Lane:
     ):
         self._order, self._maker, self._config, self._end, self._stopped = order, maker, config, end, stopped
         self._state = LaneState(**state)
-        self._packer: Packer[_Item] = Packer(config.budget, config.open_bins, config.strategy)
-        self._pieces: tuple[int, int, list[Sample]] | None = None  # number, group, samples of what was read last
+        self._packer: Packer[Piece] = Packer(config.budget, config.open_bins, config.strategy)
+        self._pieces: tuple[int, int, list[Sample]] | None = None  # number, group, samples of the example read last
         for bin in self._state.open:
-            self._packer.open_bin([_Item(*sizes) for sizes in bin])  # pyright: ignore[reportArgumentType]
+            self._packer.open_bin([Piece(*sizes) for sizes in bin])  # pyright: ignore[reportArgumentType]
 
     def __next__(self) -> tuple[Row, str]:
+        # Add pieces until one fits in no open bin: the packer then closes a bin, which becomes this sequence.
         closed = None
         while closed is None and not self._is_at_end():
             if self._stopped.is_set():
                 raise Interrupted
-            # The first sequences are given out before all bins are open: so a run does not wait for a whole read-ahead.
+            # Open the bins one per sequence: the first batches do not wait for the whole read-ahead.
             self._packer.open_bins = min(self._config.open_bins, 1 + self._state.rows)
             closed = self._add_next()
-        if closed is None and self._packer.bins:
+        if closed is None and self._packer.bins:  # the examples have ended
             closed = self._packer.bins.pop(0)
         return self._row(closed)
 
     def _is_at_end(self) -> bool:
         return self._end is not None and self._state.next >= self._end
 
-    def _add_next(self) -> Bin[_Item] | None:
-        """Packs the next piece of an example; returns the bin that this closes."""
+    def _add_next(self) -> Bin[Piece] | None:
+        """Packs the next piece; returns the bin that this closes, if any."""
         number, piece = self._state.next, self._state.piece
         group, pieces = self._read(number)
         is_last = piece + 1 >= len(pieces)
         closed = None
         if pieces:
             sample = pieces[piece]
-            item = _Item(number, group, piece, int(is_last), sample.num_tokens, sample.num_chunks, sample)
-            closed = self._packer.add(item)
+            closed = self._packer.add(
+                Piece(number, group, piece, int(is_last), sample.num_tokens, sample.num_chunks, sample)
+            )
         else:
             self._state.done += 1
         self._state.next, self._state.piece = (number + self._config.batch_size, 0) if is_last else (number, piece + 1)
         return closed
 
     def _read(self, number: int) -> tuple[int, list[Sample]]:
-        """The group of the example of that number, and its pieces, mostly one; none if it can't be used."""
+        """Returns the group index and the pieces of an example: usually one, none if the example is skipped."""
         if self._pieces is not None and self._pieces[0] == number:
             return self._pieces[1:]
         drawn = self._order[number]
@@ -210,7 +212,7 @@ class Lane:
         pieces: list[Sample] = []
         try:
             pieces = self._samples(drawn)
-        except StorageError:  # no fault of the example
+        except StorageError:  # not the fault of the example
             raise
         except TooLong as error:
             if self._config.oversize == "refuse":
@@ -220,15 +222,15 @@ class Lane:
             skipped = "unlabelled", error
         except MossAudioError as error:
             skipped = "unreadable", error
-        if self._state.piece == 0:
+        if self._state.piece == 0:  # else a resumed run reads the rest of an example that is counted already
             self._count(drawn.group, pieces, skipped)
-        elif skipped is not None:  # its first pieces are in sequences already
+        elif skipped is not None:  # its first pieces are already in sequences
             raise skipped[1]
         self._pieces = number, self._order.groups.index(drawn.group), pieces
         return self._pieces[1:]
 
     def _count(self, group: str, pieces: Sequence[Sample], skipped: tuple[str, MossAudioError] | None) -> None:
-        """Counts an example that was read, and names one that is skipped at once: a run may end by it."""
+        """Counts an example; logs a skipped one before the check that may stop the run."""
         state = self._state
         state.read += 1
         state.truncated += any(sample.truncated for sample in pieces)
@@ -240,7 +242,7 @@ class Lane:
             self._check_skips(kind, group)
 
     def _samples(self, drawn: Drawn) -> list[Sample]:
-        """Raises TooLong, or another MossAudioError, that names the example if it can't be used."""
+        """Returns the pieces of an example. Raises TooLong or another MossAudioError if it is unusable."""
         budget, truncate = self._config.budget, self._config.oversize == "truncate"
         return self._maker.fitting(drawn.example, drawn.rng, drawn.source.objectives, budget, truncate=truncate)
 
@@ -260,21 +262,24 @@ class Lane:
                 f"{named}; the log names them: repair the data, leave the group out, or raise {options}."
             )
 
-    def _row(self, closed: Bin[_Item] | None) -> tuple[Row, str]:
+    def _row(self, closed: Bin[Piece] | None) -> tuple[Row, str]:
+        """Returns the packed sequence of a closed bin, or an empty one, and its report with the state after it."""
         config, maker = self._config, self._maker
-        self._state.open = [[item.sizes() for item in bin.items] for bin in self._packer.bins]
+        self._state.open = [[piece.sizes() for piece in bin.items] for bin in self._packer.bins]
         if closed is None:
             return empty_row(config.budget, *maker.chunk_shape), json.dumps(self._report([], []))
-        samples = [item.sample or self._samples(self._order[item.number])[item.piece] for item in closed.items]
-        groups = [item.group for item in closed.items]
+        # Pieces of a restored bin are decoded now.
+        samples = [piece.sample or self._samples(self._order[piece.number])[piece.piece] for piece in closed.items]
+        groups = [piece.group for piece in closed.items]
         self._state.rows += 1
-        self._state.done += sum(item.is_last for item in closed.items)
+        self._state.done += sum(piece.is_last for piece in closed.items)
         self._state.audio_seconds += sum(sample.audio_seconds for sample in samples)
-        phase = max(self._order.phase(item.number) for item in closed.items)
+        phase = max(self._order.phase(piece.number) for piece in closed.items)
         row = pack_row(samples, config.budget, groups, phase)
         return row, json.dumps(self._report(samples, groups))
 
     def _report(self, samples: Sequence[Sample], groups: Sequence[int]) -> dict[str, Any]:
+        """State of the lane after this sequence, and figures of the sequence that add up over rows and hosts."""
         group_tokens = dict.fromkeys(self._order.groups, 0)
         for sample, group in zip(samples, groups, strict=True):
             group_tokens[self._order.groups[group]] += sample.num_tokens

@@ -1,33 +1,31 @@
-"""Manifests: JSON lines that say which audio there is and what is known about it, read as checked examples.
+"""Manifests: JSON lines of audio, labels, conversations and texts, read as checked examples.
 
-A line is one of three things. A conversation, in the format of MOSS-Audio's fine-tuning data, here with a system
-message, several turns and several clips if wished, each of which may be cut:
+A line is one of three kinds. A conversation in the format of MOSS-Audio's fine-tuning data; it may have a system
+message, several turns, and several clips, each of which may be cut:
 
     {"conversation": [{"role": "user", "message_type": "audio", "content": "a.wav", "start": 1.5, "end": 9},
                       {"role": "user", "message_type": "text", "content": "Transcribe the audio."},
                       {"role": "assistant", "message_type": "text", "content": "Hello."}]}
 
-A clip and its labels, of which any may be absent; `objectives` makes conversations out of them:
+A clip and its labels, at least one of them; `objectives` makes conversations from them:
 
     {"audio": "a.wav", "start": 1.5, "end": 9, "text": "what is said", "caption": "what is heard",
      "words": [{"text": "what", "start": 1.6, "end": 1.8}], "segments": [...], "events": [...]}
 
-An answer may begin with a thought, `<think>...</think>`. Clips stand in the order of the messages, and a text holds no
-placeholder for them.
+Or text without audio: {"text": "..."}.
 
-Or text without audio: {"text": "..."}. Labels may also stand beside a conversation about one clip. All times are
-seconds from the start of the file, also those of labels of a cut clip. Words and segments stand in the order in which
-they begin; events may be in any order. Other keys, such as `duration`, are ignored, and `train check` counts them; `id`
-and `meta` are there for what is yours. One that looks like a misspelled key or a cut (`evnts`, `start_time`, `offset`)
-is an error, as is a key that is given twice, and any other key of a line of text alone.
+An answer may begin with a thought, `<think>...</think>`. Clips are in the order of the messages; texts have no
+placeholders for them. A conversation about one clip may have labels too. All times are seconds from the start of the
+file, also for a cut clip. Words and segments are sorted by start; events need not be. Other keys, such as `duration`,
+are ignored and counted by `train check`; `id` and `meta` are reserved for the user. Errors are: a key that looks like a
+misspelling or a cut (`evnts`, `start_time`, `offset`), a key given twice, and an unknown key in a line without audio.
 
-A user's text may be blank or absent where there is a clip, and an audio message may lack its role, as MOSS-Audio's
-fine-tuning script allows; `samples.with_prompt` puts a default prompt there.
+As in MOSS-Audio's fine-tuning script, a user's text may be blank or absent beside a clip (`samples.with_prompt` inserts
+a default prompt), and an audio message may lack its role.
 
-Paths are relative to the manifest's directory, or gs://bucket/file; other URLs are refused. Absolute paths and those
-with `..` are followed: the released format has them, and a manifest is its user's own list of files. So look at the
-paths of a manifest from strangers before `prepare` copies what they name. Shards hold the audio itself and follow no
-path.
+Paths are relative to the manifest's directory, or gs://bucket/file; other URLs are refused. Absolute paths and `..` are
+allowed, as in the released format: review the paths of a manifest from strangers before `prepare` copies the files they
+name. Shards contain the audio and no paths.
 """
 
 import difflib
@@ -48,18 +46,18 @@ from moss_audio_jax.storage.paths import AnyPath, Path, is_remote, join, local_c
 from moss_audio_jax.storage.retries import retried
 from moss_audio_jax.tokens import AUDIO_SPAN, ROLES
 
-THOUGHT_BEGIN, THOUGHT_END = "<think>", "</think>"  # what a Thinking model's answer begins with
+THOUGHT_BEGIN, THOUGHT_END = "<think>", "</think>"  # begin and end of a Thinking model's thought
 AUDIO_MARKS = ("<|audio_bos|>", "<|AUDIO|>", "<|audio_eos|>")
-TIME_TOLERANCE = 0.1  # seconds that times may be off by rounding, about one encoder token
+TIME_TOLERANCE = 0.1  # seconds of rounding allowed in times, about one encoder token
 
 
 @dataclass(frozen=True, eq=False)
 class Clip:
-    """A piece of audio that is decoded when it is needed.
+    """Audio that is decoded when needed.
 
     audio: a path, the bytes of an audio file, or a mono wave, float32 [samples] at 16 kHz.
-    start, end: what is cut out of it, in seconds; None is the file's own start or end.
-    name: what errors call it.
+    start, end: of the part to use, in seconds; None is the start or end of the file.
+    name: in errors.
     """
 
     audio: str | bytes | np.ndarray
@@ -68,7 +66,7 @@ class Clip:
     name: str = "a clip"
 
     def wave(self) -> np.ndarray:
-        """float32 [samples] at 16 kHz; raises MossAudioError if it can't be read."""
+        """Decodes to float32 [samples] at 16 kHz. Raises MossAudioError if it can't be read."""
         if not isinstance(self.audio, np.ndarray):
             return load_audio(self.audio, start=self.start, end=self.end, name=self.name)
         first = 0 if self.start is None else round(self.start * SAMPLE_RATE)
@@ -76,7 +74,7 @@ class Clip:
         return self.audio[first:last]
 
     def num_samples(self) -> int:
-        """The length of `wave`, as the file's header promises, without decoding; raises MossAudioError likewise."""
+        """Length of `wave` according to the file's header, without decoding. Raises MossAudioError if unreadable."""
         if not isinstance(self.audio, np.ndarray):
             return num_samples(self.audio, start=self.start, end=self.end, name=self.name)
         return len(self.wave())
@@ -84,7 +82,7 @@ class Clip:
 
 @dataclass(frozen=True)
 class TimedText:
-    """A word, a sentence or the name of a sound, and when it is heard: seconds from the start of the clip."""
+    """A word, sentence or sound label, and its times in seconds from the start of the clip."""
 
     text: str
     start: float
@@ -93,7 +91,7 @@ class TimedText:
 
 @dataclass(frozen=True)
 class Message:
-    """What one side says in its turn."""
+    """One turn of a conversation: texts and clips of one role."""
 
     role: str
     content: tuple[str | Clip, ...]
@@ -101,13 +99,13 @@ class Message:
 
 @dataclass(frozen=True)
 class Example:
-    """One line of a manifest, checked. What is absent is empty.
+    """One checked line of a manifest. Absent fields are empty.
 
-    name: where it comes from, for errors and logs.
-    conversation: turns that end with an answer.
-    clip: what the labels describe.
-    text: what is said in the clip; without a clip, plain text to learn.
-    ignored: keys that mean nothing here, each with where it stands in the line.
+    name: place of origin, for errors and logs.
+    conversation: turns; the last one is an answer.
+    clip: the audio that the labels describe.
+    text: transcript of the clip; without a clip, plain text to train on.
+    ignored: unknown keys, each with its place in the line.
     """
 
     name: str
@@ -121,7 +119,7 @@ class Example:
     ignored: tuple[str, ...] = ()
 
     def require_labels_within(self, seconds: float) -> None:
-        """Raises MossAudioError if a label ends beyond the end of the clip, which has so many seconds."""
+        """Raises MossAudioError if a label ends after the clip. seconds: length of the clip."""
         labels = (*self.words, *self.segments, *self.events)
         latest = max(labels, key=lambda label: label.end, default=None)
         if latest is not None and latest.end > seconds + TIME_TOLERANCE:
@@ -133,11 +131,11 @@ class Example:
 
 
 class Manifest(Sequence[Example]):
-    """The examples of a JSON-lines file, which stays on disk: only where its lines begin is held in memory.
+    """Examples of a JSON-lines file. Lines stay on disk; memory holds their offsets only.
 
-    Of a manifest on gs:// a copy is made on a disk of this machine; its audio stays where it is.
+    A manifest on gs:// is copied to a local disk, its audio is not.
 
-    Every line is checked when the file is opened (some 50,000 a second). Raises MossAudioError for the first bad one.
+    Opening checks every line (about 50,000 per second). Raises MossAudioError for the first invalid one.
     """
 
     def __init__(self, path: AnyPath):
@@ -161,7 +159,7 @@ class Manifest(Sequence[Example]):
         return parse_line(line, name, self._directory)
 
     def line(self, index: int) -> tuple[bytes, str]:
-        """A line as it stands in the file, and its name in errors."""
+        """Returns a line as bytes, and its name in errors."""
         return retried(self.path, lambda: self._line(index)), _line_name(self.path, self._numbers[index])
 
     def _line(self, index: int) -> bytes:
@@ -171,9 +169,9 @@ class Manifest(Sequence[Example]):
 
 
 def checked_lines(path: Path, local: AnyPath) -> Iterator[tuple[int, int, Example | MossAudioError]]:
-    """The number of each line of a manifest that is not blank, where it begins in bytes, and its example or error.
+    """Yields number, byte offset, and example or error of each line that is not blank.
 
-    local: the manifest or a copy of it. Raises MossAudioError if that can't be read or has no line.
+    local: the manifest or a copy of it. Raises MossAudioError if it can't be read or has no lines.
     """
     offset, directory, empty = 0, str(path.parent), True
     with _readable(path):
@@ -193,7 +191,7 @@ def checked_lines(path: Path, local: AnyPath) -> Iterator[tuple[int, int, Exampl
 
 
 def _require_lines(first: bytes, path: Path) -> None:
-    """Raises MossAudioError for the first line of a JSON document that is an array, or an object over several lines."""
+    """Raises MossAudioError if the first line is that of a JSON array, or of an object over several lines."""
     begins = first.removeprefix(b"\xef\xbb\xbf").strip()
     kind, program = ("an array", ".[]") if begins.startswith(b"[") else ("an object over several lines", ".")
     if begins.startswith(b"[") or begins == b"{":
@@ -218,7 +216,7 @@ def _line_name(path: Path, number: int) -> str:
 
 
 def parse_line(line: bytes, name: str, directory: str) -> Example:
-    """An example out of a line of a manifest in `directory`. Raises MossAudioError that begins with `name`."""
+    """Parses a line of a manifest in `directory`. Raises MossAudioError that begins with `name`."""
     try:
         text = line.decode("utf-8-sig")
         content = json.loads(text, object_pairs_hook=_without_repeats)
@@ -238,7 +236,7 @@ def parse_line(line: bytes, name: str, directory: str) -> Example:
 
 
 class _RepeatedKey(ValueError):
-    """JSON that gives a key of an object twice, of which Python would keep the last value alone."""
+    """A key occurs twice in a JSON object. Python's parser would silently keep the last value."""
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -250,14 +248,14 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 class _PathText:
-    """A path as JSON has it."""
+    """Type of a value: the path of a file."""
 
 
 class _Prompt:
-    """A text that may be blank."""
+    """Type of a value: a text that may be blank."""
 
 
-# Keys and the types of their values; a line holds the keys of one of these sets.
+# Keys and types of their values, by kind of line or message.
 _LABELS: dict[str, type] = {"text": str, "caption": str, "words": list, "segments": list, "events": list}
 _CUT: dict[str, type] = {"start": float, "end": float}
 _IGNORED: dict[str, type] = {"id": object, "meta": object}
@@ -268,7 +266,7 @@ _TIMED_TEXT = {"text": str, **_CUT}
 _TEXT_MESSAGE = {"role": str, "message_type": str, "content": str}
 _AUDIO_MESSAGE = {**_TEXT_MESSAGE, "content": _PathText, **_CUT}
 _PROMPT_MESSAGE = {**_TEXT_MESSAGE, "content": _Prompt}
-_IN_ORDER = ("words", "segments")  # what is said; events are often listed by kind
+_IN_ORDER = ("words", "segments")  # speech; events are often listed by kind
 _DATA_URL = re.compile(r"data:[^,]*;base64,")
 _PLACEHOLDER = re.compile(f"{AUDIO_SPAN.pattern}|{'|'.join(map(re.escape, AUDIO_MARKS))}")
 
@@ -282,7 +280,7 @@ _TYPE_NAMES = {
 
 
 class _Line:
-    """Reads the content of a line; every method raises MossAudioError if it is not as expected."""
+    """Parser of a line. Every method raises MossAudioError if the content is invalid."""
 
     def __init__(self, name: str, directory: str):
         self.name = name
@@ -324,7 +322,7 @@ class _Line:
         )
 
     def turns(self, messages: list) -> Iterator[Message]:
-        """The messages, those of the same role in a row joined, which must end with an answer."""
+        """Joins consecutive messages of one role into turns; checks that the last one is an answer."""
         turns: list[tuple[str, list[str | Clip]]] = []
         for number, message in enumerate(messages, start=1):
             where = f"message {number}"
@@ -340,7 +338,7 @@ class _Line:
                 self.fail("system messages first", f"{where} from system")
             if not turns or turns[-1][0] != role:
                 turns.append((role, []))
-            # Blanks at either end are dropped, as MOSS-Audio's fine-tuning script does.
+            # White space at both ends is stripped, as in MOSS-Audio's fine-tuning script.
             piece = self.clip(message, "content") if is_audio else message["content"].strip()
             turns[-1][1].extend([piece] if piece else [])
         roles = [role for role, _ in turns if role != "system"]
@@ -351,14 +349,14 @@ class _Line:
             if role == "user" and not content:
                 self.fail("a text or audio from the user", "a blank text alone")
             if role == "user" and not any(isinstance(piece, str) for piece in content):
-                content.append("")  # an empty line behind the clip, as a blank prompt has it
+                content.append("")  # an empty line after the clip, as for a blank prompt
             if role == "assistant":
                 self.thought("\n".join(map(str, content)))
         self.placeholders([piece for _, content in turns for piece in content])
         return (Message(role, tuple(content)) for role, content in turns)
 
     def message(self, message: Any, where: str) -> dict:
-        """A message, checked, with the role and the text that may be absent."""
+        """Checks a message; adds an absent role or text."""
         if isinstance(message, dict) and message.get("message_type") == "audio":
             message = {"role": "user"} | message
             types = _AUDIO_MESSAGE
@@ -371,7 +369,7 @@ class _Line:
         return message
 
     def thought(self, answer: str) -> None:
-        """If the answer begins with a thought, there is an end to it and something after that."""
+        """Checks that a thought has an end, and text after it."""
         _, end, after = answer.rpartition(THOUGHT_END)
         if end and not after.strip():
             self.fail(f"an answer after {THOUGHT_END}", "none")
@@ -401,7 +399,7 @@ class _Line:
         return Clip(join(self.directory, path), start, end, name=f"{self.name}: {path}")
 
     def timed_texts(self, content: dict, key: str, clip: Clip | None) -> Iterator[TimedText]:
-        """The labels of a key, their times counted from the start of the clip, in order of time."""
+        """Labels of a key, sorted, with times from the start of the clip."""
         first = clip.start or 0.0 if clip else 0.0
         last = clip.end if clip and clip.end is not None else math.inf
         labels = []
@@ -423,9 +421,9 @@ class _Line:
         required: Sequence[str] | dict,
         only: bool = False,
     ) -> None:
-        """`content` is an object that has the required keys, with values of the types; only: it has no other keys.
+        """Checks that `content` is an object with the required keys and values of the given types.
 
-        Other keys are noted in `ignored`, unless they look like ones that would be missed.
+        only: no other keys are allowed. Otherwise they are added to `ignored`, unless they look like misspelled keys.
         """
         if not isinstance(content, dict):
             self.fail(f"{where} to be a JSON object", _shortened(content))
@@ -449,7 +447,7 @@ _ALIKE = 0.8  # of difflib's ratio: "txt" and "text" have 0.86
 
 @functools.lru_cache(1024)
 def _looks_known(key: str, known: tuple[str, ...]) -> bool:
-    """Whether a key may be a misspelled one of those, or cut the audio in another format's words."""
+    """True if a key looks like a misspelling of a known key, or like another format's name for a cut."""
     if key.lower().startswith(_LIKE_A_CUT):
         return True
     return bool(difflib.get_close_matches(key.lower(), [name for name in known if name not in _IGNORED], 1, _ALIKE))

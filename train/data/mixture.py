@@ -1,17 +1,16 @@
-"""Order of the examples: groups with shares, sources in them by their weights.
+"""Order of the examples: groups with shares, and in them sources with weights.
 
-MOSS-Audio's pretraining mixes 30% speech recognition, 40% captions and 30% text, and inside each of these its data
-sets in proportion to the square root of their sizes; a source may have another weight. The order is one endless
-sequence that depends on the sources and the seed alone. Any place of it can be read directly (`ExampleOrder[n]`), so
-any number of readers can share it.
+MOSS-Audio's pretraining mixes 30% speech recognition, 40% captions and 30% text, and in each of these its data sets in
+proportion to the square root of their sizes; a source may have another weight. The order is one endless sequence that
+depends on the sources and the seed alone, with random access (`ExampleOrder[n]`): any number of readers can share it.
 
-    window w of SHUFFLE_WINDOW examples: each source as often as its weight says, shuffled
-    the c-th example of a source:        example c modulo its size, in the shuffle of epoch c // size
+    window w of SHUFFLE_WINDOW examples: each source in proportion to its weight, shuffled
+    c-th example of a source:            example c modulo its size, in the shuffle of epoch c // size
 
-So each example of a source comes exactly once in each of the source's epochs, however small the source is.
+Each example of a source therefore comes exactly once per epoch of that source.
 
-A curriculum is a mixture that changes: a group may take part from an example of the order on, or until one. Each
-stretch without a change is a phase. A source that takes part in several phases continues its epochs in the next.
+In a curriculum the mixture changes: a group may begin or end at an example of the order. A stretch without a change is
+a phase. A source that takes part in several phases continues its epochs in the next.
 """
 
 import bisect
@@ -28,19 +27,19 @@ from train.data.manifest import Example
 from train.data.objectives import check_shares
 
 SHUFFLE_WINDOW = 4096
-_WINDOWS_KEPT = 4  # the readers of an order are never far apart
-_WEIGHT_BITS = 40  # of the integers that weights are rounded to, so that counts are the same on every machine
-_ORDER_VERSION = 2  # changes when the same sources and seed give another order
-ENDLESS = 2**30  # a source of this size or more is made while it is read: it has no epochs
+_WINDOWS_KEPT = 4  # readers of an order are never far apart
+_WEIGHT_BITS = 40  # weights are rounded to integers, so that counts are the same on every machine
+_ORDER_VERSION = 2  # increased when the same sources and seed give another order
+ENDLESS = 2**30  # sources of at least this size are generated and have no epochs
 
 
 @dataclass(frozen=True)
 class Source:
     """A data set.
 
-    examples: a Manifest, Shards, or anything with a length and an Example at each index, cheap to pickle.
-    objectives: how often each objective is drawn where it applies (see `objectives.render`).
-    weight: how often the source is drawn, relative to the others of its group; None is the square root of its size.
+    examples: a Manifest, Shards, or any sequence of Example that is cheap to pickle.
+    objectives: shares of the objectives (see `objectives.render`).
+    weight: relative to the other sources of its group. None: the square root of the number of examples.
     """
 
     name: str
@@ -63,10 +62,10 @@ class Source:
 
 @dataclass(frozen=True)
 class Group:
-    """Sources that together make a share of all examples, relative to the shares of the other groups.
+    """Sources that together make a share of all examples, relative to the shares of other groups.
 
-    Shares count examples; `TrainingData.metrics` gives the tokens that each group comes to.
-    begin, end: the group takes part from this example of the order on, and until that one (None: to the end).
+    Shares are of examples, not tokens.
+    begin, end: the group takes part from example `begin` of the order to before `end` (None: without end).
     """
 
     name: str
@@ -88,7 +87,7 @@ class Group:
 
 
 def source_weights(groups: Sequence[Group]) -> list[tuple[Group, Source, float]]:
-    """How often each source is drawn; the weights sum to 1."""
+    """Computes the weight of each source in the whole mixture; weights sum to 1."""
     total = sum(group.share for group in groups)
     weights = []
     for group in groups:
@@ -101,7 +100,7 @@ def source_weights(groups: Sequence[Group]) -> list[tuple[Group, Source, float]]
 
 @dataclass(frozen=True)
 class Drawn:
-    """An example at its place in the order; `rng` decides everything about it that is left to chance."""
+    """An example at its place in the order. `rng` is the source of all randomness about it."""
 
     number: int
     group: str
@@ -133,7 +132,7 @@ class ExampleOrder:
         borders = {group.begin for group in groups} | {group.end for group in groups if group.end is not None}
         self._starts = sorted({0} | borders)
         self._seed = seed
-        # Epoch e of a shuffle uses its seed + e: seeds of sources must be far apart.
+        # Epoch e of a shuffle uses seed + e, so the seeds of sources must be far apart.
         seeds = np.random.SeedSequence(seed).generate_state(len(names)).tolist()
         self._shuffled: dict[str, Any] = {
             source.name: grain.MapDataset.range(len(source.examples)).shuffle(source_seed).repeat()
@@ -157,7 +156,7 @@ class ExampleOrder:
         return bisect.bisect_right(self._starts, number) - 1
 
     def epochs(self, number: int) -> dict[str, float]:
-        """How many times each source was read when `number` examples were, by its name; without endless sources."""
+        """Epochs of each source after `number` examples, by name; endless sources are left out."""
         counts = self._read(number)
         return {
             source.name: counts.get(source.name, 0) / len(source.examples)
@@ -166,9 +165,9 @@ class ExampleOrder:
         }
 
     def examples_of(self, epochs: int) -> int:
-        """Number of examples until every source was read `epochs` times, some of them more often by their weights.
+        """Number of examples after which every source was read at least `epochs` times.
 
-        Raises MossAudioError where a source is endless or takes part only for a time.
+        Raises MossAudioError if a source is endless or leaves the mixture.
         """
         last = {source.name for _, source, _ in self._phases[-1].weights}
         unfit = [source.name for source in self._sources if len(source.examples) >= ENDLESS or source.name not in last]
@@ -189,14 +188,14 @@ class ExampleOrder:
         return bisect.bisect_left(range(bound + 1), True, key=is_enough)
 
     def _read(self, number: int) -> dict[str, int]:
-        """How many of the first examples are of each source; one whose phase has not begun has no entry."""
+        """Examples of each source among the first `number`; without sources whose phase has not begun."""
         read: dict[str, int] = {}
         for phase in self._phases[: self.phase(number) + 1]:
             read |= phase.read(number - phase.start)  # the counts of a phase include those of earlier ones
         return read
 
     def fingerprint(self) -> dict[str, Any]:
-        """JSON of what decides about the examples to come, which a resumed run compares: the seed and the sources."""
+        """Returns JSON that determines the order (seed and sources), which a resumed run compares."""
         facts = {
             f"source {source.name}" + (f" from example {phase.start}" if phase.start else ""): {
                 "examples": len(source.examples),
@@ -214,20 +213,20 @@ def _takes_part(group: Group, number: int) -> bool:
 
 
 class _Phase:
-    """The order between two changes of the mixture, counted from the first: (group, source, count) for any number.
+    """Order between two changes of the mixture: (group, source, count) by position within the phase.
 
-    count: how many examples of that source come before this one in the whole order.
+    count: number of earlier examples of that source in the whole order.
     """
 
     def __init__(self, groups: Sequence[Group], start: int, seed: Sequence[int], read: Mapping[str, int]):
-        """read: how many examples of each source come before this phase."""
+        """read: examples of each source before this phase."""
         if not groups:
             raise MossAudioError(f"from example {start} on no group takes part; let one begin there, or end later.")
         self.start, self._seed = start, tuple(seed)
         self.weights = source_weights(groups)
         self._before = [read[source.name] for _, source, _ in self.weights]
         sums = np.cumsum([weight for *_, weight in self.weights])
-        # Python's integers: a product with a large number is exact.
+        # Python integers: products with large numbers are exact.
         self._borders = [0, *(round(border * 2**_WEIGHT_BITS) for border in (sums / sums[-1]).tolist())]
         self._windows: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
@@ -241,29 +240,30 @@ class _Phase:
         return group, source, int(counts[place])
 
     def read(self, number: int) -> dict[str, int]:
-        """How many of each source's examples come before example `number` of this phase, in the whole order."""
+        """Examples of each source before example `number` of this phase, in the whole order."""
         window, place = divmod(number, SHUFFLE_WINDOW)
         here = np.bincount(self._window(window)[0][:place], minlength=len(self.weights)) if place else 0
         counts = (np.array(self._counts(window)) + here).tolist()
         return {source.name: count for (_, source, _), count in zip(self.weights, counts, strict=True)}
 
     def _counts(self, windows: int) -> list[int]:
-        """How many examples of each source come before this number of windows; their sum is exact, each to 1."""
+        """Examples of each source before window `windows`: each rounded, their sum exact."""
         half = 2 ** (_WEIGHT_BITS - 1)
         ends = [(border * windows * SHUFFLE_WINDOW + half) >> _WEIGHT_BITS for border in self._borders]
         return [before + end - begin for before, begin, end in zip(self._before, ends[:-1], ends[1:], strict=True)]
 
     def _window(self, window: int) -> tuple[np.ndarray, np.ndarray]:
-        """Of each place of a window its source, and how many examples of that source come before it."""
+        """For each place of a window: index of its source, and the number of earlier examples of it. Both [window]."""
         found = self._windows.get(window)
         if found is None:
             first, last = np.array(self._counts(window)), np.array(self._counts(window + 1))
             sources = np.repeat(np.arange(len(first)), last - first)
+            # Shuffle the sources, then count each source's occurrences in shuffled order.
             pattern = np.random.default_rng([*self._seed, window]).permutation(sources)
             counts = np.empty(SHUFFLE_WINDOW, np.int64)
             within = np.arange(SHUFFLE_WINDOW) - np.repeat(np.cumsum(last - first) - (last - first), last - first)
             counts[np.argsort(pattern, kind="stable")] = within + first[sources]
             while len(self._windows) >= _WINDOWS_KEPT:
-                self._windows.pop(min(self._windows), None)  # of another thread's too
+                self._windows.pop(min(self._windows), None)  # another thread may have removed it
             found = self._windows[window] = pattern, counts
         return found

@@ -1,17 +1,16 @@
-"""What is asked about an example: its labels as a question and an answer, the published objectives of pretraining.
+"""Objectives: labels of an example -> question and answer, as in the published pretraining.
 
-    transcribe            what is said                        hello there
-    transcribe_words      with the times of words             [0.00]hello[0.31][0.35]there[0.80]
-    transcribe_sentences  with the times of sentences         [0.00]hello there[2.01][2.01]the weather is nice[4.32]
-    caption               what is heard                       Rain on a roof, then thunder.
-    events                sounds and when they are heard      [2.7]tone[3.5][3.7]noise[4.5]
+    transcribe            speech as text                      hello there
+    transcribe_words      with times of words                 [0.00]hello[0.31][0.35]there[0.80]
+    transcribe_sentences  with times of sentences             [0.00]hello there[2.01][2.01]the weather is nice[4.32]
+    caption               description                         Rain on a roof, then thunder.
+    events                sounds and their times              [2.7]tone[3.5][3.7]noise[4.5]
     time_qa               one question about a time           When does the tone start? -> 2.7
     conversation          the example's own turns
     plain_text            the example's text, not as a conversation
 
-In a mixture, `labels` stands for all of the first five that a clip without a conversation has labels for.
-
-Several prompts stand for each; which one is drawn is up to the random generator of the example.
+In a mixture, `labels` stands for those of the first five that a clip without a conversation has labels for. Each has
+several prompts; the random generator of the example draws one.
 """
 
 import itertools
@@ -28,22 +27,21 @@ LABELS = "labels"
 
 
 class NothingToAsk(MossAudioError):
-    """An example has nothing for any of the objectives."""
+    """No objective applies to an example."""
 
 
 @dataclass(frozen=True)
 class Objective:
-    """applies: whether an example has what it needs. render: the question and its answer, or plain text."""
+    """applies: True if an example has the labels. render: makes question and answer, or plain text."""
 
     applies: Callable[[Example], bool]
     render: Callable[[Example, np.random.Generator], Rendered]
 
 
 def render(example: Example, rng: np.random.Generator, shares: Mapping[str, float] | None = None) -> Rendered:
-    """One of the objectives that the example has labels for.
+    """Draws an objective that applies to the example, and renders it.
 
-    shares: how often each objective is drawn, relative to the others that apply; None draws all alike. Raises
-        NothingToAsk if none applies.
+    shares: weights of the objectives; None: all the same. Raises NothingToAsk if none applies.
     """
     shares = dict.fromkeys(OBJECTIVES, 1.0) if shares is None else shares
     possible = applying(example, shares)
@@ -55,7 +53,7 @@ def render(example: Example, rng: np.random.Generator, shares: Mapping[str, floa
 
 
 def applying(example: Example, shares: Mapping[str, float]) -> dict[str, float]:
-    """The shares of the objectives that an example has what they need for; that of `labels` is divided evenly."""
+    """Returns the shares of the objectives that apply to an example; the share of `labels` is divided evenly."""
     found: dict[str, float] = {}
     for name, share in shares.items():
         asked: Iterable[str] = (name,)
@@ -67,7 +65,7 @@ def applying(example: Example, shares: Mapping[str, float]) -> dict[str, float]:
 
 
 def nothing_to_ask(example: Example, objectives: Iterable[str], advice: str) -> NothingToAsk:
-    """The error for an example that none of the objectives applies to; says what it has."""
+    """Makes the error for an example that no objective applies to; it lists what the example has."""
     keys = {"audio": example.clip and not example.conversation, **vars(example)}
     kinds = ("conversation", "audio", "text", "caption", "words", "segments", "events")
     found = ", ".join(repr(kind) for kind in kinds if keys[kind])
@@ -89,7 +87,7 @@ def check_shares(shares: Mapping[str, float]) -> None:
 
 
 def timeline(labels: Sequence[TimedText], decimals: int) -> str:
-    """`[start]text[end]` of every label, times in seconds, as the authors evaluate timestamps."""
+    """Formats labels as `[start]text[end]`, times in seconds, the format in which MOSS-Audio's authors evaluate."""
     return "".join(f"[{label.start:.{decimals}f}]{label.text}[{label.end:.{decimals}f}]" for label in labels)
 
 
@@ -134,7 +132,7 @@ PROMPTS: dict[str, tuple[str, ...]] = {
 
 
 def _asked(name: str, answer: Callable[[Example], str]) -> Objective:
-    """An objective that applies where there is an answer to one of its prompts."""
+    """Makes an objective that applies if `answer` is not empty, and asks one of its prompts."""
 
     def ask(example: Example, rng: np.random.Generator) -> Rendered:
         return _dialogue(example, str(rng.choice(PROMPTS[name])), answer(example))

@@ -1,14 +1,14 @@
-"""The batches of a training run: read, decoded, packed and put together, by worker processes and any number of hosts.
+"""Batches of a training run, read by worker processes on any number of hosts.
 
-    order = ExampleOrder(groups, seed)          every example's place in one endless sequence
-    lane l: one row of the batch                packs the examples l, l + rows, l + 2 rows ... into sequences
-    batch s: the next sequence of every lane    or the next few of each, where the batch has grown
+    order = ExampleOrder(groups, seed)     one endless sequence of examples
+    lane l: one row of the batch           packs examples l, l + rows, l + 2 rows ... of the order into sequences
+    batch s: the next sequence of each lane, or the next few once the batch has grown
 
-Lanes are the unit of work. A host owns those of its rows, and a worker process of it some of those. A lane knows
-nothing of hosts and workers, so neither do the batches: any number of hosts that divides the batch, with any number of
-workers, reads the same sequences into the same rows of the global batch. The state of a lane is small (its place in the
-order, and the numbers and sizes of the examples in its open bins). It travels with every sequence, and checkpoints hold
-it. A resumed lane decodes the examples of an open bin when that bin is given out, and no other example twice.
+A host owns the lanes of its rows and divides them among its workers. A lane does not depend on hosts and workers, so
+neither do the batches: with any number of workers, and of hosts that divides the batch, the same sequences are in the
+same rows of the global batch. The state of a lane is small: its place in the order, and the numbers and sizes of the
+examples in its open bins. It comes with every sequence and is saved in checkpoints. A resumed lane decodes the examples
+of an open bin when the bin is emitted, and no other example twice.
 """
 
 import json
@@ -38,9 +38,9 @@ STATE_VERSION = 2  # 1 had lanes of several rows
 
 
 class _Rounds(grain.IterDataset):
-    """The next sequence of each of some lanes, again and again, each with its report.
+    """Rounds: the next sequence of each lane, with its report.
 
-    A worker process takes every n-th of the lanes (`set_slice`, which Grain calls in it).
+    Grain calls `set_slice` in each of n workers, which then has every n-th lane.
     """
 
     def __init__(self, lanes: Sequence[int], make_lane: Callable[[int, threading.Event], Lane]):
@@ -64,17 +64,17 @@ class _RoundIterator(grain.DatasetIterator):
         return [next(lane) for lane in self._lanes]
 
     def get_state(self) -> dict[str, Any]:
-        return {}  # the reports have it
+        return {}  # it is in the reports
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Grain's iterators have to have it, and nothing calls it: `TrainingData.set_state` makes new lanes."""
+        """Required by Grain, never called: `TrainingData.set_state` creates new lanes."""
         raise TypeError("the state of the rows is that of their lanes, which are made anew")
 
 
 def _prepare_worker(*_: int) -> None:
-    """Makes a worker process end with its parent, however that ends, and leaves signals to the parent.
+    """Prepares a worker process: it ignores signals and exits when its parent exits, however that ends.
 
-    A terminal or a machine that shuts down sends them to all processes; the run then still needs its batches to save.
+    A terminal or a shutdown signals all processes, while the run still needs batches until it has saved.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -90,12 +90,11 @@ def _prepare_worker(*_: int) -> None:
 
 
 class TrainingData(grain.DatasetIterator[TrainingBatch]):
-    """This host's rows of every global batch, without end, or until every source was read `epochs` times.
+    """This host's rows of every global batch, without end or until every source was read `epochs` times.
 
-    With `hosts` hosts, host h gives the rows from h * batch_size / hosts on. `get_state` and `set_state` continue a
-    run exactly, with any number of hosts and workers: see `merge_states`. An example that can't be used is named in the
-    log at once. `sums` holds figures of the last batch, each of which adds up over hosts. Call `close` in the end: it
-    stops the workers.
+    Host h of `hosts` has rows h * batch_size / hosts to (h + 1) * batch_size / hosts - 1. `get_state` and `set_state`
+    resume a run exactly, also with other numbers of hosts and workers (`merge_states`). Unusable examples are logged.
+    `sums` has figures of the last batch, to be added over hosts. Call `close` at the end to stop the workers.
     """
 
     def __init__(
@@ -111,10 +110,12 @@ class TrainingData(grain.DatasetIterator[TrainingBatch]):
         epochs: int | None = None,
         exists: Callable[[int, bool], bool] = lambda batch, here: here,
     ):
-        """workers: processes that decode and pack; 0 does so in this one. rounds_ahead: how many sequences of each of
-            its rows a worker prepares.
-        exists: with several hosts and `epochs`, says whether any host has a batch of this number, given whether this
-            one has (`distributed.any_host_has`). A host without any more then gives empty rows.
+        """Args:
+        workers: processes that decode and pack; 0 works in this process.
+        rounds_ahead: sequences per row that a worker prepares in advance.
+        epochs: end after this many epochs of every source. None: never.
+        exists: with several hosts and `epochs`: returns whether any host has batch number `batch`, given whether this
+          host has it (`distributed.any_host_has`). A host that has run out gives empty rows until all have.
         """
         super().__init__()
         self._rounds: Any = None
@@ -132,7 +133,7 @@ class TrainingData(grain.DatasetIterator[TrainingBatch]):
         self.restart()
 
     def restart(self) -> None:
-        """Starts at the beginning of the order. The number of batches so far stays."""
+        """Returns to the beginning of the order. The number of batches so far is kept."""
         self.close()
         self._states = {lane: vars(LaneState(next=lane)) for lane in self._lanes}
         self._is_at_end = False
@@ -142,33 +143,36 @@ class TrainingData(grain.DatasetIterator[TrainingBatch]):
         if self._is_at_end:
             raise StopIteration
         before = _total(self._states.values())
-        # Lane by lane, so that the rows of a host's lanes stay together whatever the number of hosts.
+        # 1. Read `factor` sequences of every lane (1, or more once the batch has grown) into [lanes, factor, ...].
         factor = self._config.growth(self._batches)
         arrays: Row = {}
         reports = [report for number in range(factor) for report in self._round(arrays, number, factor)]
         sums = {name: sum(report["sums"][name] for report in reports) for name in reports[0]["sums"]}
+        # 2. Stop together: with `epochs`, hosts run out at different batches.
         if self._end is not None and not self._exists(self._batches + 1, sums["examples"] > 0):
             self._is_at_end = True
             raise StopIteration
         self._batches += 1
+        # 3. Counts of this batch are the differences of the lanes' totals.
         after = _total(self._states.values())
         self.sums = sums | {"rows": len(reports)} | {name: after[name] - before[name] for name in COUNTS}
+        # 4. [lanes, factor, ...] -> [lanes * factor, ...], lane by lane: the order of rows does not depend on hosts.
         arrays = {name: array.reshape(-1, *array.shape[2:]) for name, array in arrays.items()}
         if self._end is not None:
             arrays["progress"] = np.repeat([self._progress(lane) for lane in self._lanes], factor)
         return batch_of_rows(arrays)
 
     def _round(self, arrays: Row, number: int, rounds: int) -> list[dict[str, Any]]:
-        """Writes the next sequence of every lane into arrays [lanes, rounds, ...]; returns the reports by lane.
+        """Writes the next sequence of every lane to arrays[name][:, number]; returns the reports by lane.
 
-        arrays: by name, made by the first round. This is the only copy of the rows on their way to the devices.
+        arrays: [lanes, rounds, ...] by name, allocated in the first round. Rows are copied here only.
         """
         if self._rounds is None:
             self._rounds = self._start()
         reports: dict[int, dict[str, Any]] = {}
         parts = max(self._workers, 1)
         for part in range(parts):
-            # Worker w has every n-th lane from w on.
+            # Grain alternates between workers; worker w has lanes w, w + parts, w + 2 parts ...
             lanes = range(part, len(self._lanes), parts)
             for lane, (row, report) in zip(lanes, next(self._rounds), strict=True):
                 for name, values in row.items():
@@ -187,18 +191,18 @@ class TrainingData(grain.DatasetIterator[TrainingBatch]):
 
         rounds = _Rounds(self._lanes, make_lane)
         if self._workers and not flags.FLAGS.is_parsed():
-            flags.FLAGS.mark_as_parsed()  # Grain's workers ask for absl's flags, which this program doesn't use
+            flags.FLAGS.mark_as_parsed()  # Grain's workers read absl flags, which this program does not parse
         options = grain.MultiprocessingOptions(self._workers, per_worker_buffer_size=self._rounds_ahead)
         return iter(rounds.mp_prefetch(options, worker_init_fn=_prepare_worker))
 
     def _progress(self, lane: int) -> np.float32:
-        """The share of a lane's examples that are in batches so far, or were skipped."""
+        """Share of a lane's examples that are in batches or were skipped."""
         assert self._end is not None
         total = len(range(lane, self._end, self._config.batch_size))
         return np.float32(min(self._states[lane]["done"] / total, 1.0) if total else 1.0)
 
     def get_state(self) -> dict[str, Any]:
-        """JSON: what the batches depend on, how many there were, and the states of this host's lanes."""
+        """Returns JSON: what the batches depend on, their number so far, and the states of this host's lanes."""
         return {
             "version": STATE_VERSION,
             "batches": self._batches,
@@ -207,11 +211,11 @@ class TrainingData(grain.DatasetIterator[TrainingBatch]):
         }
 
     def set_state(self, state: dict[str, Any], *, allow_other_data: bool = False) -> bool:
-        """Continues after the batch at which `get_state` gave this state, here or on hosts whose states were merged.
+        """Resumes after the batch at which `get_state` returned this state, here or merged from several hosts.
 
-        allow_other_data: if the data or its options are not those of the state, start at the beginning of theirs.
-        Returns whether the data are those of the state. Raises MossAudioError if they are not and that isn't allowed,
-        or lanes are missing.
+        allow_other_data: with other data or options than those of the state, start at the beginning of these data.
+        Returns True if the data are those of the state. Raises MossAudioError if they differ and that is not allowed,
+        or if lanes are missing.
         """
         self.restart()
         self._batches = state["batches"]
@@ -229,7 +233,7 @@ class TrainingData(grain.DatasetIterator[TrainingBatch]):
         return True
 
     def _difference(self, state: Mapping[str, Any]) -> str | None:
-        """What a state's data differ in, as an error says it."""
+        """Error message for the first difference between a state's data and these; None if they are the same."""
         if state.get("version") != STATE_VERSION:
             return (
                 "the data's state is one of an older version, whose order of examples is not made any more: begin a "
@@ -247,36 +251,36 @@ class TrainingData(grain.DatasetIterator[TrainingBatch]):
     def _content_options(self) -> dict[str, Any]:
         options = asdict(self._config) | self._maker.content_options()
         for name in ("max_skip_rate", "max_unused_rate", "max_skips_in_a_row", "grow"):
-            del options[name]  # changes no sequence
-        if not options["default_prompt"]:  # which older runs have no word of
+            del options[name]  # do not change the sequences
+        if not options["default_prompt"]:  # older runs have no such option
             del options["default_prompt"]
         return options
 
     def interrupt(self) -> None:
-        """Ends a wait for the next batch in another thread, after which only `close` and `set_state` make sense."""
+        """Ends a wait for the next batch in another thread. Call only `close` or `set_state` after it."""
         if isinstance(rounds := self._rounds, _RoundIterator):
             rounds.stopped.set()
 
     def close(self) -> None:
-        """Stops the workers; the next batch would start new ones."""
+        """Stops the workers; the next batch starts new ones."""
         if self._rounds is not None:
             self._rounds.close()
             self._rounds = None
 
 
 def _total(states: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """The counts of some lanes together."""
+    """Sums the counts of lanes."""
     lanes = list(states)
     return {name: sum(state[name] for state in lanes) for name in COUNTS}
 
 
 def total_counts(state: Mapping[str, Any]) -> dict[str, float]:
-    """`COUNTS` of all lanes of a state together."""
+    """Sums `COUNTS` over the lanes of a state."""
     return _total(state["lanes"].values())
 
 
 def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The state of a whole run out of those of its hosts, from which any number of hosts can continue."""
+    """Merges the states of all hosts into one, from which any number of hosts can resume."""
     merged = dict(states[0])
     for state in states[1:]:
         if (state["batches"], state["depends_on"]) != (merged["batches"], merged["depends_on"]):
@@ -288,13 +292,13 @@ def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return merged
 
 
-WAIT_SECONDS = 0.2  # between two looks at whether to stop waiting
+WAIT_SECONDS = 0.2  # between two checks of `stopped`
 
 
 class Prefetched(grain.DatasetIterator[Any]):
-    """Batches of `data`, put in place (`put`, mostly onto devices) in a thread while the step before still runs.
+    """Batches of `data`, transferred by `put` (usually to devices) in a thread while the previous step runs.
 
-    `get_state` and `sums` are those of the batch taken last, not of those prepared ahead.
+    `get_state` and `sums` belong to the batch taken last, not to batches prepared ahead.
     """
 
     def __init__(self, data: TrainingData, put: Callable[[TrainingBatch], Any], ahead: int = 2):
@@ -310,7 +314,7 @@ class Prefetched(grain.DatasetIterator[Any]):
     def _prepare(self) -> tuple[Any, dict, dict] | None:
         try:
             batch = self._put(next(self._data))
-        except StopIteration:  # which a future can't hold
+        except StopIteration:  # a future can't hold StopIteration
             return None
         return batch, self._data.get_state(), self._data.sums
 
@@ -318,7 +322,7 @@ class Prefetched(grain.DatasetIterator[Any]):
         return self.take(lambda: False)
 
     def take(self, stopped: Callable[[], bool]) -> Any:
-        """The next batch. Raises Interrupted when it is not there and `stopped` says so, StopIteration at the end."""
+        """Returns the next batch. Raises Interrupted if `stopped()` while waiting, StopIteration at the end."""
         while len(self._coming) <= self._ahead:
             self._coming.append(self._thread.submit(self._prepare))
         while not wait([self._coming[0]], WAIT_SECONDS).done:
@@ -343,10 +347,10 @@ class Prefetched(grain.DatasetIterator[Any]):
         for future in self._coming:
             future.cancel()
         self._data.interrupt()
-        self._thread.submit(lambda: None).result()  # the one that was running, if any, has ended
+        self._thread.submit(lambda: None).result()  # waits for the running one, if any
 
     def close(self) -> None:
-        """Stops the thread and the workers, for good."""
+        """Stops the thread and the workers; no more batches can be taken."""
         if not self._closed:
             self._closed = True
             self._drain()

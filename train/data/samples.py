@@ -1,14 +1,14 @@
-"""One example as the model reads it: decoded, log-mel, tokenised, with the tokens to learn marked.
+"""Samples: an example -> token ids, loss mask, and mel chunks.
 
-What is learned are answers, each with the <|im_end|> after it: all of a conversation, or its last one (`answers`). An
-answer of a Thinking model begins with a thought: all of it up to `</think>`, as Qwen3's chat template has it. That is
-learned with the rest, or only read (`thoughts`).
+Supervised tokens are those of answers, each with the <|im_end|> after it: of all answers of a conversation, or of the
+last one (`answers`). The thought of a Thinking model is an answer's text up to `</think>`, as in Qwen3's chat template;
+it is supervised or masked (`thoughts`).
 
-Qwen3's template leaves the thoughts of earlier turns out of a prompt. So does `answers="last"`, whose sequence is the
-prompt that the model will see. Where all answers are learned, a sequence holds them all and their thoughts with them: a
-later turn then reads the thoughts of earlier ones, in training alone.
+Qwen3's template removes the thoughts of earlier turns from a prompt. So does `answers="last"`: its sequence equals the
+prompt at inference. With `answers="all"` earlier thoughts stay in the sequence: later turns attend to them, in training
+only.
 
-A plain text that is longer than a sequence becomes several samples, which learn all of it (`SampleMaker.fitting`).
+A plain text longer than a sequence becomes several samples that together supervise all of it (`SampleMaker.fitting`).
 """
 
 import copy
@@ -32,7 +32,7 @@ from train.data.budget import Budget, Extent, TooLong, split_text
 from train.data.manifest import THOUGHT_END, Clip, Example, Message, TimedText
 from train.data.objectives import Rendered, render
 
-END_OF_TEXT = "<|endoftext|>"  # what Qwen puts after a text that is not a conversation
+END_OF_TEXT = "<|endoftext|>"  # Qwen's end of a text that is not a conversation
 FRAMES_PER_SECOND = 100
 TOKENS_PER_SECOND = FRAMES_PER_SECOND / DOWNSAMPLE_RATE
 
@@ -67,7 +67,7 @@ class Sample:
         return float(self.inputs.chunk_frames.sum()) / FRAMES_PER_SECOND
 
     def within(self, budget: Budget, *, truncate: bool) -> "Sample":
-        """The sample, or what `Extent.within` leaves of it, without the chunks of clips that go. Raises TooLong."""
+        """Returns the sample, truncated as `Extent.within` says, without chunks of dropped clips. Raises TooLong."""
         tokens_per_chunk = self.inputs.audio_chunks.shape[2] // DOWNSAMPLE_RATE
         extent = Extent(self.learned, self.inputs.audio_slots[0, : self.num_tokens], tokens_per_chunk)
         kept = extent.within(budget, truncate=truncate)
@@ -89,7 +89,7 @@ class Sample:
 
 
 class SampleMaker:
-    """From examples to samples. Cheap to send to worker processes, where it does the work."""
+    """Makes samples from examples. Cheap to send to worker processes."""
 
     def __init__(
         self,
@@ -127,20 +127,21 @@ class SampleMaker:
     def __call__(
         self, example: Example, rng: np.random.Generator, objectives: Mapping[str, float] | None = None
     ) -> Sample:
-        """Raises MossAudioError that names the example if a clip can't be read or its labels go beyond its end.
+        """Draws an objective and makes its sample.
 
-        It is NothingToAsk if the example has nothing for the objectives.
+        Raises MossAudioError that names the example if a clip can't be read or labels end after it; NothingToAsk if no
+        objective applies.
         """
         varied = self._augmentation.versions(example, rng)[0]
         return self._labelled(varied, render(varied, rng, objectives), rng)
 
     @property
     def chunk_shape(self) -> tuple[int, int]:
-        """Frames and mel bins of a chunk of audio."""
+        """Frames and mel bins of an audio chunk."""
         return self._chunk_frames, self._config.audio_config.num_mel_bins
 
     def content_options(self) -> dict[str, Any]:
-        """JSON of what samples depend on beside the data's own options, which a resumed run compares."""
+        """Returns JSON of further options that samples depend on, which a resumed run compares."""
         return {"time_markers": self.time_markers} | self._augmentation.content_options()
 
     def fitting(
@@ -152,11 +153,11 @@ class SampleMaker:
         *,
         truncate: bool,
     ) -> list[Sample]:
-        """The same within a budget, perhaps without its end (`Sample.within`); raises TooLong if it can't be.
+        """Makes the samples of an example within a budget: one, or for a longer plain text its pieces in order.
 
-        It is one sample, or of a plain text beyond the budget all its pieces (`text_samples`), in order. They depend on
-        the arguments alone, so each of them can be made again. A clip whose header says that it goes beyond the budget
-        is not decoded. One that is slowed down is not, where only that makes the sample too long.
+        truncate: shorten a conversation that exceeds the budget (`Sample.within`); else raises TooLong.
+        Samples depend on the arguments alone, so they can be made again. A clip that exceeds the budget according to
+        its header is not decoded. Audio keeps its speed if slowing it down would make the sample too long.
         """
 
         def make(version: Example, rng: np.random.Generator) -> list[Sample]:
@@ -173,7 +174,7 @@ class SampleMaker:
         rng: np.random.Generator,
         make: Callable[[Example, np.random.Generator], list[Sample]],
     ) -> list[Sample]:
-        """What is made of the example with its audio varied, at its own speed where a slower one is too long."""
+        """Makes samples of the augmented example, at its own speed if the slower version is too long."""
         *slower, own = self._augmentation.versions(example, rng)
         for version in slower:
             try:
@@ -185,9 +186,9 @@ class SampleMaker:
         return make(own, rng)
 
     def text_samples(self, name: str, text: str, budget: Budget) -> list[Sample]:
-        """A plain text and the mark of its end as samples within a budget, cut where `split_text` says.
+        """Splits a plain text and its end mark with `split_text` into samples within a budget.
 
-        Each id is learned once; the first id of a later sample, the last of the one before, is only read.
+        Each id is supervised once: the first id of a later sample is the last of the previous one, and masked.
         """
         ids, learned, _ = self._encode(name, text, _mel)
         spell = functools.partial(self._tokenizer.decode_bytes, skip_special_tokens=False)
@@ -206,7 +207,7 @@ class SampleMaker:
         return sample if cut is rendered else replace(sample, truncated=True)
 
     def _labelled(self, example: Example, rendered: Rendered, rng: np.random.Generator) -> Sample:
-        """The sample of `rendered`, whose clip, if it has labels, is its only one."""
+        """Makes the sample of `rendered` and checks that labels end within its clip (labelled examples have one)."""
         sample = self.sample(example.name, rendered, example.events or example.words, rng)
         if sample.num_chunks:
             example, seconds = in_own_time(example, sample.audio_seconds)
@@ -214,7 +215,7 @@ class SampleMaker:
         return sample
 
     def extent(self, name: str, rendered: Rendered) -> Extent:
-        """That of the sample of `rendered`, as the headers of its clips tell; nothing is decoded."""
+        """Returns the extent of the sample of `rendered` from the headers of its clips; no audio is decoded."""
         mel_bins, chunk_frames = self._config.audio_config.num_mel_bins, self._chunk_frames
         ids, learned, mels = self._encode(
             name, rendered, lambda clip: np.broadcast_to(np.float32(0), (mel_bins, _num_frames(clip)))
@@ -234,9 +235,9 @@ class SampleMaker:
         labels: Sequence[TimedText] = (),
         rng: np.random.Generator | None = None,
     ) -> Sample:
-        """A sample of the turns of a conversation, or of a plain text and the mark of its end, all of it learned.
+        """Makes a sample of a conversation, or of a plain text and its end mark, supervised as a whole.
 
-        labels: what is heard in its only clip, and when. rng: decides what is said of each of its audio tokens.
+        labels: timed labels of its only clip. rng: draws the auxiliary target of each audio token.
         """
         return self._sample(name, *self._encode(name, rendered, _mel), labels, rng)
 
@@ -252,7 +253,7 @@ class SampleMaker:
         with _naming(name):
             inputs = make_inputs([ids], [mels], config=self._config)
         num_chunks = int((inputs.chunk_frames > 0).sum())
-        # Rounded to bfloat16 already, and half as large to keep, to hand to another process and to send to a device.
+        # Already rounded to bfloat16; half the size for queues between processes and transfer to devices.
         chunks = inputs.audio_chunks[:, :num_chunks].astype(ml_dtypes.bfloat16)
         heard = self._heard(inputs.audio_slots[0, : len(ids)], labels, rng or np.random.default_rng(0))
         return Sample(name, replace(inputs, audio_chunks=chunks), np.asarray(learned, bool), heard, num_chunks)
@@ -260,7 +261,7 @@ class SampleMaker:
     def _encode(
         self, name: str, rendered: Rendered, mel: Callable[[Clip], np.ndarray]
     ) -> tuple[list[int], list[bool], list[np.ndarray]]:
-        """Ids, whether each is learned, and the mels of the clips."""
+        """Returns ids, whether each is supervised, and the mels [mel bins, frames] of the clips."""
         with _naming(name):
             if isinstance(rendered, str):
                 return self._plain_text(rendered)
@@ -304,7 +305,7 @@ class SampleMaker:
         return ids, self._supervised(ids, learned), mels
 
     def _supervised(self, ids: list[int], in_answer: list[bool]) -> list[bool]:
-        """Which ids are learned, of those in answers."""
+        """Returns which ids are supervised. in_answer: True at ids of answers."""
         borders = np.flatnonzero(np.diff([False, *in_answer, False])).tolist()
         spans = list(zip(borders[::2], borders[1::2], strict=True))
         learned = [False] * len(ids)
@@ -314,9 +315,9 @@ class SampleMaker:
         return learned
 
     def _thought_length(self, ids: list[int]) -> int:
-        """How many ids an answer's thought has, `</think>` included; 0 without one.
+        """Number of ids of an answer's thought, `</think>` included; 0 without one.
 
-        Where `</think>` is no token of its own, as it is in the released vocabulary, its last id may hold more.
+        In a vocabulary without a `</think>` token (the released one has it), the last id may extend beyond it.
         """
         pieces = [self._tokenizer.decode_bytes([token_id], skip_special_tokens=False) for token_id in ids]
         before, end, _ = b"".join(pieces).rpartition(THOUGHT_END.encode())
@@ -327,7 +328,7 @@ class SampleMaker:
 
 @contextmanager
 def _naming(name: str) -> Iterator[None]:
-    """Errors begin with the example's name; those of audio name the clip, and so the example, themselves."""
+    """Prefixes errors with the example's name; audio errors already begin with it."""
     try:
         yield
     except MossAudioError as error:
@@ -337,10 +338,10 @@ def _naming(name: str) -> Iterator[None]:
 def truncate_turns(
     name: str, rendered: Rendered, budget: Budget, chunk_frames: int, *, truncate: bool, answers: Answers
 ) -> Rendered:
-    """The turns themselves, if the headers of their clips leave them within the chunks of a budget.
+    """Returns the turns if, according to the headers of their clips, they fit the chunks of a budget.
 
-    If not, and if they may be truncated, those up to the last answer before; raises TooLong if that is none, or one
-    that is not to be learned. A file on gs:// counts as nothing, since its header is not read alone.
+    If not, and with `truncate`, returns those up to the last answer that fits; raises TooLong if there is none, or it
+    is not supervised. Files on gs:// count as 0 chunks, since their headers can't be read cheaply.
     """
     if isinstance(rendered, str):
         return rendered
@@ -361,7 +362,7 @@ def truncate_turns(
 def turns_and_mels(
     messages: Sequence[Message], mel: Callable[[Clip], np.ndarray]
 ) -> tuple[list[Turn], list[np.ndarray]]:
-    """Messages with the number of its tokens in each clip's place, and the mels [mel bins, frames] of the clips."""
+    """Replaces clips by their number of audio tokens; returns the turns, and the mels [mel bins, frames]."""
     mels: list[np.ndarray] = []
     turns = []
     for message in messages:
@@ -377,7 +378,7 @@ def turns_and_mels(
 
 
 def with_prompt(messages: Sequence[Message], prompt: str) -> tuple[Message, ...]:
-    """Messages with this prompt where the user's is blank."""
+    """Replaces blank user texts by a prompt."""
     return tuple(
         replace(message, content=(*message.content[:-1], prompt))
         if message.role == "user" and message.content[-1] == ""
@@ -387,7 +388,7 @@ def with_prompt(messages: Sequence[Message], prompt: str) -> tuple[Message, ...]
 
 
 def without_thought(message: Message) -> Message:
-    """An answer without its thought and the line breaks after it, as Qwen3's template has it in a later prompt."""
+    """Removes the thought of an answer and the line breaks after it, as Qwen3's template does for earlier turns."""
     if message.role != "assistant":
         return message
     text = "\n".join(piece for piece in message.content if isinstance(piece, str))
@@ -399,7 +400,7 @@ def _num_chunks(frames: int, chunk_frames: int) -> int:
 
 
 def _num_frames(clip: Clip) -> int:
-    """Mel frames of `_mel`, by the clip's header."""
+    """Number of mel frames, from the clip's header."""
     samples = clip.num_samples()
     try:
         return mel_frames(samples)
@@ -408,5 +409,5 @@ def _num_frames(clip: Clip) -> int:
 
 
 def _mel(clip: Clip) -> np.ndarray:
-    """Log-mel [mel bins, frames] as `Processor.mel` makes it."""
+    """Log-mel [mel bins, frames] as `Processor.mel` makes it; masked if the clip is augmented."""
     return model_mel(clip.wave(), clip.name, clip.masked if isinstance(clip, VariedClip) else None)

@@ -1,4 +1,4 @@
-"""Sound scenes as files: a manifest, and a WAV file for each of its lines."""
+"""Writes sound scenes as files: a manifest, and a WAV file per line."""
 
 import io
 import json
@@ -15,7 +15,7 @@ MANIFEST = "manifest.jsonl"
 
 
 def write_scenes(directory: AnyPath, count: int, seed: int, config: SceneConfig) -> Path:
-    """Scenes 0 to `count` - 1 of a seed, in 16 bits, and the manifest, last; returns its path."""
+    """Writes scenes 0 to `count` - 1 of a seed as 16-bit WAV files, then the manifest; returns its path."""
     if count < 1 or not 0 <= seed < SEEDS:
         raise MossAudioError(f"count must be 1 or more and seed from 0 to {SEEDS - 1}, found {count} and {seed}")
     directory = to_path(directory)

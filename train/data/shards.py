@@ -1,13 +1,12 @@
-"""A manifest and its audio as a few large files, for storage that serves those better than many small ones.
+"""Shards: a manifest and its audio in a few large files, for storage that is slow with many small ones.
 
 `prepare` writes them, `Shards` reads them. Example i of the manifest is record i // shards of shard i % shards, so
-training reads the same examples in the same order from shards as from the manifest. A shard is an ArrayRecord file; a
-record is the length of a JSON header (4 bytes, little-endian), the header, and the audio files of its clips one after
-the other.
+training reads the same examples in the same order as from the manifest. A shard is an ArrayRecord file. A record is
 
-Audio is kept as it was: the bytes of the file, or, for a cut clip, the samples of the cut, unchanged, as FLAC or
-float WAV. The record of an example with a clip that can't be decoded holds the reason instead, so that training skips
-and counts it as it does with a manifest.
+    length of the header: 4 bytes, little-endian | header: JSON | audio files of the clips, concatenated
+
+Audio is lossless: the bytes of the file, or for a cut clip its samples as FLAC or float WAV. The record of an example
+whose clip can't be decoded holds the reason instead: training skips and counts it, as with a manifest.
 """
 
 import hashlib
@@ -39,7 +38,7 @@ _HEADER_LENGTH_BYTES = 4
 
 @dataclass(frozen=True)
 class ShardReport:
-    """What became of a shard. unreadable: examples that hold the reason why they can't be read."""
+    """Result of writing a shard. unreadable: examples whose record holds the reason instead."""
 
     path: Path
     examples: int
@@ -48,11 +47,11 @@ class ShardReport:
 
 
 def prepare(manifest: AnyPath, out: AnyPath, shards: int, only: int | None = None) -> list[ShardReport]:
-    """Writes a manifest and its audio to `out` as `shards` files, or just the one of number `only`.
+    """Writes a manifest and its audio to directory `out` as `shards` files, or only file number `only`.
 
-    Machines can write one shard each to the same directory. Finished shards are left alone, so an interrupted call can
-    simply be repeated; a file appears under its name only when it is whole. Clips that can't be read are named in the
-    log. Raises MossAudioError for a bad manifest or option, or if `out` holds the shards of something else.
+    Several machines can write different shards to one directory. Writes are atomic and finished shards are kept, so an
+    interrupted call can be repeated. Unreadable clips are logged. Raises MossAudioError for an invalid manifest or
+    option, or if `out` has shards of other data.
     """
     if shards < 1 or (only is not None and not 0 <= only < shards):
         raise MossAudioError(
@@ -71,7 +70,7 @@ def prepare(manifest: AnyPath, out: AnyPath, shards: int, only: int | None = Non
 
 
 class Shards(Sequence[Example]):
-    """The examples that `prepare` wrote to a directory, read at random from where they are."""
+    """Examples of a directory written by `prepare`, with random access."""
 
     def __init__(self, directory: AnyPath):
         self.directory = to_path(directory)
@@ -97,7 +96,7 @@ class Shards(Sequence[Example]):
         return self._examples
 
     def __getitem__(self, index: int) -> Example:
-        """Raises MossAudioError if a clip could not be read when the shard was written, or the record is damaged."""
+        """Raises MossAudioError if the record is damaged, or says that a clip was unreadable when it was written."""
         if not 0 <= index < self._examples:
             raise IndexError(index)
         shard, position = index % self._shards, index // self._shards
@@ -113,12 +112,12 @@ class Shards(Sequence[Example]):
 
 
 def open_examples(path: AnyPath) -> Sequence[Example]:
-    """Those of a manifest or of a directory of shards."""
+    """Opens a manifest or a directory of shards."""
     return Shards(path) if to_path(path).is_dir() else Manifest(path)
 
 
 class _Records:
-    """The records of ArrayRecord files. A reader that has failed once does so for good: then all are opened again."""
+    """Records of ArrayRecord files. A reader that failed once keeps failing: all files are then reopened."""
 
     def __init__(self, paths: Sequence[Path]):
         self._paths = [str(path) for path in paths]
@@ -148,19 +147,19 @@ def _shard_path(directory: Path, shard: int, shards: int) -> Path:
 
 
 def _num_records(path: Path) -> int:
-    """Records of an ArrayRecord file; 0 if it is none, is damaged or isn't there."""
+    """Number of records of an ArrayRecord file; 0 if it is missing, damaged or of another format."""
 
     def count() -> int:
         reader = ArrayRecordReader(str(path), "readahead_buffer_size:0,max_parallelism:0")
         if not reader.ok():
-            reader.read([0])  # raises what was wrong
+            reader.read([0])  # raises the reason
         records = reader.num_records()
         reader.close()
         return records
 
     try:
         return retried(path, count)
-    except RuntimeError:  # all that the library says about any of these
+    except RuntimeError:  # the library's error for all of these
         return 0
 
 
@@ -188,14 +187,14 @@ def _write_shard(examples: Manifest, out: Path, shard: int, shards: int) -> Shar
         return ShardReport(path, count, _count_unreadable(path, count), already_there=True)
     unreadable = 0
     with atomic_file(path) as file:
-        # Groups of one: every record is read on its own. The audio is compressed already.
+        # Groups of one for random access. The audio is compressed already.
         writer = ArrayRecordWriter(str(file), "group_size:1,uncompressed")
         try:
             for index in range(shard, len(examples), shards):
                 example = examples[index]
                 try:
                     record = _encode(example)
-                except StorageError:  # no fault of the clip
+                except StorageError:  # not the fault of the clip
                     raise
                 except MossAudioError as error:
                     log.warning("unreadable: %s", error)
@@ -240,9 +239,9 @@ def _encode(example: Example) -> bytes:
 
 
 def _audio_bytes(clip: Clip) -> bytes:
-    """An audio file that decodes to exactly the clip's wave. Raises MossAudioError if it can't be decoded."""
+    """Returns an audio file with exactly the clip's wave. Raises MossAudioError if the clip can't be decoded."""
     assert isinstance(clip.audio, str)  # a manifest holds paths
-    wave = clip.wave()  # decodes it, even if only to see that this can be done
+    wave = clip.wave()  # checks that it can be decoded
     content = read_bytes(clip.audio)
     if clip.start is None and clip.end is None:
         return content
@@ -251,7 +250,7 @@ def _audio_bytes(clip: Clip) -> bytes:
     file = io.BytesIO()
     scaled = wave * _INT16_SCALE
     integers = np.clip(scaled, -_INT16_SCALE, _INT16_SCALE - 1).astype(np.int16)
-    if np.array_equal(scaled, integers):  # was 16 bits
+    if np.array_equal(scaled, integers):  # 16-bit audio
         soundfile.write(file, integers, rate, format="FLAC", subtype="PCM_16")
     else:
         soundfile.write(file, wave, rate, format="WAV", subtype="FLOAT")
@@ -267,7 +266,7 @@ def _record(header: dict[str, Any], audio: Sequence[bytes]) -> bytes:
 
 
 def _split(record: bytes) -> tuple[dict[str, Any], bytes]:
-    """Header and audio."""
+    """Splits a record into header and audio."""
     end = _HEADER_LENGTH_BYTES + int.from_bytes(record[:_HEADER_LENGTH_BYTES], "little")
     header = json.loads(record[_HEADER_LENGTH_BYTES:end])
     if not isinstance(header, dict):

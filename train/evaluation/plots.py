@@ -1,4 +1,4 @@
-"""Pictures: of events in time, what is there and what a model says is there below the spectrogram; of compared runs."""
+"""Plots: true and predicted timelines of events below a spectrogram; ranges of compared runs."""
 
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,23 +17,24 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart, then a few of their shades.
+# Okabe and Ito's colours, distinguishable with colour blindness, and a few of their shades.
 COLORS = ("#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#0072B2", "#D55E00", "#7570B3", "#8C8C8C", "#A6761D", "#F0E442")
 _WIDTH = 11.0  # inches
-_CHARACTER = 0.085  # inches of a letter on a bar
-_SPECTROGRAM, _ROW, _AROUND = 1.7, 0.28, 0.5  # inches high: a spectrogram, a row of bars, what is around a clip's axes
+_CHARACTER = 0.085  # inches per letter on a bar
+_SPECTROGRAM, _ROW, _AROUND = 1.7, 0.28, 0.5  # heights in inches: spectrogram, row of bars, margin of a clip
 _LANES = ("truth", "model")
-_WRONG = "#B00020"  # of what a model says that can't be
+_WRONG = "#B00020"  # colour of unreadable answers
 _BACKWARDS = "ends before it starts"
-_HERTZ = (250, 500, 1000, 2000, 4000, 8000)  # marked on the axis of a spectrogram
+_HERTZ = (250, 500, 1000, 2000, 4000, 8000)  # ticks of a spectrogram
 
 
 @dataclass(frozen=True, eq=False)
 class TimelinePlot:
-    """One clip of a picture. wave: float32 [samples] at 16 kHz. Events: seconds from its start.
+    """One clip of a plot.
 
-    unreadable: how many pieces of the model's answer are no events (`metrics.parse_timeline`). answer: shown where
-    nothing else of it can be.
+    wave: float32 [samples] at 16 kHz. true_events, predicted_events: times in seconds from its start.
+    unreadable: number of pieces of the answer that are not events (`ParsedTimeline.malformed`).
+    answer: text of the answer, shown if it has no events at all.
     """
 
     wave: np.ndarray
@@ -49,7 +50,7 @@ class TimelinePlot:
 
 
 def require_matplotlib() -> None:
-    """Raises MossAudioError that says how to install it, if it isn't there."""
+    """Raises MossAudioError if matplotlib is not installed."""
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
@@ -59,11 +60,11 @@ def require_matplotlib() -> None:
 
 
 def plot_timelines(path: AnyPath, clips: Sequence[TimelinePlot]) -> None:
-    """Writes a PNG of clips one below the other; a label has one colour (`label_colors`).
+    """Writes a PNG of clips, one below the other. Colours are by label (`label_colors`).
 
-    An event that ends before it starts is hatched, from its start back to its end. What of an answer is no event is
-    counted below it. Events beyond the clip's end are counted at the edge of their lane. Raises MossAudioError without
-    matplotlib, for no clips, or for a file that can't be written.
+    An event that ends before it starts is hatched from its end to its start. Unreadable pieces of an answer are counted
+    below it; events after the end of the clip are counted at the edge. Raises MossAudioError without matplotlib,
+    without clips, or if the file can't be written.
     """
     require_matplotlib()
     if not clips:
@@ -72,7 +73,7 @@ def plot_timelines(path: AnyPath, clips: Sequence[TimelinePlot]) -> None:
 
 
 def save_figure(figure: "Figure", path: AnyPath) -> None:
-    """Writes a PNG; raises MossAudioError if that can't be done."""
+    """Writes a PNG. Raises MossAudioError if it can't be written."""
     try:
         with atomic_file(path) as file:
             figure.savefig(file, dpi=150, format="png")
@@ -83,7 +84,7 @@ def save_figure(figure: "Figure", path: AnyPath) -> None:
 
 
 def label_colors(labels: Iterable[str]) -> dict[str, str]:
-    """The colour of each label: that of a sound of scenes is the same in all pictures, and of others mostly."""
+    """Returns a colour for each label: fixed for sounds of scenes, usually the same across plots for others."""
     labels = sorted(set(labels))
     colors = {label: color for label, color in zip(SOUNDS, COLORS, strict=False) if label in labels}
     for label in labels:
@@ -103,7 +104,7 @@ def _draw(clips: Sequence[TimelinePlot]) -> "Figure":
     events = [event for clip in clips for event in (*clip.true_events, *clip.predicted_events)]
     colors = label_colors(event.text for event in events)
     lanes = [(_rows(clip.true_events, clip.seconds), _rows(clip.predicted_events, clip.seconds)) for clip in clips]
-    rows = [  # what can't be read has one of its own
+    rows = [  # unreadable pieces have a row of their own
         [max(1, len(true)), max(not clip.unreadable, len(said)) + bool(clip.unreadable)]
         for clip, (true, said) in zip(clips, lanes, strict=True)
     ]
@@ -123,7 +124,7 @@ def _draw_legend(figure: "Figure", events: Sequence[TimedText], colors: Mapping[
     from matplotlib.patches import Patch
 
     labels = [label for label in colors if any(event.text == label for event in events)]
-    if not 0 < len(labels) <= len(COLORS):  # more would share colours; the bars say what they are
+    if not 0 < len(labels) <= len(COLORS):  # more labels would share colours; bars show labels too
         return
     patches = [Patch(color=colors[label], label=label) for label in labels]
     if any(event.end < event.start for event in events):
@@ -133,7 +134,7 @@ def _draw_legend(figure: "Figure", events: Sequence[TimedText], colors: Mapping[
 
 
 def _rows(events: Sequence[TimedText], seconds: float) -> Rows:
-    """The events that begin within the clip, dealt out to rows in which none hides another."""
+    """Assigns the events that start within the clip to rows without overlap."""
     rows: Rows = []
     for event in sorted(events, key=lambda event: min(event.start, event.end)):
         if event.start < seconds:
@@ -156,13 +157,13 @@ def _draw_spectrogram(axes: "Axes", clip: TimelinePlot) -> None:
 
 
 def _mel_bin(hertz: float) -> float:
-    """Where a frequency is on an axis of mel bins, each of which is centred in the middle of its unit."""
+    """Position of a frequency on an axis of mel bins; bin i is centred at i + 0.5."""
     highest, bins = RELEASED_MEL.mel_sr / 2, RELEASED_MEL.mel_dim
     return min(_slaney_mel(hertz) / _slaney_mel(highest) * (bins + 1) - 0.5, bins)
 
 
 def _slaney_mel(hertz: float) -> float:
-    """Linear up to 1 kHz, then logarithmic: 27 mel for each factor of 6.4."""
+    """Slaney's mel scale: linear up to 1 kHz, then 27 mel per factor of 6.4."""
     return 3 * hertz / 200 if hertz < 1000 else 15 + 27 * float(np.log(hertz / 1000) / np.log(6.4))
 
 
@@ -202,7 +203,7 @@ def _shortened(text: str, length: int = 100) -> str:
 
 
 def _draw_event(axes: "Axes", event: TimedText, middle: float, seconds: float, color: str) -> None:
-    """A bar with the label on it, where there is space."""
+    """Draws a bar, with its label if there is space."""
     left, right = sorted((event.start, event.end))
     length = min(right, seconds) - left
     backwards = event.end < event.start
@@ -223,16 +224,15 @@ Ranges = Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]]  # section ->
 
 
 def plot_ranges(path: AnyPath, values: Ranges, *, unit: str) -> None:
-    """Writes a PNG of one panel: a line for each thing that was measured, and on it, for each of the compared groups, a
-    dot at the mean and a bar from the lowest to the highest value.
+    """Writes a PNG with a line per measure; on it, for each group, a dot at the mean and a bar from lowest to highest.
 
-    Raises MossAudioError without matplotlib and for a file that can't be written.
+    Raises MossAudioError without matplotlib or if the file can't be written.
     """
     require_matplotlib()
     save_figure(_draw_ranges(values, unit), path)
 
 
-_LINE, _APART = 0.42, 0.17  # inches high: a line of a panel; between its groups, in lines
+_LINE, _APART = 0.42, 0.17  # height of a line in inches; distance of its groups, in lines
 
 
 def _draw_ranges(values: Ranges, unit: str) -> "Figure":

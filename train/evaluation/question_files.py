@@ -1,11 +1,11 @@
-"""The released question files of four public benchmarks, read as one kind of question.
+"""Question files of four public benchmarks, as released.
 
     MMAU      mmau-test-mini.json (its test split withholds the answers), github.com/Sakshi113/MMAU
     MMAU-Pro  the rows of test.parquet as JSON, huggingface.co/datasets/gamma-lab-umd/MMAU-Pro
     MMAR      MMAR-meta.jsonl, github.com/ddlBoJack/MMAR
     MMSU      the entries its mmsu_inference.py reads, github.com/dingdongwang/MMSU_Bench
 
-A file is a JSON list or has one JSON object a line. All give the right answer as an option's text, not as a letter.
+A file is a JSON list or JSON lines. The right answer is given as the text of an option, not as a letter.
 """
 
 import json
@@ -16,18 +16,18 @@ from typing import Any
 
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.storage.paths import AnyPath, Path, to_path
-from train.evaluation.multiple_choice import LETTERS
+from train.evaluation.metrics.choices import LETTERS
 
 
 @dataclass(frozen=True)
-class Question:
-    """One question about one or more clips.
+class BenchmarkQuestion:
+    """One question of a benchmark about one or more clips.
 
     audio: paths of the clips, in order.
     choices: the options, A first; empty for an open question.
-    answer: the letter of the right option (the first, if its text is given twice). None if there is nothing to compare
-        with: an open question, or a released answer that is none of the options.
-    groups: what the benchmark breaks its accuracy down by, under the released names: task, category, difficulty ...
+    answer: letter of the right option (the first, if two have the same text). None for an open question, or if the
+        released answer is not an option.
+    groups: categories that accuracy is also reported by, under the released names: task, category, difficulty ...
     """
 
     id: str
@@ -38,7 +38,7 @@ class Question:
     groups: Mapping[str, str]
 
     def prompt(self) -> str:
-        """The question and its lettered options; MOSS-Audio is asked for a bare letter."""
+        """Returns the question, its lettered options, and a request to answer with the letter."""
         if not self.choices:
             return self.question
         options = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, self.choices, strict=False)]
@@ -47,11 +47,11 @@ class Question:
 
 @dataclass(frozen=True)
 class FileFormat:
-    """Names of the fields of a benchmark's entries.
+    """Field names of a benchmark's entries.
 
-    choices: one field with a list, or one field an option; of those, the ones after the second may be null or absent.
-    groups: may be null in the file, then left out.
-    allows_open: whether questions without options are among them.
+    choices: one field that holds a list, or one field per option; fields after the second may be null or absent.
+    groups: fields that may be null.
+    allows_open: questions without options are valid.
     """
 
     audio: str
@@ -61,7 +61,7 @@ class FileFormat:
     allows_open: bool = False
 
 
-LAYOUTS = {
+FILE_FORMATS = {
     "mmau": FileFormat("audio_id", "choices", "answer", ("task", "category", "sub-category", "difficulty")),
     "mmau_pro": FileFormat("audio_path", "choices", "answer", ("category", "length_type"), allows_open=True),
     "mmar": FileFormat("audio_path", "choices", "answer", ("modality", "category", "sub-category")),
@@ -74,24 +74,24 @@ LAYOUTS = {
 }
 
 
-def read_benchmark(name: str, path: AnyPath, audio_dir: AnyPath | None = None) -> list[Question]:
+def read_benchmark(name: str, path: AnyPath, audio_dir: AnyPath | None = None) -> list[BenchmarkQuestion]:
     """Reads all questions of a benchmark's file, open ones included.
 
     Args:
-      name: one of `LAYOUTS`.
-      path: the question file. Fields that are not needed are ignored.
-      audio_dir: what the audio paths in the file are relative to; by default the directory of the file.
+      name: one of `FILE_FORMATS`.
+      path: the question file. Other fields are ignored.
+      audio_dir: directory of the audio paths in the file. Default: the directory of the file.
 
     Raises:
-      MossAudioError: an unknown name; a file that can't be read; an entry, named by its number, whose field is missing
-        or of another type, or whose audio path leaves `audio_dir`.
+      MossAudioError: the name is unknown; the file can't be read; an entry (named by its number) has a missing field,
+        a field of another type, or an audio path outside `audio_dir`.
     """
-    if name not in LAYOUTS:
-        raise MossAudioError(f"benchmark {name!r} is unknown: choose one of {', '.join(LAYOUTS)}.")
+    if name not in FILE_FORMATS:
+        raise MossAudioError(f"benchmark {name!r} is unknown: choose one of {', '.join(FILE_FORMATS)}.")
     path = to_path(path)
     audio_dir = path.parent if audio_dir is None else to_path(audio_dir)
     return [
-        _Entry(f"{path}: entry {number}", fields).question(LAYOUTS[name], audio_dir)
+        _Entry(f"{path}: entry {number}", fields).question(FILE_FORMATS[name], audio_dir)
         for number, fields in enumerate(_read_entries(path), start=1)
     ]
 
@@ -103,7 +103,7 @@ def _read_entries(path: Path) -> list[Any]:
         raise MossAudioError(f"{path}: expected a readable JSON file, found none ({error}); check the path.") from error
     try:
         is_list = text.lstrip().startswith("[")
-        # not splitlines(): JSON strings may hold U+2028 and other separators unescaped
+        # not splitlines(): JSON strings may contain U+2028 and other separators
         entries = json.loads(text) if is_list else [json.loads(line) for line in text.split("\n") if line.strip()]
     except ValueError as error:
         raise MossAudioError(
@@ -115,7 +115,7 @@ def _read_entries(path: Path) -> list[Any]:
 
 
 class _Entry:
-    """An entry's fields, each checked when it is asked for."""
+    """One entry; its methods check the fields that they read."""
 
     def __init__(self, name: str, fields: Any):
         if not isinstance(fields, dict):
@@ -123,11 +123,11 @@ class _Entry:
         self.name = name
         self.fields: dict[str, Any] = fields
 
-    def question(self, format_: FileFormat, audio_dir: Path) -> Question:
+    def question(self, format_: FileFormat, audio_dir: Path) -> BenchmarkQuestion:
         choices = self._choices(format_)
         answer = self._text_or_null(format_.answer) if format_.allows_open else self._text(format_.answer)
         groups = {field: self._group(field) for field in format_.groups}
-        return Question(
+        return BenchmarkQuestion(
             id=self._id(),
             audio=tuple(audio_dir / self._inside(clip, format_.audio) for clip in self._texts(format_.audio)),
             question=self._text("question"),
@@ -150,12 +150,12 @@ class _Entry:
                 f"{self.name}: expected a list of texts as options, found {_shown(choices)}; correct it."
             )
         if len(choices) < 2 and format_.allows_open:
-            return ()  # what MMAU-Pro's own evaluation leaves out of its accuracy
+            return ()  # MMAU-Pro's own evaluation leaves these out of its accuracy
         if not 2 <= len(choices) <= len(LETTERS):
             raise MossAudioError(
                 f"{self.name}: expected 2 to {len(LETTERS)} options, found {len(choices)}; correct the file."
             )
-        return tuple(choice.strip() for choice in choices)  # one of MMAR's is empty
+        return tuple(choice.strip() for choice in choices)  # MMAR has an empty one
 
     def _id(self) -> str:
         value = self._value("id")
@@ -166,7 +166,7 @@ class _Entry:
         return "" if value is None else ", ".join(self._texts(field))
 
     def _texts(self, field: str) -> list[str]:
-        """A text alone counts as a list of one: both are found in the released files."""
+        """Reads a text or a list of texts; the released files have both."""
         value = self._value(field)
         values = value if isinstance(value, list) and value else [value]
         return [self._checked(text, field) for text in values]
@@ -201,7 +201,7 @@ class _Entry:
 
 
 def _letter(answer: str, choices: Sequence[str]) -> str | None:
-    """The first option whose text equals the answer; if there is none, but for case and spaces."""
+    """Letter of the first option with the answer's text, or else with that text up to case and white space."""
     for fold in (str.strip, lambda text: " ".join(text.casefold().split())):
         folded = [fold(choice) for choice in choices]
         if fold(answer) in folded:

@@ -1,8 +1,8 @@
-"""Questions with known answers: about labelled examples, about sound scenes, and those of public benchmarks.
+"""Questions with known answers: from labelled examples, sound scenes and public benchmarks.
 
-    items = manifest_items("test.jsonl") + scene_items(100, SceneConfig(), seed=1)
+    questions = manifest_questions("test.jsonl") + scene_questions(100, SceneConfig(), seed=1)
 
-`evaluate` asks them and judges the answers.
+`answers` asks them, `measures` judges the answers.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,16 +21,16 @@ from train.evaluation.question_files import read_benchmark
 
 
 @dataclass(frozen=True, eq=False)
-class Item:
-    """One question, and what its answer is judged by.
+class Question:
+    """One question and its known answer.
 
-    name: what errors and predictions call it.
-    source, task: measures are taken over all items that share both, and so have one measure.
-    turns: what the model reads: a question, or a conversation up to where it answers.
-    reference: the right answer as it would be written; of multiple choice, the letter.
-    measure: one of `evaluate.MEASURES`.
-    labels: what a timeline is compared with, since the reference has rounded times.
-    choices, groups: of multiple choice, see `benchmarks.Question`.
+    name: place of origin, in errors and predictions.
+    source, task: measures are aggregated over all questions that share both; these have the same `measure`.
+    turns: the prompt: one question, or a conversation up to the answer.
+    reference: the right answer as text; for multiple choice, its letter.
+    measure: a key of `measures.MEASURES`.
+    labels: exact times of a timeline, since `reference` has rounded ones.
+    choices, groups: of multiple choice, see `question_files.BenchmarkQuestion`.
     """
 
     name: str
@@ -44,8 +44,8 @@ class Item:
     groups: Mapping[str, str] = field(default_factory=dict)
 
     @property
-    def question(self) -> str:
-        """The text of the last turn."""
+    def text(self) -> str:
+        """Text of the last turn."""
         return "\n".join(piece for piece in self.turns[-1].content if isinstance(piece, str))
 
     @property
@@ -53,13 +53,13 @@ class Item:
         return [piece for turn in self.turns for piece in turn.content if isinstance(piece, Clip)]
 
 
-# Questions about labelled examples
+# Labelled examples
 
 ASKABLE = tuple(name for name in OBJECTIVES if name != "plain_text")
 
 
 def require_askable(objectives: Sequence[str]) -> None:
-    """Raises MossAudioError for a name that is none of ASKABLE."""
+    """Raises MossAudioError for a name that is not in ASKABLE."""
     unknown = sorted(set(objectives) - set(ASKABLE))
     if unknown:
         raise MossAudioError(f"objectives must be some of {', '.join(ASKABLE)}, found {unknown[0]!r}")
@@ -80,7 +80,7 @@ _TIMELINES: dict[str, Callable[[Example], tuple[TimedText, ...]]] = {
 }
 
 
-def manifest_items(
+def manifest_questions(
     path: AnyPath,
     objectives: Sequence[str] = (),
     *,
@@ -88,24 +88,26 @@ def manifest_items(
     limit: int | None = None,
     answers: Answers = "last",
     default_prompt: str = "",
-) -> list[Item]:
-    """Every objective that applies to the examples of a manifest or a directory of shards.
+) -> list[Question]:
+    """Returns a question for each example of a manifest or directory of shards and each objective that applies to it.
 
-    objectives: ask these only. seed: of the questions about a time; the others are asked in their first wording.
-    limit: only so many examples, the first ones. answers: of a conversation's earlier turns, "last" leaves out the
-    thoughts, as Qwen3's chat template does, and "all" shows them, as a sequence whose answers are all learned does.
-    default_prompt: where a conversation's is blank.
+    objectives: ask only these.
+    seed: of the questions about a time. The others use the first prompt of their objective.
+    limit: maximum number of examples; the first ones are taken.
+    answers: "last" removes the thoughts from earlier turns of a conversation, as Qwen3's chat template does; "all"
+        keeps them, as in sequences that are trained on all answers.
+    default_prompt: user text where a conversation has none.
     """
     require_askable(objectives)
     return [
-        item
+        question
         for index, example in enumerate(_examples(path, limit))
-        for item in example_items(example, str(path), objectives, (seed, index), answers, default_prompt)
+        for question in example_questions(example, str(path), objectives, (seed, index), answers, default_prompt)
     ]
 
 
 def manifest_texts(path: AnyPath, *, limit: int | None = None) -> list[tuple[str, str]]:
-    """Name and text of the examples that are nothing but text, about which nothing can be asked. limit: see there."""
+    """Returns name and text of the plain-text examples, which have no question. limit: as in `manifest_questions`."""
     applies = OBJECTIVES["plain_text"].applies
     return [(example.name, example.text) for example in _examples(path, limit) if applies(example)]
 
@@ -115,37 +117,37 @@ def _examples(path: AnyPath, limit: int | None) -> Iterator[Example]:
     return (examples[index] for index in range(len(examples) if limit is None else min(limit, len(examples))))
 
 
-def example_items(
+def example_questions(
     example: Example,
     source: str,
     objectives: Sequence[str] = (),
     seed: Sequence[int] = (0,),
     answers: Answers = "last",
     default_prompt: str = "",
-) -> Iterator[Item]:
-    """Every objective, or those given, that applies to one example; see `manifest_items`."""
+) -> Iterator[Question]:
+    """Yields a question for each objective that applies to the example; see `manifest_questions`."""
     for name in objectives or ASKABLE:
         if not OBJECTIVES[name].applies(example):
             continue
         rendered = OBJECTIVES[name].render(example, np.random.default_rng(seed))
         assert not isinstance(rendered, str)  # plain text is not askable
         *turns, answer = with_prompt(rendered, default_prompt)
-        if name in PROMPTS:
+        if name in PROMPTS:  # one fixed wording, so that results are comparable
             turns = [Message("user", (*turns[0].content[:-1], PROMPTS[name][0]))]
         if answers == "last":
             turns = [without_thought(turn) for turn in turns]
-        task, judged_by = _task(name, turns[-1].content[-1])
+        task, measure = _task(name, turns[-1].content[-1])
         reference = "\n".join(piece for piece in answer.content if isinstance(piece, str))
         labels = _TIMELINES[name](example) if name in _TIMELINES else ()
-        yield Item(example.name, source, task, tuple(turns), reference, judged_by, labels)
+        yield Question(example.name, source, task, tuple(turns), reference, measure, labels)
 
 
 def _task(objective: str, question: str | Clip) -> tuple[str, str]:
-    """The task and the measure of a question; those about a time are two tasks."""
+    """Returns task and measure. `time_qa` is two tasks: answers in seconds, and answers that are a label."""
     if objective != "time_qa":
         return objective, _OBJECTIVE_MEASURES[objective]
-    judged_by = "seconds" if _asks_for_seconds(question) else "label"
-    return f"time_qa_{judged_by}", judged_by
+    measure = "seconds" if _asks_for_seconds(question) else "label"
+    return f"time_qa_{measure}", measure
 
 
 def _asks_for_seconds(question: str | Clip) -> bool:
@@ -155,7 +157,7 @@ def _asks_for_seconds(question: str | Clip) -> bool:
     return isinstance(question, str) and question.startswith(tuple(openings))
 
 
-# Questions about sound scenes
+# Sound scenes
 
 _SCENE_MEASURES = {
     "timeline": "events",
@@ -168,32 +170,34 @@ _SCENE_MEASURES = {
 }
 
 
-def scene_items(count: int, config: SceneConfig, *, seed: int = 0) -> list[Item]:
-    """Scenes 0 to `count` - 1 of a seed (which should not be that of training), one question about each."""
-    return [_scene_item(index, config, seed) for index in range(count)]
+def scene_questions(count: int, config: SceneConfig, *, seed: int = 0) -> list[Question]:
+    """Returns one question about each of the scenes 0 to `count` - 1. The seed should not be that of training."""
+    return [_scene_question(index, config, seed) for index in range(count)]
 
 
-def _scene_item(index: int, config: SceneConfig, seed: int) -> Item:
+def _scene_question(index: int, config: SceneConfig, seed: int) -> Question:
     task = make_task(seed, index, config)
     name = f"scene {index} of seed {seed}"
-    turns = task.example(name).conversation[:1]  # what more training asks about a scene is left out
-    judged_by = _SCENE_MEASURES[task.name]
-    return Item(name, "scenes", task.name, turns, task.answer, judged_by, labels=task.scene.events)
+    turns = task.example(name).conversation[:1]  # the first of the questions that training asks
+    return Question(name, "scenes", task.name, turns, task.answer, _SCENE_MEASURES[task.name], labels=task.scene.events)
 
 
-# Questions of benchmarks
+# Benchmarks
 
 
-def benchmark_items(
+def benchmark_questions(
     name: str, path: AnyPath, audio_dir: AnyPath | None = None, *, limit: int | None = None
-) -> list[Item]:
-    """The questions of a benchmark; open ones, and those whose answer is none of the options, are not judged."""
-    items = []
+) -> list[Question]:
+    """Returns the questions of a benchmark. Open ones, and those whose answer is not an option, are not judged.
+
+    Arguments and errors: as in `question_files.read_benchmark`.
+    """
+    questions = []
     for question in read_benchmark(name, path, audio_dir)[:limit]:
         clips = [Clip(str(clip), name=f"{path}: {clip}") for clip in question.audio]
         is_choice = question.answer is not None
-        items.append(
-            Item(
+        questions.append(
+            Question(
                 name=question.id,
                 source=name,
                 task="choice" if is_choice else "open",
@@ -204,4 +208,4 @@ def benchmark_items(
                 groups=question.groups,
             )
         )
-    return items
+    return questions

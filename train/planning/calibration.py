@@ -1,9 +1,8 @@
-"""What measurements make of an estimate: published runs of like models, and what `estimate` says of them.
+"""Calibration of `estimate`: published measurements of similar models, and the estimates for them.
 
-All are dense decoders trained in bfloat16 with their parameters sharded over all chips. Rates are in tokens, since
-papers and tools count FLOPs differently; where only an MFU was published, with attention counted whole, it is turned
-into tokens by that count. None is of this program: the range says how far estimates of its kind have been from what
-chips did, no more.
+All are dense decoders trained in bfloat16 with parameters sharded over all chips. Rates are in tokens, since sources
+count FLOPs differently; a published MFU, with attention counted whole, is converted to tokens. None is of this program:
+the range shows how far such estimates are from measurements, no more.
 """
 
 import dataclasses
@@ -51,7 +50,7 @@ GEMMA_7B = LanguageConfig(
     num_key_value_heads=16,
     head_dim=256,
 )
-# MaxText's own, of global_parameter_scale 16 and 32.
+# MaxText's default model with global_parameter_scale 16 and 32.
 MAXTEXT_16B = LanguageConfig(
     vocab_size=32000,
     hidden_size=4096,
@@ -66,10 +65,11 @@ MAXTEXT_32B = dataclasses.replace(MAXTEXT_16B, hidden_size=8192)
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-    """A published run. tokens: of a sequence; sequences: of a chip in a step.
+    """A published run.
 
-    recomputed: of the layers' matmuls; attention is so in all of them. tensor: chips that share a layer.
-    tokens_per_second: of a chip. mfu: instead of it, with attention counted whole.
+    tokens: per sequence. sequences: per chip and step. recomputed: matmuls of a layer that are recomputed; attention
+        always is. tensor: chips that a layer is sharded over.
+    tokens_per_second: per chip; or else mfu, with attention counted whole.
     """
 
     name: str
@@ -86,19 +86,19 @@ class Measurement:
 
     @property
     def columns(self) -> float:
-        """Parameters of a layer's matmuls for each of its inputs."""
+        """Parameters of a layer's matmuls divided by the hidden size."""
         heads = self.model.num_attention_heads + self.model.num_key_value_heads
         return 2 * heads * self.model.head_dim + 3 * self.model.intermediate_size
 
     @property
     def matmul_parameters(self) -> float:
-        """Of the layers and the head."""
+        """Parameters of the matmuls of all layers and the head."""
         model = self.model
         return model.hidden_size * (model.num_hidden_layers * self.columns + model.vocab_size)
 
     @property
     def measured(self) -> float:
-        """Tokens a second and chip."""
+        """Measured tokens per second and chip."""
         if self.tokens_per_second is not None:
             return self.tokens_per_second
         assert self.mfu is not None
@@ -108,8 +108,10 @@ class Measurement:
 
     @property
     def estimated(self) -> float:
-        """Tokens a second and chip, as `estimate` has it: parameters are gathered for the forward and the backward pass
-        and their gradients scattered, all in bfloat16."""
+        """Estimated tokens per second and chip.
+
+        Parameters are all-gathered for the forward and the backward pass, gradients reduce-scattered, in bfloat16.
+        """
         rows = self.sequences * self.tokens
         content = Content(rows, chunks=0, attention_pairs=rows * self.tokens)
         config = MossAudioConfig(language_config=self.model)
@@ -125,8 +127,8 @@ class Measurement:
         return rows / report["estimated_step_seconds"]
 
     def _exchanges(self, chips: int) -> list[Collective]:
-        """Three times all parameters of a chip's part; and, if chips share a layer, the activations after attention and
-        after the MLP, forward and backward."""
+        """Collectives of a step: three times the parameters of a chip's tensor-parallel part; with tensor parallelism
+        also the activations after attention and after the MLP, forward and backward."""
         model, rows = self.model, self.sequences * self.tokens
         everyone = (tuple(range(chips)),)
         gathered = 2.0 * (self.matmul_parameters + model.hidden_size * model.vocab_size) / self.tensor
@@ -142,10 +144,10 @@ class Measurement:
         return self.measured / self.estimated
 
 
-# MaxText's recipes for v6e keep the inputs of layers and the results of attention's matmuls in the host's memory; its
-# "minimal" keeps the results of all matmuls, "full" none, as Flax's nothing_saveable does. Gemma's length and policy
-# are those of the command beside its table, its batch is assumed; Llama's batch on 16x16 is that of MaxText's
-# configuration of this name.
+# MaxText's recipes for v6e offload layer inputs and the results of attention's matmuls to host memory; its "minimal"
+# policy saves the results of all matmuls, "full" saves none, as Flax's nothing_saveable. Gemma's length and policy are
+# from the command beside its table, its batch is assumed. Llama's batch on 16x16 is from MaxText's configuration of
+# this name.
 MEASUREMENTS = (
     Measurement(
         "Llama 3.1 8B, MaxText",
@@ -191,13 +193,12 @@ MEASUREMENTS = (
 
 @functools.cache
 def measured_over_estimated(chip: Chip) -> tuple[float, float]:
-    """The least and the largest ratio of what was measured on this kind of chip to its estimate; of all kinds, where
-    nothing was published."""
+    """Returns the lowest and highest ratio of measured to estimated speed on this chip, or on all if it has none."""
     ratios = [run.ratio for run in MEASUREMENTS if run.chip == chip] or [run.ratio for run in MEASUREMENTS]
     return min(ratios), max(ratios)
 
 
 def calibrated(chip: Chip, mfu: float) -> dict[str, Any]:
-    """What measurements make of an estimated MFU, for a report."""
+    """Returns the fields of a report that scale an estimated MFU by the measured ratios."""
     least, most = measured_over_estimated(chip)
     return {"measured_over_estimated": [least, most], "calibrated_mfu": [least * mfu, most * mfu]}

@@ -1,37 +1,30 @@
-"""The TPU generations that JAX runs on: compute, memory and interconnect of one chip.
+"""TPU generations: compute, memory and interconnect of one chip.
 
-Sources: the pages of Google Cloud's TPU documentation (docs.cloud.google.com/tpu/docs: v4, v5e, v5p, v6e, tpu7x). They
-give a chip's interconnect (ICI) as the bandwidth of all its links in both directions; here it is divided by both. For
-the v4 they give none, and the figure is that of the book "How to Scale Your Model" (jax-ml/scaling-book, "TPUs"), as is
-the rule of wraparound links. The network between slices (DCN) is documented by chip for the v5p, v6e and TPU7x (50,
-100 and 100 Gbit/s) and by pod for the v5e (6.4 Tbit/s of 256 chips); for the v4 it is the book's 25 GB/s a host of 4.
-What a program may use of the HBM is measured: it is what XLA's compiler for each chip (libtpu 0.0.52) has to give.
+Sources: Google Cloud's TPU documentation (docs.cloud.google.com/tpu/docs: v4, v5e, v5p, v6e, tpu7x). It gives the
+interconnect (ICI) as bandwidth over all links in both directions; here it is per link and direction. For v4 it gives
+none: that figure, and the rule of wraparound links, are from "How to Scale Your Model" (jax-ml/scaling-book, "TPUs").
+The network between slices (DCN) is documented per chip for v5p, v6e and TPU7x (50, 100 and 100 Gbit/s) and per pod for
+v5e (6.4 Tbit/s for 256 chips); for v4 it is the book's 25 GB/s per host of 4 chips. Usable HBM is measured: it is the
+limit of XLA's compiler for each chip (libtpu 0.0.52).
 
-Google Cloud rents slices by names of another kind, such as v5p-64 for 2x4x4: they count TensorCores on v4 and v5p,
-chips on v5e and v6e.
-
-A chip is not always one device. JAX makes one of the two TensorCores of a v5p, and of a v4 as it is mostly started
-("megacore"), but two devices of those of a TPU7x. `Device.num_cores` says how many cores a device has.
+A chip is not always one device. The two TensorCores of a v5p, and usually of a v4 ("megacore"), are one device; those
+of a TPU7x are two. `Device.num_cores` is the number of cores of a device.
 """
 
-import math
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
-
-from moss_audio_jax.errors import MossAudioError
 
 GIB = 2**30
 
 
 @dataclass(frozen=True)
 class Chip:
-    """One chip with all its cores; rates are a second's.
+    """One chip with all its cores. Sizes are bytes, rates are per second.
 
-    peak_flops: in bfloat16. hbm_bytes: as documented; usable_hbm_bytes: for a program and its arguments.
-    hbm_bandwidth: bytes. ici_links: to other chips; ici_link_bandwidth: bytes through one of them in one direction.
-    dcn_bandwidth: bytes that it sends to other slices, its share of what its host sends.
+    peak_flops: in bfloat16. hbm_bytes: as documented. usable_hbm_bytes: for a program and its arguments.
+    ici_links: links to other chips. ici_link_bandwidth: of one link in one direction.
+    dcn_bandwidth: to other slices; the chip's share of its host's bandwidth.
     """
 
     name: str
@@ -44,14 +37,11 @@ class Chip:
     ici_link_bandwidth: float
     dcn_bandwidth: float
 
-    @property
-    def ici_bandwidth(self) -> float:
-        """Bytes through all links in both directions, as the documentation counts them."""
-        return 2 * self.ici_links * self.ici_link_bandwidth
-
     def wraps(self, shape: Sequence[int]) -> tuple[bool, ...]:
-        """Which axes of a slice of this shape are closed to rings: those of a whole pod's 16 chips in two dimensions,
-        all of whole cubes of 4x4x4 in three."""
+        """Returns for each axis of a slice whether it is a ring (has wraparound links).
+
+        In two dimensions axes of 16 chips are rings; in three all axes are, if every size is a multiple of 4.
+        """
         if self.ici_links == 4:
             return tuple(size == 16 for size in shape)
         return (all(size % 4 == 0 for size in shape),) * len(shape)
@@ -59,12 +49,12 @@ class Chip:
 
 V4 = Chip("TPU v4", 2, 275e12, 32 * GIB, int(30.75 * GIB), 1200e9, 6, 45e9, 6.25e9)
 V5E = Chip("TPU v5e", 1, 197e12, 16 * GIB, int(15.75 * GIB), 819e9, 4, 50e9, 3.125e9)
-# The compiler finds more than the 95 GiB of the documentation.
+# The compiler allows more than the documented 95 GiB.
 V5P = Chip("TPU v5p", 2, 459e12, 95 * GIB, int(95.73 * GIB), 2765e9, 6, 100e9, 6.25e9)
 V6E = Chip("TPU v6e", 1, 918e12, 32 * GIB, int(31.24 * GIB), 1638e9, 4, 100e9, 12.5e9)
 V7X = Chip("TPU7x", 2, 2307e12, 192 * GIB, int(2 * 94.74 * GIB), 7380e9, 6, 100e9, 12.5e9)
 
-# By `jax.Device.device_kind`: the spelling of libtpu, and another one that JAX accepts.
+# By `jax.Device.device_kind`: libtpu's spelling, and the other one that JAX accepts.
 CHIPS = {
     "TPU v4": V4,
     "TPU v5 lite": V5E,
@@ -78,12 +68,12 @@ CHIPS = {
 
 
 def chip_of(device_kind: str) -> Chip | None:
-    """The chip that a device of this kind is, or is a part of; None if it is not in the table."""
+    """Returns the chip that a device of this kind is, or is a part of; None if unknown."""
     return CHIPS.get(device_kind)
 
 
 def peak_flops(devices: Iterable[Any]) -> float | None:
-    """bfloat16 FLOP/s of all these `jax.Device`s together; None if one of them is not in the table."""
+    """Sums bfloat16 FLOP/s over `jax.Device`s; None if one of them is unknown."""
     total = 0.0
     for device in devices:
         chip = chip_of(device.device_kind)
@@ -91,50 +81,3 @@ def peak_flops(devices: Iterable[Any]) -> float | None:
             return None
         total += chip.peak_flops * device.num_cores / chip.cores
     return total
-
-
-_FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
-_CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16", "16x16x16")
-
-
-def _rented(prefix: str, kind: str, shapes: Iterable[str], counted: int) -> dict[str, str]:
-    """Names such as v5p-64 -> topologies such as v5p:2x4x4. counted: units of the name in a chip."""
-    chips = {shape: math.prod(map(int, shape.split("x"))) for shape in shapes}
-    return {f"{prefix}-{counted * count}": f"{kind}:{shape}" for shape, count in chips.items()}
-
-
-# The shapes that Google Cloud's documentation lists for these names, which it calls accelerator types.
-ACCELERATOR_TYPES = {
-    **_rented("v4", "v4", _CUBES[:10], 2),
-    **_rented("v5litepod", "v5e", _FLAT, 1),
-    **_rented("v5p", "v5p", (*_CUBES, "16x16x24"), 2),
-    **_rented("v6e", "v6e", _FLAT, 1),
-}
-_SHAPED = re.compile(r"(?P<kind>\w+):(?P<shape>\d+(x\d+)*)")
-
-
-def topology_of(name: str) -> str:
-    """`v5p:2x4x4` for either name of that slice, `v5p-64` or `v5p:2x4x4` itself.
-
-    Raises MossAudioError, with the names nearest to it, if it is neither.
-    """
-    if _SHAPED.fullmatch(name):
-        return name
-    rented = re.sub(r"^v5e-", "v5litepod-", name)
-    if rented in ACCELERATOR_TYPES:
-        return ACCELERATOR_TYPES[rented]
-    kind, _, count = rented.partition("-")
-    near = [other for other in ACCELERATOR_TYPES if other.partition("-")[0] == kind]
-    if near and count.isdecimal():
-        near = sorted(near, key=lambda other: abs(math.log(int(other.partition("-")[2]) / max(int(count), 1))))[:2]
-    near = near or ["v5litepod-8", "v5p-64", "v6e-8"]
-    raise MossAudioError(
-        f"--topology must name a TPU and its shape, such as v5e:2x4, v5p:4x4x4 or v6e:8x8, or be a name that Google "
-        f"Cloud rents by, such as {', '.join(near)}, not {name!r}"
-    )
-
-
-def shown_topology(topology: str) -> str:
-    """With the name that it is rented by, if it has one: `v5p:2x4x4 (v5p-64)`."""
-    rented = [kind for kind, shape in ACCELERATOR_TYPES.items() if shape == topology]
-    return f"{topology} ({rented[0]})" if rented else topology

@@ -1,10 +1,10 @@
-"""How fast a program might be: a roofline over what it computes, moves through memory and communicates.
+"""Estimated step time and MFU of a program: a roofline of compute, memory and communication.
 
-computing       each part of the model takes the longer of two times: its FLOPs (model FLOPs, padding and what is
-                recomputed) at the assumed share of the peak, and the bytes that its products move at the memory's rate
-updating        gradients, masters and moments, read and written once: memory alone
-communicating   each collective over the links that its group can use (`interconnect`), or between slices over the data
-                centre's network; nothing of it is hidden, since most collectives in these programs are synchronous
+computing       per part of the model, the longer of two times: executed FLOPs (with padding and recomputation) at an
+                assumed share of the peak, and bytes moved by its matmuls at the HBM bandwidth
+updating        memory traffic of gradients, master parameters and moments
+communicating   each collective over the links that its group can use (`interconnect`), or between slices over the
+                data-center network; assumed not to overlap, since most collectives of these programs are synchronous
 """
 
 import dataclasses
@@ -16,32 +16,36 @@ from train.planning.hlo import Collective
 from train.planning.interconnect import Coordinates, links
 
 ASSUMPTIONS = {
-    "matmul_efficiency": 0.85,  # share of the peak that large bfloat16 matmuls reach
-    "attention_efficiency": 0.5,  # and that of attention kernels
+    "matmul_efficiency": 0.85,  # share of peak FLOP/s of large bfloat16 matmuls
+    "attention_efficiency": 0.5,  # of attention kernels
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-    """The chips that a program runs on: their kind, their grid, and where each device of the mesh stands on it.
+    """Chips that a program runs on.
 
-    coordinates: of the devices of the first slice, in the mesh's order. devices: of all slices.
+    shape: chips along each axis of one slice. coordinates: of the first slice's devices, in the order of the mesh.
+    devices: of all slices. cores: of one device.
     """
 
     chip: Chip
     shape: Coordinates
     coordinates: tuple[Coordinates, ...]
     devices: int
-    cores: int  # of a device
+    cores: int
 
     @property
     def share(self) -> float:
-        """The part of a chip that a device is: one of a TPU7x is half of it."""
+        """Devices are this share of a chip: 1, or 1/2 on a TPU7x."""
         return self.cores / self.chip.cores
 
     def seconds(self, collective: Collective) -> float:
-        """Of all the times that it runs. XLA cuts gathers beside matmuls into permutes round a ring, half of them in
-        each direction: a chip uses two links at most."""
+        """Estimates the seconds of all executions of a collective per run.
+
+        XLA splits gathers overlapped with matmuls into permutes around a ring, half in each direction: these use at
+        most two links.
+        """
         if collective.between_slices:
             return collective.sent / (self.share * self.chip.dcn_bandwidth)
         groups = {frozenset(self.coordinates[device] for device in group) for group in collective.groups}
@@ -53,7 +57,7 @@ class Slice:
 
 
 def computing_seconds(chip: Chip, flops: Mapping[str, float], moved: Mapping[str, float]) -> dict[str, float]:
-    """By part. flops, moved: FLOPs and bytes of memory of one chip, by part."""
+    """Estimates compute seconds by part. flops, moved: FLOPs and bytes of HBM traffic of one chip, by part."""
 
     def seconds(part: str) -> float:
         kind = "attention_efficiency" if part == "llm_attention" else "matmul_efficiency"
@@ -71,8 +75,11 @@ def speed(
     moved: Mapping[str, float],
     updated: float = 0.0,
 ) -> dict[str, Any]:
-    """The estimates of a report. executed_flops: by part, with padding and what is recomputed; all devices' like
-    model_flops. moved, updated: bytes of memory on one device, by part of the model and in the optimizer's update."""
+    """Returns the estimates of a report.
+
+    model_flops, executed_flops: of all devices by part; the latter with padding and recomputation.
+    moved: HBM traffic of one device in bytes, by part. updated: the same of the optimizer's update.
+    """
     chip, chips = place.chip, place.devices * place.share
     on_chip = {part: flops / chips for part, flops in executed_flops.items()}
     in_memory = {part: size / place.share for part, size in moved.items()}
@@ -100,7 +107,7 @@ def speed(
 
 
 def by_kind(found: Sequence[Collective]) -> dict[str, dict[str, Any]]:
-    """Of each kind how many run, the bytes they hold, those that a chip sends, and which arrays make most of them."""
+    """Sums collectives by kind: executions, payload bytes, bytes sent per chip, and their arrays, largest first."""
     kinds: dict[str, dict[str, Any]] = {}
     for collective in sorted(found, key=lambda collective: -collective.sent):
         kind = f"{collective.kind} between slices" if collective.between_slices else collective.kind

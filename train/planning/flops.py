@@ -1,13 +1,12 @@
-"""Model FLOPs: what a step has to compute, whatever the program computes.
+"""Model FLOPs of a step, FLOPs recomputed by rematerialization, and memory traffic, all from one table of matmuls.
 
-The convention is that of MFU in PaLM (arXiv 2204.02311, appendix B) and Megatron-LM: matmuls and convolutions only, a
-multiply-add is 2 FLOPs, and what is recomputed in the backward pass does not count. As in Megatron-LM, and unlike
-PaLM, causal attention counts half. Padding does not count: the measure is of useful work. A chunk of audio counts
-whole, as the encoder reads it.
+Model FLOPs follow MFU in PaLM (arXiv 2204.02311, appendix B) and Megatron-LM: matmuls and convolutions only, 2 FLOPs
+per multiply-add, no recomputation. As in Megatron-LM, and unlike PaLM, causal attention counts half. Padding does not
+count, but an audio chunk counts whole, as the encoder reads it.
 
-The backward pass of y = x W has two products of the same size: one by W, if that is trained, and one by x, if anything
-is trained that x depends on. So frozen parts cost their forward pass, and no more than that where nothing below learns.
-What rematerialization computes a second time, and what all products move through memory, follow from the same table.
+The backward pass of y = x W has two products of the same size: the gradient of W, if W is trained, and the gradient of
+x, if x depends on trained parameters. A frozen part costs its forward pass, and the gradient of x only if something
+below it is trained.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -23,9 +22,9 @@ CONVENTION = "model FLOPs, forward and backward, with causal attention halved an
 
 @dataclass(frozen=True)
 class Content:
-    """What a batch holds, without padding.
+    """Contents of a batch without padding.
 
-    tokens: of text and audio. chunks: of audio. attention_pairs: the sum over segments of their length squared.
+    tokens: of text and audio. chunks: of audio. attention_pairs: sum of squared segment lengths.
     """
 
     tokens: float
@@ -34,20 +33,20 @@ class Content:
 
     @classmethod
     def of_sums(cls, sums: Mapping[str, float]) -> "Content":
-        """From `TrainingData.sums`, of one host or over all."""
+        """Reads `TrainingData.sums`, of one host or summed over hosts."""
         return cls(sums["packed_tokens"], sums["packed_chunks"], sums["attention_pairs"])
 
 
 def forward_flops(config: MossAudioConfig, content: Content) -> dict[str, float]:
-    """FLOPs of a forward pass with logits at every token, by part (`FLOP_PARTS`)."""
+    """Computes FLOPs of a forward pass with logits at every token, by part (`FLOP_PARTS`)."""
     return step_flops(config, content, trainable=())
 
 
 def step_flops(config: MossAudioConfig, content: Content, trainable: Iterable[str]) -> dict[str, float]:
-    """FLOPs of a training step, by part (`FLOP_PARTS`).
+    """Computes FLOPs of a training step, by part (`FLOP_PARTS`).
 
-    trainable: paths of the parameters that learn, such as `TrainState.trainable` has; all others are frozen. The small
-    products with adapters of LoRA are left out, but gradients are counted all the way to them.
+    trainable: paths of trained parameters, as in `TrainState.trainable`. The small matmuls of LoRA adapters are left
+        out; the gradients that reach them are counted.
     """
     flops = dict.fromkeys(FLOP_PARTS, 0.0)
     for operation, times in _step(config, content, trainable):
@@ -58,10 +57,10 @@ def step_flops(config: MossAudioConfig, content: Content, trainable: Iterable[st
 def recomputed_flops(
     config: MossAudioConfig, content: Content, trainable: Iterable[str], remat: str
 ) -> dict[str, float]:
-    """FLOPs that a step's backward pass computes a second time, by part (`FLOP_PARTS`), which model FLOPs leave out.
+    """Computes FLOPs that the backward pass recomputes, by part (`FLOP_PARTS`); model FLOPs exclude them.
 
-    remat: a key of `layers.REMAT_POLICIES`. Nothing is recomputed where no gradient goes, nor the last product of a
-    layer, whose result no gradient needs. The loss computes the logits twice whatever is trained.
+    remat: a key of `layers.REMAT_POLICIES`. Without a gradient nothing is recomputed, nor is the last matmul of a
+        layer, whose result no gradient needs. The loss always recomputes the logits.
     """
     flops = dict.fromkeys(FLOP_PARTS, 0.0)
     for operation, times in _step(config, content, trainable, remat):
@@ -79,11 +78,11 @@ def moved_bytes(
     data_parallel: int = 1,
     tensor: int = 1,
 ) -> dict[str, float]:
-    """Bytes that the products of a step read and write in one chip's memory, by part (`FLOP_PARTS`).
+    """Computes HBM traffic of a step's matmuls on one chip in bytes, by part (`FLOP_PARTS`).
 
-    Each product reads its operands and writes its result once, in bfloat16. Kernels are gathered, so that each chip
-    reads the whole of them (or its part of `tensor`) in every microbatch; activations are shared by all chips. What
-    stands between products (norms, activation functions) is fused into them and left out.
+    Each matmul reads its operands and writes its result once, in bfloat16. Kernels are all-gathered: each chip reads
+    them whole, or 1 / `tensor` of them, in every microbatch. Activations are sharded over all chips. Operations
+    between matmuls (norms, activation functions) are assumed to be fused.
     """
     moved = dict.fromkeys(FLOP_PARTS, 0.0)
     for operation, times in _step(config, content, trainable, remat):
@@ -93,7 +92,7 @@ def moved_bytes(
 
 
 class _Times(NamedTuple):
-    """How often a step computes a product: forward and backward, and again for the backward pass."""
+    """Executions of a matmul in a step: forward and backward, and recomputed for the backward pass."""
 
     products: int
     again: int
@@ -115,20 +114,21 @@ def _step(
         yield operation, _Times(1 + by_input + by_other, int(again))
 
 
-# The policies of `layers.REMAT_POLICIES` under which the backward pass recomputes a product.
+# Keys of `layers.REMAT_POLICIES` under which the backward pass recomputes a matmul.
 _IN_LAYERS = ("attention", "full", "offload")
 _STEM = ("dots", *_IN_LAYERS)
 
 
 @dataclass(frozen=True)
 class _Operation:
-    """A product with a parameter, in all layers that have it. flops: of the forward pass.
+    """A matmul or convolution, summed over the layers that have it.
 
-    weight: the parameter's path; None for attention, whose products have two activations each.
-    below: prefixes of the paths of all parameters that the input depends on. Layers of a stack count alike, as a scan
-        runs them: the stack is below its own operations.
-    activations, kernel: elements of the operands and the result.
-    recomputed: the policies of rematerialization under which the backward pass needs it a second time.
+    weight: path of its parameter; None for attention, which multiplies activations.
+    flops: of the forward pass.
+    below: path prefixes of all parameters that its input depends on. A scan treats all layers of a stack alike: a stack
+        is below its own matmuls.
+    activations, kernel: number of elements of activations (operands and result) and of the parameter.
+    recomputed: remat policies under which the backward pass recomputes it.
     """
 
     part: str
@@ -163,7 +163,7 @@ def _linear(
     layers: int = 1,
     recomputed: tuple[str, ...] = (),
 ) -> _Operation:
-    """rows: of one layer."""
+    """Matmul [rows, inputs] x [inputs, outputs] in each of `layers` layers."""
     flops, activations = 2.0 * rows * inputs * outputs, rows * (inputs + outputs)
     return _Operation(
         part, f"{name}.kernel", layers * flops, below, layers * activations, layers * inputs * outputs, recomputed
@@ -178,7 +178,7 @@ def _stem(config: MossAudioConfig, chunks: float, frames: int) -> Iterator[_Oper
         name = f"audio_encoder.conv{number}"
         positions = chunks * (frames >> number) * (audio.num_mel_bins >> number)
         kernel = 3 * 3 * inputs * channels
-        activations = positions * (4 * inputs + channels)  # strides of 2 by 2
+        activations = positions * (4 * inputs + channels)  # strides of 2 x 2
         yield _Operation(
             "encoder", f"{name}.kernel", 2.0 * positions * kernel, below, activations, kernel, recomputed=_STEM
         )
@@ -199,13 +199,13 @@ def _encoder(config: MossAudioConfig, tokens: float, chunk_tokens: int) -> Itera
     first, second = (f"audio_encoder.layers.{name}" for name in ("fc1", "fc2"))
     yield _linear("encoder", first, tokens, width, hidden, below, layers=layers, recomputed=_IN_LAYERS)
     yield _linear("encoder", second, tokens, hidden, width, below, layers=layers)
-    if audio.output_dim != width:  # of the features and of every tap
+    if audio.output_dim != width:  # of the features and each tap
         rows = tokens * (1 + len(audio.deepstack_encoder_layer_indexes))
         yield _linear("encoder", "audio_encoder.out_proj", rows, width, audio.output_dim, below)
 
 
 def _bridge(part: str, name: str, config: MossAudioConfig, rows: float, count: int = 1) -> Iterator[_Operation]:
-    """The adapter's or the mergers' gated MLP, from the encoder to the language model."""
+    """Gated MLP of the adapter or the mergers, from the encoder to the language model."""
     inputs, hidden = config.audio_config.output_dim, config.adapter_hidden_size
     outputs = config.language_config.hidden_size
     first = (f"{name}.gate_proj", f"{name}.up_proj")
@@ -236,7 +236,7 @@ def _language_model(config: MossAudioConfig, content: Content) -> Iterator[_Oper
         path = f"language_model.layers.{name}"
         yield _linear("llm_matmuls", path, content.tokens, inputs, outputs, below, layers=layers, recomputed=again)
     flops, activations = 4.0 * content.attention_pairs / 2 * queries, 2.0 * content.tokens * (queries + keys)
-    kept = ("dots", "full", "offload")  # by all but "attention"
+    kept = ("dots", "full", "offload")  # all but "attention"
     yield _Operation("llm_attention", None, layers * flops, below, layers * activations, recomputed=kept)
 
     tied = config.tie_word_embeddings

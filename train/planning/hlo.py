@@ -1,9 +1,9 @@
-"""What a compiled program communicates, read from the text of its optimised HLO.
+"""Collectives of a compiled program, read from the text of its optimised HLO.
 
-Each collective is counted as often as it runs: loops multiply what is in their bodies, which XLA's own cost analysis
-counts once. On TPU an all-gather may have been made an all-reduce over zeros; it is reported as what it is. What slices
-exchange over the data centre's network is no collective of the program of one slice: it sends to and receives from
-Megascale, on its host, and the instruction says what Megascale does with it.
+A collective in a loop counts once per iteration (XLA's own cost analysis counts the body once). On TPU an all-gather
+may be compiled to an all-reduce over zeros; it is reported as an all-reduce. Between slices there is no collective in
+the program of one slice: it sends to and receives from Megascale on its host, and the instruction names Megascale's
+operation.
 """
 
 import math
@@ -29,12 +29,13 @@ _CONSTANT = re.compile(r"s32\[\]\S* constant\((\d+)\)")
 
 @dataclass(frozen=True)
 class Collective:
-    """One instruction. times: how often a run of the program executes it.
+    """One collective instruction.
 
-    payload: bytes on one device: what an all-gather gives, a reduce-scatter takes, the others give as they take.
-    devices: how many take part. shapes: of the arrays it gives.
-    groups: of devices, by their place in the mesh, that exchange with each other.
-    between_slices: over the data centre's network; then `devices` counts slices.
+    payload: bytes on one device: the result of an all-gather, the operand of a reduce-scatter; for other kinds operand
+        and result have the same size.
+    devices: size of a group. times: executions per run of the program. shapes: of the results.
+    groups: of devices that exchange with each other, as positions in the mesh.
+    between_slices: over the data-center network; `devices` then counts slices.
     """
 
     kind: str
@@ -48,15 +49,18 @@ class Collective:
 
     @property
     def sent(self) -> float:
-        """Bytes that a device sends in a run, if the devices form a ring: an all-reduce goes round twice."""
+        """Bytes that a device sends per run with ring algorithms; an all-reduce goes around twice."""
         rounds = {"all-reduce": 2.0, "collective-permute": 1.0}.get(self.kind, 1.0)
         share = 1.0 if self.kind == "collective-permute" else (self.devices - 1) / self.devices
         return self.times * rounds * share * self.payload
 
 
 def collectives(hlo: str, devices: int) -> list[Collective]:
-    """All collectives of a program. devices: of the whole mesh, for instructions that don't say which take part; of the
-    program's slice, if it says how many those are."""
+    """Returns all collectives of a program.
+
+    devices: size of the mesh, for instructions without groups. The program's own `num_partitions` (the devices of its
+        slice) takes precedence.
+    """
     if stated := _PARTITIONS.search(hlo[: hlo.find("\n")]):
         devices = int(stated[1])
     computations = dict(_computations(hlo))
@@ -70,13 +74,13 @@ def collectives(hlo: str, devices: int) -> list[Collective]:
             if kind == "send" and _TRANSFER.search(operation["rest"]):
                 found.append(_between_slices(operation, times))
             if kind in KINDS:
-                # One that runs beside matmuls stands in each fusion that moves it on, always with the same channel.
+                # A collective overlapped with matmuls is in each fusion that advances it, with the same channel.
                 channel = _CHANNEL.search(operation["rest"])
                 if channel is None or (channel[1], times) not in moved:
                     found.append(_collective(operation, kind, devices, times))
                 if channel is not None:
                     moved.add((channel[1], times))
-                continue  # what it applies is an addition
+                continue  # don't visit the reduction that it applies
             called = re.findall(r"[\w.\-]+", " ".join(map(" ".join, _CALLED.findall(operation["rest"]))))
             loops = times
             if operation["opcode"] == "while":
@@ -101,7 +105,7 @@ def _computations(hlo: str) -> Iterator[tuple[str, tuple[bool, list[re.Match]]]]
 
 
 def _trips(computations: dict[str, tuple[bool, list[re.Match]]], rest: str) -> int:
-    """How often a loop runs: JAX's scans count from 0 to the one integer that their condition compares with."""
+    """Iterations of a loop: JAX's scans count from 0 to the one integer constant in their condition."""
     condition = re.search(r"condition=%?([\w.\-]+)", rest)
     assert condition is not None
     lines = [operation.string for operation in computations[condition[1]][1]]
@@ -112,7 +116,7 @@ def _trips(computations: dict[str, tuple[bool, list[re.Match]]], rest: str) -> i
 def _collective(operation: re.Match, kind: str, devices: int, times: int) -> Collective:
     arrays = [(dtype, dims) for dtype, dims in _ARRAY.findall(operation["shape"]) if dtype in _BYTES]
     if operation["opcode"].endswith("-start") and kind != "all-reduce":
-        arrays = [array for array in arrays if array[1]]  # without the semaphores
+        arrays = [array for array in arrays if array[1]]  # drop semaphores
         arrays = arrays[len(arrays) // 2 :]  # the first half are the operands
     groups = _rings(operation["rest"]) if kind == "collective-permute" else _groups(operation["rest"], devices)
     size = max(map(len, groups))
@@ -127,8 +131,10 @@ def _bytes_of(arrays: list[tuple[str, str]]) -> float:
 
 
 def _between_slices(operation: re.Match, times: int) -> Collective:
-    """Of an instruction such as `send(%x), ..._megascale_target="{1,2}x{0:3}",..._transfer_type="ALL_REDUCE"`: slices 1
-    and 2 (`{1:2}` if they are many), and in each the devices 0 to 3."""
+    """Reads an instruction such as `send(%x), ..._megascale_target="{1,2}x{0:3}",..._transfer_type="ALL_REDUCE"`.
+
+    The target is slices 1 and 2 (a longer range is written `{1:2}`), and in each of them devices 0 to 3.
+    """
     transfer, target = _TRANSFER.search(operation["rest"]), _TARGET.search(operation["rest"])
     assert transfer is not None
     slices = 2
@@ -144,7 +150,7 @@ def _between_slices(operation: re.Match, times: int) -> Collective:
 
 
 def _groups(rest: str, devices: int) -> tuple[tuple[int, ...], ...]:
-    """From `replica_groups={{0,1},{2,3}}`, `[2,4]<=[4,2]T(1,0)` or `mesh['a'=2,'b'=4] {'b'}`; all devices else."""
+    """Reads `replica_groups={{0,1},{2,3}}`, `[2,4]<=[4,2]T(1,0)` or `mesh['a'=2,'b'=4] {'b'}`; else all devices."""
     if listed := re.search(r"replica_groups=\{(\{[0-9,{}]+\})\}", rest):
         return tuple(tuple(map(int, group.split(","))) for group in re.findall(r"\{([0-9,]+)\}", listed[1]))
     if iota := re.search(r"replica_groups=\[([0-9,]+)\]<=\[([0-9,]+)\](?:T\(([0-9,]+)\))?", rest):
@@ -163,7 +169,7 @@ def _groups(rest: str, devices: int) -> tuple[tuple[int, ...], ...]:
 
 
 def _rings(rest: str) -> tuple[tuple[int, ...], ...]:
-    """Of a collective-permute: the devices that `source_target_pairs={{0,1},{1,2},{2,0}}` chains together."""
+    """Groups of a collective-permute: devices connected by `source_target_pairs={{0,1},{1,2},{2,0}}`."""
     chains: list[set[int]] = []
     pairs = re.search(r"source_target_pairs=\{([0-9,{}]*)\}", rest)
     assert pairs is not None

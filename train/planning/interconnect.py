@@ -1,8 +1,8 @@
-"""How fast chips of a slice send to each other: the links that a collective can use, and their bandwidth.
+"""Links between chips of a slice that a collective can use.
 
-Chips stand on a grid of two or three axes, each linked to its neighbours; the axes of large slices are closed to rings
-(`Chip.wraps`). A collective of a group of chips uses the links along the axes that the group spans, and is as slow as
-the chip with the fewest of them: a corner of an open 8x8 has two links, any chip of the closed 16x16 four.
+Chips are on a grid of two or three axes and linked to their neighbours; axes of large slices are rings (`Chip.wraps`).
+A collective uses the links along the axes that its group spans. The chip with the fewest links limits it: a corner of
+an open 8x8 slice has two, every chip of the closed 16x16 has four.
 """
 
 from collections import defaultdict
@@ -16,20 +16,21 @@ Coordinates = tuple[int, ...]
 
 
 def slice_shape(devices: Iterable[Any]) -> Coordinates:
-    """Chips along each axis of the slice that these devices fill."""
+    """Number of chips along each axis of the slice that these devices fill."""
     return tuple(max(sizes) + 1 for sizes in zip(*(device.coords for device in devices), strict=True))
 
 
 def links(group: Iterable[Coordinates], shape: Coordinates, chip: Chip) -> float:
-    """Links that every chip of a group can use at once; 0 for a single chip, whose devices exchange nothing over links.
+    """Returns the number of links that every chip of a group can use at once; 0 for a single chip.
 
-    Chips of a group that are no neighbours share the links between them with the groups of those that stand there. A
-    chip with no other on its axes sends through others: one link.
+    Chips of a group that are not neighbours share the links between them with the groups of the chips in between. A
+    chip without another of its group on any of its axes has one link, through other chips.
     """
     chips = set(group)
     if len(chips) < 2:
         return 0.0
     counts: dict[Coordinates, float] = dict.fromkeys(chips, 0.0)
+    # Per axis: split the group into lines along it, and add the links of each line to its chips.
     for axis, (size, closed) in enumerate(zip(shape, chip.wraps(shape), strict=True)):
         lines: dict[Coordinates, list[Coordinates]] = defaultdict(list)
         for member in chips:
@@ -42,7 +43,7 @@ def links(group: Iterable[Coordinates], shape: Coordinates, chip: Chip) -> float
 
 
 def _links_along(positions: Sequence[int], size: int, closed: bool) -> float:
-    """Links of the chip with the fewest, of those at these positions of an axis."""
+    """Links along one axis of the chip with the fewest, for chips at these positions."""
     if len(positions) < 2:
         return 0.0
     ordered = sorted(positions)
@@ -50,6 +51,6 @@ def _links_along(positions: Sequence[int], size: int, closed: bool) -> float:
     if closed:
         gaps.append(size - ordered[-1] + ordered[0])
         if len(set(gaps)) == 1:
-            return 2.0 / gaps[0]  # a ring
+            return 2.0 / gaps[0]  # evenly spaced: a ring
         gaps.remove(max(gaps))
     return 1.0 / max(gaps)

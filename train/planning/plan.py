@@ -1,22 +1,16 @@
-"""Will it fit, and how fast might it be? The real program of a recipe, compiled for a TPU on any machine.
+"""Memory and estimated speed of a recipe: its real program, compiled for a TPU on any machine.
 
-topology   "v5p:4x4x4" or "v5p-128": libtpu's compiler lays the step out for those chips; no TPU is needed
-memory     what that compiler allots: exact for this program
-traffic    the collectives of the compiled program, each as often as its loop runs it
-FLOPs      counted from the model (`flops`), since XLA counts the body of a loop once
-time, MFU  an estimate (`estimate`), and what measurements of like models make of it (`calibration`)
+topology   "v5p:4x4x4" or "v5p-128": libtpu compiles the step for those chips; no TPU is needed
+memory     as the compiler allocates it: exact for this program
+traffic    collectives of the compiled program, counted once per execution
+FLOPs      computed from the model (`flops`), since XLA counts the body of a loop once
+time, MFU  an estimate (`estimate`), and its calibration by measurements of similar models (`calibration`)
 """
 
-import contextlib
 import dataclasses
 import math
-import os
-import re
 import sys
-import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -34,70 +28,19 @@ from moss_audio_jax.weights.parameters import abstract_parameters, build_model
 from train.config import RunConfig
 from train.data import TrainingBatch
 from train.planning.calibration import calibrated
-from train.planning.chips import GIB, Chip, chip_of, shown_topology, topology_of
+from train.planning.chips import GIB, Chip, chip_of
+from train.planning.compilation import Compiled, compile_for_memory
 from train.planning.estimate import Slice, by_kind, speed
 from train.planning.flops import Content, forward_flops, moved_bytes, recomputed_flops, step_flops
-from train.planning.hlo import Collective, collectives
 from train.planning.interconnect import slice_shape
+from train.planning.topology import shown_topology
 from train.step import TrainState, abstract_batch, abstract_state, train_step
-
-
-@dataclasses.dataclass(frozen=True)
-class Compiled:
-    """What the compiler made of a step. `problem`: why it made nothing; then the figures are what it had got to.
-
-    bytes of HBM on one chip by kind. code: the program itself. largest: (bytes, shapes) of the largest buffers.
-    """
-
-    problem: str | None
-    arguments: int
-    temporaries: int
-    code: int
-    largest: tuple[tuple[int, str], ...]
-    collectives: tuple[Collective, ...]
-    seconds: float
-    inputs: Any = None  # where its arguments lie; None for one that it does not use
-    outputs: Any = None  # where its results lie
-
-    @property
-    def total(self) -> int:
-        return self.arguments + self.temporaries + self.code
-
-
-def topology_devices(topology: str, slices: int = 1) -> list[Any]:
-    """The devices of a TPU such as `v5e:4x4`, no TPU needed; of several slices, one after the other.
-
-    topology: either name of `chips.topology_of`.
-    """
-    topology = topology_of(topology)
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # asks a machine on Google Cloud what it is
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")  # or libtpu complains of what it did not ask
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # compiling alone needs no TPU to itself
-    try:
-        import libtpu  # noqa: F401  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise MossAudioError(
-            "compiling for a TPU needs libtpu, which is not installed here: pip install libtpu"
-        ) from error
-    from jax.experimental import topologies
-
-    options: dict[str, Any] = {} if slices == 1 else {"num_slices": slices}
-    if topology.startswith("v4:"):
-        options["chip_config_name"] = "megacore"  # both cores are one device, as on a v4 pod; meshes serve no other
-    try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices)
-    except (RuntimeError, ValueError, jax.errors.JaxRuntimeError) as error:
-        raise MossAudioError(
-            f"--topology must name a TPU and its shape, such as v5e:2x4, v5p:4x4x4 or v6e:8x8, not {topology!r} "
-            f"({str(error).splitlines()[0]})"
-        ) from error
 
 
 def with_sizes(
     config: RunConfig, model: str | None, slices: int, batch: int | None, tokens: int | None, chunks: int | None
 ) -> RunConfig:
-    """The recipe at these sizes. Where only `tokens` is said, a sequence's chunks keep their proportion to them."""
+    """Returns the recipe with these sizes. With `tokens` alone, chunks are scaled in proportion."""
     data = config.data
     if tokens is not None:
         chunks = math.ceil(data.chunks * tokens / data.tokens) if chunks is None else chunks
@@ -114,7 +57,7 @@ def with_sizes(
 
 
 def plan_step(config: RunConfig, devices: Sequence[Any], segments: int = 1) -> dict[str, Any]:
-    """The report of a training step of this recipe on those devices, ready for JSON. segments: see `report_step`."""
+    """Compiles a training step for devices; returns its report, ready for JSON. segments: see `report_step`."""
     mesh = make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
     model, data = config.model_config(), config.data
     batch = abstract_batch(
@@ -128,18 +71,20 @@ def plan_step(config: RunConfig, devices: Sequence[Any], segments: int = 1) -> d
 
 
 def planned_state(config: RunConfig, mesh: Mesh) -> TrainState:
+    """Returns the abstract, sharded state of a run."""
     model = config.model_config()
     dtypes = config.frozen_dtypes(abstract_parameters(model, jnp.float32))
     return abstract_state(model, config.optimizer, frozen_dtypes=dtypes, mesh=mesh)
 
 
 def report_step(config: RunConfig, mesh: Mesh, compiled: Compiled, segments: int = 1) -> dict[str, Any]:
-    """The report of a training step that was compiled.
+    """Returns the report of a compiled training step.
 
-    segments: of equal length, that are packed into a sequence. A token attends within its own, so model FLOPs are
-        fewer; the attention kernel computes whole sequences all the same.
+    segments: number of equally long segments packed into a sequence. Attention within segments lowers model FLOPs; the
+        attention kernel still computes whole sequences.
     """
     model, data, state, place = config.model_config(), config.data, planned_state(config, mesh), _slice(mesh)
+    # FLOPs and memory traffic: `whole` is executed, `packed` is useful.
     whole = Content(
         tokens=data.batch_size * data.tokens,
         chunks=data.batch_size * data.chunks,
@@ -157,6 +102,7 @@ def report_step(config: RunConfig, mesh: Mesh, compiled: Compiled, segments: int
         data_parallel=mesh.size // mesh.shape["tensor"],
         tensor=mesh.shape["tensor"],
     )
+    # HBM by kind; master parameters are float32.
     masters, optimizer = bytes_on_chip(state.trainable), bytes_on_chip((state.moments, state.ema))
     gradients = masters * jnp.dtype(config.step.gradient_dtype).itemsize // 4
     by_kind = {
@@ -164,8 +110,8 @@ def report_step(config: RunConfig, mesh: Mesh, compiled: Compiled, segments: int
         "optimizer": optimizer,
         "gradients": gradients,
     }
-    # Gradients are read and written as each microbatch is added, and read for the norm and the update; masters are
-    # read to be cast and updated, and written, as moments are.
+    # Traffic of the update. Gradients: read and written for each microbatch, read for the norm and for the update.
+    # Masters: read for the cast and for the update, and written. Moments and EMA: read and written.
     updated = (2 * config.microbatches + 2) * gradients + 3 * masters + 2 * optimizer
     estimate = speed(
         place,
@@ -194,9 +140,9 @@ def report_step(config: RunConfig, mesh: Mesh, compiled: Compiled, segments: int
 def plan_generation(
     model: MossAudioConfig, devices: Sequence[Any], *, tensor: int, prompts: int, slots: int, chunks: int
 ) -> dict[str, Any]:
-    """The report of answering in bfloat16: reading the prompts, then one step of decoding with a full cache.
+    """Compiles generation in bfloat16: prefill of the prompts, and decoding with a full KV cache; returns its report.
 
-    slots: tokens of a prompt and its answer together, each of which has a place in the cache of keys and values.
+    slots: tokens of a prompt and its answer together, the length of the KV cache.
     """
     mesh = make_mesh(fsdp=-1, tensor=tensor, devices=devices)
     parameters = abstract_parameters(model, jnp.bfloat16, mesh)
@@ -215,14 +161,14 @@ def one_batch(model: MossAudioConfig, sequences: int, tokens: int, chunks: int, 
 def compile_answering(
     graphdef: nnx.GraphDef, state: nnx.State, inputs: ModelInputs, new_tokens: int, eos_ids: tuple[int, ...], mesh: Mesh
 ) -> tuple[Compiled, Compiled, int]:
-    """The programs that read prompts and decode answers to them, and the bytes of keys and values on one device."""
+    """Compiles prefill and decoding; returns both, and the bytes of the KV cache on one device."""
     drawing = make_drawing(inputs.tokens.shape[0], Sampling(), eos_ids)
     with jax.set_mesh(mesh):
         reading = prefill_prompts.trace(graphdef, state, inputs, drawing, new_tokens)
         prefill = compile_for_memory(reading, mesh)
         if prefill.problem is not None:
             return prefill, prefill, 0
-        # Decoding continues with what was read, where that lies.
+        # Decoding takes the outputs of prefill with their shardings.
         loop = jax.tree.map(_placed, reading.out_info, prefill.outputs)
         decode = compile_for_memory(decode_until.trace(graphdef, state, loop, new_tokens, drawing), mesh)
     return prefill, decode, bytes_on_chip((loop.cache.keys, loop.cache.values))
@@ -239,7 +185,7 @@ def report_generation(
     chunks: int,
     cache: int,
 ) -> dict[str, Any]:
-    """The report of answering, whose two programs were compiled. cache: bytes of keys and values on one device."""
+    """Returns the report of generation from its compiled programs. cache: bytes of the KV cache on one device."""
     place, prompt = _slice(mesh), slots - MIN_NEW_TOKENS
     parameters = abstract_parameters(model, jnp.bfloat16, mesh)
     weights = bytes_on_chip(parameters)
@@ -260,15 +206,15 @@ def report_generation(
         "recomputed_flops": 0.0,
         **speed(place, prefill.collectives, model_flops=flops, executed_flops=flops, moved=moved),
         "decode_collectives": by_kind(decode.collectives),
-        # Every step reads all weights and the cache once.
+        # Each step reads all weights and the whole cache once.
         "estimated_decode_seconds_per_token": (weights + cache) / (place.share * place.chip.hbm_bandwidth),
     }
 
 
 def plan_load(model: MossAudioConfig, devices: Sequence[Any], *, tensor: int) -> dict[str, Any]:
-    """The report of `load_model` in bfloat16 onto those devices. Nothing is compiled: each reads its shards alone.
+    """Returns the report of `load_model` in bfloat16. Nothing is compiled: each device reads its own shards.
 
-    host_bytes: of all that the chips of one host are given, which is what passes through its memory.
+    The field host_bytes is the size of the shards of one host's chips, which pass through its memory.
     """
     mesh = make_mesh(fsdp=-1, tensor=tensor, devices=devices)
     parameters = abstract_parameters(model, jnp.bfloat16, mesh)
@@ -293,60 +239,8 @@ def _without_first_axis(sharding: NamedSharding) -> NamedSharding:
     return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
 
 
-def compile_for_memory(traced: Any, mesh: Mesh) -> Compiled:
-    """Compiles a traced function for its mesh. The dump is read rather than the executable: XLA writes it even of what
-    does not fit, and can't always print what does."""
-    began = time.monotonic()
-    with tempfile.TemporaryDirectory() as dump:
-        options = {"xla_dump_to": dump, "xla_dump_hlo_as_text": True}
-        problem, memory, inputs, outputs = None, None, None, None
-        try:
-            with _uncached():
-                executable = traced.lower().compile(compiler_options=options)
-            memory = executable.memory_analysis()
-            inputs, outputs = executable.input_shardings, executable.output_shardings
-        except jax.errors.JaxRuntimeError as error:
-            problem = str(error)
-            if "HbmOom" not in problem:
-                raise
-        seconds = time.monotonic() - began
-        found = collectives(_dumped(dump, "after_optimizations.txt"), mesh.size)
-        largest = _largest(_dumped(dump, "memory-usage-report.txt"))
-    if memory is None:
-        assert problem is not None
-        needed = re.search(r"\(([\d.]+)G\) exceeds", problem)
-        total = int(float(needed[1]) * GIB) if needed else 0  # with the arguments, though XLA says "temporaries"
-        return Compiled(problem.splitlines()[0], 0, total, 0, largest, tuple(found), seconds)
-    arguments = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    temporaries, code = memory.temp_size_in_bytes, memory.generated_code_size_in_bytes
-    return Compiled(None, arguments, temporaries, code, largest, tuple(found), seconds, inputs, outputs)
-
-
-@contextlib.contextmanager
-def _uncached() -> Iterator[None]:
-    """Leaves what is compiled out of JAX's cache on disk: nothing here could load it, and a hit would write no dump."""
-    name = "jax_persistent_cache_min_compile_time_secs"
-    before = getattr(jax.config, name)
-    jax.config.update(name, math.inf)
-    try:
-        yield
-    finally:
-        jax.config.update(name, before)
-
-
-def _dumped(directory: str, ending: str) -> str:
-    files = sorted(Path(directory).glob(f"*{ending}"), key=lambda file: file.stat().st_size)
-    return files[-1].read_text() if files else ""
-
-
-def _largest(report: str, count: int = 8) -> tuple[tuple[int, str], ...]:
-    """The largest buffers of XLA's memory report, whose lines are `sum(%); size; offset; n; shapes`."""
-    units = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
-    rows = re.findall(r"^\s*\S+\(\s*\d+%\);\s*([\d.]+)([KMG]?i?B);[^;]*;[^;]*; (.*)$", report, re.MULTILINE)
-    return tuple((int(float(size) * units[unit]), shapes) for size, unit, shapes in rows[:count])
-
-
 def bytes_on_chip(tree: Any) -> int:
+    """Sums the bytes of the leaves' shards on one device."""
     leaves = jax.tree.leaves(tree)
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
@@ -361,7 +255,7 @@ def _chip(devices: Sequence[Any]) -> Chip:
 
 
 def _slice(mesh: Mesh) -> Slice:
-    """Of its devices those of the first slice, which come first: a slice holds whole replicas."""
+    """Returns the `Slice` of a mesh. The first slice's devices come first, since a slice holds whole replicas."""
     devices = list(mesh.devices.flat)
     first = [device for device in devices if getattr(device, "slice_index", 0) == getattr(devices[0], "slice_index", 0)]
     coordinates = tuple(tuple(device.coords) for device in first)
@@ -370,7 +264,7 @@ def _slice(mesh: Mesh) -> Slice:
 
 def _memory(compiled: Compiled, chip: Chip, by_kind: dict[str, int]) -> dict[str, Any]:
     rest = compiled.total - compiled.code - sum(by_kind.values())
-    by_kind |= {"temporaries": max(rest, 0), "code": compiled.code}  # the batch is among the first
+    by_kind |= {"temporaries": max(rest, 0), "code": compiled.code}  # temporaries include the batch
     return {
         "fits": compiled.problem is None,
         "problem": compiled.problem,
@@ -383,7 +277,7 @@ def _memory(compiled: Compiled, chip: Chip, by_kind: dict[str, int]) -> dict[str
 
 
 def alternatives(config: RunConfig, chips: int) -> Iterator[tuple[str, RunConfig]]:
-    """Changes that need less memory, the gentlest first, with the options that make them."""
+    """Yields changes that need less memory, the mildest first: command-line options and the changed recipe."""
     said: dict[str, Any] = {}
     if config.step.remat not in ("full", "offload"):
         said["--step.remat"] = "full"
@@ -415,7 +309,7 @@ def _written(options: dict[str, Any]) -> str:
 
 
 def what_would_fit(config: RunConfig, devices: Sequence[Any]) -> str | None:
-    """The first of `alternatives` that fits, compiled one after the other; None if none does."""
+    """Compiles `alternatives` in turn; returns the options of the first one that fits, or None."""
     for option, changed in alternatives(config, len(devices)):
         print(f"does not fit; trying {option}", file=sys.stderr)
         if plan_step(changed, devices)["fits"]:
@@ -424,11 +318,11 @@ def what_would_fit(config: RunConfig, devices: Sequence[Any]) -> str | None:
 
 
 def largest_batch(config: RunConfig, used: int, usable: int, compiled: Callable[[int], int | None]) -> int:
-    """The largest batch that fits, of the recipe's doubled any number of times, which itself fits.
+    """Returns the largest batch that fits, among doublings of the recipe's batch, which itself fits.
 
-    used: its bytes on a chip. compiled: a batch's bytes on a chip, None if it does not fit. What the second batch takes
-    more than the first, every sequence more is expected to take; the batch so found is compiled, and those below it
-    until one fits.
+    used, usable: bytes per chip of the recipe's batch, and available. compiled: bytes per chip of a batch, None if it
+    does not fit. The doubled batch gives the bytes of each further sequence; the batch predicted from that is
+    compiled, then smaller ones until one fits.
     """
     first = config.data.batch_size
     second = compiled(2 * first)
@@ -443,7 +337,7 @@ def largest_batch(config: RunConfig, used: int, usable: int, compiled: Callable[
 
 
 def propose_batch(config: RunConfig, devices: Sequence[Any], report: dict[str, Any]) -> int:
-    """The largest batch of a recipe that fits, as `report` says it does: see `largest_batch`."""
+    """Finds the largest batch of a recipe that fits, given its own report; see `largest_batch`."""
 
     def compiled(batch: int) -> int | None:
         print(f"trying --batch {batch}", file=sys.stderr)
@@ -454,8 +348,8 @@ def propose_batch(config: RunConfig, devices: Sequence[Any], report: dict[str, A
     return largest_batch(config, report["hbm_bytes_per_chip"], report["hbm_usable_bytes_per_chip"], compiled)
 
 
-def table(report: dict[str, Any]) -> str:
-    """The report for people."""
+def plan_table(report: dict[str, Any]) -> str:
+    """Formats a report as text."""
     gib = {kind: size / GIB for kind, size in report["hbm_bytes_by_kind"].items()}
     used, usable = report["hbm_bytes_per_chip"] / GIB, report["hbm_usable_bytes_per_chip"] / GIB
     mesh = ", ".join(f"{axis} {size}" for axis, size in report["mesh"].items())

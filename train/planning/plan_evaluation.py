@@ -1,8 +1,8 @@
-"""Will a run's own evaluations fit beside its state? Their programs, compiled for a TPU as the step is (`plan`).
+"""Memory of a run's own evaluations beside its state: their programs, compiled for a TPU like the step (`plan`).
 
     peak = state + batches + copies in the compute dtype + code + the worst program's temporaries, prompts and cache
 
-A parameter that has the compute dtype already, or is int8, is its own copy and counts once.
+A parameter that already has the compute dtype, or is int8, is not copied and counts once.
 """
 
 import dataclasses
@@ -19,19 +19,20 @@ from jax.sharding import Mesh
 from moss_audio_jax.sharding import make_mesh, num_parts
 from moss_audio_jax.weights.parameters import build_model
 from train.config import RunConfig
-from train.evaluation.evaluate import whole_batch
+from train.evaluation.answers import whole_batch
 from train.optimizer import Parameters
-from train.planning.plan import Compiled, bytes_on_chip, compile_answering, compile_for_memory, one_batch, planned_state
+from train.planning.compilation import Compiled, compile_for_memory
+from train.planning.plan import bytes_on_chip, compile_answering, one_batch, planned_state
 from train.running.validation import EvaluationShapes, evaluation_shapes, questions_and_texts
 from train.step import abstract_batch, in_compute_dtype, validation_sums
 
-BATCHES_ON_DEVICES = 3  # that of the step before, and those that `Prefetched` has put there
+BATCHES_ON_DEVICES = 3  # the previous step's, and those prefetched by `Prefetched`
 
 
 def plan_evaluation(config: RunConfig, devices: Sequence[Any], step: dict[str, Any]) -> dict[str, Any]:
-    """The report of an evaluation, ready for JSON; of one that does not fit, with the first smaller batch that does.
+    """Returns the report of an evaluation, ready for JSON. `would_fit` is a smaller batch, if this one does not fit.
 
-    step: the report of the training step, which fits. Raises MossAudioError for data that can't be read.
+    step: the report of the training step, which fits. Raises MossAudioError if data can't be read.
     """
     mesh = make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
     parts = num_parts("batch", mesh)
@@ -48,7 +49,7 @@ def plan_evaluation(config: RunConfig, devices: Sequence[Any], step: dict[str, A
 
 
 def _smaller_batches(batch: int, parts: int) -> Iterator[int]:
-    """Halved again and again, down to one question a device."""
+    """Yields halved batches, down to one question per data-parallel device."""
     while batch > parts:
         batch = whole_batch(batch // 2, parts)
         yield batch
@@ -63,10 +64,11 @@ def _report(config: RunConfig, mesh: Mesh, shapes: EvaluationShapes, step: dict[
     batch = abstract_batch(
         model, data.batch_size, data.tokens, data.chunks, microbatches=config.microbatches, mesh=mesh
     )
+    # Present during every program: the state, the copies in the compute dtype, and the training batches.
     beside = bytes_on_chip(state) - bytes_on_chip(shared) + BATCHES_ON_DEVICES * bytes_on_chip(batch)
 
     programs = _compiled(config, copies, shapes, mesh)
-    # The programs stay loaded, the step's too.
+    # All programs stay loaded, including the step's.
     code = step["hbm_bytes_by_kind"]["code"] + sum(compiled.code for compiled, _ in programs.values())
     needed = {
         name: beside + code + compiled.total - compiled.code + unused for name, (compiled, unused) in programs.items()
@@ -85,14 +87,14 @@ def _report(config: RunConfig, mesh: Mesh, shapes: EvaluationShapes, step: dict[
 def _compiled(
     config: RunConfig, copies: Parameters, shapes: EvaluationShapes, mesh: Mesh
 ) -> dict[str, tuple[Compiled, int]]:
-    """The programs that `Validation.ask` runs with these parameters, and the bytes of those that each doesn't use."""
+    """Compiles the programs of `Validation.ask`; returns each with the bytes of parameters that it does not use."""
     model, data = config.model_config(), config.data
     graphdef, state = nnx.split(build_model(model, dict(copies)))
     batch = one_batch(model, shapes.sequences, data.tokens, data.chunks, mesh)
     with jax.set_mesh(mesh):
         loss = compile_for_memory(validation_sums.trace(graphdef, config.step, copies, batch), mesh)
     inputs = one_batch(model, shapes.prompts, shapes.prompt_tokens, shapes.prompt_chunks, mesh).inputs
-    inputs = dataclasses.replace(inputs, audio_chunks=inputs.audio_chunks.update(dtype=jnp.float32))  # of `make_inputs`
+    inputs = dataclasses.replace(inputs, audio_chunks=inputs.audio_chunks.update(dtype=jnp.float32))
     prefill, decode, _ = compile_answering(graphdef, state, inputs, shapes.new_tokens, model.eos_ids, mesh)
     return {
         "loss": (loss, _unused_bytes(copies, loss)),
@@ -102,7 +104,7 @@ def _compiled(
 
 
 def _unused_bytes(parameters: Any, compiled: Compiled) -> int:
-    """Of the parameters, a program's first argument: of those that it does not use, though they are on the chip."""
+    """Bytes of the parameters (a program's first argument) that it does not use, though they are on the chip."""
     if compiled.inputs is None:
         return 0
     unused = jax.tree.map(lambda leaf, place: leaf if place is None else None, parameters, compiled.inputs[0][0])

@@ -24,7 +24,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moss_audio_jax.errors import MossAudioError, StorageError
-from moss_audio_jax.sharding import RULES
+from train.data.host_shares import processes_with_this_share
 from train.data.pipeline import merge_states
 from train.running.rendezvous import rendezvous
 
@@ -104,41 +104,6 @@ def join(config: DistributedConfig) -> None:
             f"the processes of the run did not meet ({str(error).splitlines()[0]}): start all of them with the same "
             "--coordinator and --num-processes, each with its own --process-id"
         ) from error
-
-
-def share_of_batch(mesh: Mesh) -> tuple[int, int]:
-    """Which share of a batch's rows this process reads, and how many shares there are, all of one size.
-
-    Processes whose devices hold the same rows, since a layer is cut over both, read the same share. Where a pod's mesh
-    doesn't follow the order of its processes the shares lie in other rows than with one process, and add up the same.
-    """
-    rows = _rows_of_processes(mesh)
-    shares = sorted(set(rows.values()))
-    all_rows = {row for share in shares for row in share}
-    if len({len(share) for share in shares}) != 1 or sum(map(len, shares)) != len(all_rows):
-        raise MossAudioError(
-            f"a mesh of {dict(mesh.shape)} deals the rows of a batch unevenly to {len(rows)} processes: choose a "
-            "mesh.tensor that divides a process's devices, or that they divide"
-        )
-    return shares.index(rows[jax.process_index()]), len(shares)
-
-
-def _rows_of_processes(mesh: Mesh) -> dict[int, tuple[int, ...]]:
-    """Of each process the places along the data-parallel axes that its devices have."""
-    batch = [mesh.axis_names.index(axis) for axis in RULES["batch"] or () if axis in mesh.axis_names]
-    by_place = np.moveaxis(mesh.devices, batch, range(len(batch)))
-    by_place = by_place.reshape(int(np.prod(by_place.shape[: len(batch)])), -1)
-    places: dict[int, set[int]] = {}
-    for place, devices in enumerate(by_place):
-        for device in devices:
-            places.setdefault(device.process_index, set()).add(place)
-    return {process: tuple(sorted(found)) for process, found in places.items()}
-
-
-def processes_with_this_share(mesh: Mesh) -> int:
-    """How many processes read the same share of a batch as this one."""
-    rows = _rows_of_processes(mesh)
-    return sum(places == rows[jax.process_index()] for places in rows.values())
 
 
 class HostSums:

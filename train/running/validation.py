@@ -30,22 +30,16 @@ from moss_audio_jax.weights.parameters import build_model
 from train.config import RunConfig
 from train.data import Message, SampleMaker, TrainingBatch
 from train.data.budget import Budget, TooLong
+from train.data.host_shares import share_of_batch
 from train.data.packing import Bin, Packer, pack_row, stack_rows
 from train.data.samples import Sample
-from train.evaluation.evaluate import (
-    AnswerConfig,
-    answer_items,
-    has_events,
-    measure,
-    prompt_length,
-    timeline_plot,
-    whole_batch,
-)
+from train.evaluation.answers import AnswerConfig, answer_questions, prompt_length, whole_batch
+from train.evaluation.evaluate import has_events, timeline_plot
+from train.evaluation.measures import measure
 from train.evaluation.plots import plot_timelines
-from train.evaluation.questions import Item, manifest_items, manifest_texts, scene_items
+from train.evaluation.questions import Question, manifest_questions, manifest_texts, scene_questions
 from train.optimizer import Parameters
 from train.running.best import Measures, overall, require_metric
-from train.running.distributed import share_of_batch
 from train.running.report import ShownSample
 from train.step import in_compute_dtype, validation_sums
 
@@ -98,7 +92,7 @@ class Validation:
             copies = in_compute_dtype(parameters, self._config.step)
             model = build_model(self._processor.config, copies)
             sums = self._loss_sums(model, copies)
-            found = answer_items(model, self._processor, self._items, self._answers)
+            found = answer_questions(model, self._processor, self._items, self._answers)
         answers = [answer.text for answer in found]
         measured = measure(self._items, answers)
         loss = _per_token(sum(sums.values(), np.zeros(3)))
@@ -119,14 +113,14 @@ class Validation:
             sums[source] += jax.device_get((found.loss, found.correct, found.weight))
         return sums
 
-    def _sample(self, step: int, item: Item, answer: str, shown: bool) -> ShownSample:
+    def _sample(self, step: int, item: Question, answer: str, shown: bool) -> ShownSample:
         figure = None
         # Pictures are an extra; a run doesn't end for want of them.
         if shown and has_events(item) and importlib.util.find_spec("matplotlib") and jax.process_index() == 0:
             figure = self._figures / f"step {step} {item.name.replace('/', '_')}.png"
             figure.parent.mkdir(parents=True, exist_ok=True)
             plot_timelines(figure, [timeline_plot(item, answer)])
-        return ShownSample(item.name, item.question, item.reference, answer, figure)
+        return ShownSample(item.name, item.text, item.reference, answer, figure)
 
 
 @contextmanager
@@ -156,7 +150,7 @@ class EvaluationShapes(NamedTuple):
     sequences: int
 
 
-def evaluation_shapes(config: RunConfig, parts: int, items: Sequence[Item] | None = None) -> EvaluationShapes:
+def evaluation_shapes(config: RunConfig, parts: int, items: Sequence[Question] | None = None) -> EvaluationShapes:
     """The largest shapes of a run's evaluations, for which memory can be planned.
 
     parts: that a batch is cut into (`num_parts("batch", mesh)`). items: the questions (`questions_and_texts`), whose
@@ -192,7 +186,7 @@ def _per_token(sums: np.ndarray) -> dict[str, float | None]:
     return {"loss": loss_per_token, "token_accuracy": share_correct, "tokens": tokens}
 
 
-def questions_and_texts(config: RunConfig) -> tuple[list[Item], list[tuple[str, str, str]]]:
+def questions_and_texts(config: RunConfig) -> tuple[list[Question], list[tuple[str, str, str]]]:
     """What is asked; and the source, the name and the text of texts of which only the loss is taken.
 
     The thoughts of earlier turns are shown where the run's training shows them.
@@ -201,11 +195,11 @@ def questions_and_texts(config: RunConfig) -> tuple[list[Item], list[tuple[str, 
     if objectives and not paths:
         raise MossAudioError("evaluate_objectives needs evaluate_data: give both, or leave evaluate_objectives out")
     if not paths:
-        return scene_items(count, config.mixture.scenes.scenes, seed=config.seed + HELD_OUT_SEED), []
+        return scene_questions(count, config.mixture.scenes.scenes, seed=config.seed + HELD_OUT_SEED), []
     items = []
     for path in paths:
         prompt = config.data.default_prompt
-        found = manifest_items(path, objectives, limit=count, answers=config.data.answers, default_prompt=prompt)
+        found = manifest_questions(path, objectives, limit=count, answers=config.data.answers, default_prompt=prompt)
         if objectives and not found:
             raise MossAudioError(
                 f"{path} has no labels that evaluate_objectives {', '.join(objectives)} could ask about: name others, "
@@ -216,7 +210,7 @@ def questions_and_texts(config: RunConfig) -> tuple[list[Item], list[tuple[str, 
 
 
 def _samples(
-    maker: SampleMaker, items: Sequence[Item], texts: Sequence[tuple[str, str, str]], budget: Budget
+    maker: SampleMaker, items: Sequence[Question], texts: Sequence[tuple[str, str, str]], budget: Budget
 ) -> Iterator[tuple[str, Sample]]:
     """Samples, each with its source."""
     for item in items:

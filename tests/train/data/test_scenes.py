@@ -23,7 +23,8 @@ from train.data.scenes import (
     make_scene,
     make_task,
 )
-from train.evaluation.metrics import parse_timeline, score_events, score_timestamps
+from train.evaluation.metrics.events import score_events
+from train.evaluation.metrics.timelines import parse_timeline, score_timestamps
 
 RATE = 16000
 

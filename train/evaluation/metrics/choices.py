@@ -1,4 +1,4 @@
-"""Multiple choice: which option an answer names, in English or Chinese, and how many answers are right."""
+"""Multiple choice: finds the option that an answer names, in English or Chinese, and counts right answers."""
 
 import re
 import unicodedata
@@ -6,24 +6,24 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from train.evaluation.metrics import final_answer
+from train.evaluation.metrics.text import final_answer
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
-# Pieces of the rules below. A letter ends where no word, sharp or flat follows it: not in "Bb", "A#", "I'm".
+# Pieces of the rules below. No word, sharp or flat may follow a letter: not "Bb", "A#", "I'm".
 _END = "(?![^\\W\u3400-\u9fff]|[#\u266f\u266d]|['\u2019]\\w)"
-# A small letter is an option only where the answer ends with it: elsewhere "a" is an article.
+# A lower-case letter counts only at the end of the answer: elsewhere "a" is an article.
 _LETTER = rf"((?-i:[A-Z]){_END}|(?-i:[a-z])(?=[\s*_\"').\]}}$\u3002]*\Z))"
 _BEFORE = "(?<![A-Za-z0-9_'\u2019#-])"  # a letter begins here
-_OPEN = "[\\s:=*_\"'\u201c\u2018(\\[$\\\\{<\u3010-]*"  # what may stand before a letter: bold, quotes, brackets
+_OPEN = "[\\s:=*_\"'\u201c\u2018(\\[$\\\\{<\u3010-]*"  # allowed before a letter: bold, quotes, brackets
 _CLOSE = "[*_\"'\u201d\u2019)\\]}>\u3011]*"
-# The letter is all that is said: not in "A minor", "A dog".
+# Nothing follows that the letter belongs to: not "A minor", "A dog".
 _ALONE = rf"(?={_CLOSE}\s*(?:$|[.,;:!?\n\u3002(]|(?:because|since|as|which|and|or|but)\b))"
 _NOUN = r"(?:option|choice|letter|answer)"
 _LIKELY = r"(?:\s+(?:most\s+likely|likely|probably|clearly|definitely|indeed|therefore|thus|simply|actually))"
 _IS = rf"(?:\s*(?:['\u2019]s\b|\b(?:is|was|are|would|should|must|might|may|could|will|has\s+to|be)\b){_LIKELY}*)"
 _WORD_END = r"(?=\s*(?:$|[.,;:!?\n\u3002]|(?:because|since|as|so|but|and|while|here|in|for|too)\b))"
-_HERE = rf"{_BEFORE}\(?{_LETTER}"  # a letter that begins what is said of it
+_HERE = rf"{_BEFORE}\(?{_LETTER}"  # a letter that begins a statement
 _MORE = rf"(?:{_CLOSE}\s*(?:,|and|or|&|\s)\s*\(?[A-Z]\b)*{_CLOSE}"
 _OF_THE_KIND = r"(?:\s+(?:the|my|most|best|only|likely|accurate|appropriate|final|one|that))*"
 _CHOOSE = (
@@ -47,7 +47,7 @@ _SAID_OF_OPTIONS = {
     "错误",
     "错",
 }
-_REJECTED = [  # options that are said to be wrong, which are passed over
+_REJECTED = [  # options that the answer calls wrong; they are ignored
     rf"{_HERE}{_MORE}\.?\s*(?:\b(?:is|are|was)\s+(?:(?:both|all)\s+)?|[:=-]\s*)(?:wrong|incorrect|false|no){_WORD_END}",
     rf"{_HERE}{_MORE}\s*\b(?:is|are|was)\s+not\s+(?:(?:the|a)\s+)?(?:\w+\s+)?(?:correct|right|true|{_NOUN})\b",
     rf"\b(?:wrong|incorrect)\s+{_NOUN}{_IS}{_OPEN}{_LETTER}",
@@ -55,7 +55,7 @@ _REJECTED = [  # options that are said to be wrong, which are passed over
     rf"(?:不是|不选|不应选|并非|排除)\s*(?:选项)?{_OPEN}{_LETTER}",
     rf"{_HERE}{_CLOSE}\s*(?:选项|项)?\s*[:是为]?\s*(?:不正确|不对|错误|错)",
 ]
-_RULES: dict[str, list[str]] = {  # by name; the first that finds an option decides
+_RULES: dict[str, list[str]] = {  # the first rule that finds an option decides
     "final": [
         rf"\bfinal\s+{_NOUN}{_IS}*{_OPEN}(?:{_NOUN}\s+)?{_OPEN}{_LETTER}",
         rf"最终(?:答案|选择)\s*(?:应该|应)?[是为选]?{_OPEN}{_LETTER}",
@@ -105,19 +105,19 @@ _EDGES = " \t\r\n.,;:!?\"'`\u201c\u201d\u2018\u2019*_()[]"
 
 
 class ChoiceReading(NamedTuple):
-    """The option an answer names; `letter` is None where it names none or more than one."""
+    """Option that an answer names; `letter` is None if it names none or several."""
 
     letter: str | None
     status: Literal["answered", "unanswered", "ambiguous"]
 
 
 def read_choice(text: str, choices: Sequence[str]) -> ChoiceReading:
-    """Finds the option that an answer names, by the first of these rules that finds any:
+    """Finds the option that an answer names. The first of these rules that finds an option decides:
 
-    1. nothing but an option's text of more than one character;
-    2. nothing but letters: `B`, `(b).`, `**B**`. A letter is an option's letter even where it is also some option's
-       text, as in questions about chords, because letters are what the prompt asks for;
-    3. the patterns of `_RULES`, in English and Chinese, in their order:
+    1. the whole answer is the text of an option, of more than one character;
+    2. the whole answer is letters: `B`, `(b).`, `**B**`. They are letters of options even if an option has that text,
+       as in questions about chords, since the prompt asks for letters;
+    3. the patterns of `_RULES`, in English and Chinese, in this order:
        final      `final answer: B`, `最终答案：B`
        stated     `the answer is C`, `Answer: (C)`, `\\boxed{C}`, `the correct option is C`, `答案是C`
        judged     `C is correct`, `A: wrong. C: right`, `C是正确的`
@@ -125,10 +125,10 @@ def read_choice(text: str, choices: Sequence[str]) -> ChoiceReading:
        concluded  `It is C`, `so C`, `应该是C`
        labelled   a letter that labels a line: `B. text`, `B) text`, `(B) text`, `B, because ...`
        named      `option C`, `选项C`
-    4. the options' texts as whole words in the answer, longer ones first (`car horn` does not name `car`).
+    4. texts of options as whole words in the answer, longer ones first (`car horn` does not name `car`).
 
-    Options that the answer rejects (`A is wrong`, `not A`, `A错误`) count for none of the patterns. If a rule finds
-    several options, or its letter is followed by another option's text, the answer is ambiguous.
+    Options that the answer rejects (`A is wrong`, `not A`, `A错误`) are ignored by rule 3. If a rule finds several
+    options, or another option's text follows the letter, the answer is ambiguous.
     """
     answer = unicodedata.normalize("NFKC", final_answer(text)).strip()
     letters = LETTERS[: len(choices)]
@@ -138,7 +138,7 @@ def read_choice(text: str, choices: Sequence[str]) -> ChoiceReading:
         return _decide({letters[texts.index(whole)]})
     words = [word.upper() for word in re.findall(r"[^\W_]+", answer) if word.upper() not in ("AND", "OR")]
     if words and all(len(word) == 1 and word in letters for word in words):
-        is_label = _fold_choice(whole[1:]) == texts[letters.index(words[0])]  # `C. D`, where the text of option C is D
+        is_label = _fold_choice(whole[1:]) == texts[letters.index(words[0])]  # `C. D`, if the text of option C is D
         return _decide({words[0]} if is_label else set(words))
     judging = not _SAID_OF_OPTIONS.intersection(texts)  # else "B: wrong" is option B with its text
     if judging:
@@ -161,9 +161,9 @@ def _decide(found: set[str]) -> ChoiceReading:
 
 
 def _read_letter(match: re.Match[str], letters: str, texts: Sequence[str]) -> set[str]:
-    """The option a matched letter names, together with one whose text or letter follows, if that is another's.
+    """Returns the option of a matched letter, and another option if its text or letter follows.
 
-    "A dog" is first of all a text: its A can be an article.
+    A whole text comes first: the A of "A dog" may be an article.
     """
     line = match.string[match.start(1) :].split("\n", 1)[0]
     letter, rest = match[1].upper(), _fold_choice(line[1:])
@@ -188,13 +188,13 @@ def _texts_within(answer: str, texts: Sequence[str]) -> list[str]:
 
 
 def _fold_choice(text: str) -> str:
-    """Lower case and single spaces without quotes, brackets or stops at the ends; symbols stay (A# is not A)."""
+    """Folds case and white space; strips quotes, brackets and punctuation at both ends. Symbols stay (A# is not A)."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split()).strip(_EDGES)
 
 
 @dataclass(frozen=True)
 class ChoiceScore:
-    """Accuracy counts unanswered and ambiguous answers as wrong."""
+    """Counts of multiple-choice answers. Unanswered and ambiguous ones are wrong."""
 
     correct: int = 0
     total: int = 0
@@ -207,7 +207,7 @@ class ChoiceScore:
 
 
 def score_choices(predictions: Iterable[str], choices: Iterable[Sequence[str]], answers: Iterable[str]) -> ChoiceScore:
-    """Multiple-choice accuracy; `answers` are letters. Options of equal text count as the same option."""
+    """Counts right answers. answers: letters. Options with equal text are the same option."""
     correct = 0
     statuses = []
     for prediction, options, answer in zip(predictions, choices, answers, strict=True):

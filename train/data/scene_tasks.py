@@ -1,0 +1,136 @@
+"""Questions about sound scenes. A task maps a plan to a question and its answer, or None if it does not apply."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from train.data.objectives import EVENT_DECIMALS, PROMPTS, TIME_QUESTIONS, timeline
+from train.data.scene_synthesis import Event, ScenePlan
+
+Asked = tuple[str, str] | None
+
+PITCH_RATIO = 1.2  # minimum between two compared pitches: three semitones
+LOUDNESS_DB = 6.0  # minimum between two compared levels
+_COMPARISONS = {
+    "pitch": ("Which {0} is higher, the first or the second?", "Is the first or the second {0} higher in pitch?"),
+    "loudness": ("Which {0} is louder, the first or the second?", "Is the first or the second {0} louder?"),
+}
+_ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth")
+_MARGIN = 0.1  # minimum seconds between a time that is asked about and any onset or offset
+_QUIET_SHARE = 0.25  # of `what_at` questions: the share whose answer is "nothing"
+
+
+def _ask(wordings: tuple[str, ...], subject: str, rng: np.random.Generator) -> str:
+    return str(rng.choice(wordings)).format(subject)
+
+
+def _ask_timeline(plan: ScenePlan, rng: np.random.Generator) -> Asked:
+    return _ask(PROMPTS["events"], "", rng), timeline(plan.events, EVENT_DECIMALS)
+
+
+def _ask_caption(plan: ScenePlan, rng: np.random.Generator) -> Asked:
+    return _ask(PROMPTS["caption"], "", rng), caption(plan)
+
+
+def _ask_start(plan: ScenePlan, rng: np.random.Generator) -> Asked:
+    subject, event = _pick_event(plan, rng)
+    return _ask(TIME_QUESTIONS["start"], subject, rng), f"{event.start:.{EVENT_DECIMALS}f}"
+
+
+def _ask_duration(plan: ScenePlan, rng: np.random.Generator) -> Asked:
+    subject, event = _pick_event(plan, rng)
+    return _ask(TIME_QUESTIONS["duration"], subject, rng), f"{event.end - event.start:.{EVENT_DECIMALS}f}"
+
+
+def _pick_event(plan: ScenePlan, rng: np.random.Generator) -> tuple[str, Event]:
+    """Draws an event; returns its name in a question ("the tone", or "the second tone" of several) and the event."""
+    names: list[tuple[str, Event]] = []
+    labels = [event.text for event in plan.events]
+    for index, event in enumerate(plan.events):
+        earlier = labels[:index].count(event.text)
+        if labels.count(event.text) == 1:
+            names.append((f"the {event.text}", event))
+        elif earlier < len(_ORDINALS):
+            names.append((f"the {_ORDINALS[earlier]} {event.text}", event))
+    return names[rng.integers(len(names))]
+
+
+def _ask_what_at(plan: ScenePlan, rng: np.random.Generator) -> Asked:
+    # Candidate times [n] in tenths of a second, away from all edges; heard [n, events].
+    times = np.arange(1, int(plan.seconds * 10)) / 10
+    starts, ends = (np.array([getattr(event, side) for event in plan.events]) for side in ("start", "end"))
+    edges = np.concatenate([starts, ends])
+    times = times[(np.abs(times[:, None] - edges) > _MARGIN - 1e-6).all(1)]
+    heard = (starts < times[:, None]) & (times[:, None] < ends)
+    wanted = heard.any(1) != (rng.random() < _QUIET_SHARE)
+    if not wanted.any():
+        return None
+    index = rng.choice(np.flatnonzero(wanted))
+    labels = [event.text for event, is_heard in zip(plan.events, heard[index], strict=True) if is_heard]
+    question = _ask(TIME_QUESTIONS["what_at"], f"{times[index]:.{EVENT_DECIMALS}f}", rng)
+    return question, ", ".join(labels) or "nothing"
+
+
+def _ask_pitch(plan: ScenePlan, rng: np.random.Generator) -> Asked:
+    def octaves(first: Event, second: Event) -> float:
+        if first.text not in ("tone", "hum") or not first.pitch_hz or not second.pitch_hz:
+            return 0.0
+        return float(np.log2(first.pitch_hz[0] / second.pitch_hz[0]))
+
+    return _compare("pitch", plan, octaves, float(np.log2(PITCH_RATIO)), rng)
+
+
+def _ask_loudness(plan: ScenePlan, rng: np.random.Generator) -> Asked:
+    return _compare("loudness", plan, lambda first, second: first.level_db - second.level_db, LOUDNESS_DB, rng)
+
+
+def _compare(
+    task: str,
+    plan: ScenePlan,
+    excess: Callable[[Event, Event], float],
+    least: float,
+    rng: np.random.Generator,
+) -> Asked:
+    """Compares the only two sounds of a label, if `excess` of one over the other is at least `least` in size."""
+    pairs = []
+    for label in dict.fromkeys(event.text for event in plan.events):
+        same = [event for event in plan.events if event.text == label]
+        if len(same) == 2 and abs(excess(*same)) >= least:
+            pairs.append(same)
+    if not pairs:
+        return None
+    first, second = pairs[rng.integers(len(pairs))]
+    return _ask(_COMPARISONS[task], first.text, rng), "first" if excess(first, second) > 0 else "second"
+
+
+TASKS: dict[str, Callable[[ScenePlan, np.random.Generator], Asked]] = {
+    "timeline": _ask_timeline,
+    "caption": _ask_caption,
+    "start": _ask_start,
+    "duration": _ask_duration,
+    "what_at": _ask_what_at,
+    "pitch": _ask_pitch,
+    "loudness": _ask_loudness,
+}
+
+_PHRASES = {
+    "tone": "a tone",
+    "click": "a row of clicks",
+    "noise": "a burst of noise",
+    "dial": "dialled digits",
+    "hum": "a hum",
+    "siren": "a siren",
+}
+_BACKGROUND_PHRASES = {"white": "a faint hiss", "pink": "a faint rushing", "brown": "a faint rumble"}
+
+
+def caption(plan: ScenePlan) -> str:
+    """Describes the events in order of their start: `A tone, then a hum, over a faint hiss.`"""
+    phrases = [_PHRASES.get(event.text) or _chirp_phrase(event) for event in plan.events]
+    sentence = f"{', then '.join(phrases)}, over {_BACKGROUND_PHRASES[plan.background]}."
+    return sentence[0].upper() + sentence[1:]
+
+
+def _chirp_phrase(event: Event) -> str:
+    assert event.pitch_hz is not None
+    return f"a {'rising' if event.pitch_hz[0] < event.pitch_hz[1] else 'falling'} chirp"
