@@ -18,12 +18,13 @@ from jax.sharding import Mesh
 
 from moss_audio_jax.sharding import make_mesh, num_parts
 from moss_audio_jax.weights.checkpoint import build_model
+from train.batch import abstract_batch
 from train.config import RunConfig
 from train.evaluation.evaluate import whole_batch
 from train.optimizer import Parameters
 from train.planning.plan import Compiled, bytes_on_chip, compile_answering, compile_for_memory, one_batch, planned_state
 from train.running.validation import EvaluationShapes, evaluation_shapes, questions_and_texts
-from train.step import abstract_batch, in_compute_dtype, validation_sums
+from train.step import in_compute_dtype, validation_sums
 
 BATCHES_ON_DEVICES = 3  # that of the step before, and those that `Prefetched` has put there
 

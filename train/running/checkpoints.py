@@ -37,7 +37,7 @@ from moss_audio_jax.weights.checkpoint import (
     unflatten,
 )
 from train.running.best import Best
-from train.step import TrainState
+from train.state import TrainState
 
 STATE, DATA = "state", "data"
 DAMAGED, LATER = "damaged_checkpoints", "later_checkpoints"
