@@ -24,7 +24,7 @@ import numpy as np
 from moss_audio_jax.audio import log_mel, mel_frames, num_audio_tokens, round_bfloat16
 from moss_audio_jax.config import DOWNSAMPLE_RATE, MossAudioConfig
 from moss_audio_jax.errors import MossAudioError
-from moss_audio_jax.inputs import ModelInputs, make_inputs
+from moss_audio_jax.inputs import ModelInputs, encode_sequence
 from moss_audio_jax.storage.paths import is_remote
 from moss_audio_jax.tokens import Tokenizer, Turn, build_conversation
 from train.data.augment import Augmentation, AugmentConfig, VariedClip, in_own_time
@@ -44,7 +44,7 @@ Thoughts = Literal["learn", "mask"]
 class Sample:
     """An example, tokenised.
 
-    inputs: a batch of one sequence, its tokens padded, its chunks in bfloat16.
+    inputs: a batch of one sequence, unpadded, its chunks in bfloat16.
     loss_mask: bool [num_tokens], True at the ids to learn.
     audio_labels: int32 [num_tokens], at audio tokens an id of the event there or of its time, see `_audio_labels`; -1
         where nothing is to be learned.
@@ -250,12 +250,12 @@ class SampleMaker:
         rng: np.random.Generator | None = None,
     ) -> Sample:
         with _naming(name):
-            inputs = make_inputs([ids], [mels], config=self._config)
-        num_chunks = int((inputs.chunk_frames > 0).sum())
+            inputs = encode_sequence(ids, mels, self._config)
         # Rounded to bfloat16 already, and half as large to keep, to hand to another process and to send to a device.
-        chunks = inputs.audio_chunks[:, :num_chunks].astype(ml_dtypes.bfloat16)
-        audio_labels = self._audio_labels(inputs.audio_slots[0, : len(ids)], labels, rng or np.random.default_rng(0))
-        return Sample(name, replace(inputs, audio_chunks=chunks), np.asarray(learned, bool), audio_labels, num_chunks)
+        chunks = inputs.audio_chunks.astype(ml_dtypes.bfloat16)
+        audio_labels = self._audio_labels(inputs.audio_slots[0], labels, rng or np.random.default_rng(0))
+        inputs = replace(inputs, audio_chunks=chunks)
+        return Sample(name, inputs, np.asarray(learned, bool), audio_labels, chunks.shape[1])
 
     def _encode(
         self, name: str, rendered: Rendered, mel: Callable[[Clip], np.ndarray]
