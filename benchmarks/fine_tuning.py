@@ -23,11 +23,13 @@ from moss_audio_jax.inputs import make_inputs
 from moss_audio_jax.tokens import audio_span
 from moss_audio_jax.weights.checkpoint import load_model
 from moss_audio_jax.weights.parameters import parameters_of
+from train.batch import split_microbatches
 from train.data.budget import Budget
 from train.data.packing import Packer, TrainingBatch, pack_row, stack_rows
 from train.data.samples import FRAMES_PER_SECOND, Sample
 from train.optimizer import OptimizerConfig
-from train.step import StepConfig, new_state, split_microbatches, train_step
+from train.state import new_state
+from train.step import StepConfig, train_step
 
 CONFIG = MossAudioConfig.preset("small")
 CLIPS, SHORTEST, LONGEST = 64, 1.0, 30.0  # seconds
@@ -51,8 +53,8 @@ def samples(clips: int, config: MossAudioConfig) -> list[tuple[Sample, np.ndarra
         ids = [*text[:10], processor.audio_start_id, *span, processor.audio_end_id, *text[10:]]
         inputs = make_inputs([ids], [[mel]], config=config)
         chunks = int((np.asarray(inputs.chunk_frames) > 0).sum())
-        learned, heard = np.ones(len(ids), bool), np.full(len(ids), -1, np.int32)
-        made.append((Sample(f"clip {number}", inputs, learned, heard, chunks), mel))
+        loss_mask, audio_labels = np.ones(len(ids), bool), np.full(len(ids), -1, np.int32)
+        made.append((Sample(f"clip {number}", inputs, loss_mask, audio_labels, chunks), mel))
     return made
 
 
@@ -61,7 +63,7 @@ def packed(samples: list[Sample]) -> list[TrainingBatch]:
     packer: Packer[Sample] = Packer(BUDGET)
     bins = [closed for sample in samples if (closed := packer.add(sample)) is not None] + packer.bins
     rows = [pack_row(bin.items, BUDGET) for bin in bins]
-    nothing = {**rows[0], "weights": np.zeros_like(rows[0]["weights"])}
+    nothing = {**rows[0], "loss_mask": np.zeros_like(rows[0]["loss_mask"])}
     rows += [nothing] * (-len(rows) % SEQUENCES)
     batches = [stack_rows(rows[first : first + SEQUENCES]) for first in range(0, len(rows), SEQUENCES)]
     return [jax.device_put(split_microbatches(batch, 1)) for batch in batches]

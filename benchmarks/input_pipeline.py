@@ -189,7 +189,7 @@ def check_equal(reader: PyTorchReader, maker: SampleMaker, examples: Sequence[Dr
     for drawn in examples:
         sample, theirs = maker(drawn.example, drawn.rng, OBJECTIVE), reader(drawn)
         ids = sample.inputs.tokens[0, : sample.num_tokens]
-        labels = np.where(sample.learned, ids, IGNORED_LABEL)
+        labels = np.where(sample.loss_mask, ids, IGNORED_LABEL)
         inputs, mel = sample.inputs, theirs["mel"].float().numpy().T
         frames = np.arange(inputs.audio_chunks.shape[2]) < inputs.chunk_frames[0, : sample.num_chunks, None]
         ours = inputs.audio_chunks[0][frames].astype(np.float32)

@@ -33,9 +33,12 @@ from moss_audio_jax.model import MossAudio
 from moss_audio_jax.sampling import Sampling
 from moss_audio_jax.tokens import audio_span
 from moss_audio_jax.weights.checkpoint import load_model
+from moss_audio_jax.weights.parameters import parameters_of
+from train.batch import split_microbatches
 from train.data.packing import TrainingBatch
 from train.optimizer import OptimizerConfig
-from train.step import StepConfig, new_state, parameters_of, split_microbatches, train_step
+from train.state import new_state
+from train.step import StepConfig, train_step
 
 CONFIG = MossAudioConfig(
     audio_config=EncoderConfig(encoder_layers=8, deepstack_encoder_layer_indexes=(2, 4, 6)),
@@ -203,7 +206,7 @@ def _backward_row(model: MossAudio, inputs: ModelInputs, tokens, clip, reference
     def backward(state: nnx.State):
         def loss(state):
             model = nnx.merge(graphdef, state)
-            logits = model.logits(model.hidden_states(inputs)[:, : length - 1])
+            logits = model.logits(model.hidden_states(inputs).last[:, : length - 1])
             return cross_entropy(logits, inputs.tokens[:, 1:length])
 
         return jax.value_and_grad(loss)(state)

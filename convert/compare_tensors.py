@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from convert.blocks import row_blocks
 from convert.tensor_source import DTYPE_KEYS, Checkpoint, by_released_name, with_rope_theta
-from moss_audio_jax.config import read_json
+from moss_audio_jax.storage.json_files import read_json
 from moss_audio_jax.storage.paths import AnyPath, Path
 from moss_audio_jax.weights.locate import locate
 

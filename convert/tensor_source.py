@@ -8,7 +8,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from convert.orbax_files import OrbaxCheckpoint
-from moss_audio_jax.config import MossAudioConfig, read_json
+from moss_audio_jax.config import MossAudioConfig
+from moss_audio_jax.storage.json_files import read_json
 from moss_audio_jax.storage.paths import AnyPath
 from moss_audio_jax.weights.locate import locate
 from moss_audio_jax.weights.names import ReleasedLeaf

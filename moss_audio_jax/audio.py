@@ -16,6 +16,7 @@ import scipy.signal
 import scipy.sparse
 from numpy.lib.stride_tricks import sliding_window_view
 
+from moss_audio_jax.config import downsampled_length
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.sound import decode
 from moss_audio_jax.storage.paths import AnyPath
@@ -261,7 +262,5 @@ def round_bfloat16(mel: np.ndarray) -> np.ndarray:
 
 
 def num_audio_tokens(frames: int) -> int:
-    """Returns the audio tokens of a clip: each of the encoder's three convolutions halves its frames, rounding up."""
-    for _ in range(3):
-        frames = (frames - 1) // 2 + 1
-    return frames
+    """Computes the number of audio tokens of a clip from its mel frames."""
+    return downsampled_length(frames)

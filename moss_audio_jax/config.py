@@ -39,6 +39,14 @@ ADAPTER_LEAVES = (".lora_a", ".lora_b")  # how the paths of LoRA's parameters en
 DOWNSAMPLE_RATE = 8  # three stride-2 convolutions: eight mel frames a token
 
 
+def downsampled_length(frames: Any, convolutions: int = 3) -> Any:
+    """Computes the length after stride-2 convolutions: ceil(frames / 2^convolutions), of an int or of arrays.
+
+    After all three it is the number of audio tokens.
+    """
+    return -(-frames // 2**convolutions)
+
+
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise MossAudioError(message)

@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from moss_audio_jax.attention import attend, dropout
-from moss_audio_jax.config import EncoderConfig
+from moss_audio_jax.config import EncoderConfig, downsampled_length
 from moss_audio_jax.layers import LayerNorm, Linear, parameter, scan_layers, take_layers, weighted
 from moss_audio_jax.sharding import constrain
 
@@ -145,7 +145,7 @@ class AudioEncoder(nnx.Module):
         batch = chunks.shape[0]
         x = self._stem_in_groups(chunks.astype(self.conv1.kernel.dtype), stem_frames, remat)
         x = _shard_with_batch(x + sinusoids(x.shape[1], x.shape[2]).astype(x.dtype))
-        num_tokens = downsampled_length(chunk_frames, 3).reshape(-1)
+        num_tokens = downsampled_length(chunk_frames).reshape(-1)
 
         x, taps = self._layers_with_taps(x, num_tokens, dropout_key, remat)
         x = self.layer_norm(x)
@@ -175,9 +175,9 @@ class AudioEncoder(nnx.Module):
     def _stem(self, mel: Float[Array, "n frames mel"], frames: Int[Array, " n"]) -> Float[Array, "n t d"]:
         """Three convolutions, each with the exact (erf) GELU and zeroed past the clip's end; then `stem_proj`."""
         x = _shard_with_batch(mel[..., None])
-        for halvings, conv in enumerate((self.conv1, self.conv2, self.conv3), start=1):
+        for convolutions, conv in enumerate((self.conv1, self.conv2, self.conv3), start=1):
             x = jax.nn.gelu(conv(x), approximate=False)
-            inside = jnp.arange(x.shape[1]) < downsampled_length(frames, halvings)[:, None]
+            inside = jnp.arange(x.shape[1]) < downsampled_length(frames, convolutions)[:, None]
             x = _shard_with_batch(jnp.where(inside[:, :, None, None], x, 0))
         return self.stem_proj(x.reshape(*x.shape[:2], -1))
 
@@ -201,11 +201,6 @@ class AudioEncoder(nnx.Module):
 def _shard_with_batch(x: Float[Array, "n ..."]) -> Float[Array, "n ..."]:
     """Keeps chunks on the devices of their sequences: left to itself, XLA may give every device all of them."""
     return constrain(x, "batch", *[None] * (x.ndim - 1))
-
-
-def downsampled_length(frames: jax.Array, halvings: int) -> jax.Array:
-    """Length after so many stride-2 convolutions: ceil(frames / 2^halvings)."""
-    return -(-frames // 2**halvings)
 
 
 def sinusoids(length: int, width: int) -> Float[Array, "length width"]:

@@ -1,4 +1,4 @@
-"""What the network reads: one batch of static shapes, whatever the numbers and lengths of its clips and texts."""
+"""The network's input: one batch of static shapes, for clips and texts of any number and length."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
-from moss_audio_jax.config import DOWNSAMPLE_RATE, MossAudioConfig
+from moss_audio_jax.config import DOWNSAMPLE_RATE, MossAudioConfig, downsampled_length
 from moss_audio_jax.errors import MossAudioError
 
 MIN_TOKENS = 64  # the smallest bucket of tokens
@@ -17,17 +17,17 @@ MIN_TOKENS = 64  # the smallest bucket of tokens
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ModelInputs:
-    """A batch of sequences; b sequences of s tokens, c audio chunks each. Sequences are padded on the right.
+    """A batch of b sequences of s tokens and c audio chunks each, padded on the right.
 
-    NumPy arrays as they are made, JAX arrays within a compiled function.
+    NumPy arrays when they are made, JAX arrays in a compiled function.
 
     tokens: ids; at audio positions the audio id, whose embedding is not used.
-    positions: rotary positions, restarting at 0 in every packed example.
-    segment_ids: 0 = padding; tokens see tokens of their own segment only.
-    audio_slots: which of the sequence's encoded audio tokens stands at a position, -1 at text.
-    audio_chunks: mel frames, each clip cut into chunks of its own, zeros after its end.
-    chunk_frames: how many frames of a chunk are audio, 0 = empty chunk.
-    stem_frames: how many the convolutions may see (see `AudioEncoder`).
+    positions: rotary positions, which restart at 0 in every packed example.
+    segment_ids: 0 = padding; a token attends within its own segment.
+    audio_slots: index into the sequence's encoded audio tokens, -1 at text.
+    audio_chunks: mel frames; each clip is cut into chunks of its own, with zeros after its end.
+    chunk_frames: number of frames of a chunk that are audio, 0 = empty chunk.
+    stem_frames: number of frames that the convolutions see (see `AudioEncoder`).
     """
 
     tokens: Int[Any, "b s"]
@@ -39,55 +39,93 @@ class ModelInputs:
     stem_frames: Int[Any, "b c"]
 
 
+Mel = Float[np.ndarray, "mel frames"]
+
+
 def make_inputs(
     token_ids: Sequence[Sequence[int]],
-    mels: Sequence[Sequence[Float[np.ndarray, "mel frames"]]],
+    mels: Sequence[Sequence[Mel]],
     *,
     config: MossAudioConfig,
     audio_token_id: int | None = None,
 ) -> ModelInputs:
-    """A batch out of sequences of ids and, for each of them, the mels of its clips in order.
+    """Makes a batch of sequences of ids and, for each of them, the mels of its clips in order.
 
-    token_ids: with the audio id at every audio position, as many as the clips have tokens (ceil(frames / 8) each).
-    mels: [mel bins, frames] arrays, a list a sequence (empty for text alone).
+    token_ids: with the audio id at every audio position, ceil(frames / 8) of them for each clip.
+    mels: [mel bins, frames] arrays, one list for each sequence (empty for text alone).
     audio_token_id: None takes the checkpoint's.
     Sequence length and chunk count are rounded up to `bucket` sizes, which bounds the number of compilations.
     """
     audio_id = config.processor.audio_token_id if audio_token_id is None else audio_token_id
     if len(token_ids) != len(mels):
         raise MossAudioError(f"{len(token_ids)} sequences but {len(mels)} lists of mels: give one list a sequence")
-    ids = [np.asarray(sequence, np.int32).reshape(-1) for sequence in token_ids]
-    clips = [[np.asarray(mel, np.float32) for mel in sequence] for sequence in mels]
-    for row, (sequence, sequence_clips) in enumerate(zip(ids, clips, strict=True)):
-        _check_sequence(row, sequence, sequence_clips, audio_id, config)
+    frames = _frames_of_chunk(config, [mel for clips in mels for mel in clips])
+    rows = [
+        _encode(row, ids, clips, audio_id, config, frames)
+        for row, (ids, clips) in enumerate(zip(token_ids, mels, strict=True))
+    ]
+    tokens = bucket(max((row.tokens.shape[1] for row in rows), default=1), MIN_TOKENS)
+    chunks = max((row.audio_chunks.shape[1] for row in rows), default=0)
+    chunks = bucket(chunks, 1) if chunks else 0
+    # A batch of no sequences comes first: there may be no others.
+    ids, counts = np.zeros((0, tokens), np.int32), np.zeros((0, chunks), np.int32)
+    audio = np.zeros((0, chunks, frames, config.audio_config.num_mel_bins), np.float32)
+    empty = ModelInputs(ids, ids, ids, ids, audio, counts, counts)
+    return jax.tree.map(lambda *x: np.concatenate(x), empty, *(padded(row, tokens, chunks) for row in rows))
 
-    batch, length = len(ids), bucket(max(map(len, ids), default=1), MIN_TOKENS)
-    tokens = np.zeros((batch, length), np.int32)
-    positions, segment_ids = np.zeros_like(tokens), np.zeros_like(tokens)
-    for row, sequence in enumerate(ids):
-        tokens[row, : len(sequence)] = sequence
-        positions[row, : len(sequence)] = np.arange(len(sequence))
-        segment_ids[row, : len(sequence)] = 1
 
-    chunks, chunk_frames, stem_frames = _chunk_clips(clips, config)
+def encode_sequence(ids: Sequence[int], mels: Sequence[Mel], config: MossAudioConfig) -> ModelInputs:
+    """Makes a batch of one sequence without padding: of as many tokens and chunks as it has. See `make_inputs`."""
+    return _encode(0, ids, mels, config.processor.audio_token_id, config, _frames_of_chunk(config, mels))
+
+
+def _frames_of_chunk(config: MossAudioConfig, mels: Sequence[Mel]) -> int:
+    """Returns the frames of every chunk of a batch: the model's, or a bucket for whole clips."""
+    if config.audio_config.chunk_frames is not None:
+        return config.audio_config.chunk_frames
+    return bucket(max((np.shape(mel)[-1] for mel in mels if np.ndim(mel)), default=1), 50 * DOWNSAMPLE_RATE)
+
+
+def _encode(
+    row: int, ids: Sequence[int], mels: Sequence[Mel], audio_id: int, config: MossAudioConfig, frames: int
+) -> ModelInputs:
+    """Encodes sequence `row` of a batch, unpadded. frames: of a chunk."""
+    tokens = np.asarray(ids, np.int32).reshape(-1)
+    clips = [np.asarray(mel, np.float32) for mel in mels]
+    _check_sequence(row, tokens, clips, audio_id, config)
+    chunks, chunk_frames, stem_frames = _cut_into_chunks(clips, frames, config.audio_config.num_mel_bins)
+    # The encoder returns equally many tokens for every chunk; those past a chunk's frames are skipped.
+    valid = np.arange(frames // DOWNSAMPLE_RATE) < downsampled_length(chunk_frames)[:, None]  # [c, tokens per chunk]
     slots = np.full_like(tokens, -1)
-    tokens_per_chunk = chunks.shape[2] // DOWNSAMPLE_RATE
-    for row, sequence in enumerate(ids):
-        # The encoder gives every chunk the same number of tokens; those past a chunk's frames are skipped.
-        valid = np.arange(tokens_per_chunk) < -(-chunk_frames[row] // DOWNSAMPLE_RATE)[:, None]
-        slots[row, : len(sequence)][sequence == audio_id] = np.flatnonzero(valid)
-    return ModelInputs(tokens, positions, segment_ids, slots, chunks, chunk_frames, stem_frames)
+    slots[tokens == audio_id] = np.flatnonzero(valid)
+    positions = np.arange(len(tokens), dtype=np.int32)
+    arrays = (tokens, positions, np.ones_like(tokens), slots, chunks, chunk_frames, stem_frames)
+    return ModelInputs(*(array[None] for array in arrays))
+
+
+def _cut_into_chunks(
+    clips: list[np.ndarray], size: int, mel_bins: int
+) -> tuple[Float[np.ndarray, "c size mel"], Int[np.ndarray, " c"], Int[np.ndarray, " c"]]:
+    """Cuts clips into chunks of `size` frames: `audio_chunks`, `chunk_frames` and `stem_frames` of one sequence."""
+    pieces = [
+        (mel[:, start : start + size], min(mel.shape[1], size))
+        for mel in clips
+        for start in range(0, mel.shape[1], size)
+    ]
+    chunks = np.zeros((len(pieces), size, mel_bins), np.float32)
+    for chunk, (piece, _) in zip(chunks, pieces, strict=True):
+        chunk[: piece.shape[1]] = piece.T
+    chunk_frames = np.array([piece.shape[1] for piece, _ in pieces], np.int32)
+    stem_frames = np.array([frames for _, frames in pieces], np.int32)
+    return chunks, chunk_frames, stem_frames
 
 
 def padded(inputs: ModelInputs, tokens: int, chunks: int) -> ModelInputs:
-    """A batch, NumPy arrays, with so many tokens and chunks a sequence, which are no fewer than it has."""
+    """Pads a batch of NumPy arrays to this many tokens and chunks a sequence, no fewer than it has."""
 
     def pad(array: np.ndarray, length: int, value: int = 0) -> np.ndarray:
-        return np.pad(
-            array,
-            [(0, length - n) if axis == 1 else (0, 0) for axis, n in enumerate(array.shape)],
-            constant_values=value,
-        )
+        widths = [(0, length - n) if axis == 1 else (0, 0) for axis, n in enumerate(array.shape)]
+        return np.pad(array, widths, constant_values=value)
 
     return ModelInputs(
         tokens=pad(inputs.tokens, tokens),
@@ -101,7 +139,7 @@ def padded(inputs: ModelInputs, tokens: int, chunks: int) -> ModelInputs:
 
 
 def bucket(size: int, smallest: int) -> int:
-    """The next of smallest * (1, 1.5, 2, 3, 4, 6, 8, ...): at most half is padding, and there are few of them."""
+    """Returns the next of smallest * (1, 1.5, 2, 3, 4, 6, 8, ...): few sizes, of which at most half is padding."""
     power = smallest
     while power < size:
         power *= 2
@@ -122,34 +160,10 @@ def _check_sequence(row: int, ids: np.ndarray, clips: list[np.ndarray], audio_id
             raise MossAudioError(
                 f"clip {index} of sequence {row} has shape {mel.shape}: a mel is [{bins}, frames] with at least 1 frame"
             )
-    expected = sum(-(-mel.shape[1] // DOWNSAMPLE_RATE) for mel in clips)
+    expected = sum(downsampled_length(mel.shape[1]) for mel in clips)
     found = int((ids == audio_id).sum())
     if expected != found:
         raise MossAudioError(
             f"sequence {row} has {found} audio positions (id {audio_id}), but its {len(clips)} clips make {expected} "
             f"tokens (ceil(frames / {DOWNSAMPLE_RATE}) each)"
         )
-
-
-def _chunk_clips(
-    clips: list[list[np.ndarray]], config: MossAudioConfig
-) -> tuple[Float[np.ndarray, "b c frames mel"], Int[np.ndarray, "b c"], Int[np.ndarray, "b c"]]:
-    """`audio_chunks`, `chunk_frames` and `stem_frames` of ModelInputs."""
-    size = config.audio_config.chunk_frames
-    if size is None:  # a chunk is a whole clip
-        size = bucket(max((mel.shape[1] for row in clips for mel in row), default=1), 50 * DOWNSAMPLE_RATE)
-    pieces = [
-        [(mel[:, start : start + size], mel.shape[1]) for mel in row for start in range(0, mel.shape[1], size)]
-        for row in clips
-    ]
-    most = max(map(len, pieces), default=0)
-    count = bucket(most, 1) if most else 0
-    chunks = np.zeros((len(clips), count, size, config.audio_config.num_mel_bins), np.float32)
-    chunk_frames = np.zeros((len(clips), count), np.int32)
-    stem_frames = np.zeros((len(clips), count), np.int32)
-    for row, row_pieces in enumerate(pieces):
-        for column, (piece, clip_frames) in enumerate(row_pieces):
-            chunks[row, column, : piece.shape[1]] = piece.T
-            chunk_frames[row, column] = piece.shape[1]
-            stem_frames[row, column] = min(clip_frames, size)
-    return chunks, chunk_frames, stem_frames

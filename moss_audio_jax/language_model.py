@@ -1,6 +1,8 @@
 """Qwen3, with DeepStack: the outputs of its first layers receive features of the audio encoder's early layers."""
 
 import dataclasses
+import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -122,17 +124,22 @@ class DecoderLayer(nnx.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class LanguageModel(nnx.Module):
-    """Embedded tokens -> normed hidden states.
+class HiddenStates(NamedTuple):
+    """Hidden states of one pass, each after the model's last norm: `MossAudio.logits` reads any of them.
 
-    frozen: no gradient by the layers' own weights is taken (`train.step` says when one is). Then all layers run in one
-        loop, since a second one, for those without DeepStack, would need its own copy of its layers. Trained weights
-        are copied anyway, to be cast; there two loops hold the gradient by `deepstack` through the first layers only.
+    `middle` and `embedded` are None unless the pass is asked for a middle layer.
     """
+
+    last: Float[Array, "b s hidden"]  # after all layers
+    middle: Float[Array, "b s hidden"] | None = None  # after the first `middle` layers
+    embedded: Float[Array, "b s hidden"] | None = None  # before the first layer
+
+
+class LanguageModel(nnx.Module):
+    """Embedded tokens -> hidden states."""
 
     def __init__(self, config: LanguageConfig, *, rngs: nnx.Rngs):
         self.config = config
-        self.frozen = True
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, config.initializer_range, rngs=rngs)
         self.layers = DecoderLayer(config, layers=config.num_hidden_layers, rngs=rngs)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, rngs=rngs)
@@ -144,11 +151,24 @@ class LanguageModel(nnx.Module):
         segment_ids: Int[Array, "b s"],
         deepstack: Float[Array, "injected b s hidden"],
         *,
+        middle: int | None = None,
+        frozen: bool = True,
         remat: str = "none",
-    ) -> Float[Array, "b s hidden"]:
-        """The pass for training and scoring. deepstack[k] is added to the output of layer k; it is 0 at text."""
-        layers = range(self.config.num_hidden_layers)
-        return self.norm(self.run_layers(layers, x, positions, segment_ids, deepstack, remat=remat))
+    ) -> HiddenStates:
+        """Runs all layers, for training and scoring.
+
+        deepstack: deepstack[k] is added to the output of layer k; it is 0 at text.
+        middle: number of layers before the middle hidden states; None returns only the last ones.
+        frozen, remat: see `run_layers`.
+        """
+        rest = {"positions": positions, "segment_ids": segment_ids, "deepstack": deepstack}
+        run = functools.partial(self.run_layers, **rest, frozen=frozen, remat=remat)
+        total = self.config.num_hidden_layers
+        if middle is None:
+            return HiddenStates(self.norm(run(range(total), x)))
+        early = run(range(middle), x)
+        last = self.norm(run(range(middle, total), early))
+        return HiddenStates(last, embedded=self.norm(x), middle=self.norm(early))
 
     def run_layers(
         self,
@@ -158,9 +178,16 @@ class LanguageModel(nnx.Module):
         segment_ids: Int[Array, "b s"],
         deepstack: Float[Array, "injected b s hidden"],
         *,
+        frozen: bool = True,
         remat: str = "none",
     ) -> Float[Array, "b s hidden"]:
-        """Some of the layers, one after the other, without the norm at the end; otherwise as `__call__`."""
+        """Runs consecutive layers, without the last norm.
+
+        frozen: True if no layer's own weight gets a gradient. Then all layers are scanned at once: a second scan would
+            copy its layers' weights out of the stack. Otherwise the DeepStack layers and the rest are scanned
+            separately: weights are copied anyway, to be cast, and the cotangent of `deepstack` stays short.
+        remat: what the backward pass recomputes, a key of `layers.REMAT_POLICIES`.
+        """
         phases = rotary_phases(positions, self.config.head_dim, self.config.rope_theta)
         count = deepstack.shape[0]
 
@@ -174,7 +201,7 @@ class LanguageModel(nnx.Module):
             return body(layer, x, jnp.where(index < count, deepstack[jnp.minimum(index, count - 1)], 0))
 
         x = constrain(x, "batch", "sequence", "features")
-        if self.frozen and count and layers == range(self.config.num_hidden_layers):
+        if frozen and count and layers == range(self.config.num_hidden_layers):
             return scan_layers(body_at, self.layers, x, jnp.arange(layers.stop), remat=remat)
         first, stop = layers.start, layers.stop
         injected = min(max(first, count), stop)  # the first layer without DeepStack

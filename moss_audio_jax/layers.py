@@ -22,6 +22,7 @@ from moss_audio_jax.tree import dotted
 
 Initializer = Callable[..., jax.Array]
 Carry = TypeVar("Carry")
+Module = TypeVar("Module", bound=nnx.Module)
 
 MASTER = "_master"  # ends the name under which a module has a parameter's master
 LAYER_INPUT = "layer_input"  # the checkpoint name of what a layer of a stack is given
@@ -59,7 +60,7 @@ def parameter(
 def weighted(module: nnx.Module, name: str, function: Callable[..., jax.Array], x: jax.Array) -> jax.Array:
     """function(x, weight) by the module's parameter of that name.
 
-    Where the module also has the weight's master (`set_masters`), the weight's gradient is computed in float32 and is
+    Where the module also has the weight's master (`with_masters`), the weight's gradient is computed in float32 and is
     the master's: so it is float32 as well when it is summed over devices. The value and the gradient by x stay as they
     are without.
     """
@@ -67,12 +68,19 @@ def weighted(module: nnx.Module, name: str, function: Callable[..., jax.Array], 
     return function(x, weight) if master is None else _with_float32_gradient(function, x, weight, master[...])
 
 
-def set_masters(model: nnx.Module, masters: Mapping[str, jax.Array]) -> None:
-    """Gives modules the float32 masters, by path, of the parameters that they hold copies of."""
+def copied(module: Module) -> Module:
+    """Returns a copy that shares the arrays: variables added to it do not reach the original."""
+    return nnx.merge(*nnx.split(module))
+
+
+def with_masters(model: Module, masters: Mapping[str, jax.Array]) -> Module:
+    """Returns the model with the float32 masters, by path, of parameters that it holds in the compute dtype."""
+    model = copied(model)
     modules = {dotted(path): module for path, module in nnx.iter_modules(model)}
     for path, master in masters.items():
         module, _, name = path.rpartition(".")
         setattr(modules[module], name + MASTER, nnx.Variable(master))
+    return model
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -15,7 +15,7 @@ from flax import nnx
 from moss_audio_jax.config import LoraConfig
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.int8 import declare_scales
-from moss_audio_jax.layers import Linear
+from moss_audio_jax.layers import Linear, Module, copied
 from moss_audio_jax.patterns import matches, require_matches
 from moss_audio_jax.tree import dotted
 
@@ -54,9 +54,11 @@ def adaptable_layers(model: nnx.Module) -> dict[str, Linear]:
     return {path: module for path, module in modules.items() if isinstance(module, Linear) and path != "lm_head"}
 
 
-def set_adapter_dropout(model: nnx.Module, key: jax.Array) -> None:
-    """Lets the adapters' dropout apply to the next call, drawn anew for each of them and for each layer of a stack."""
+def with_adapter_dropout(model: Module, key: jax.Array) -> Module:
+    """Returns the model with the adapters' dropout on: each adapter, and each layer of a stack, has its own key."""
+    model = copied(model)
     adapted = [layer for _, layer in nnx.iter_modules(model) if isinstance(layer, Linear) and hasattr(layer, "lora_a")]
     for number, layer in enumerate(adapted):
         stack = layer.lora_a.shape[:-2]
         layer.lora_keys = nnx.Variable(jax.random.split(jax.random.fold_in(key, number), stack))
+    return model

@@ -9,6 +9,7 @@ Module and parameter names follow the released checkpoint.
 """
 
 import functools
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -21,13 +22,14 @@ from moss_audio_jax.config import DOWNSAMPLE_RATE, MossAudioConfig
 from moss_audio_jax.encoder import AudioEncoder
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.inputs import ModelInputs
-from moss_audio_jax.language_model import KVCache, LanguageModel
-from moss_audio_jax.layers import GatedMLP, Linear, map_layers
-from moss_audio_jax.lora import add_adapters
+from moss_audio_jax.language_model import HiddenStates, KVCache, LanguageModel
+from moss_audio_jax.layers import GatedMLP, Linear, map_layers, with_masters
+from moss_audio_jax.lora import add_adapters, with_adapter_dropout
 from moss_audio_jax.sharding import constrain, on_automatic_mesh, on_mesh_of
 from moss_audio_jax.tree import dotted
 
 TOKENS_PER_SECOND = 100 / DOWNSAMPLE_RATE  # of audio: a mel frame each 10 ms
+ADAPTER_DROPOUT = 1  # folded into a dropout key, to draw for the adapters independently of the encoder
 
 
 class MossAudio(nnx.Module):
@@ -58,15 +60,36 @@ class MossAudio(nnx.Module):
             return _compiled_logits(graphdef, on_automatic_mesh(state), inputs)
 
     def hidden_states(
-        self, inputs: ModelInputs, *, dropout_key: jax.Array | None = None, remat: str = "none"
-    ) -> Float[Array, "b s hidden"]:
-        """What `logits` reads. dropout_key: applies the encoder's dropout, as in training.
+        self,
+        inputs: ModelInputs,
+        *,
+        middle: int | None = None,
+        decoder_frozen: bool = True,
+        masters: Mapping[str, jax.Array] | None = None,
+        dropout_key: jax.Array | None = None,
+        encoder_dropout: bool = True,
+        remat: str = "none",
+    ) -> HiddenStates:
+        """Runs the network up to the hidden states that `logits` reads, for training and scoring.
 
-        Within a `jax.jit` of your own, for parameters that are sharded, call it under `jax.set_mesh(mesh)`: without, a
-        TPU runs slower attention.
+        middle: number of decoder layers before the middle hidden states, which auxiliary losses read; None: no such.
+        decoder_frozen: True if no decoder layer's own weight gets a gradient (`LanguageModel.run_layers`).
+        masters: float32 masters by path, which get float32 gradients in place of the parameters (`layers.weighted`).
+        dropout_key: applies dropout as in training: the adapters', and the encoder's unless `encoder_dropout` is False.
+        remat: what the backward pass recomputes, a key of `layers.REMAT_POLICIES`.
+
+        In your own `jax.jit`, with sharded parameters, call it under `jax.set_mesh(mesh)`; without a mesh a TPU runs
+        slower attention.
         """
-        x, deepstack = self.embed(inputs, dropout_key=dropout_key, remat=remat)
-        return self.language_model(x, inputs.positions, inputs.segment_ids, deepstack, remat=remat)
+        model, lora, encoder_key = self, self.config.lora, dropout_key if encoder_dropout else None
+        if masters is not None:
+            model = with_masters(model, masters)
+        if dropout_key is not None and lora is not None and lora.dropout:
+            model = with_adapter_dropout(model, jax.random.fold_in(dropout_key, ADAPTER_DROPOUT))
+        x, deepstack = model.embed(inputs, dropout_key=encoder_key, remat=remat)
+        return model.language_model(
+            x, inputs.positions, inputs.segment_ids, deepstack, middle=middle, frozen=decoder_frozen, remat=remat
+        )
 
     @property
     def head(self) -> Float[Array, "hidden vocab"]:
@@ -129,7 +152,7 @@ class MossAudio(nnx.Module):
 @functools.partial(jit, static_argnums=0)
 def _compiled_logits(graphdef: nnx.GraphDef, state: nnx.State, inputs: ModelInputs) -> jax.Array:
     model = nnx.merge(graphdef, state)
-    return model.logits(model.hidden_states(inputs))
+    return model.logits(model.hidden_states(inputs).last)
 
 
 def check_positions(inputs: ModelInputs, config: MossAudioConfig, new_tokens: int = 0) -> None:

@@ -237,7 +237,7 @@ def test_a_callers_own_programs_compile_for_several_chips(with_mesh, sharded, ch
     inputs = one_batch(sharded.config, 4, 256, 2, chips).inputs
 
     def loss(state, inputs):
-        return nnx.merge(graphdef, state).hidden_states(inputs).astype(jnp.float32).sum()
+        return nnx.merge(graphdef, state).hidden_states(inputs).last.astype(jnp.float32).sum()
 
     with jax.set_mesh(chips) if with_mesh else contextlib.nullcontext():
         compiled = jax.jit(jax.grad(loss)).trace(state, inputs).lower().compile()

@@ -90,7 +90,7 @@ def test_an_epoch_of_fine_tuning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     useful = sum(sample.num_tokens for sample in clips)
     batches = fine_tuning.packed(clips)
     assert sum(int((batch.inputs.segment_ids > 0).sum()) for batch in batches) >= useful
-    assert sum(int(batch.weights.sum()) for batch in batches) == useful - len(clips)
+    assert sum(int(batch.loss_mask.sum()) for batch in batches) == useful - len(clips)
     rows = list(fine_tuning.rows(checkpoint, 1, clips=5, padded=200))
     for row in rows:
         assert_measured(row)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from moss_audio_jax import MossAudioConfig, MossAudioError, make_inputs
-from moss_audio_jax.inputs import bucket
+from moss_audio_jax.inputs import bucket, encode_sequence, padded
 from tests.conftest import TINY_AUDIO_ID, question_parts, random_mel
 
 CONFIG = MossAudioConfig.preset("tiny")
@@ -39,6 +39,21 @@ def test_padding_is_segment_0_without_audio():
     assert inputs.segment_ids.sum(1).tolist() == [len(ids), 2]
     assert (inputs.audio_slots[1] == -1).all() and inputs.chunk_frames[1].tolist() == [0]
     assert inputs.positions[0, : len(ids)].tolist() == list(range(len(ids)))
+
+
+def test_a_batch_is_its_sequences_padded_to_buckets():
+    parts = [question_parts([403, 237]), question_parts([8], seed=1)]
+    batch = make_inputs(*zip(*parts, strict=True), config=CONFIG)
+    for row, (ids, mels) in enumerate(parts):
+        alone = encode_sequence(ids, mels, CONFIG)
+        assert alone.tokens.shape == (1, len(ids)) and alone.chunk_frames.shape == (1, [3, 1][row])
+        for name, array in vars(padded(alone, batch.tokens.shape[1], batch.chunk_frames.shape[1])).items():
+            np.testing.assert_array_equal(getattr(batch, name)[row], array[0], err_msg=name)
+
+
+def test_a_batch_may_have_no_sequences():
+    inputs = make_inputs([], [], config=CONFIG)
+    assert inputs.tokens.shape == (0, 64) and inputs.audio_chunks.shape == (0, 0, 400, 128)
 
 
 def test_text_alone_has_no_chunks():

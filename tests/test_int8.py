@@ -79,7 +79,7 @@ def test_gradients_pass_through_int8_as_through_the_rounded_weights():
 
         def loss(adapter: dict[str, jax.Array]) -> jax.Array:
             adapted = build_model(model.config, parameters | adapter)
-            return jnp.square(adapted.logits(adapted.hidden_states(inputs))).mean()
+            return jnp.square(adapted.logits(adapted.hidden_states(inputs).last)).mean()
 
         return jax.jit(jax.grad(loss))(adapter)
 

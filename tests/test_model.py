@@ -36,7 +36,7 @@ def valid_audio(inputs: ModelInputs) -> np.ndarray:
 
 def cross_entropy(model: MossAudio, inputs: ModelInputs, labels: jax.Array) -> jax.Array:
     """Mean over labels that are not -100, each predicted from the position before it."""
-    logits = model.logits(model.hidden_states(inputs))[:, : labels.shape[1] - 1]
+    logits = model.logits(model.hidden_states(inputs).last)[:, : labels.shape[1] - 1]
     log_likelihood = jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.maximum(labels[:, 1:], 0)[..., None], axis=-1)[
         ..., 0
     ]
@@ -141,7 +141,7 @@ def test_rematerialisation_changes_no_gradient(tiny, policy):
 
     def gradients(remat):
         def objective(state):
-            return jnp.square(nnx.merge(graphdef, state).hidden_states(inputs, remat=remat)).mean()
+            return jnp.square(nnx.merge(graphdef, state).hidden_states(inputs, remat=remat).last).mean()
 
         return jax.tree.leaves(jax.jit(jax.grad(objective))(state))
 
@@ -200,7 +200,7 @@ def test_bfloat16_weights_compute_in_bfloat16_and_stay_near(tiny):
     graphdef, state = nnx.split(tiny)
     half = nnx.merge(graphdef, jax.tree.map(lambda x: x.astype(jnp.bfloat16), state))
     inputs = question(tiny, [403])
-    hidden = jax.eval_shape(lambda: half.hidden_states(inputs))
+    hidden = jax.eval_shape(lambda: half.hidden_states(inputs).last)
     assert hidden.dtype == jnp.bfloat16
     logits, exact = half(inputs), tiny(inputs)
     assert logits.dtype == jnp.float32

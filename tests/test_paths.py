@@ -271,7 +271,7 @@ def copied(directory: Path, target: str) -> None:
 
 
 def same_model(found: MossAudio, expected: MossAudio) -> None:
-    from train.step import parameters_of
+    from moss_audio_jax.weights.parameters import parameters_of
 
     parameters = parameters_of(expected)
     for path, leaf in parameters_of(found).items():

@@ -104,7 +104,7 @@ def test_activations_between_layers_lie_with_their_sequences(layout, tiny, monke
     graphdef = nnx.graphdef(tiny)
 
     def hidden_states(parameters, inputs):
-        return nnx.merge(graphdef, nnx.State(unflatten(parameters))).hidden_states(inputs)
+        return nnx.merge(graphdef, nnx.State(unflatten(parameters))).hidden_states(inputs).last
 
     with jax.set_mesh(mesh):
         jax.jit(hidden_states).lower(parameters, inputs).compile()

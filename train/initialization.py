@@ -17,18 +17,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from moss_audio_jax.config import (
-    ADAPTER_LEAVES,
-    MODEL_TYPES,
-    PRESETS,
-    EncoderConfig,
-    LanguageConfig,
-    MossAudioConfig,
-    read_json,
-)
+from moss_audio_jax.config import ADAPTER_LEAVES, MODEL_TYPES, PRESETS, EncoderConfig, LanguageConfig, MossAudioConfig
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.int8 import int8_kernels, quantize
 from moss_audio_jax.model import MossAudio
+from moss_audio_jax.storage.json_files import read_json
 from moss_audio_jax.weights.locate import locate
 from moss_audio_jax.weights.names import EMBEDDING
 from moss_audio_jax.weights.orbax import restore

@@ -36,6 +36,7 @@ from moss_audio_jax.storage.retries import retried
 from moss_audio_jax.tokens import Tokenizer
 from moss_audio_jax.weights.locate import RUN_CHECKPOINTS, RUN_MODEL, locate
 from moss_audio_jax.weights.parameters import abstract_parameters, build_model
+from train.batch import batch_sharding, require_even_batch, split_microbatches
 from train.config import CONFIG_FILE, RunConfig
 from train.data import ExampleOrder, Interrupted, Prefetched, SampleMaker, TrainingBatch, TrainingData
 from train.data.augment import Augmentation
@@ -61,16 +62,8 @@ from train.running.report import RECORDS, RunReport
 from train.running.resume import Record, ResumeConfig, compare, is_begun, rewinds, write_or_check_config
 from train.running.validation import Validation
 from train.running.watchdog import Watchdog
-from train.step import (
-    TrainState,
-    abstract_state,
-    batch_sharding,
-    new_state,
-    require_even_batch,
-    split_microbatches,
-    train_step,
-    with_new_data,
-)
+from train.state import TrainState, abstract_state, new_state, with_new_data
+from train.step import train_step
 
 AGREE_EVERY = 10  # steps, on what the first process decides by its clock
 

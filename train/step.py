@@ -1,92 +1,78 @@
-"""One step of training: a batch and a state in, a state and its metrics out.
+"""The training step: a state and a batch in, the next state and metrics out.
 
-    loss = sum over supervised tokens / their number, both over the global batch and all its microbatches
-    gradients by the trainable parameters alone, added up over the microbatches, in float32 unless said otherwise
-    AdamW or another optimizer, unless the loss or the gradient is not finite or far above its recent values: then
-        nothing moves
+    loss = sum over supervised tokens / number of them, both over the global batch with all its microbatches
+    gradients with respect to the trainable parameters, accumulated over microbatches, float32 by default
+    AdamW or another optimizer; a step whose loss or gradient norm is not finite or a spike is skipped
 
-The masters are float32; the network computes in a copy of them in the compute dtype. On a mesh that `jax.set_mesh` made
-current, parameters, gradients and moments lie as `sharding.RULES` says.
+The network computes in copies of the float32 masters in the compute dtype. On a mesh that `jax.set_mesh` made current,
+all arrays are sharded as `sharding.RULES` says.
 """
 
 import dataclasses
 import functools
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
-from jax.tree_util import KeyPath
-from jaxtyping import Array, Float, Int, UInt32
 
-from moss_audio_jax.config import ADAPTER_LEAVES, LoraConfig, MossAudioConfig
+from moss_audio_jax.config import ADAPTER_LEAVES
 from moss_audio_jax.errors import MossAudioError
-from moss_audio_jax.inputs import ModelInputs
 from moss_audio_jax.int8 import int8_kernels
-from moss_audio_jax.layers import REMAT_POLICIES, set_masters
-from moss_audio_jax.lora import set_adapter_dropout
+from moss_audio_jax.layers import REMAT_POLICIES
 from moss_audio_jax.model import MossAudio
-from moss_audio_jax.sharding import constrain, num_parts, partition_spec
-from moss_audio_jax.tree import dotted, unflatten
-from moss_audio_jax.weights.parameters import abstract_parameters, parameters_of
 from train.data.packing import TrainingBatch
-from train.loss import CHUNK, LossSums, chunked_cross_entropy
+from train.loss import TOKEN_BLOCK, LossSums, blockwise_cross_entropy
 from train.optimizer import (
     OptimizerConfig,
     Parameters,
     apply_gradients,
     by_part,
-    gradient_transformation,
     learning_rate,
     moving_average,
-    split_frozen,
 )
+from train.state import RecentValues, TrainState, constrain_to_rules, model_of, select
 
 Metrics = dict[str, jax.Array]
-LEAST_PROGRESS = 1e-6  # a batch may hold nothing but the beginnings of long texts, none of which is behind then
-ADAPTER_DROPOUT = 1  # makes its keys others than the encoder's
+LEAST_PROGRESS = 1e-6  # a first batch may hold only beginnings of long texts, and then no example is finished
 
 
 @dataclasses.dataclass(frozen=True)
 class StepConfig:
-    """How a step computes.
-
-    remat: what the backward pass recomputes, a key of `layers.REMAT_POLICIES`; "none" where memory allows.
-    z_loss: the weight of log(Z)^2, see `loss.chunked_cross_entropy`; loss_chunk: its chunk.
-    heard_weight: of a second loss, by which the audio's embeddings and what the first half of the language model's
-        layers makes of them learn to name, through its last norm and head, what is heard at each audio token or when
-        that is (`TrainingBatch.heard`). It teaches a model from nothing to listen long before its answers could, and
-        early enough for the other half to read; 0 leaves it out. The metrics heard_loss and heard_accuracy are those
-        of the layers.
-    gradient_dtype: of the gradients that are kept and added up over microbatches, after they were summed over chips;
-        bfloat16 saves 2 bytes a trainable parameter and rounds at every microbatch.
-    reduce_dtype: of the sums of gradients over chips where the network computes in bfloat16: there each chip's gradient
-        is that of the bfloat16 copies, rounded before it is sent. float32 sends twice the bytes of these sums and
-        rounds nothing. The head's gradient is summed in float32 either way.
-    encoder_dropout: at the rates of the model's configuration; off where none of the encoder is trained.
-    spike_sigma: a loss or gradient norm this many standard deviations above its mean is a spike, whose step is skipped;
-        0 lets all through.
-    spike_window: how many steps that mean looks back; nothing counts as a spike before half of them. It restarts where
-        the mixture enters a new phase (`TrainingBatch.phase`).
-    spike_patience: spikes in a row after which the next one is taken for a lasting rise: its step is accepted, and the
-        mean restarts. Below `loop.max_skipped_in_a_row`, or the run ends first. A step that is not finite is never
-        accepted, and interrupts the row.
-    """
+    """Options of the training step's computation."""
 
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Dtype of the network's parameters and activations; masters and loss stay float32."""
     remat: Literal["none", "dots", "attention", "full", "offload"] = "full"
+    """Activations of a layer that the backward pass recomputes: "full" all of them, "none" nothing. "dots" keeps the
+    matmul outputs, "attention" those of splash attention; "offload" keeps layer inputs in host memory."""
     z_loss: float = 0.0
-    loss_chunk: int = CHUNK
+    """Weight of log(Z)^2, which keeps the softmax normalizer Z near 1; PaLM used 1e-4. 0 disables it."""
+    loss_chunk: int = TOKEN_BLOCK
+    """Positions of each sequence whose logits are in memory at a time. More are faster, and take more memory."""
     heard_weight: float = 0.0
+    """Weight of an auxiliary cross-entropy at audio tokens that predicts the event label, or a digit of the time, from
+    the adapter output and from the hidden states after half of the LM layers. Speeds up training from scratch. 0
+    disables it."""
     gradient_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype in which gradients are accumulated over microbatches. bfloat16 saves 2 bytes per trainable parameter, and
+    rounds at every microbatch."""
     reduce_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Dtype of the sums of gradients over devices, if compute_dtype is bfloat16. float32 sends twice the bytes and
+    rounds nothing. The head's gradient is always summed in float32."""
     encoder_dropout: bool = True
+    """Applies the audio encoder's dropout, at the rates of the model's configuration. No effect if the whole encoder is
+    frozen."""
     spike_sigma: float = 6.0
+    """A loss or gradient norm this many standard deviations above its recent mean is a spike: its step is skipped. 0
+    accepts all."""
     spike_window: int = 128
+    """Steps that the recent mean looks back. No step is a spike before half a window. The mean restarts in each new
+    phase of the mixture."""
     spike_patience: int = 10
+    """Spikes in a row after which the next one is accepted as a lasting rise, and the mean restarts. Keep it below the
+    limit of skipped steps that ends the run. A step that is not finite is never accepted, and restarts the count."""
 
     def __post_init__(self):
         for name in ("compute_dtype", "gradient_dtype", "reduce_dtype"):
@@ -102,183 +88,6 @@ class StepConfig:
                 raise MossAudioError(f"{name} must be 0 or more, not {getattr(self, name)}")
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class RecentValues:
-    """Mean and variance of a metric: of all its values at first, then weighted towards the last `window`."""
-
-    count: Int[Array, ""]
-    mean: Float[Array, ""]
-    variance: Float[Array, ""]
-
-    @classmethod
-    def empty(cls) -> "RecentValues":
-        return cls(jnp.int32(0), jnp.float32(0), jnp.float32(0))
-
-    def limit(self, config: StepConfig) -> Float[Array, ""]:
-        """Above this a value is a spike. The rule of OLMo's SkipStepOptimizer, with running moments."""
-        if config.spike_sigma == 0:
-            return jnp.float32(jnp.inf)
-        highest = self.mean + config.spike_sigma * jnp.sqrt(self.variance)
-        return jnp.where(self.count >= config.spike_window // 2, highest, jnp.inf)
-
-    def record(self, value: Float[Array, ""], config: StepConfig) -> "RecentValues":
-        """A spike is recorded as the limit: one can't hide the next, and a lasting rise is let through in time."""
-        share = 1 / jnp.minimum(self.count + 1, config.spike_window)
-        distance = jnp.minimum(value, self.limit(config)) - self.mean
-        recorded = RecentValues(
-            self.count + 1, self.mean + share * distance, (1 - share) * (self.variance + share * distance**2)
-        )
-        return _select(jnp.isfinite(value), recorded, self)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class TrainState:
-    """All that a step changes, and the frozen parameters, which it hands on as they are.
-
-    step: batches read so far, skipped ones included; it sets the learning rate and the dropout.
-    trainable: float32 masters by path; frozen: in the dtype they came in.
-    rng: key data of the run's dropout, the same at every step.
-    phase: the latest of the mixture so far. spikes_in_a_row: those that were skipped just before.
-    ema: float32 moving averages of the trainable parameters by path, where `OptimizerConfig.ema_decay` asks for them.
-    """
-
-    step: Int[Array, ""]
-    trainable: Parameters
-    frozen: Parameters
-    moments: optax.OptState
-    rng: UInt32[Array, "2"]
-    skipped: Int[Array, ""]
-    skipped_in_a_row: Int[Array, ""]
-    recent_loss: RecentValues
-    recent_norm: RecentValues
-    phase: Int[Array, ""]
-    spikes_in_a_row: Int[Array, ""]
-    ema: Parameters | None = None
-
-
-def initial_parameters(config: MossAudioConfig, *, seed: int = 0, mesh: Mesh | None = None) -> Parameters:
-    """Random float32 parameters, each made where it will lie; the same on every mesh."""
-    shardings = {path: leaf.sharding for path, leaf in abstract_parameters(config, jnp.float32, mesh).items()}
-    return jax.jit(lambda: parameters_of(MossAudio(config, rngs=nnx.Rngs(seed))), out_shardings=shardings)()
-
-
-def new_state(
-    parameters: Parameters,
-    config: MossAudioConfig,
-    optimizer: OptimizerConfig,
-    *,
-    seed: int = 0,
-    mesh: Mesh | None = None,
-) -> TrainState:
-    """The state before the first step.
-
-    It takes the parameters over: `train_step` donates its state, so arrays that are in place and of the right dtype
-    become the masters themselves and can't be used elsewhere.
-    """
-    state = _first_state(parameters, config.lora, optimizer, seed)
-    dtypes = {path: leaf.dtype for path, leaf in state.frozen.items()}
-    target = abstract_state(config, optimizer, frozen_dtypes=dtypes, mesh=mesh)
-    return jax.tree.map(lambda leaf, place: jax.device_put(leaf, place.sharding), state, target)
-
-
-def abstract_state(
-    config: MossAudioConfig,
-    optimizer: OptimizerConfig,
-    *,
-    frozen_dtypes: Mapping[str, Any] | None = None,
-    mesh: Mesh | None = None,
-) -> TrainState:
-    """Shape, dtype and sharding of every array of a state: what a restore is asked for.
-
-    frozen_dtypes: by path; float32 where nothing is said. Moments and averages are sharded like their parameters;
-    scalars, and moments of other shapes (Adafactor's rows and columns), are replicated.
-    """
-    parameters = abstract_parameters(config, jnp.float32, mesh)
-    for path, dtype in (frozen_dtypes or {}).items():
-        parameters[path] = parameters[path].update(dtype=dtype)
-    everywhere = SingleDeviceSharding(jax.local_devices()[0]) if mesh is None else NamedSharding(mesh, PartitionSpec())
-
-    def placed(keys: KeyPath, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        parameter = parameters.get(_parameter_path(keys))
-        if parameter is None or parameter.shape != leaf.shape:
-            return leaf.update(sharding=everywhere)
-        return leaf.update(sharding=parameter.sharding)
-
-    state = jax.eval_shape(lambda arrays: _first_state(arrays, config.lora, optimizer, seed=0), parameters)
-    return jax.tree_util.tree_map_with_path(placed, state)
-
-
-def _first_state(parameters: Parameters, lora: LoraConfig | None, optimizer: OptimizerConfig, seed: int) -> TrainState:
-    trainable, frozen = split_frozen(parameters, optimizer.freeze, lora)
-    trainable = {path: leaf.astype(jnp.float32) for path, leaf in trainable.items()}
-    return TrainState(
-        step=jnp.int32(0),
-        trainable=trainable,
-        frozen=frozen,
-        moments=gradient_transformation(optimizer).init(trainable),
-        rng=jax.random.key_data(jax.random.key(seed)),
-        skipped=jnp.int32(0),
-        skipped_in_a_row=jnp.int32(0),
-        recent_loss=RecentValues.empty(),
-        recent_norm=RecentValues.empty(),
-        phase=jnp.int32(0),
-        spikes_in_a_row=jnp.int32(0),
-        ema={path: jnp.copy(leaf) for path, leaf in trainable.items()} if optimizer.ema_decay else None,
-    )
-
-
-def with_new_data(state: TrainState) -> TrainState:
-    """The state to resume from with other data than before: what counts as a spike is found out again."""
-    watched: Any = {name: getattr(state, name) for name in ("recent_loss", "recent_norm", "phase", "spikes_in_a_row")}
-    places: Any = jax.tree.map(lambda leaf: leaf.sharding, watched)
-    fresh = jax.jit(lambda: jax.tree.map(jnp.zeros_like, watched), out_shardings=places)()
-    return dataclasses.replace(state, **fresh)
-
-
-def split_microbatches(batch: TrainingBatch, count: int) -> TrainingBatch:
-    """[b, ...] -> [count, b / count, ...], for `train_step`. On the host, before the batch goes to its devices."""
-    rows = batch.weights.shape[0]
-    if rows % count:
-        raise MossAudioError(f"a batch of {rows} sequences can't be cut into {count} equal microbatches")
-    return jax.tree.map(lambda x: x.reshape(count, rows // count, *x.shape[1:]), batch)
-
-
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Where every array of a batch in microbatches lies: its sequences over the data-parallel axes."""
-    return NamedSharding(mesh, partition_spec((None, "batch"), mesh))
-
-
-def require_even_batch(sequences: int, microbatches: int, mesh: Mesh) -> None:
-    """Raises MossAudioError unless every device gets as many sequences of a microbatch as any other."""
-    parts = num_parts("batch", mesh)
-    if sequences % (microbatches * parts):
-        raise MossAudioError(
-            f"a batch of {sequences} sequences in {microbatches} microbatches can't be cut over {parts} data-parallel "
-            f"devices: make data.batch_size a multiple of {microbatches * parts}"
-        )
-
-
-def abstract_batch(
-    model: MossAudioConfig, sequences: int, tokens: int, chunks: int, *, microbatches: int = 1, mesh: Mesh
-) -> TrainingBatch:
-    """Shape, dtype and place of every array of a batch in microbatches: to compile for, without any data."""
-    require_even_batch(sequences, microbatches, mesh)
-    sharding = batch_sharding(mesh)
-
-    def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((microbatches, sequences // microbatches, *shape), dtype, sharding=sharding)
-
-    ids, counts = array(jnp.int32, tokens), array(jnp.int32, chunks)
-    frames = model.audio_config.chunk_frames
-    assert frames is not None  # as `SampleMaker` demands
-    audio = array(jnp.bfloat16, chunks, frames, model.audio_config.num_mel_bins)
-    inputs = ModelInputs(ids, ids, ids, ids, audio, counts, counts)
-    weights = array(jnp.float32, tokens)
-    return TrainingBatch(inputs, targets=ids, weights=weights, heard=ids, group=ids, phase=array(jnp.int32))
-
-
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 5), donate_argnums=3)
 def train_step(
     graphdef: nnx.GraphDef,
@@ -289,28 +98,34 @@ def train_step(
     num_groups: int = 0,
     host_figures: tuple[jax.Array, jax.Array] | None = None,
 ) -> tuple[TrainState, Metrics]:
-    """The next state, and scalars about this step.
+    """Returns the next state, and scalar metrics of this step.
 
-    graphdef: of a MossAudio with these parameters. batch: in microbatches, see `split_microbatches`.
-    host_figures: [devices, figures] to be summed, and of which the metrics have the greatest (`distributed.HostSums`).
-    num_groups: of the mixture; from 2 on, the metrics have the loss of each and the tokens it was taken over, [groups].
-    A step whose loss or gradient norm is not finite (a batch without supervised tokens has none) or a spike leaves
-    parameters and moments as they were, bit for bit, and counts as skipped.
+    graphdef: of a MossAudio with these parameters. state: donated.
+    batch: in microbatches, see `split_microbatches`.
+    num_groups: of the mixture; from 2 on, the metrics have the loss and the supervised tokens of each group, [groups].
+    host_figures: two arrays [devices, figures], of which the metrics have the sums and the maxima over devices
+        (`distributed.HostSums`).
+    A step whose loss or gradient norm is a spike or not finite (a batch without supervised tokens has no loss) leaves
+    parameters and moments unchanged, bit for bit, and counts as skipped.
     """
+    # 1. Loss and gradients of the whole batch.
     dropout_key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
     arguments = (graphdef, config, state.trainable, state.frozen, batch, dropout_key)
-    (sums, heard), gradients = loss_and_gradients(*arguments, num_groups)
+    (sums, audio_sums), gradients = loss_and_gradients(*arguments, num_groups)
     gradients = {path: leaf.astype(jnp.float32) for path, leaf in gradients.items()}
-    loss, norm = sums.loss / sums.weight, optax.tree.norm(gradients)
+    loss, norm = sums.loss / sums.tokens, optax.tree.norm(gradients)
+
+    # 2. Is it a spike? The answer stays on the devices.
     phase = state.phase if batch.phase is None else jnp.maximum(state.phase, batch.phase.max())
     accepted, watched = _judged(state, phase, loss, norm, config)
 
+    # 3. The update. A skipped step computes it as well, and keeps the old arrays.
     rate = learning_rate(optimizer, state.step, expected_steps(state.step, batch.progress))
     moved = apply_gradients(optimizer, state.trainable, state.moments, gradients, rate)
-    trainable, moments = _select(accepted, moved, (state.trainable, state.moments))
+    trainable, moments = select(accepted, moved, (state.trainable, state.moments))
     ema = state.ema
     if ema is not None:
-        ema = _select(accepted, moving_average(optimizer, ema, trainable, state.step - state.skipped), ema)
+        ema = select(accepted, moving_average(optimizer, ema, trainable, state.step - state.skipped), ema)
 
     skipped = 1 - accepted.astype(jnp.int32)
     state = dataclasses.replace(
@@ -325,9 +140,9 @@ def train_step(
     )
     metrics: Metrics = {
         "loss": loss,
-        "z": sums.z / sums.weight,
-        "accuracy": sums.correct / sums.weight,
-        "tokens": sums.weight,
+        "z": sums.z / sums.tokens,
+        "accuracy": sums.correct / sums.tokens,
+        "tokens": sums.tokens,
         "grad_norm": norm,
         **{f"grad_norm/{part}": optax.tree.norm(leaves) for part, leaves in by_part(gradients).items()},
         "learning_rate": rate,
@@ -339,14 +154,15 @@ def train_step(
         group_loss, group_tokens = sums.by_group
         metrics |= {"loss_of_group": group_loss / group_tokens, "tokens_of_group": group_tokens}
     if config.heard_weight:
-        metrics |= {"heard_loss": heard.loss / heard.weight, "heard_accuracy": heard.correct / heard.weight}
+        metrics["audio_label_loss"] = audio_sums.loss / audio_sums.tokens
+        metrics["audio_label_accuracy"] = audio_sums.correct / audio_sums.tokens
     if host_figures is not None:
         metrics |= {"host_sums": host_figures[0].sum(0), "host_greatest": host_figures[1].max(0)}
-    return _placed(graphdef, state.trainable | state.frozen, state), metrics
+    return constrain_to_rules(graphdef, state.trainable | state.frozen, state), metrics
 
 
 def expected_steps(step: jax.Array, progress: jax.Array | None) -> jax.Array | None:
-    """How many steps a run will have that ends with its data, by what is behind; None if it ends by its steps.
+    """Estimates the total steps of a run that ends with its data; None for a run of a given number of steps.
 
     step: counted from 0. progress: of the batch of that step (`TrainingBatch`).
     """
@@ -356,20 +172,28 @@ def expected_steps(step: jax.Array, progress: jax.Array | None) -> jax.Array | N
 def _judged(
     state: TrainState, phase: jax.Array, loss: jax.Array, norm: jax.Array, config: StepConfig
 ) -> tuple[jax.Array, dict[str, Any]]:
-    """Whether a step is accepted, and all of the next state that says what a spike is."""
+    """Returns True if a step is accepted, and the fields of the next state that define a spike."""
+    sigma, window = config.spike_sigma, config.spike_window
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     empty = (RecentValues.empty(), RecentValues.empty())
-    recent = _select(phase > state.phase, empty, (state.recent_loss, state.recent_norm))
-    spike = finite & ~((loss <= recent[0].limit(config)) & (norm <= recent[1].limit(config)))
+    recent = select(phase > state.phase, empty, (state.recent_loss, state.recent_norm))
+    spike = finite & ~((loss <= recent[0].limit(sigma, window)) & (norm <= recent[1].limit(sigma, window)))
     lasting = spike & (state.spikes_in_a_row >= config.spike_patience)
-    recent = _select(lasting, empty, recent)
+    recent = select(lasting, empty, recent)
     skipped_spike = spike & ~lasting
     return finite & ~skipped_spike, {
-        "recent_loss": recent[0].record(loss, config),
-        "recent_norm": recent[1].record(norm, config),
+        "recent_loss": recent[0].record(loss, sigma, window),
+        "recent_norm": recent[1].record(norm, sigma, window),
         "phase": phase,
         "spikes_in_a_row": (state.spikes_in_a_row + 1) * skipped_spike,
     }
+
+
+class TokenCounts(NamedTuple):
+    """Numbers of tokens in a global batch, which the losses are divided by."""
+
+    supervised: jax.Array
+    labelled: jax.Array | None  # audio tokens with a label, at least 1; None without the auxiliary loss
 
 
 def loss_and_gradients(
@@ -381,59 +205,91 @@ def loss_and_gradients(
     dropout_key: jax.Array,
     num_groups: int = 0,
 ) -> tuple[tuple[LossSums, LossSums], Parameters]:
-    """Sums over all microbatches, of answers and of what is heard, and the gradients by `trainable`.
+    """Returns the sums over all microbatches, of supervised tokens and of audio labels, and the gradients by path.
 
-    The gradients are of the mean over supervised tokens and, at its weight, of that over audio tokens with labels.
-    num_groups: from 2 on, the sums of answers are by group of the mixture too.
+    The gradients are of `microbatch_loss`, summed over microbatches, with respect to `trainable`.
+    num_groups: from 2 on, the sums of supervised tokens are by group of the mixture too.
     """
     num_groups = num_groups if num_groups > 1 else 0
-    drops = config.encoder_dropout and any(path.startswith("audio_encoder.") for path in trainable)
-    supervised = batch.weights.sum()
-    labelled = jnp.maximum((batch.heard >= 0).sum(), 1) if config.heard_weight else None
+    labelled = jnp.maximum((batch.audio_labels >= 0).sum(), 1) if config.heard_weight else None
+    counts = TokenCounts(batch.loss_mask.sum(), labelled)
 
     def objective(trainable: Parameters, microbatch: TrainingBatch, key: jax.Array):
-        copies = in_compute_dtype(trainable | frozen, config)
-        model, inputs = _model(graphdef, copies), microbatch.inputs
-        if config.reduce_dtype == "float32" and config.compute_dtype != "float32":
-            set_masters(model, trainable)
-        model.language_model.frozen = not any(map(_is_of_a_decoder_layer, trainable))
-        if model.config.lora is not None and model.config.lora.dropout:
-            set_adapter_dropout(model, jax.random.fold_in(key, ADAPTER_DROPOUT))
-        x, deepstack = model.embed(inputs, dropout_key=key if drops else None, remat=config.remat)
-        rest = (inputs.positions, inputs.segment_ids, deepstack)
-        language, total_layers = model.language_model, model.config.language_config.num_hidden_layers
-        half = (total_layers + 1) // 2 if config.heard_weight else total_layers
-        early = language.run_layers(range(half), x, *rest, remat=config.remat)
-        hidden = language.norm(language.run_layers(range(half, total_layers), early, *rest, remat=config.remat))
-        loss = functools.partial(chunked_cross_entropy, head=model.head, chunk=config.loss_chunk)
-        answers = {"targets": microbatch.targets, "weights": microbatch.weights, "groups": microbatch.group}
-        total, sums = loss(hidden, **answers, num_groups=num_groups, z_loss=config.z_loss)
-        total, heard_sums = total / supervised, LossSums.zero()
-        if labelled is not None:
-            heard = microbatch.heard
-            weights = (heard >= 0).astype(jnp.float32)
-            for at_audio in (language.norm(x), language.norm(early)):
-                heard_total, heard_sums = loss(at_audio, targets=heard, weights=weights)
-                total += config.heard_weight * heard_total / labelled
-        return total, (sums, heard_sums)
+        # Cast here, so that the gradients are those of the float32 masters.
+        model = model_of(graphdef, in_compute_dtype(trainable | frozen, config))
+        return microbatch_loss(
+            model, microbatch, config, key, trainable=trainable, counts=counts, num_groups=num_groups
+        )
 
     def add_microbatch(carry, item):
         index, microbatch = item
         key = jax.random.fold_in(dropout_key, index)
         (_, sums), gradients = jax.value_and_grad(objective, has_aux=True)(trainable, microbatch, key)
         gradients = {path: leaf.astype(config.gradient_dtype) for path, leaf in gradients.items()}
-        gradients = _placed(graphdef, trainable | frozen, gradients)
+        gradients = constrain_to_rules(graphdef, trainable | frozen, gradients)
         return jax.tree.map(jnp.add, carry, (sums, gradients)), None
 
     start = (
         (LossSums.zero(num_groups), LossSums.zero()),
         {path: jnp.zeros_like(leaf, config.gradient_dtype) for path, leaf in trainable.items()},
     )
-    return jax.lax.scan(add_microbatch, start, (jnp.arange(batch.weights.shape[0]), batch))[0]
+    # A scan over microbatches holds the activations of one at a time.
+    return jax.lax.scan(add_microbatch, start, (jnp.arange(batch.loss_mask.shape[0]), batch))[0]
+
+
+def microbatch_loss(
+    model: MossAudio,
+    batch: TrainingBatch,
+    config: StepConfig,
+    key: jax.Array,
+    *,
+    trainable: Parameters,
+    counts: TokenCounts,
+    num_groups: int = 0,
+) -> tuple[jax.Array, tuple[LossSums, LossSums]]:
+    """Computes a microbatch's part of the objective, and its sums over supervised tokens and over audio labels.
+
+        sum over supervised tokens of (-log p(target) + z_loss log(Z)^2) / counts.supervised
+        + heard_weight * sum over labelled audio tokens of -log p(label) / counts.labelled
+
+    The second line is taken twice: of the embedded input and of the hidden states after half of the LM layers. Both
+    pass through the model's last norm and head.
+
+    model: in the compute dtype. batch: one microbatch. key: of this microbatch's dropout.
+    trainable: masters of the parameters that get gradients, by path. counts: of the global batch.
+    """
+    layers = model.config.language_config.num_hidden_layers
+    float32_sums = config.reduce_dtype == "float32" and config.compute_dtype != "float32"
+    hidden = model.hidden_states(
+        batch.inputs,
+        middle=(layers + 1) // 2 if config.heard_weight else None,
+        decoder_frozen=not any(map(_is_of_a_decoder_layer, trainable)),
+        masters=trainable if float32_sums else None,
+        dropout_key=key,
+        encoder_dropout=config.encoder_dropout and any(path.startswith("audio_encoder.") for path in trainable),
+        remat=config.remat,
+    )
+    cross_entropy = functools.partial(blockwise_cross_entropy, head=model.head, block=config.loss_chunk)
+    total, sums = cross_entropy(
+        hidden.last,
+        targets=batch.targets,
+        loss_mask=batch.loss_mask,
+        groups=batch.group,
+        num_groups=num_groups,
+        z_loss=config.z_loss,
+    )
+    total, label_sums = total / counts.supervised, LossSums.zero()
+    if counts.labelled is not None:
+        is_labelled = (batch.audio_labels >= 0).astype(jnp.float32)
+        for states in (hidden.embedded, hidden.middle):
+            # The sums that are kept, for the metrics, are those of the middle layer.
+            label_total, label_sums = cross_entropy(states, targets=batch.audio_labels, loss_mask=is_labelled)
+            total += config.heard_weight * label_total / counts.labelled
+    return total, (sums, label_sums)
 
 
 def in_compute_dtype(parameters: Parameters, config: StepConfig) -> Parameters:
-    """What the network computes with: copies of the masters, and kernels in int8 as they are."""
+    """Casts parameters to the dtype that the network computes in; int8 kernels stay as they are."""
     is_int8 = int8_kernels(parameters)
     return {path: leaf if path in is_int8 else leaf.astype(config.compute_dtype) for path, leaf in parameters.items()}
 
@@ -442,41 +298,15 @@ def in_compute_dtype(parameters: Parameters, config: StepConfig) -> Parameters:
 def validation_sums(
     graphdef: nnx.GraphDef, config: StepConfig, parameters: Parameters, batch: TrainingBatch
 ) -> LossSums:
-    """Sums over the answers of a batch without microbatches: the loss of a step, with no dropout and no gradient.
+    """Computes the loss sums over the supervised tokens of a batch, without dropout.
 
-    parameters: in the dtype to compute in.
+    parameters: in the compute dtype. batch: without microbatches.
     """
-    model = _model(graphdef, parameters)
-    hidden = model.hidden_states(batch.inputs)
-    return chunked_cross_entropy(hidden, model.head, batch.targets, batch.weights, chunk=config.loss_chunk)[1]
+    model = model_of(graphdef, parameters)
+    hidden = model.hidden_states(batch.inputs).last
+    return blockwise_cross_entropy(hidden, model.head, batch.targets, batch.loss_mask, block=config.loss_chunk)[1]
 
 
 def _is_of_a_decoder_layer(path: str) -> bool:
-    """Whether a parameter is a layer's own: an adapter beside it is not."""
+    """True for a decoder layer's own parameter; an adapter beside it is not its own."""
     return path.startswith("language_model.layers.") and not path.endswith(ADAPTER_LEAVES)
-
-
-def _model(graphdef: nnx.GraphDef, parameters: Parameters) -> MossAudio:
-    return nnx.merge(graphdef, nnx.State(unflatten(parameters)))
-
-
-def _select(condition: jax.Array, if_true: Any, if_false: Any) -> Any:
-    return jax.tree.map(functools.partial(jnp.where, condition), if_true, if_false)
-
-
-def _parameter_path(keys: KeyPath) -> str:
-    """The parameter that an array of a state belongs to: what is kept by parameter is a dict by path, and innermost."""
-    return str(getattr(keys[-1], "key", "")) if keys else ""
-
-
-def _placed(graphdef: nnx.GraphDef, parameters: Parameters, tree: Any) -> Any:
-    """Pins arrays to the current mesh, as `abstract_state` says where they lie."""
-    declared = nnx.to_flat_state(nnx.state(_model(graphdef, parameters), nnx.Param))
-    axes = {dotted(path): leaf.get_metadata("logical_axes") for path, leaf in declared}
-
-    def placed(keys: KeyPath, x: jax.Array) -> jax.Array:
-        path = _parameter_path(keys)
-        like_it = path in axes and x.shape == parameters[path].shape
-        return constrain(x, *(axes[path] if like_it else ()))
-
-    return jax.tree_util.tree_map_with_path(placed, tree)

@@ -25,9 +25,11 @@ from moss_audio_jax.int8 import int8_kernels, quantize  # noqa: E402
 from moss_audio_jax.model import parameter_specs  # noqa: E402
 from moss_audio_jax.weights.names import adapter_leaves, released_leaves  # noqa: E402
 from moss_audio_jax.weights.parameters import build_model, parameters_of  # noqa: E402
+from train.batch import split_microbatches  # noqa: E402
 from train.optimizer import OptimizerConfig, learning_rate  # noqa: E402
 from train.running.checkpoints import Checkpoints  # noqa: E402
-from train.step import StepConfig, new_state, split_microbatches, train_step  # noqa: E402
+from train.state import new_state  # noqa: E402
+from train.step import StepConfig, train_step  # noqa: E402
 
 from .pairs import CONFIG, Pair, Prompt, make_batch, make_pair, make_prompt  # noqa: E402
 from .reference import IGNORED_LABEL  # noqa: E402
@@ -277,7 +279,7 @@ def our_losses(model: MossAudio, pair: Pair) -> tuple[list[float], Any]:
     whole = training_batch(PROMPTS, pair)
     for prompts in BATCHES:
         used = np.array([[any(prompt is other for other in prompts)] for prompt in PROMPTS], np.float32)
-        batch = dataclasses.replace(whole, weights=whole.weights * used)
+        batch = dataclasses.replace(whole, loss_mask=whole.loss_mask * used)
         state, metrics = train_step(graphdef, EXACT, OPTIMIZER, state, split_microbatches(batch, 1))
         losses.append(float(metrics["loss"]))
     return losses, state

@@ -251,7 +251,7 @@ def loss_and_gradients(graphdef, state, inputs, labels):
 
     def objective(state):
         model = nnx.merge(graphdef, state)
-        logits = model.logits(model.hidden_states(inputs))
+        logits = model.logits(model.hidden_states(inputs).last)
         counts = labels[:, 1:] != IGNORED_LABEL
         losses = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], jnp.where(counts, labels[:, 1:], 0))
         return losses.mean(where=counts), logits

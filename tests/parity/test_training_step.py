@@ -21,16 +21,12 @@ import torch.nn.functional as F  # noqa: E402
 
 from moss_audio_jax import ModelInputs  # noqa: E402
 from moss_audio_jax.weights.names import released_leaves  # noqa: E402
+from moss_audio_jax.weights.parameters import parameters_of  # noqa: E402
+from train.batch import split_microbatches  # noqa: E402
 from train.data.packing import TrainingBatch  # noqa: E402
 from train.optimizer import OptimizerConfig, learning_rate, rate_of  # noqa: E402
-from train.step import (  # noqa: E402
-    StepConfig,
-    loss_and_gradients,
-    new_state,
-    parameters_of,
-    split_microbatches,
-    train_step,
-)
+from train.state import new_state  # noqa: E402
+from train.step import StepConfig, loss_and_gradients, train_step  # noqa: E402
 
 from .pairs import Pair, Prompt, changed, make_batch, make_pair, make_prompt  # noqa: E402
 from .reference import IGNORED_LABEL  # noqa: E402
@@ -129,7 +125,7 @@ def packed(batch: TrainingBatch, tokens_per_chunk: int) -> TrainingBatch:
         *(tokens(array) for array in (inputs.tokens, inputs.positions, segments.astype(np.int32), slots)),
         *(clips(array) for array in (inputs.audio_chunks, inputs.chunk_frames, inputs.stem_frames)),
     )
-    return TrainingBatch(joined, tokens(batch.targets), tokens(batch.weights))
+    return TrainingBatch(joined, tokens(batch.targets), tokens(batch.loss_mask))
 
 
 def test_packed_rows_equal_pytorchs_prompts_one_by_one(pair: Pair):

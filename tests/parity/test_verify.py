@@ -15,8 +15,9 @@ from convert import verify as module  # noqa: E402
 from convert.rehearse import rehearse  # noqa: E402
 from convert.to_hf import convert_to_hf  # noqa: E402
 from convert.to_orbax import convert_to_orbax  # noqa: E402
-from convert.verify import THRESHOLDS, as_json, beyond, table, verify  # noqa: E402
+from convert.verify import THRESHOLDS, as_json, beyond, verify  # noqa: E402
 from moss_audio_jax import MossAudioError  # noqa: E402
+from train.ablation import table  # noqa: E402
 
 STAGES = ["encoder", "tap 0", "tap 1", "tap 2", "adapter", "merged 0", "merged 1", "merged 2", "logits"]
 

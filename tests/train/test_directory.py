@@ -94,7 +94,6 @@ def test_a_run_is_read_at_its_newest_checkpoint(tmp_path: Path, tiny):
 def scaled(model, scale: float):
     from flax import nnx
 
-    from moss_audio_jax.weights.parameters import build_model
-    from train.step import parameters_of
+    from moss_audio_jax.weights.parameters import build_model, parameters_of
 
     return build_model(model.config, {path: scale * leaf for path, leaf in parameters_of(nnx.clone(model)).items()})

@@ -37,7 +37,7 @@ from train.evaluation.evaluate import (
 )
 from train.evaluation.measures import measure, measures_table
 from train.evaluation.questions import Question
-from train.step import initial_parameters
+from train.initialization import ModelSource, first_parameters
 
 TINY = MossAudioConfig.preset("tiny")
 MODEL = dataclasses.replace(
@@ -69,7 +69,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (directory / "test.jsonl").write_text("\n".join(map(json.dumps, lines)))
     (directory / "broken.jsonl").write_text(json.dumps({"audio": "broken.wav", "text": "what"}))
     mesh = make_mesh(devices=jax.devices()[:1])
-    save_model(build_model(MODEL, initial_parameters(MODEL, mesh=mesh)), directory / "model")
+    save_model(build_model(MODEL, first_parameters(ModelSource(), MODEL, mesh=mesh)), directory / "model")
     write_small_tokenizer(directory / "model")
     return directory
 

@@ -178,7 +178,7 @@ def test_a_forward_pass_costs_what_xla_counts(unrolled):
 
     def logits(parameters, inputs):
         model = nnx.merge(graph, nnx.State(unflatten(parameters)))
-        return model.logits(model.hidden_states(inputs))
+        return model.logits(model.hidden_states(inputs).last)
 
     inputs = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), batch().inputs)
     counted = jax.jit(logits).lower(parameters(CONFIG), inputs).cost_analysis()["flops"]

@@ -15,13 +15,13 @@ from moss_audio_jax import MossAudioError, load_model
 from moss_audio_jax.storage import paths
 from moss_audio_jax.storage.paths import to_path
 from moss_audio_jax.weights.locate import locate
+from moss_audio_jax.weights.parameters import parameters_of
 from train.__main__ import main
 from train.config import RunConfig
 from train.data.manifest import Manifest
 from train.data.shards import Shards, prepare
 from train.loop import Outcome, train
 from train.running.checkpoints import Checkpoints
-from train.step import parameters_of
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,6 @@ from train.config import RECIPES
 from train.initialization import ModelSource, first_parameters, model_config, random_parameters
 from train.loop import train
 from train.running.resume import write_or_check_config
-from train.step import initial_parameters
 
 TINY = MossAudioConfig.preset("tiny")
 TIED = dataclasses.replace(TINY, tie_word_embeddings=True)
@@ -73,7 +72,8 @@ def random_arrays(config: MossAudioConfig, seed: int) -> Arrays:
 @pytest.fixture(scope="module")
 def started() -> Arrays:
     """What SEED makes, on one device."""
-    return {path: np.asarray(leaf) for path, leaf in initial_parameters(TINY, seed=SEED).items()}
+    parameters = random_parameters(TINY, abstract_parameters(TINY, jnp.float32), SEED)
+    return {path: np.asarray(leaf) for path, leaf in parameters.items()}
 
 
 @pytest.fixture(scope="module")

@@ -27,15 +27,17 @@ from moss_audio_jax.sharding import make_mesh
 from moss_audio_jax.small_tokenizer import write_small_tokenizer
 from moss_audio_jax.sound import files
 from moss_audio_jax.weights.checkpoint import save_model
-from moss_audio_jax.weights.parameters import build_model
-from train.config import RECIPES, LoopConfig, MixtureConfig, ModelSource, RunConfig
+from moss_audio_jax.weights.parameters import build_model, parameters_of
+from train.config import RECIPES, LoopConfig, MixtureConfig, RunConfig
 from train.data import DataConfig
+from train.initialization import ModelSource, first_parameters
 from train.loop import Outcome, train
 from train.optimizer import OptimizerConfig
 from train.running.checkpoints import Checkpoints, _parts
 from train.running.resume import write_or_check_config
 from train.running.validation import Validation
-from train.step import StepConfig, TrainState, abstract_state, initial_parameters, parameters_of
+from train.state import TrainState, abstract_state
+from train.step import StepConfig
 
 STEPS = 6
 MEASURED = ("time", "step_seconds", "tokens_per_second", "data_wait", "mfu", "restarts")  # by the clock, and starts
@@ -65,7 +67,7 @@ def write_corpus(directory: Path, *, clips: int, texts: int) -> Path:
     for name, content in lines.items():
         (directory / f"{name}.jsonl").write_text("\n".join(map(json.dumps, content)))
     mesh = one_device()
-    save_model(build_model(MODEL, initial_parameters(MODEL, mesh=mesh)), directory / "model")
+    save_model(build_model(MODEL, first_parameters(ModelSource(), MODEL, mesh=mesh)), directory / "model")
     write_small_tokenizer(directory / "model")
     return directory
 

@@ -30,21 +30,24 @@ from moss_audio_jax import (
     save_model,
 )
 from moss_audio_jax.__main__ import main as ask
-from moss_audio_jax.lora import set_adapter_dropout
+from moss_audio_jax.lora import with_adapter_dropout
 from moss_audio_jax.model import parameter_specs
 from moss_audio_jax.sharding import make_mesh
 from moss_audio_jax.small_tokenizer import write_small_tokenizer
 from moss_audio_jax.weights.orbax import stored_shapes
 from moss_audio_jax.weights.parameters import abstract_parameters, build_model, parameters_of
 from tests.conftest import question, question_parts
-from train.config import RECIPES, LoopConfig, MixtureConfig, ModelSource, RunConfig, SceneConfig, SceneGroupConfig
+from train.batch import batch_sharding, split_microbatches
+from train.config import RECIPES, LoopConfig, MixtureConfig, RunConfig, SceneGroupConfig
 from train.data import DataConfig
 from train.data.packing import TrainingBatch
-from train.initialization import first_parameters
+from train.data.scenes import SceneConfig
+from train.initialization import ModelSource, first_parameters
 from train.loop import train
 from train.optimizer import OptimizerConfig
 from train.running.checkpoints import Checkpoints
-from train.step import StepConfig, abstract_state, batch_sharding, new_state, split_microbatches, train_step
+from train.state import abstract_state, new_state
+from train.step import StepConfig, train_step
 
 TINY = MossAudioConfig.preset("tiny")
 PLAIN = dataclasses.replace(
@@ -166,9 +169,9 @@ def test_no_gradient_of_a_frozen_kernel_is_computed():
 def test_dropout_is_drawn_anew_for_every_layer_step_and_seed(base: Path):
     lora = dataclasses.replace(LORA, dropout=0.5)
     parameters = host(parameters_of(stirred(base, lora)))
-    adapted = build_model(with_lora(lora), parameters)
-    set_adapter_dropout(adapted, jax.random.key(0))
-    layers = adapted.language_model.layers
+    plain = build_model(with_lora(lora), parameters)
+    layers = with_adapter_dropout(plain, jax.random.key(0)).language_model.layers
+    assert not hasattr(plain.language_model.layers.mlp.up_proj, "lora_keys")
     keys = [layers.mlp.up_proj.lora_keys[...], layers.mlp.gate_proj.lora_keys[...]]
     assert keys[0].shape == (2,)
     assert len({tuple(data) for pair in keys for data in jax.random.key_data(pair).tolist()}) == 4
@@ -181,7 +184,7 @@ def test_dropout_is_drawn_anew_for_every_layer_step_and_seed(base: Path):
     assert loss() == loss()
     assert len({loss(), loss(seed=1), loss(step=1), loss(lora=LORA)}) == 4
     # Outside of training nothing is dropped.
-    inputs = question(adapted, [237])
+    inputs = question(plain, [237])
     without = build_model(with_lora(LORA), parameters)
     np.testing.assert_array_equal(build_model(with_lora(lora), parameters)(inputs), without(inputs))
 
@@ -223,7 +226,7 @@ def test_merging_is_exact_to_the_rounding_of_the_dtype(dtype: str, base: Path):
         half_unit = np.exp2(np.floor(np.log2(np.abs(exact)))) * (2.0**-8 if dtype == "bfloat16" else 2.0**-24)
         assert (np.abs(np.asarray(leaf, np.float64) - exact) <= half_unit + 4e-7 * np.abs(exact).max()).all(), path
     # And so are the outputs, to that rounding.
-    inputs = question(adapted, [237])
+    inputs = question(plain, [237])
     found, expected = (np.asarray(each(inputs)) for each in (merge_adapter(adapted), adapted))
     assert np.abs(found - expected).max() < (1e-5 if dtype == "float32" else 0.05) * np.abs(expected).max()
 

@@ -305,7 +305,7 @@ def test_a_default_prompt_is_part_of_a_sample(directory: Path):
         (item,) = manifest_questions(path, default_prompt=prompt)
         assert maker is not None and item.text == prompt
         example = Manifest(path)[0]
-        lengths[prompt] = len(maker.extent(example.name, example.conversation).learned)
+        lengths[prompt] = len(maker.extent(example.name, example.conversation).loss_mask)
     assert lengths["What is it?"] - lengths[""] == len("What is it?")  # a token for each byte
 
 

@@ -23,24 +23,14 @@ from moss_audio_jax import MossAudioConfig, MossAudioError, make_inputs
 from moss_audio_jax.language_model import LanguageModel
 from moss_audio_jax.model import parameter_specs
 from moss_audio_jax.sharding import make_mesh
-from moss_audio_jax.weights.parameters import build_model
+from moss_audio_jax.weights.parameters import abstract_parameters, build_model
 from tests.conftest import question_parts
+from train.batch import batch_sharding, split_microbatches
 from train.data.packing import TrainingBatch
+from train.initialization import random_parameters
 from train.optimizer import OptimizerConfig
-from train.step import (
-    RecentValues,
-    StepConfig,
-    TrainState,
-    _judged,
-    abstract_state,
-    batch_sharding,
-    initial_parameters,
-    loss_and_gradients,
-    new_state,
-    split_microbatches,
-    train_step,
-    with_new_data,
-)
+from train.state import RecentValues, TrainState, abstract_state, new_state, with_new_data
+from train.step import StepConfig, _judged, loss_and_gradients, train_step
 
 EXACT = StepConfig(compute_dtype="float32", remat="none", encoder_dropout=False, loss_chunk=48, z_loss=1e-3)
 EVERYTHING = OptimizerConfig(clip_norm=1e9, learning_rate=1e-3, warmup_steps=0)
@@ -59,7 +49,7 @@ JAXPRS = (jax.extend.core.Jaxpr, jax.extend.core.ClosedJaxpr)
 
 @pytest.fixture(scope="module")
 def parameters() -> dict[str, np.ndarray]:
-    return host(initial_parameters(CONFIG))
+    return host(random_parameters(CONFIG, abstract_parameters(CONFIG, jnp.float32), seed=0))
 
 
 @pytest.fixture(scope="module")
@@ -119,34 +109,34 @@ def same_step(found, expected, tolerance: float) -> None:
 def test_accumulation_equals_the_big_batch(parameters, graphdef, one_step):
     """Rows supervise 4 to 25 tokens, so a mean of the microbatches' means would be another loss."""
     quarters = split_microbatches(jax.tree.map(lambda x: x[0], make_batch()), 4)
-    assert quarters.weights.shape == (4, 2, 64)
+    assert quarters.loss_mask.shape == (4, 2, 64)
     same_step(train_step(graphdef, EXACT, EVERYTHING, start(parameters), quarters), one_step, 1e-5)
 
 
 def test_what_is_heard_is_learned_beside_the_answers(parameters, graphdef, one_step):
     """At weight 0 nothing changes; else the gradient is the sum of both losses', and only labelled tokens count."""
     batch = make_batch()
-    heard = np.where(batch.inputs.audio_slots >= 0, 7, -1)
-    heard[..., ::2] = -1
-    labelled = dataclasses.replace(batch, heard=heard)
+    labels = np.where(batch.inputs.audio_slots >= 0, 7, -1)
+    labels[..., ::2] = -1
+    labelled = dataclasses.replace(batch, audio_labels=labels)
     same_step(train_step(graphdef, EXACT, EVERYTHING, start(parameters), labelled), one_step, 1e-6)
 
     listening = dataclasses.replace(EXACT, heard_weight=0.5)
     state, metrics = host(train_step(graphdef, listening, EVERYTHING, start(parameters), labelled))
     np.testing.assert_allclose(metrics["loss"], one_step[1]["loss"], rtol=1e-6)
 
-    def heard_loss(parameters):
+    def label_loss(parameters):
         model = build_model(CONFIG, parameters)
         inputs = jax.tree.map(lambda x: x[0], batch.inputs)
         x, deepstack = model.embed(inputs)
         half = range(CONFIG.language_config.num_hidden_layers // 2)
         read = model.language_model.run_layers(half, x, inputs.positions, inputs.segment_ids, deepstack)
         losses = [-jax.nn.log_softmax(model.logits(model.language_model.norm(at)))[..., 7] for at in (x, read)]
-        return sum(jnp.mean(loss, where=heard[0] >= 0) for loss in losses), losses[1]
+        return sum(jnp.mean(loss, where=labels[0] >= 0) for loss in losses), losses[1]
 
     with jax.default_matmul_precision("highest"):
-        (_, last), gradients = jax.jit(jax.value_and_grad(heard_loss, has_aux=True))(dict(parameters))
-    np.testing.assert_allclose(metrics["heard_loss"], np.mean(last, where=heard[0] >= 0), rtol=1e-5)
+        (_, last), gradients = jax.jit(jax.value_and_grad(label_loss, has_aux=True))(dict(parameters))
+    np.testing.assert_allclose(metrics["audio_label_loss"], np.mean(last, where=labels[0] >= 0), rtol=1e-5)
     answers, both = gradients_of(one_step[0]), gradients_of(state)
     for path, gradient in gradients.items():
         expected = answers[path] + 0.5 * np.asarray(gradient)
@@ -168,7 +158,7 @@ def test_layers_that_are_not_trained_run_in_one_loop(
     found, run_layers = [], LanguageModel.run_layers
 
     def watched(model, *arguments, **options):
-        found.append(model.frozen)
+        found.append(options["frozen"])
         return run_layers(model, *arguments, **options)
 
     monkeypatch.setattr(LanguageModel, "run_layers", watched)
@@ -222,7 +212,8 @@ def test_a_new_state_is_as_the_abstract_one_says(mesh_sizes, parameters):
 
 
 def test_random_parameters_are_the_same_on_every_mesh(parameters):
-    on_mesh = initial_parameters(CONFIG, mesh=make_mesh(fsdp=4, tensor=2))
+    mesh = make_mesh(fsdp=4, tensor=2)
+    on_mesh = random_parameters(CONFIG, abstract_parameters(CONFIG, jnp.float32, mesh), seed=0)
     assert parameters.keys() == parameter_specs(CONFIG).keys()
     assert equal_bits(host(on_mesh), parameters)
 
@@ -231,7 +222,7 @@ def test_stage_one_as_it_is_trained(parameters, graphdef):
     """bfloat16, rematerialised, with dropout, most of the model frozen."""
     batch, start = make_batch(), host(new_state(parameters, CONFIG, STAGE_ONE))
     state, metrics = host(train_step(graphdef, AS_TRAINED, STAGE_ONE, new_state(parameters, CONFIG, STAGE_ONE), batch))
-    assert metrics["skipped"] == 0 and metrics["tokens"] == batch.weights.sum()
+    assert metrics["skipped"] == 0 and metrics["tokens"] == batch.loss_mask.sum()
     assert state.frozen.keys() and equal_bits(state.frozen, start.frozen)
     assert {path.split(".")[0] for path in state.trainable} == {"audio_adapter", "deepstack_audio_merger_list"}
     assert all(not np.array_equal(leaf, start.trainable[path]) for path, leaf in state.trainable.items())
@@ -284,7 +275,7 @@ def test_the_loss_falls_and_the_buffers_are_reused(parameters, graphdef):
 def unusable(how: str) -> TrainingBatch:
     batch = make_batch()
     if how == "nothing supervised":
-        return dataclasses.replace(batch, weights=np.zeros_like(batch.weights))
+        return dataclasses.replace(batch, loss_mask=np.zeros_like(batch.loss_mask))
     chunks = batch.inputs.audio_chunks.copy()
     chunks[0, 3, 0, 10, 5] = {"NaN": np.nan, "infinite": np.inf}[how]
     return dataclasses.replace(batch, inputs=dataclasses.replace(batch.inputs, audio_chunks=chunks))
@@ -324,35 +315,34 @@ def test_a_spike_of_loss_or_gradient_norm_is_skipped(spiking, parameters, graphd
     assert (skipped(6.1), skipped(5.9)) == (1, 0)
 
 
-def recorded(values, config: StepConfig) -> RecentValues:
+def recorded(values, sigma: float = 6.0, window: int = 128) -> RecentValues:
+    array = jnp.asarray(values)
     return jax.lax.fori_loop(
-        0, len(values), lambda i, recent: recent.record(jnp.asarray(values)[i], config), RecentValues.empty()
+        0, len(values), lambda i, recent: recent.record(array[i], sigma, window), RecentValues.empty()
     )
 
 
 def test_recent_values_are_plain_moments_within_the_window():
     values = np.random.default_rng(0).normal(3.0, 2.0, 100).astype(np.float32)
-    recent = recorded(values, StepConfig(spike_window=128, spike_sigma=0))
+    recent = recorded(values, sigma=0.0)
     np.testing.assert_allclose([recent.mean, recent.variance], [values.mean(), values.var()], rtol=1e-4)
 
 
 def test_no_spike_before_half_a_window_and_six_deviations_after():
-    config = StepConfig(spike_window=8)
-    assert math.isinf(recorded(np.float32([1, 2, 3]), config).limit(config))
-    limit = recorded(np.float32([1, 2, 3, 4]), config).limit(config)
+    assert math.isinf(recorded(np.float32([1, 2, 3]), window=8).limit(6.0, 8))
+    limit = recorded(np.float32([1, 2, 3, 4]), window=8).limit(6.0, 8)
     np.testing.assert_allclose(limit, 2.5 + 6 * np.std([1, 2, 3, 4]), rtol=1e-5)
-    unlimited = StepConfig(spike_window=8, spike_sigma=0)
-    assert math.isinf(recorded(np.float32([1, 2, 3, 4]), unlimited).limit(unlimited))
+    assert math.isinf(recorded(np.float32([1, 2, 3, 4]), 0.0, 8).limit(0.0, 8))
 
 
 def test_one_spike_does_not_hide_the_next_and_a_lasting_rise_passes_in_time():
-    config = StepConfig(spike_window=128)
+    spike = (6.0, 128)  # deviations, window
     quiet = np.random.default_rng(0).normal(1.0, 0.05, 200).astype(np.float32)
-    recent = recorded(quiet, config)
-    assert recent.record(jnp.float32(1e9), config).limit(config) < 1.6
-    assert recent.record(jnp.float32(np.inf), config).limit(config) == recent.limit(config)
-    raised = recorded(np.concatenate([quiet, np.full(30, 3.0, np.float32)]), config)
-    assert recent.limit(config) < 1.5 and raised.limit(config) > 3
+    recent = recorded(quiet, *spike)
+    assert recent.record(jnp.float32(1e9), *spike).limit(*spike) < 1.6
+    assert recent.record(jnp.float32(np.inf), *spike).limit(*spike) == recent.limit(*spike)
+    raised = recorded(np.concatenate([quiet, np.full(30, 3.0, np.float32)]), *spike)
+    assert recent.limit(*spike) < 1.5 and raised.limit(*spike) > 3
 
 
 QUIET = np.random.default_rng(0).normal(0.1, 0.002, 100).astype(np.float32)
@@ -413,13 +403,13 @@ def test_losses_by_group_and_norms_by_part(parameters, graphdef, one_step):
     """Rows belong to groups 0 and 2 of 3; a group's loss is that of a batch in which its rows alone supervise."""
     batch = make_batch()
     rows = np.int32([0, 2] * (ROWS // 2))
-    grouped = dataclasses.replace(batch, group=np.broadcast_to(rows[:, None], batch.weights.shape))
+    grouped = dataclasses.replace(batch, group=np.broadcast_to(rows[:, None], batch.loss_mask.shape))
     found = train_step(graphdef, EXACT, EVERYTHING, start(parameters), grouped, 3)
     same_step(host(found), one_step, 1e-6)
     metrics = host(found[1])
     assert metrics["tokens_of_group"][1] == 0 and math.isnan(metrics["loss_of_group"][1])
     for group in (0, 2):
-        alone = dataclasses.replace(batch, weights=batch.weights * (rows == group)[:, None])
+        alone = dataclasses.replace(batch, loss_mask=batch.loss_mask * (rows == group)[:, None])
         _, expected = train_step(graphdef, EXACT, EVERYTHING, start(parameters), alone)
         np.testing.assert_allclose(metrics["loss_of_group"][group], expected["loss"], rtol=1e-6)
         assert metrics["tokens_of_group"][group] == expected["tokens"]

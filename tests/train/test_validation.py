@@ -208,7 +208,7 @@ def test_the_loss_is_of_all_of_a_long_text(config: RunConfig, tmp_path: Path):  
     text, path = "a word " * 100, tmp_path / "long.jsonl"
     path.write_text(json.dumps({"text": text}))
     batches = validation(config, one_device(), tmp_path, evaluate_data=(str(path),))._batches
-    assert sum(float(batch.weights.sum()) for _, batch in batches) == len(
+    assert sum(float(batch.loss_mask.sum()) for _, batch in batches) == len(
         text
     )  # of bytes and an end, all but the first
 
@@ -253,7 +253,7 @@ def by_hand(model: MossAudio, sample: Sample) -> tuple[float, int, int]:
     """Of the tokens to learn: the sum of their losses, how many are the likeliest ones, how many there are."""
     length = sample.num_tokens
     logits = np.asarray(model(sample.inputs)[0], np.float64)[: length - 1]
-    targets, learned = np.asarray(sample.inputs.tokens)[0, 1:length], sample.learned[1:]
+    targets, learned = np.asarray(sample.inputs.tokens)[0, 1:length], sample.loss_mask[1:]
     losses = logsumexp(logits, axis=-1) - np.take_along_axis(logits, targets[:, None], 1)[:, 0]
     return losses[learned].sum(), (logits.argmax(-1) == targets)[learned].sum(), learned.sum()
 
@@ -286,7 +286,7 @@ def test_what_is_too_long_is_cut_as_in_training(config: RunConfig, tmp_path: Pat
     truncating = dataclasses.replace(config, data=dataclasses.replace(config.data, oversize="truncate"))
     cut = validation(truncating, one_device(), tmp_path, evaluate_data=(str(tmp_path / "long.jsonl"),))
     assert sum(int((batch.inputs.segment_ids > 0).sum()) for _, batch in cut._batches) == config.data.tokens
-    assert all(batch.weights[0, -2] == 1 for _, batch in cut._batches)  # up to a token of the answer
+    assert all(batch.loss_mask[0, -2] == 1 for _, batch in cut._batches)  # up to a token of the answer
 
 
 def write_conversation(path: Path, question: str, answer: str) -> None:

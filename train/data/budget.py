@@ -37,11 +37,11 @@ class Budget:
 class Extent:
     """Size of a sample, to compare with a budget.
 
-    learned: bool [tokens], as in Sample. slots: int [tokens], as ModelInputs.audio_slots.
+    loss_mask: bool [tokens], as in Sample. slots: int [tokens], as ModelInputs.audio_slots.
     tokens_per_chunk: audio tokens of a whole chunk.
     """
 
-    learned: np.ndarray
+    loss_mask: np.ndarray
     slots: np.ndarray
     tokens_per_chunk: int
 
@@ -55,11 +55,11 @@ class Extent:
         If not, and with `truncate`, up to the last supervised token that fits. No token of a clip is supervised, so
         clips are kept whole or dropped. None if no supervised token fits.
         """
-        total = len(self.learned)
+        total = len(self.loss_mask)
         if total <= budget.tokens and self.chunks(total) <= budget.chunks:
             return total
         beyond = np.flatnonzero(self.slots >= budget.chunks * self.tokens_per_chunk)
-        learned = np.flatnonzero(self.learned[: min(budget.tokens, *beyond[:1].tolist(), total)])
+        learned = np.flatnonzero(self.loss_mask[: min(budget.tokens, *beyond[:1].tolist(), total)])
         # The first token has no predecessor to predict it.
         return int(learned[-1]) + 1 if truncate and learned.max(initial=0) > 0 else None
 

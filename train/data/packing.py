@@ -39,8 +39,8 @@ class TrainingBatch:
 
     inputs: ModelInputs
     targets: Any
-    weights: Any
-    heard: Any = None
+    loss_mask: Any
+    audio_labels: Any = None
     group: Any = None
     phase: Any = None
     progress: Any = None
@@ -145,8 +145,8 @@ def empty_row(budget: Budget, frames: int, mel_bins: int) -> Row:
         "chunk_frames": np.zeros(budget.chunks, np.int32),
         "stem_frames": np.zeros(budget.chunks, np.int32),
         "targets": np.zeros(budget.tokens, np.int32),
-        "weights": np.zeros(budget.tokens, np.float32),
-        "heard": np.full(budget.tokens, -1, np.int32),
+        "loss_mask": np.zeros(budget.tokens, np.float32),
+        "audio_labels": np.full(budget.tokens, -1, np.int32),
         "group": np.zeros(budget.tokens, np.int32),
         "phase": np.zeros((), np.int32),
     }
@@ -173,8 +173,8 @@ def pack_row(samples: Sequence[Sample], budget: Budget, groups: Sequence[int] | 
             row[name][chunk : chunk + count] = getattr(inputs, name)[0, :count]
         # The last token of a segment has no next one.
         row["targets"][token : token + length - 1] = ids[1:]
-        row["weights"][token : token + length - 1] = sample.learned[1:]
-        row["heard"][here] = sample.heard
+        row["loss_mask"][token : token + length - 1] = sample.loss_mask[1:]
+        row["audio_labels"][here] = sample.audio_labels
         row["group"][here] = 0 if groups is None else groups[segment - 1]
         token, chunk = token + length, chunk + count
     return row

@@ -24,7 +24,7 @@ import numpy as np
 from moss_audio_jax.audio import mel_frames, model_mel, num_audio_tokens
 from moss_audio_jax.config import DOWNSAMPLE_RATE, MossAudioConfig
 from moss_audio_jax.errors import MossAudioError
-from moss_audio_jax.inputs import ModelInputs, make_inputs
+from moss_audio_jax.inputs import ModelInputs, encode_sequence
 from moss_audio_jax.storage.paths import is_remote
 from moss_audio_jax.tokens import Tokenizer, Turn, build_conversation
 from train.data.augment import Augmentation, AugmentConfig, VariedClip, in_own_time
@@ -44,23 +44,23 @@ Thoughts = Literal["learn", "mask"]
 class Sample:
     """An example, tokenised.
 
-    inputs: a batch of one sequence, its tokens padded, its chunks in bfloat16.
-    learned: bool [num_tokens], True at the ids to learn.
-    heard: int32 [num_tokens], at audio tokens an id that says what is heard there or when it is, see `_heard`; -1 where
-        nothing is to be learned.
+    inputs: a batch of one sequence, unpadded, its chunks in bfloat16.
+    loss_mask: bool [num_tokens], True at the ids to learn.
+    audio_labels: int32 [num_tokens], at audio tokens an id of the event there or of its time, see `_audio_labels`; -1
+        where nothing is to be learned.
     truncated: whether it has lost its end.
     """
 
     name: str
     inputs: ModelInputs
-    learned: np.ndarray
-    heard: np.ndarray
+    loss_mask: np.ndarray
+    audio_labels: np.ndarray
     num_chunks: int
     truncated: bool = False
 
     @property
     def num_tokens(self) -> int:
-        return len(self.learned)
+        return len(self.loss_mask)
 
     @property
     def audio_seconds(self) -> float:
@@ -69,7 +69,7 @@ class Sample:
     def within(self, budget: Budget, *, truncate: bool) -> "Sample":
         """Returns the sample, truncated as `Extent.within` says, without chunks of dropped clips. Raises TooLong."""
         tokens_per_chunk = self.inputs.audio_chunks.shape[2] // DOWNSAMPLE_RATE
-        extent = Extent(self.learned, self.inputs.audio_slots[0, : self.num_tokens], tokens_per_chunk)
+        extent = Extent(self.loss_mask, self.inputs.audio_slots[0, : self.num_tokens], tokens_per_chunk)
         kept = extent.within(budget, truncate=truncate)
         if kept is None:
             raise budget.exceeded(self.name, f"{self.num_tokens} and {self.num_chunks}")
@@ -81,8 +81,8 @@ class Sample:
         return replace(
             self,
             inputs=inputs,
-            learned=self.learned[:kept],
-            heard=self.heard[:kept],
+            loss_mask=self.loss_mask[:kept],
+            audio_labels=self.audio_labels[:kept],
             num_chunks=chunks,
             truncated=True,
         )
@@ -194,7 +194,7 @@ class SampleMaker:
         spell = functools.partial(self._tokenizer.decode_bytes, skip_special_tokens=False)
         samples = [self._sample(name, ids[piece], learned[piece]) for piece in split_text(ids, budget.tokens, spell)]
         for later in samples[1:]:
-            later.learned[0] = False
+            later.loss_mask[0] = False
         return samples
 
     def _fitting(
@@ -251,12 +251,12 @@ class SampleMaker:
         rng: np.random.Generator | None = None,
     ) -> Sample:
         with _naming(name):
-            inputs = make_inputs([ids], [mels], config=self._config)
-        num_chunks = int((inputs.chunk_frames > 0).sum())
+            inputs = encode_sequence(ids, mels, self._config)
         # Already rounded to bfloat16; half the size for queues between processes and transfer to devices.
-        chunks = inputs.audio_chunks[:, :num_chunks].astype(ml_dtypes.bfloat16)
-        heard = self._heard(inputs.audio_slots[0, : len(ids)], labels, rng or np.random.default_rng(0))
-        return Sample(name, replace(inputs, audio_chunks=chunks), np.asarray(learned, bool), heard, num_chunks)
+        chunks = inputs.audio_chunks.astype(ml_dtypes.bfloat16)
+        audio_labels = self._audio_labels(inputs.audio_slots[0], labels, rng or np.random.default_rng(0))
+        inputs = replace(inputs, audio_chunks=chunks)
+        return Sample(name, inputs, np.asarray(learned, bool), audio_labels, chunks.shape[1])
 
     def _encode(
         self, name: str, rendered: Rendered, mel: Callable[[Clip], np.ndarray]
@@ -267,16 +267,16 @@ class SampleMaker:
                 return self._plain_text(rendered)
             return self._turns(with_prompt(rendered, self._default_prompt), mel)
 
-    def _heard(self, slots: np.ndarray, labels: Sequence[TimedText], rng: np.random.Generator) -> np.ndarray:
+    def _audio_labels(self, slots: np.ndarray, labels: Sequence[TimedText], rng: np.random.Generator) -> np.ndarray:
         """Ids [tokens] at the audio tokens of a labelled clip, each of them one of three things by chance.
 
         Half of them say what is heard: the first id of the label's text, "[" and "]" where it begins and ends, "."
         where nothing is. The others say when that is, at the middle of the token: the digit of the tenths of a second,
         or that of the whole seconds.
         """
-        heard = np.full(len(slots), -1, np.int32)
+        audio_labels = np.full(len(slots), -1, np.int32)
         if not labels:
-            return heard
+            return audio_labels
         audio = np.flatnonzero(slots >= 0)
         times = (slots[audio] + 0.5) / TOKENS_PER_SECOND
         said = np.full(len(audio), self._quiet, np.int32)
@@ -286,8 +286,8 @@ class SampleMaker:
             said[first : first + 1], said[last : last + 1] = self._begins, self._ends
         tenths = self._digits[(times * 10).astype(int) % 10]
         seconds = self._digits[times.astype(int) % 10]
-        heard[audio] = np.choose(rng.choice(3, len(audio), p=(0.5, 0.25, 0.25)), (said, tenths, seconds))
-        return heard
+        audio_labels[audio] = np.choose(rng.choice(3, len(audio), p=(0.5, 0.25, 0.25)), (said, tenths, seconds))
+        return audio_labels
 
     def _plain_text(self, text: str) -> tuple[list[int], list[bool], list[np.ndarray]]:
         ids = self._tokenizer.encode(text + END_OF_TEXT)

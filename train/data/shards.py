@@ -23,8 +23,8 @@ import soundfile
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from moss_audio_jax.audio import load_audio
-from moss_audio_jax.config import read_json
 from moss_audio_jax.errors import MossAudioError, StorageError
+from moss_audio_jax.storage.json_files import read_json
 from moss_audio_jax.storage.paths import AnyPath, Path, atomic_file, atomic_write, exists, read_bytes, to_path
 from moss_audio_jax.storage.retries import is_transient, retried
 from train.data.manifest import Clip, Example, Manifest, Message, TimedText

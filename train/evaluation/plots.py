@@ -11,7 +11,7 @@ from moss_audio_jax.audio import RELEASED_MEL, SAMPLE_RATE, log_mel
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.storage.paths import AnyPath, atomic_file, reason
 from train.data.manifest import TimedText
-from train.data.scenes import SOUNDS
+from train.data.scene_synthesis import SOUNDS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

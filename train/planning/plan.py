@@ -25,6 +25,7 @@ from moss_audio_jax.inputs import ModelInputs
 from moss_audio_jax.sampling import Sampling
 from moss_audio_jax.sharding import make_mesh
 from moss_audio_jax.weights.parameters import abstract_parameters, build_model
+from train.batch import abstract_batch
 from train.config import RunConfig
 from train.data import TrainingBatch
 from train.planning.calibration import calibrated
@@ -34,7 +35,8 @@ from train.planning.estimate import Slice, by_kind, speed
 from train.planning.flops import Content, forward_flops, moved_bytes, recomputed_flops, step_flops
 from train.planning.interconnect import slice_shape
 from train.planning.topology import shown_topology
-from train.step import TrainState, abstract_batch, abstract_state, train_step
+from train.state import TrainState, abstract_state
+from train.step import train_step
 
 
 def with_sizes(

@@ -18,13 +18,14 @@ from jax.sharding import Mesh
 
 from moss_audio_jax.sharding import make_mesh, num_parts
 from moss_audio_jax.weights.parameters import build_model
+from train.batch import abstract_batch
 from train.config import RunConfig
 from train.evaluation.answers import whole_batch
 from train.optimizer import Parameters
 from train.planning.compilation import Compiled, compile_for_memory
 from train.planning.plan import bytes_on_chip, compile_answering, one_batch, planned_state
 from train.running.validation import EvaluationShapes, evaluation_shapes, questions_and_texts
-from train.step import abstract_batch, in_compute_dtype, validation_sums
+from train.step import in_compute_dtype, validation_sums
 
 BATCHES_ON_DEVICES = 3  # the previous step's, and those prefetched by `Prefetched`
 

@@ -30,7 +30,7 @@ from moss_audio_jax.tree import flatten, unflatten
 from moss_audio_jax.weights.locate import PARAMS, RUN_BEST, RUN_BEST_FILE, RUN_CHECKPOINTS, RUN_EMA
 from moss_audio_jax.weights.orbax import retried_alone
 from train.running.best import Best
-from train.step import TrainState
+from train.state import TrainState
 
 STATE, DATA = "state", "data"
 DAMAGED, LATER = "damaged_checkpoints", "later_checkpoints"

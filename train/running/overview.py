@@ -7,7 +7,7 @@ from jax.sharding import Mesh
 
 from train.config import RunConfig
 from train.data.mixture import ENDLESS, Group
-from train.step import TrainState
+from train.state import TrainState
 
 
 def overview(config: RunConfig, groups: Sequence[Group], mesh: Mesh, state: TrainState, start: int) -> str:

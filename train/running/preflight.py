@@ -116,7 +116,7 @@ class Check:
             whole = OBJECTIVES[name].render(example, np.random.default_rng(0))
             if isinstance(whole, str):
                 self.split += (
-                    self.maker is not None and len(self.maker.extent(example.name, whole).learned) > budget.tokens
+                    self.maker is not None and len(self.maker.extent(example.name, whole).loss_mask) > budget.tokens
                 )
                 continue
             cut = truncate_turns(
@@ -127,9 +127,9 @@ class Check:
                 extent = self.maker.extent(example.name, cut)
                 kept = extent.within(budget, truncate=truncate)
                 if kept is None:
-                    total = len(extent.learned)
+                    total = len(extent.loss_mask)
                     raise budget.exceeded(example.name, f"{total} and {extent.chunks(total)}")
-                truncated |= kept < len(extent.learned)
+                truncated |= kept < len(extent.loss_mask)
         return truncated
 
     def _without_audio(self, example: Example) -> Example:

@@ -35,8 +35,8 @@ from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttr
 from tensorboardX.record_writer import register_writer_factory
 from tensorboardX.summary import text as text_summary
 
-from moss_audio_jax.config import read_json
 from moss_audio_jax.errors import MossAudioError
+from moss_audio_jax.storage.json_files import read_json
 from moss_audio_jax.storage.paths import (
     AnyPath,
     GrowingFile,

@@ -25,8 +25,8 @@ import typing
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args, get_origin
 
-from moss_audio_jax.config import read_json
 from moss_audio_jax.errors import MossAudioError
+from moss_audio_jax.storage.json_files import read_json
 from moss_audio_jax.storage.paths import AnyPath, Path, atomic_write, to_path
 from moss_audio_jax.weights.locate import locate
 from train.config import CONFIG_FILE, RunConfig

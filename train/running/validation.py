@@ -110,7 +110,7 @@ class Validation:
         for source, batch in self._batches:
             placed = jax.make_array_from_process_local_data(sharding, batch)
             found = validation_sums(graphdef, self._config.step, parameters, placed)
-            sums[source] += jax.device_get((found.loss, found.correct, found.weight))
+            sums[source] += jax.device_get((found.loss, found.correct, found.tokens))
         return sums
 
     def _sample(self, step: int, item: Question, answer: str, shown: bool) -> ShownSample:
@@ -250,7 +250,7 @@ def _batches(config: RunConfig, samples: Iterable[tuple[str, Sample]], mesh: Mes
     batches = []
     for source, packed in bins.items():
         filler = pack_row(packed[0].items, budget)
-        filler["weights"][:] = 0
+        filler["loss_mask"][:] = 0
         for first in range(0, len(packed), rows):
             mine = packed[first : first + rows][host * share : (host + 1) * share]
             filled = [pack_row(bin.items, budget) for bin in mine] + [filler] * (share - len(mine))

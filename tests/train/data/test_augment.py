@@ -51,8 +51,8 @@ def maker_of(tokenizer: Tokenizer, config: AugmentConfig) -> SampleMaker:
 
 
 def assert_same_samples(found: Sample, expected: Sample) -> None:
-    np.testing.assert_array_equal(found.learned, expected.learned)
-    np.testing.assert_array_equal(found.heard, expected.heard)
+    np.testing.assert_array_equal(found.loss_mask, expected.loss_mask)
+    np.testing.assert_array_equal(found.audio_labels, expected.audio_labels)
     for name, array in vars(expected.inputs).items():
         np.testing.assert_array_equal(getattr(found.inputs, name), array, err_msg=name)
 
@@ -116,13 +116,13 @@ def test_sounds_are_where_their_labels_say(tokenizer: Tokenizer):
     for seed in range(12):
         burst = dataclasses.replace(example(Clip(wave, name="a burst")), events=(TimedText("tone", 0.5, 1.0),))
         sample = maker.fitting(burst, np.random.default_rng(seed), {"events": 1.0}, WHOLE, truncate=False)[0]
-        answer = tokenizer.decode(sample.inputs.tokens[0, : sample.num_tokens][sample.learned])
+        answer = tokenizer.decode(sample.inputs.tokens[0, : sample.num_tokens][sample.loss_mask])
         answers.add(answer)
         start, end = (float(time) for time in re.findall(r"[\d.]+", answer))
         mel = np.concatenate(list(sample.inputs.audio_chunks[0].astype(np.float32)))
         loud = np.flatnonzero(mel.max(axis=1) > mel.max() - 0.5)
         assert abs(loud[0] / 100 - start) < 0.08 and abs(loud[-1] / 100 - end) < 0.08
-        said = "".join(tokenizer.decode([int(heard)]) for heard in sample.heard[sample.heard >= 0])
+        said = "".join(tokenizer.decode([int(heard)]) for heard in sample.audio_labels[sample.audio_labels >= 0])
         assert set(said) - set("0123456789.[]t") == set()
     assert answers == {"[1.0]tone[2.0]", "[0.5]tone[1.0]", "[0.3]tone[0.6]"}
 
@@ -190,7 +190,7 @@ def test_the_same_place_in_the_order_varies_alike_and_is_asked_the_same(order: E
         assert_same_samples(one, two)
         unvaried = made(plain, number)
         changed += not np.array_equal(one.inputs.audio_chunks, unvaried.inputs.audio_chunks)
-        learned = [sample.inputs.tokens[0, : sample.num_tokens][sample.learned] for sample in (one, unvaried)]
+        learned = [sample.inputs.tokens[0, : sample.num_tokens][sample.loss_mask] for sample in (one, unvaried)]
         np.testing.assert_array_equal(*learned)
     assert changed == sum(order[number].example.clip is not None for number in range(20)) > 5
 
@@ -204,7 +204,7 @@ def test_nothing_varies_by_default_or_in_evaluation(order: ExampleOrder, maker: 
     augmented = maker_of(tokenizer, EVERYTHING)
     assert_same_samples(augmented.sample("a", turns), maker.sample("a", turns))
     extents = [of.extent("a", turns) for of in (augmented, maker)]
-    assert len(extents[0].learned) == len(extents[1].learned)
+    assert len(extents[0].loss_mask) == len(extents[1].loss_mask)
 
 
 def test_audio_is_not_slowed_down_beyond_its_budget(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch):

@@ -141,11 +141,11 @@ def test_packed_sequence_holds_every_sample():
             )
         # Position t of a segment predicts t + 1 of the same one.
         np.testing.assert_array_equal(row["targets"][here][:-1], one.tokens[0, 1:length])
-        np.testing.assert_array_equal(row["weights"][here], [*each.learned[1:].astype(np.float32), 0])
-        np.testing.assert_array_equal(row["heard"][here], each.heard)
+        np.testing.assert_array_equal(row["loss_mask"][here], [*each.loss_mask[1:].astype(np.float32), 0])
+        np.testing.assert_array_equal(row["audio_labels"][here], each.audio_labels)
         assert set(row["group"][here]) == {[2, 0, 2, 1][segment - 1]}
     used = sum(each.num_tokens for each in samples)
-    assert not row["segment_ids"][used:].any() and not row["weights"][used:].any()
+    assert not row["segment_ids"][used:].any() and not row["loss_mask"][used:].any()
     assert (row["audio_slots"][used:] == -1).all() and not row["chunk_frames"][1 + 3 + 3 :].any()
 
 
@@ -157,11 +157,11 @@ def _frames(chunks: np.ndarray, slots: np.ndarray) -> np.ndarray:
 def test_rows_stack_to_a_batch(maker: SampleMaker):
     rows = [pack_row([maker.sample("a", "text " * count)], Budget(64, 2)) for count in (2, 4)]
     batch = stack_rows(rows)
-    assert batch.inputs.tokens.shape == batch.targets.shape == batch.weights.shape == (2, 64)
+    assert batch.inputs.tokens.shape == batch.targets.shape == batch.loss_mask.shape == (2, 64)
     assert batch.inputs.audio_chunks.shape == (2, 2, 400, 128)
     assert batch.group.shape == (2, 64) and batch.phase.shape == (2,)
-    assert (batch.targets.dtype, batch.weights.dtype) == (np.int32, np.float32)
-    assert batch.weights.sum(1).tolist() == [10, 20]  # bytes, <|endoftext|>, less the first
+    assert (batch.targets.dtype, batch.loss_mask.dtype) == (np.int32, np.float32)
+    assert batch.loss_mask.sum(1).tolist() == [10, 20]  # bytes, <|endoftext|>, less the first
 
 
 def test_errors():

@@ -34,18 +34,17 @@ def test_sample_is_the_prompt_and_the_learned_answer(corpus: Path, tokenizer: To
     prompt_ids = prompt.tokens[0][prompt.segment_ids[0] == 1]
     answer = tokenizer.encode("One.<|im_end|>")
     assert ids.tolist() == [*prompt_ids.tolist(), *answer]
-    assert sample.learned.tolist() == [False] * len(prompt_ids) + [True] * len(answer)
-    for name in ("chunk_frames", "stem_frames"):
-        np.testing.assert_array_equal(getattr(sample.inputs, name), getattr(prompt, name))
-    np.testing.assert_array_equal(sample.inputs.audio_chunks, prompt.audio_chunks[:, : sample.num_chunks])
+    assert sample.loss_mask.tolist() == [False] * len(prompt_ids) + [True] * len(answer)
     assert sample.num_chunks == (prompt.chunk_frames > 0).sum()
+    for name in ("audio_chunks", "chunk_frames", "stem_frames"):
+        np.testing.assert_array_equal(getattr(sample.inputs, name), getattr(prompt, name)[:, : sample.num_chunks])
     assert sample.audio_seconds == pytest.approx(sum(map(len, waves)) / 16000, abs=0.02)
 
 
 def test_plain_text_is_learned_to_its_end(tokenizer: Tokenizer, maker: SampleMaker):
     sample = maker.sample("line 1", "hello")
     assert sample.inputs.tokens[0, : sample.num_tokens].tolist() == tokenizer.encode("hello<|endoftext|>")
-    assert sample.learned.all() and sample.num_tokens == 6 and sample.num_chunks == 0
+    assert sample.loss_mask.all() and sample.num_tokens == 6 and sample.num_chunks == 0
 
 
 def test_time_markers_can_be_left_out(corpus: Path, tokenizer: Tokenizer, maker: SampleMaker):
@@ -57,11 +56,11 @@ def test_time_markers_can_be_left_out(corpus: Path, tokenizer: Tokenizer, maker:
 
 def test_truncated_keeps_audio_and_something_to_learn(corpus: Path, maker: SampleMaker):
     sample = maker.sample("line 1", conversation(Clip(str(corpus / "long.wav")), answer="A long answer."))
-    answer_begins = int(sample.learned.argmax())
+    answer_begins = int(sample.loss_mask.argmax())
     whole = Budget(answer_begins + 20, 3)
     assert sample.within(whole, truncate=True) is sample and not sample.truncated
     cut = sample.within(Budget(answer_begins + 3, 3), truncate=True)
-    assert cut.num_tokens == answer_begins + 3 and cut.learned.sum() == 3 and cut.truncated
+    assert cut.num_tokens == answer_begins + 3 and cut.loss_mask.sum() == 3 and cut.truncated
     for budget, truncate in (
         (Budget(answer_begins + 3, 3), False),
         (Budget(answer_begins, 3), True),
@@ -85,7 +84,7 @@ def test_a_truncated_conversation_has_whole_clips_and_their_chunks_alone(corpus:
             maker.fitting(Example("line 1", conversation=both), RNG, {"conversation": 1}, budget, truncate=True)[0],
         ):
             assert cut.truncated and cut.num_chunks == alone.num_chunks and cut.audio_seconds == alone.audio_seconds
-            np.testing.assert_array_equal(cut.learned, alone.learned)
+            np.testing.assert_array_equal(cut.loss_mask, alone.loss_mask)
             packed, expected = (pack_row([sample], Budget(200, 1)) for sample in (cut, alone))
             for name, array in expected.items():
                 np.testing.assert_array_equal(packed[name], array)
@@ -109,7 +108,7 @@ def test_headers_tell_the_extent(rate: int, maker: SampleMaker, tmp_path: Path):
         soundfile.write(tmp_path / "a.wav", np.full(samples, 0.1), rate)
         turns = conversation(Clip(str(tmp_path / "a.wav")), Clip(str(tmp_path / "a.wav"), 0.001, 2.0039))
         sample, extent = maker.sample("a", turns), maker.extent("a", turns)
-        np.testing.assert_array_equal(extent.learned, sample.learned)
+        np.testing.assert_array_equal(extent.loss_mask, sample.loss_mask)
         np.testing.assert_array_equal(extent.slots, sample.inputs.audio_slots[0, : sample.num_tokens])
         assert extent.chunks(sample.num_tokens) == sample.num_chunks
 
@@ -124,12 +123,12 @@ def test_a_long_text_is_split_into_samples_that_learn_all_of_it(tokens: int, tok
     ids = [sample.inputs.tokens[0, : sample.num_tokens] for sample in samples]
     whole = maker.sample("line 1", TEXT)
     assert max(map(len, ids)) <= tokens and not any(sample.truncated for sample in samples)
-    learned = [part[sample.learned] for part, sample in zip(ids, samples, strict=True)]
+    learned = [part[sample.loss_mask] for part, sample in zip(ids, samples, strict=True)]
     np.testing.assert_array_equal(np.concatenate(learned), whole.inputs.tokens[0, : whole.num_tokens])
     for before, after, sample in zip(ids, ids[1:], samples[1:], strict=False):
-        assert before[-1] == after[0] and not sample.learned[0] and sample.learned[1:].all()
+        assert before[-1] == after[0] and not sample.loss_mask[0] and sample.loss_mask[1:].all()
     rows = [pack_row([sample], budget) for sample in samples]
-    assert sum(row["weights"].sum() for row in rows) == whole.num_tokens - 1  # nothing predicts a text's first id
+    assert sum(row["loss_mask"].sum() for row in rows) == whole.num_tokens - 1  # nothing predicts a text's first id
     if tokens >= 40:
         for part in learned:
             tokenizer.decode_bytes(part).decode()  # no character is cut
@@ -148,7 +147,7 @@ def test_a_conversation_is_one_sample_as_before(corpus: Path, maker: SampleMaker
         (sample,) = maker.fitting(example, RNG, None, budget, truncate=False)
         expected = maker(example, RNG)
         np.testing.assert_array_equal(sample.inputs.tokens, expected.inputs.tokens)
-        np.testing.assert_array_equal(sample.learned, expected.learned)
+        np.testing.assert_array_equal(sample.loss_mask, expected.loss_mask)
 
 
 def test_labels_beyond_the_clip_are_not_learned(maker: SampleMaker):
@@ -179,7 +178,7 @@ THOUGHT = "<think>\nA dog barks, <think> twice.\n</think>\n\nA dog."
 
 
 def learned_text(tokenizer: Tokenizer, sample: Sample) -> str:
-    return tokenizer.decode(sample.inputs.tokens[0, : sample.num_tokens][sample.learned], skip_special_tokens=False)
+    return tokenizer.decode(sample.inputs.tokens[0, : sample.num_tokens][sample.loss_mask], skip_special_tokens=False)
 
 
 @pytest.mark.parametrize(
@@ -228,8 +227,8 @@ def test_what_is_heard_at_audio_tokens_and_when(tokenizer: Tokenizer, maker: Sam
     for seed in range(60):
         sample = maker(example, np.random.default_rng(seed), {"events": 1.0})
         slots = sample.inputs.audio_slots[0, : sample.num_tokens]
-        assert (sample.heard[slots < 0] == -1).all()
-        for slot, text in zip(slots[slots >= 0], map(decoded(tokenizer), sample.heard[slots >= 0]), strict=True):
+        assert (sample.audio_labels[slots < 0] == -1).all()
+        for slot, text in zip(slots[slots >= 0], map(decoded(tokenizer), sample.audio_labels[slots >= 0]), strict=True):
             (told if text.isdecimal() else said)[slot].add(text)
     expected = ["."] * 10 + ["["] + ["t"] * 14 + ["]"] + ["."] * 29 + ["["] + ["h"] * 19  # a byte a token
     assert [found == {text} for found, text in zip(said, expected, strict=True)] == [True] * 75
@@ -244,4 +243,4 @@ def decoded(tokenizer: Tokenizer) -> Callable[[int], str]:
 def test_nothing_is_said_of_audio_without_labels(maker: SampleMaker):
     clip = Clip(np.ones(16000, np.float32), name="a clip")
     sample = maker(Example("an example", clip=clip, text="hi"), np.random.default_rng(0), {"transcribe": 1.0})
-    assert (sample.heard == -1).all()
+    assert (sample.audio_labels == -1).all()
