@@ -68,7 +68,7 @@ class _RoundIterator(grain.DatasetIterator):
 
     def set_state(self, state: Mapping[str, Any]) -> None:
         """Required by Grain, never called: `TrainingData.set_state` creates new lanes."""
-        raise TypeError("the state of the rows is that of their lanes, which are made anew")
+        raise TypeError("rows have the state of their lanes: call TrainingData.set_state")
 
 
 def _prepare_worker(*_: int) -> None:

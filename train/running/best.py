@@ -14,7 +14,7 @@ Measures = Mapping[str, Any]
 class Metric:
     """One number about all that was measured.
 
-    field: its name where a task is measured (`evaluate.measure`; `Validation` for the loss).
+    field: its name where a task is measured (`measures.measure`; `Validation` for the loss).
     total: what it was divided by there. Weighted by that, the rates of several tasks make the rate of all of them.
     """
 
