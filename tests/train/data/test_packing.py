@@ -167,7 +167,7 @@ def test_rows_stack_to_a_batch(maker: SampleMaker):
 def test_errors():
     with pytest.raises(MossAudioError, match="budget"):
         Budget(1, 1)
-    with pytest.raises(MossAudioError, match="open bin"):
+    with pytest.raises(MossAudioError, match="open bins must be at least 1, not 0"):
         Packer(Budget(10, 1), open_bins=0)
     with pytest.raises(MossAudioError, match="best_fit or first_fit"):
         Packer(Budget(10, 1), strategy="worst_fit")  # type: ignore[arg-type]
