@@ -1,8 +1,8 @@
-"""What a MOSS-Audio checkpoint says about itself: config.json, processor_config.json and generation_config.json.
+"""Configuration of a checkpoint: config.json, processor_config.json and generation_config.json.
 
-Everything is a frozen, hashable dataclass whose field names are the released files' own. `MossAudioConfig.from_hf(dir)`
-reads the three files and `save_hf(dir)` writes them back equal, keys that this port does not use included. A value that
-would change the computation and that this port does not implement is an error here, never ignored.
+Each part is a frozen, hashable dataclass with the field names of the released files. `MossAudioConfig.from_hf(dir)`
+reads the three files; `save_hf(dir)` writes them back equal, with the keys that this port does not use. A value that
+would change the computation, and that this port does not implement, is an error and never ignored.
 """
 
 import copy
@@ -35,8 +35,8 @@ from moss_audio_jax.storage.json_files import read_json
 from moss_audio_jax.storage.paths import AnyPath, Path, absolute, atomic_write, exists, file_in, to_path
 
 MODEL_TYPES = ("moss_audio", "moss_music")
-ADAPTER_LEAVES = (".lora_a", ".lora_b")  # how the paths of LoRA's parameters end
-DOWNSAMPLE_RATE = 8  # three stride-2 convolutions: eight mel frames a token
+ADAPTER_LEAVES = (".lora_a", ".lora_b")  # ends of the paths of LoRA's parameters
+DOWNSAMPLE_RATE = 8  # mel frames per audio token: three stride-2 convolutions
 
 
 def downsampled_length(frames: Any, convolutions: int = 3) -> Any:
@@ -56,8 +56,8 @@ def _require(condition: bool, message: str) -> None:
 class EncoderConfig:
     """The audio encoder (`audio_config`): conv stem, Whisper layers, DeepStack taps.
 
-    chunk_frames: mel frames that are encoded together, a multiple of 8; on disk it is `n_window`, half of it. None
-    encodes a whole clip at once, as an earlier public version of the model did.
+    chunk_frames: mel frames that are encoded together, a multiple of 8; the file has half of it as `n_window`. None
+        encodes a whole clip at once, as an earlier public version of the model did.
     """
 
     d_model: Size = 1280
@@ -106,7 +106,7 @@ class EncoderConfig:
 
     @property
     def stem_features(self) -> int:
-        """Channels x frequencies that the conv stem hands to `stem_proj` for each token."""
+        """Channels x frequencies of the conv stem's output for each token, the input of `stem_proj`."""
         return self.downsample_hidden_size * (self.num_mel_bins // DOWNSAMPLE_RATE)
 
 
@@ -138,7 +138,7 @@ class LanguageConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ProcessorConfig:
-    """Ids and switches of the audio span in a prompt (processor_config.json)."""
+    """Token ids of the audio span in a prompt, and the switch of its time markers (processor_config.json)."""
 
     enable_time_marker: Switch = True
     audio_token_id: TokenId = 151654
@@ -155,15 +155,15 @@ class LoraConfig:
 
     targets: globs over the paths of linear layers, such as `audio_encoder.layers.self_attn.[qkv]_proj`; the default is
         the seven projections of every layer of the language model.
-    full: globs over paths of parameters that are trained whole beside the adapters, such as `audio_adapter.*` and
-        `deepstack_audio_merger_list.*`. Everything else is frozen.
-    int8: globs over the paths of linear layers whose frozen kernels are held in int8 while training, such as
+    full: globs over paths of parameters that are trained themselves beside the adapters, such as `audio_adapter.*` and
+        `deepstack_audio_merger_list.*`. All other parameters are frozen.
+    int8: globs over the paths of linear layers whose frozen kernels are stored in int8 while training, such as
         `language_model.layers.*_proj`; none by default.
     dropout: of the adapters' input, in training. rslora: scale by alpha / sqrt(rank) (arXiv 2312.03732).
 
-    The public script's alpha of 2 at rank 64 scales its adapters by 1/32; the default here scales them by 1/2. Adapters
-    on all layers, at ten times the learning rate of full fine-tuning, are the advice of "LoRA Without Regret" (Schulman
-    et al. 2025, thinkingmachines.ai/blog/lora). The alpha itself is our choice and was not compared with others.
+    The public script's alpha of 2 at rank 64 scales its adapters by 1/32; the default here scales them by 1/2. "LoRA
+    Without Regret" (Schulman et al. 2025, thinkingmachines.ai/blog/lora) advises adapters on all layers, at ten times
+    the learning rate of full fine-tuning. The alpha is our choice and was not compared with others.
     """
 
     rank: Size = 64
@@ -183,17 +183,17 @@ class LoraConfig:
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     def trains(self, path: str) -> bool:
-        """Whether a parameter belongs to the adapter: it is trained, and saved with it."""
+        """Returns True if a parameter belongs to the adapter: it is trained and saved."""
         return path.endswith(ADAPTER_LEAVES) or matches(path, self.full)
 
 
 @dataclasses.dataclass(frozen=True)
 class MossAudioConfig:
-    """A whole checkpoint.
+    """Configuration of a whole checkpoint.
 
-    lora: adapters that the model has beside the released parameters; no released file tells of them.
+    lora: adapters beside the released parameters; no released file has it.
     raw: the files as they were read (for a new checkpoint the 4B's), so that they can be written back equal.
-    directory: where they were read from, and where the tokenizer files are; None for a new checkpoint.
+    directory: of the files, and of the tokenizer's; None for a new checkpoint.
     """
 
     audio_config: EncoderConfig = EncoderConfig()
@@ -224,13 +224,13 @@ class MossAudioConfig:
 
     @property
     def num_deepstack(self) -> int:
-        """How many encoder taps are injected into the LLM: the first ones listed, capped by the config."""
+        """Number of encoder taps that are injected into the LLM: the first ones listed, capped by the config."""
         taps = len(self.audio_config.deepstack_encoder_layer_indexes)
         return taps if self.deepstack_num_inject_layers is None else min(taps, self.deepstack_num_inject_layers)
 
     @classmethod
     def preset(cls, name: str) -> Self:
-        """The released sizes `4b` and `8b`, or `tiny`: every part present, small enough for tests and demos."""
+        """Returns a preset: the released sizes `4b` and `8b`, `small` for demos, or `tiny` for tests."""
         if name not in PRESETS:
             raise MossAudioError(f"no preset is called {name!r}: choose one of {', '.join(sorted(PRESETS))}")
         return cls(**PRESETS[name])
@@ -286,10 +286,10 @@ class MossAudioConfig:
         return read
 
     def to_hf(self) -> dict[str, dict]:
-        """File name -> content, in the released layout.
+        """Returns file name -> content, in the released layout.
 
-        A key that was read is written back with today's value; a key that was absent is added only where its value is
-        not the default, so files that were not changed come back equal.
+        A key that was read gets the current value; a key that was absent is added only if its value is not the default.
+        So unchanged files come back equal.
         """
         files: dict[str, dict] = copy.deepcopy(dict(self.raw))
         config = files["config.json"]
@@ -300,11 +300,11 @@ class MossAudioConfig:
         if "n_window" in encoder or self.audio_config.chunk_frames != EncoderConfig.chunk_frames:
             frames = self.audio_config.chunk_frames
             encoder["n_window"] = None if frames is None else frames // 2
-        # Transformers 4 reads the one alone, and 5 writes the other alone.
+        # Transformers 4 reads only the first, and 5 writes only the second.
         for rope in (language, language.get("rope_parameters")):
             if rope:
                 rope["rope_theta"] = self.language_config.rope_theta
-        # What the released files repeat follows its original.
+        # Keys that the released files repeat follow the original.
         config.update({key: getattr(self.language_config, key) for key in _REPEATED if config.get(key) is not None})
         if language.get("layer_types"):
             language["layer_types"] = ["full_attention"] * self.language_config.num_hidden_layers
@@ -322,7 +322,7 @@ class MossAudioConfig:
             atomic_write(to_path(directory) / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
-# Fields of MossAudioConfig that are no keys of that file, or are read and written by themselves.
+# Fields of MossAudioConfig that are not keys of config.json, or have code of their own.
 _NOT_IN_CONFIG_JSON = ("audio_config", "language_config", "processor", "eos_ids", "lora", "raw", "directory")
 IMPLEMENTED_MEL = {
     "mel_sr": (16000,),
@@ -331,7 +331,7 @@ IMPLEMENTED_MEL = {
     "mel_dtype": ("bfloat16",),
     "use_whisper_feature_extractor": (True,),
 }
-# Sizes without which a language model can't be built: Qwen3's own defaults are another model's.
+# Required sizes: the defaults of Qwen3's configuration belong to another model.
 _LANGUAGE_KEYS = (
     "vocab_size",
     "hidden_size",
@@ -361,7 +361,7 @@ def _read_files(directory: Path) -> dict[str, dict]:
 
 
 def _require_values(content: Mapping, allowed: Mapping[str, tuple], where: str) -> None:
-    """Every key of `allowed` that is present holds one of the values this port implements."""
+    """Raises MossAudioError for a key of `allowed` whose value this port does not implement."""
     for key, values in allowed.items():
         if key in content and content[key] not in values:
             expected = " or ".join(map(repr, values))
@@ -369,7 +369,7 @@ def _require_values(content: Mapping, allowed: Mapping[str, tuple], where: str) 
 
 
 def _require_repeated(config: Mapping, language: LanguageConfig) -> None:
-    """What config.json says twice, it says alike."""
+    """Raises MossAudioError if a key that config.json repeats has two values."""
     for key in _REPEATED:
         found = config.get(key)
         if found is not None and (type(found), found) != (int, getattr(language, key)):
@@ -380,7 +380,7 @@ def _require_repeated(config: Mapping, language: LanguageConfig) -> None:
 
 
 def _known_fields(cls: type, content: Mapping, skip: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The fields of `cls` that `content` holds; null is as good as absent."""
+    """Returns the fields of `cls` that `content` holds; null counts as absent."""
     names = [field.name for field in dataclasses.fields(cls) if field.name not in skip]
     return {name: content[name] for name in names if content.get(name) is not None}
 
@@ -393,7 +393,7 @@ def _write_fields(instance: Any, content: dict, skip: tuple[str, ...]) -> None:
 
 
 def _read_eos(config: Mapping, generation: Mapping) -> tuple[int, ...]:
-    """generation_config.json counts, then config.json, then its language_config."""
+    """Reads the ids from the first of generation_config.json, config.json and its language_config that has them."""
     for content in (generation, config, config["language_config"]):
         found = content.get("eos_token_id")
         if found is not None:
@@ -413,7 +413,7 @@ def _read_encoder(content: dict) -> EncoderConfig:
 
 
 def read_language(content: dict, where: str = "language_config") -> LanguageConfig:
-    """A Qwen3 configuration, MOSS-Audio's inner one or a stock file's; `where` it stands is for errors."""
+    """Reads a Qwen3 configuration, MOSS-Audio's inner one or a stock file's. where: its name, for errors."""
     allowed = {
         "model_type": ("qwen3",),
         "architectures": (["Qwen3ForCausalLM"], ["Qwen3Model"], None),
@@ -441,7 +441,7 @@ def read_language(content: dict, where: str = "language_config") -> LanguageConf
 
 
 def _read_rope_theta(content: dict, where: str) -> Any:
-    """Transformers 5 moves it into rope_parameters; where it stands in both, they agree."""
+    """Reads the rotary base; transformers 5 moves it into rope_parameters. In both places it must be equal."""
     rope = content.get("rope_parameters") or {}
     _require(isinstance(rope, dict), f"{where}.rope_parameters must be an object, not {shown(rope)}")
     _require_values(rope, {"rope_type": ("default",)}, f"{where}.rope_parameters")
@@ -462,7 +462,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "language_config": LanguageConfig(hidden_size=4096, intermediate_size=12288),
         "deepstack_num_inject_layers": 3,
     },
-    # Learns sound scenes from nothing in minutes on two CPU cores.
+    # Learns sound scenes from scratch in minutes on two CPU cores.
     "small": {
         "audio_config": EncoderConfig(
             d_model=96,

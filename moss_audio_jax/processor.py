@@ -1,4 +1,4 @@
-"""From questions and sounds to `ModelInputs`, and from generated ids back to text."""
+"""Turns questions and sounds into `ModelInputs`, and generated ids back into text."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -20,11 +20,11 @@ Clip = Any
 
 
 class Processor:
-    """Everything around the network that a checkpoint defines: tokenizer, prompt, time markers, mel."""
+    """The steps around the network that a checkpoint defines: tokenizer, prompt, time markers, mel."""
 
     def __init__(self, tokenizer: Tokenizer, config: MossAudioConfig):
         vocab_size = config.language_config.vocab_size
-        if tokenizer.size > vocab_size:  # JAX would take the last embedding for ids past it
+        if tokenizer.size > vocab_size:  # JAX would take the last embedding for larger ids
             raise MossAudioError(
                 f"the tokenizer has ids up to {tokenizer.size - 1}, and the vocab_size of "
                 f"{config.directory or 'the model'} is {vocab_size}: use the tokenizer of this model"
@@ -44,12 +44,12 @@ class Processor:
         system_prompt: str = DEFAULT_SYSTEM_PROMPT,
         time_markers: bool | None = None,
     ) -> ModelInputs:
-        """A batch of prompts.
+        """Makes a batch of prompts.
 
-        texts: a question for each sequence (or one whole prompt with audio spans in it: see `tokens.build_prompt`).
-        audio: for each text a list of its clips in order, or its only clip. Of one text also the clips themselves:
+        texts: a question for each sequence, or a whole prompt with audio spans in it (see `tokens.build_prompt`).
+        audio: for each text a list of its clips in order, or its only clip; with one text also the clips themselves:
             processor("Which is louder?", ["a.wav", "b.wav"]), processor("Transcribe the audio.", "a.wav").
-            What a clip may be, `mel` says.
+            `mel` lists the kinds of clips.
         time_markers: None takes the checkpoint's `enable_time_marker`.
         """
         one = isinstance(texts, str)
@@ -70,27 +70,27 @@ class Processor:
         return make_inputs(token_ids, mels, config=self.config)
 
     def mel(self, clip: Clip) -> np.ndarray:
-        """Log-mel [mel bins, frames], rounded to bfloat16 as the reference rounds it whatever the model's dtype.
+        """Computes the log-mel [mel bins, frames], rounded to bfloat16 like the reference's, for any model dtype.
 
         clip: an audio file as a path (str, PathLike), as bytes, or opened to read bytes; a mono float wave [samples] at
-            16 kHz, as an array of NumPy, JAX or PyTorch; (wave, rate); {"array": wave, "sampling_rate": rate} or
-            {"bytes": ..., "path": ...} as Hugging Face's datasets have it.
+            16 kHz, as an array of NumPy, JAX or PyTorch; (wave, rate); or, as in Hugging Face's datasets,
+            {"array": wave, "sampling_rate": rate} or {"bytes": ..., "path": ...}.
         """
         return model_mel(*_wave(clip))
 
     def decode(self, ids: Sequence[int] | np.ndarray, *, skip_special_tokens: bool = True) -> str:
-        """Text of one answer; ids without text are dropped."""
+        """Returns the text of one answer; drops ids without text."""
         return self.tokenizer.decode(np.asarray(ids).tolist(), skip_special_tokens)
 
 
 def load_processor(path: AnyPath) -> Processor:
-    """The processor of whatever `load_model` reads."""
+    """Loads the processor of a checkpoint that `load_model` reads."""
     tokenizer, config = processor_directories(path)
     return Processor(Tokenizer.from_dir(tokenizer), MossAudioConfig.from_hf(config))
 
 
 def _clips_of_texts(audio: Any, texts: int, one: bool) -> list[list[Clip]]:
-    """Lists of clips, one a text. one: the text was given without a list."""
+    """Returns a list of clips for each text. one: the text was given without a list."""
     if audio is None:
         return [[] for _ in range(texts)]
     if _is_clip(audio):
@@ -135,7 +135,7 @@ def _is_clip(thing: Any) -> bool:
     return (
         isinstance(thing, str | os.PathLike | bytes | bytearray | memoryview)
         or (isinstance(thing, Mapping) and ({"array", "bytes", "path"} & thing.keys()) != set())
-        or hasattr(thing, "get_all_samples")  # a decoder of torchcodec, as datasets 4 have it
+        or hasattr(thing, "get_all_samples")  # a decoder of torchcodec, as in datasets 4
         or hasattr(thing, "__array__")
         or hasattr(thing, "read")
         or _is_wave_with_rate(thing)
@@ -152,7 +152,7 @@ def _is_wave_with_rate(thing: Any) -> bool:
 
 
 def _wave(clip: Clip) -> tuple[np.ndarray, str]:
-    """Float [samples] at 16 kHz, and what errors call the clip."""
+    """Returns the wave, float [samples] at 16 kHz, and a name of the clip for errors."""
     if isinstance(clip, Mapping) and clip.get("array") is None and "sampling_rate" not in clip:
         clip, name = clip.get("bytes") or clip.get("path"), clip.get("path")
         if clip is None:
@@ -192,13 +192,13 @@ def _at_16_khz(array: Any, rate: Any) -> tuple[np.ndarray, str]:
     name = "a clip given as an array"
     try:
         wave = np.asarray(array)
-    except (TypeError, ValueError, RuntimeError) as error:  # of PyTorch: on a GPU, in bfloat16, with a gradient
-        raise MossAudioError(f"{name} must become one of NumPy, not fail to ({error}): convert it first") from error
+    except (TypeError, ValueError, RuntimeError) as error:  # PyTorch tensors on a GPU, in bfloat16, with a gradient
+        raise MossAudioError(f"{name} can't be converted to NumPy ({error}): convert it first") from error
     if wave.ndim == 2 and 1 in wave.shape and wave.size > 1:  # one channel, first or last
         wave = wave.reshape(-1)
     if rate != SAMPLE_RATE:
         rate = require_rate(rate, name)
         if wave.ndim != 1 or not np.issubdtype(wave.dtype, np.floating):
-            return wave, name  # log_mel says what it must be
+            return wave, name  # log_mel raises what it must be
         wave = resample(wave.astype(np.float32, copy=False), rate, SAMPLE_RATE)
     return wave, name

@@ -1,4 +1,4 @@
-"""Text and clips as token ids: the tokenizer, the audio span with its time markers, chat prompts.
+"""Token ids of text and clips: the tokenizer, the audio span with its time markers, chat prompts.
 
     tokenizer = Tokenizer.from_dir("MOSS-Audio-4B-Instruct")
     build_prompt(tokenizer, "Transcribe the audio.", clip_tokens=[125])  # ten seconds of audio
@@ -9,9 +9,9 @@ gives the ids of
     <|audio_bos|> 25 audio tokens, 2, 25 audio tokens, 4, ... <|audio_eos|>\\n
     Transcribe the audio.<|im_end|>\\n<|im_start|>assistant\\n
 
-Special tokens written in a text (`<|im_end|>`) become special ids, as in the MOSS-Audio processor: that is
-what lets a caller write the chat markup by hand. Whoever passes on texts of strangers and minds this removes
-them first. The audio ids are the exception: they never come from text, only from clips.
+Special tokens written in a text (`<|im_end|>`) become special ids, as in the MOSS-Audio processor, so a caller can
+write the chat markup by hand. Remove them first from texts that you don't trust. Audio ids never come from text, only
+from clips.
 """
 
 import codecs
@@ -43,10 +43,10 @@ MARKER_TOKENS = 25  # audio tokens in MARKER_SECONDS, at 12.5 a second
 
 DEFAULT_SYSTEM_PROMPT = "You are a helpful assistant."
 ROLES = ("system", "user", "assistant")
-# How a prompt's text marks a clip's place.
+# The place of a clip in a prompt's text.
 AUDIO_SPAN = re.compile(r"<\|audio_bos\|>(?:<\|AUDIO\|>)+<\|audio_eos\|>")
 
-# Where Qwen2's tokenizer cuts a text before byte-pair merging; digits stand alone.
+# Words of Qwen2's tokenizer, within which byte pairs are merged; each digit is a word.
 _QWEN2_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -54,7 +54,7 @@ _QWEN2_WORDS = (
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's character for each byte: printable Latin-1 stands for itself, other bytes are U+0100 and on."""
+    """Returns GPT-2's character -> byte: printable Latin-1 stands for itself, other bytes begin at U+0100."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     stand_ins = iter(range(0x100, 0x200))
     return {chr(byte if byte in printable else next(stand_ins)): byte for byte in range(256)}
@@ -70,8 +70,8 @@ _PROBE = "It's 10 café, 你好\n"
 class Tokenizer:
     """Qwen2's byte-level BPE over text in Unicode's NFC form.
 
-    Ids equal those of transformers' Qwen2Tokenizer for every character of Unicode 14. Which newer ones are
-    letters is up to the Unicode version that the `tokenizers` library (here) or `regex` (there) was built with.
+    Ids equal those of transformers' Qwen2Tokenizer for every character of Unicode 14. Newer letters depend on the
+    Unicode version of the `tokenizers` library (here) or of `regex` (there).
     """
 
     def __init__(self, core: tokenizers.Tokenizer, source: AnyPath):
@@ -105,9 +105,9 @@ class Tokenizer:
 
     @classmethod
     def from_dir(cls, directory: AnyPath) -> Self:
-        """Reads vocab.json, merges.txt and the added tokens, as released; or tokenizer.json, as of transformers 5.
+        """Reads the released vocab.json, merges.txt and added tokens, or tokenizer.json of transformers 5.
 
-        Where both are there tokenizer.json counts, which may add tokens. Raises MossAudioError if the two disagree.
+        If both exist, tokenizer.json is read, which may add tokens. Raises MossAudioError if the two disagree.
         """
         directory = to_path(directory)
         path = file_in(directory, "tokenizer.json")
@@ -126,7 +126,7 @@ class Tokenizer:
 
     @property
     def pre_tokenizer(self) -> pre_tokenizers.PreTokenizer:
-        """What cuts text into words, across whose borders nothing is merged."""
+        """The part that splits text into words; tokens never cross their borders."""
         return self._core.pre_tokenizer
 
     @property
@@ -135,7 +135,7 @@ class Tokenizer:
         return max(self._bytes) + 1
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, special tokens in it included; nothing is added at either end."""
+        """Returns the token ids of `text`, with special tokens in it; adds nothing at either end."""
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -143,24 +143,24 @@ class Tokenizer:
                 f"character {error.start} of the text is U+{ord(text[error.start]):04X}, half of a surrogate "
                 "pair: the text was decoded wrongly, decode it again or remove the character"
             ) from error
-        # Transformers' Qwen2Tokenizer normalizes before it looks for special tokens, so "<|im_end|>" followed
-        # by a combining stroke is not one. Left to the `tokenizers` library it would be.
+        # Transformers' Qwen2Tokenizer normalizes before it finds special tokens, so "<|im_end|>" with a combining
+        # stroke after it is none. The `tokenizers` library alone would find one.
         text = unicodedata.normalize("NFC", text)
         return self._core.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
-        """Text of `ids`. An id without text is dropped, bytes that are not UTF-8 become U+FFFD."""
+        """Returns the text of `ids`; drops ids without text, and replaces invalid UTF-8 by U+FFFD."""
         return self.decode_bytes(ids, skip_special_tokens).decode("utf-8", "replace")
 
     def decode_bytes(self, ids: Iterable[int], skip_special_tokens: bool = True) -> bytes:
-        """The bytes that `ids` stand for; a character may be cut at either end."""
+        """Returns the bytes of `ids`; characters may be incomplete at both ends."""
         skipped = self._special_ids if skip_special_tokens else ()
-        # The model's ids run past the tokenizer's: it can emit some, the audio ids among them, without text.
+        # The model has more ids than the tokenizer: some that it can emit, such as the audio ids, have no text.
         return b"".join(self._bytes.get(token_id, b"") for token_id in ids if token_id not in skipped)
 
 
 class StreamDecoder:
-    """Text as it is generated: what `feed` and at last `flush` return, joined, is `decode` of all ids."""
+    """Decodes text while it is generated: the results of `feed`, then `flush`, join to `decode` of all ids."""
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True):
         self._tokenizer = tokenizer
@@ -168,16 +168,16 @@ class StreamDecoder:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def feed(self, ids: Iterable[int]) -> str:
-        """Text that `ids` complete; the first bytes of an incomplete character wait for the rest."""
+        """Returns the text that `ids` complete; keeps the bytes of an incomplete character for the next call."""
         return self._utf8.decode(self._tokenizer.decode_bytes(ids, self._skip_special_tokens))
 
     def flush(self) -> str:
-        """What is left at the end: U+FFFD where a character was cut, mostly nothing."""
+        """Returns the rest at the end: U+FFFD for an incomplete character, mostly nothing."""
         return self._utf8.decode(b"", final=True)
 
 
 def _require_same(core: tokenizers.Tokenizer, path: Path) -> None:
-    """Compares a tokenizer.json, read as `core`, with the released files beside it: it may only add tokens to those."""
+    """Raises MossAudioError unless tokenizer.json, read as `core`, equals the files beside it but for added tokens."""
     added = {token.content: token_id for token_id, token in core.get_added_tokens_decoder().items()}
     found = core.get_vocab(with_added_tokens=True)
     expected = read_json(path.with_name("vocab.json"))
@@ -199,14 +199,14 @@ def _require_same(core: tokenizers.Tokenizer, path: Path) -> None:
 
 
 def _merges(path: Path) -> list[tuple[str, ...]]:
-    """Of a tokenizer.json that has been read; older ones hold each as a text."""
+    """Returns the merges of a checked tokenizer.json; older files hold each as one text."""
     merges = read_json(path)["model"].get("merges", [])
     return [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in merges]
 
 
 def _read_released(directory: Path) -> tokenizers.Tokenizer:
     added = _read_added_tokens(directory)
-    # Added tokens stand in the vocabulary too: the library numbers those it does not find there by itself.
+    # Added tokens are in the vocabulary too: otherwise the library gives them ids of its own.
     vocabulary = _ids(read_json(directory / "vocab.json"), directory / "vocab.json")
     vocabulary |= {token.content: token_id for token_id, token in added.items()}
     merges = _read_merges(directory / "merges.txt")
@@ -236,7 +236,7 @@ def _read_merges(path: Path) -> list[tuple[str, str]]:
         if what := foreign_content(path):
             raise MossAudioError(f"{path} is {what}") from error
         raise MossAudioError(f"{path} can't be read ({error}): fetch the file again") from error
-    if what := foreign_content(path):  # text too
+    if what := foreign_content(path):  # a pointer or a page can be valid text
         raise MossAudioError(f"{path} is {what}")
     merges = []
     for number, line in enumerate(lines, start=1):
@@ -245,24 +245,23 @@ def _read_merges(path: Path) -> list[tuple[str, str]]:
         parts = line.split()
         if len(parts) != 2:
             raise MossAudioError(
-                f"{path} line {number}: expected two tokens with a space between, found {shown(line)}: fetch the file "
-                "again"
+                f"{path} line {number} must be two tokens with a space between, not {shown(line)}: fetch the file again"
             )
         merges.append((parts[0], parts[1]))
     return merges
 
 
 _TOKEN_ID = integer(0, INT32)
-_ADDED_LENGTH = 256  # the library takes a time that grows with its square: minutes for 70,000 characters
+_ADDED_LENGTH = 256  # the library's time grows with the square: minutes for 70,000 characters
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
 def _ids(vocabulary: Any, where: object) -> dict[str, int]:
-    """An object of tokens and their ids; raises MossAudioError unless each is a text, and a number that fits int32."""
+    """Checks a vocabulary, token -> id; raises MossAudioError for an empty token, and for an id that is no int32."""
     if not isinstance(vocabulary, dict):
         raise MossAudioError(f"{where} must hold an object of tokens and ids, not {shown(vocabulary)}")
     for token, token_id in vocabulary.items():
-        if not _TOKEN_ID.accepts(token_id):  # asked first: a message for each of 150,000 takes its time
+        if not _TOKEN_ID.accepts(token_id):  # checked first: 150,000 messages would take seconds
             _TOKEN_ID.check(f"{where}: the id of {shown(token)}", token_id)
         if not token:
             raise MossAudioError(f"{where}: the token of id {token_id} must be a text, not an empty one")
@@ -270,7 +269,7 @@ def _ids(vocabulary: Any, where: object) -> dict[str, int]:
 
 
 def _read_added_tokens(directory: Path) -> dict[int, AddedToken]:
-    """Tokens by id: `added_tokens_decoder` in tokenizer_config.json or else the older added_tokens.json."""
+    """Reads tokens by id from `added_tokens_decoder` in tokenizer_config.json, or the older added_tokens.json."""
     config, names, added = (
         read_json(directory / name) if exists(file_in(directory, name)) else {}
         for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
@@ -299,7 +298,7 @@ def _parse_id(text: str, where: Path) -> int:
 
 
 def _added_token(token: Any, where: Path) -> AddedToken:
-    """From an object with a content and perhaps flags."""
+    """Reads a token from an object with a content and optional flags."""
     content = token.get("content") if isinstance(token, dict) else None
     if not isinstance(content, str) or not 0 < len(content) <= _ADDED_LENGTH:
         raise MossAudioError(
@@ -314,17 +313,17 @@ def _added_token(token: Any, where: Path) -> AddedToken:
 
 
 def _special_tokens(content: dict[str, Any]) -> Iterator[str]:
-    """What `eos_token`, `additional_special_tokens` and the like name: texts, or objects with a `content`."""
+    """Yields the tokens that `eos_token`, `additional_special_tokens` and similar keys name."""
     for key, value in content.items():
         if key.endswith(("_token", "_special_tokens")):
             for token in value if isinstance(value, list) else [value]:
                 named = token.get("content") if isinstance(token, dict) else token
-                if isinstance(named, str):  # others are null, or switches such as add_bos_token
+                if isinstance(named, str):  # other values are null, or switches such as add_bos_token
                     yield named
 
 
 def _read_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
-    """What cuts and numbers a text; how ids become text, and what is put around a text, is ours."""
+    """Reads the parts of tokenizer.json that encode text; decoding and the tokens around a text are this module's."""
     content = read_json(path)
     model, added = content.get("model"), content.get("added_tokens") or []
     if not isinstance(model, dict) or model.get("type") not in ("BPE", None):
@@ -354,9 +353,9 @@ def _read_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
         raise MossAudioError(f"{path} can't be read as a tokenizer ({summary(error)}): fetch it again") from error
 
 
-# The library panics where a prefix is longer than a token; with dropout a text would have other ids each time.
+# The library panics if a prefix is longer than a token; with dropout the ids of a text would be random.
 _BPE_SETTINGS = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "fuse_unk")
-# The parts of a byte-level BPE. The library has others, some of which panic or never end on settings that it takes.
+# The parts of a byte-level BPE. The library has others, some of which panic or hang on settings that it accepts.
 _TOKENIZER_PARTS = {
     "normalizer": ("NFC", "Sequence"),
     "pre_tokenizer": ("Split", "ByteLevel", "Digits", "Sequence"),
@@ -364,7 +363,7 @@ _TOKENIZER_PARTS = {
 
 
 def _require_known(part: Any, kinds: tuple[str, ...], path: Path, name: str) -> None:
-    """Raises MossAudioError for a part of tokenizer.json, or one of a sequence in it, that Qwen's tokenizers lack."""
+    """Raises MossAudioError for a part of tokenizer.json, or of a sequence in it, that Qwen's tokenizers lack."""
     if part is None:
         return
     kind = part.get("type") if isinstance(part, dict) else None
@@ -381,10 +380,10 @@ def _require_known(part: Any, kinds: tuple[str, ...], path: Path, name: str) -> 
 
 
 def audio_span(num_audio_tokens: int, time_markers: bool = True, processor: ProcessorConfig = RELEASED) -> list[int]:
-    """Ids between <|audio_bos|> and <|audio_eos|>: one a token, 12.5 a second, and the time between them.
+    """Returns the ids between <|audio_bos|> and <|audio_eos|>: 12.5 audio tokens per second, with time markers.
 
-    A time marker follows every 25 audio tokens: the whole seconds so far in decimal digits, one token a
-    digit, no unit. It can be the span's end.
+    A time marker follows every 25 audio tokens: the whole seconds so far, one token per decimal digit, no unit. The
+    span can end with one.
     """
     if num_audio_tokens < 1:
         raise MossAudioError(
@@ -403,10 +402,10 @@ def audio_span(num_audio_tokens: int, time_markers: bool = True, processor: Proc
 
 @dataclass(frozen=True)
 class Turn:
-    """What one side says: texts and clips in order, each on lines of its own."""
+    """A turn of a conversation: texts and clips in order, each on lines of its own."""
 
     role: str  # "system", "user" or "assistant"
-    pieces: Sequence[str | int]  # a clip is given as its number of audio tokens
+    pieces: Sequence[str | int]  # an int is a clip's number of audio tokens
 
     def __post_init__(self):
         if self.role not in ROLES:
@@ -420,7 +419,7 @@ class Turn:
 
 
 class EncodedConversation(NamedTuple):
-    """`loss_mask` is True at the ids to learn: an assistant's text and the <|im_end|> after it."""
+    """loss_mask: True at the supervised tokens, an assistant's text and the <|im_end|> after it."""
 
     ids: list[int]
     loss_mask: list[bool]
@@ -433,11 +432,10 @@ def build_conversation(
     time_markers: bool | None = None,
     processor: ProcessorConfig = RELEASED,
 ) -> EncodedConversation:
-    """The chat format of MOSS-Audio for turns of any number, to train on or to answer.
+    """Encodes turns in the chat format of MOSS-Audio, for training or as a prompt.
 
-    Turns that do not begin with the system's are preceded by the default one. If the last turn is not the
-    assistant's, the ids end where its answer would begin: they are a prompt. The ids before an answer are
-    always those of the prompt for it, since the answer is encoded on its own.
+    Without a system turn the default one comes first. If the last turn is not the assistant's, the ids are a prompt:
+    they end where the answer would begin. An answer is encoded on its own, so the ids before it equal its prompt's.
 
     time_markers: None takes the checkpoint's `enable_time_marker`.
     """
@@ -461,14 +459,14 @@ def build_prompt(
     time_markers: bool | None = None,
     processor: ProcessorConfig = RELEASED,
 ) -> list[int]:
-    """Ids of a question about clips, each given as its number of audio tokens, up to where the answer begins.
+    """Encodes a question about clips, up to the beginning of the answer. clip_tokens: audio tokens of each clip.
 
-    The clips come first, in order, a line each, then the text. (The MOSS-Audio processor does the same for no
-    clip and for one, and refuses several.)
+    The clips come first, in order, one per line, then the text. (The MOSS-Audio processor does the same for no clip and
+    for one, and refuses several.)
 
-    A text that holds spans, `<|audio_bos|><|AUDIO|><|audio_eos|>`, is the whole prompt, chat markup included:
-    each span is replaced by a clip, in order, and nothing is put around it. A span may repeat `<|AUDIO|>`;
-    the clip decides its length. Raises MossAudioError if there are not as many spans as clips.
+    A text with spans, `<|audio_bos|><|AUDIO|><|audio_eos|>`, is the whole prompt with its chat markup: each span is
+    replaced by a clip, in order, and nothing is added. A span may repeat `<|AUDIO|>`; the clip decides its length.
+    Raises MossAudioError if the numbers of spans and clips differ.
 
     time_markers: None takes the checkpoint's `enable_time_marker`.
     """
@@ -488,7 +486,7 @@ def build_prompt(
 
 
 def _segments(turns: Sequence[Turn]) -> Iterator[tuple[list[str | int], bool]]:
-    """The turns in chat markup, cut where learning begins and ends: (pieces, whether they are learned)."""
+    """Yields the turns in chat markup, split where supervision begins and ends: (pieces, are they supervised)."""
     line_break = ""
     for turn in turns:
         opening = f"{line_break}<|im_start|>{turn.role}\n"
@@ -504,7 +502,7 @@ def _segments(turns: Sequence[Turn]) -> Iterator[tuple[list[str | int], bool]]:
 
 
 def _on_lines(pieces: Sequence[str | int]) -> Iterator[str | int]:
-    """The pieces with line breaks between them, and one after a clip that has no text after it."""
+    """Yields the pieces with line breaks between them, and one after a clip at the end."""
     for number, piece in enumerate(pieces, start=1):
         yield piece
         if number < len(pieces) or not isinstance(piece, str):
@@ -514,7 +512,7 @@ def _on_lines(pieces: Sequence[str | int]) -> Iterator[str | int]:
 def _encode_pieces(
     tokenizer: Tokenizer, pieces: Iterable[str | int], time_markers: bool | None, processor: ProcessorConfig
 ) -> list[int]:
-    """Ids of texts and clips; what stands between two clips is encoded as one text, however it was cut."""
+    """Encodes texts and clips; all texts between two clips are encoded as one."""
     if time_markers is None:
         time_markers = processor.enable_time_marker
     ids: list[int] = []
@@ -540,7 +538,7 @@ def _encode_text(tokenizer: Tokenizer, text: str, processor: ProcessorConfig) ->
     ids = tokenizer.encode(text)
     for audio_id in (processor.audio_token_id, processor.audio_start_id, processor.audio_end_id):
         if audio_id in ids:
-            # The released vocabulary spells the audio token <|vision_pad|>; the model would look for audio.
+            # The released vocabulary spells the audio token <|vision_pad|>; the model would expect audio there.
             spelling = tokenizer.decode([audio_id], skip_special_tokens=False)
             raise MossAudioError(
                 f"a text holds {spelling!r}, whose id {audio_id} stands for audio: remove it from the text, "

@@ -210,7 +210,7 @@ def test_other_paths_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_errors_name_what_can_not_be_written_or_read(bucket: str, tmp_path: Path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(MossAudioError, match="must be a file that can be written .Not a directory"):
+    with pytest.raises(MossAudioError, match=r"must be a file that can be written .Not a directory"):
         paths.require_writable(tmp_path / "file" / "x" / "y")
     paths.require_writable(to_path(bucket) / "new" / "file")
     assert not paths.exists(to_path(bucket) / "new" / "file")

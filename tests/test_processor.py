@@ -116,7 +116,7 @@ def test_lists_of_clips_in_every_clear_form(processor):
         ("?", (wave(1.0), np.nan), "a whole number .*, not nan"),
         ("?", {"array": wave(1.0), "sampling_rate": "16 kHz"}, "a whole number .*, not 16 kHz"),
         ("?", (np.zeros((2, 100), np.float32), 8000), r"not float32 \[2, 100\]"),
-        ("?", Tensor(None), "must become one of NumPy, .*cuda:0"),
+        ("?", Tensor(None), "can't be converted to NumPy .*cuda:0"),
         ("?", io.StringIO("text"), "must be opened to read bytes, not str"),
         (["?", "!"], "a.wav", "2 texts but 1 lists of clips"),
     ],

@@ -223,7 +223,7 @@ class TestTokenizerFiles:
             (
                 "merges.txt",
                 "#version: 0.2\nh e\nl l l\n",
-                r"merges\.txt line 3: expected two tokens.*'l l l'",
+                r"merges\.txt line 3 must be two tokens.*'l l l'",
             ),
             ("merges.txt", "h zz\n", r"don't make one tokenizer"),
             ("tokenizer_config.json", '{"added_tokens_decoder": {}}', r"lacks '<\|im_start\|>'"),
