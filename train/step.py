@@ -12,7 +12,7 @@ current, parameters, gradients and moments lie as `sharding.RULES` says.
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,13 +26,14 @@ from moss_audio_jax.config import ADAPTER_LEAVES, LoraConfig, MossAudioConfig
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.inputs import ModelInputs
 from moss_audio_jax.int8 import int8_kernels
-from moss_audio_jax.layers import REMAT_POLICIES, set_masters
+from moss_audio_jax.layers import set_masters
 from moss_audio_jax.lora import set_adapter_dropout
 from moss_audio_jax.model import MossAudio
 from moss_audio_jax.sharding import constrain, num_parts, partition_spec
 from moss_audio_jax.weights.checkpoint import abstract_parameters, parameters_of, unflatten
+from train.config import StepConfig
 from train.data.packing import TrainingBatch
-from train.loss import CHUNK, LossSums, chunked_cross_entropy
+from train.loss import LossSums, chunked_cross_entropy
 from train.optimizer import (
     OptimizerConfig,
     Parameters,
@@ -47,58 +48,6 @@ from train.optimizer import (
 Metrics = dict[str, jax.Array]
 LEAST_PROGRESS = 1e-6  # a batch may hold nothing but the beginnings of long texts, none of which is behind then
 ADAPTER_DROPOUT = 1  # makes its keys others than the encoder's
-
-
-@dataclasses.dataclass(frozen=True)
-class StepConfig:
-    """How a step computes.
-
-    remat: what the backward pass recomputes, a key of `layers.REMAT_POLICIES`; "none" where memory allows.
-    z_loss: the weight of log(Z)^2, see `loss.chunked_cross_entropy`; loss_chunk: its chunk.
-    heard_weight: of a second loss, by which the audio's embeddings and what the first half of the language model's
-        layers makes of them learn to name, through its last norm and head, what is heard at each audio token or when
-        that is (`TrainingBatch.heard`). It teaches a model from nothing to listen long before its answers could, and
-        early enough for the other half to read; 0 leaves it out. The metrics heard_loss and heard_accuracy are those
-        of the layers.
-    gradient_dtype: of the gradients that are kept and added up over microbatches, after they were summed over chips;
-        bfloat16 saves 2 bytes a trainable parameter and rounds at every microbatch.
-    reduce_dtype: of the sums of gradients over chips where the network computes in bfloat16: there each chip's gradient
-        is that of the bfloat16 copies, rounded before it is sent. float32 sends twice the bytes of these sums and
-        rounds nothing. The head's gradient is summed in float32 either way.
-    encoder_dropout: at the rates of the model's configuration; off where none of the encoder is trained.
-    spike_sigma: a loss or gradient norm this many standard deviations above its mean is a spike, whose step is skipped;
-        0 lets all through.
-    spike_window: how many steps that mean looks back; nothing counts as a spike before half of them. It restarts where
-        the mixture enters a new phase (`TrainingBatch.phase`).
-    spike_patience: spikes in a row after which the next one is taken for a lasting rise: its step is accepted, and the
-        mean restarts. Below `loop.max_skipped_in_a_row`, or the run ends first. A step that is not finite is never
-        accepted, and interrupts the row.
-    """
-
-    compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    remat: Literal["none", "dots", "attention", "full", "offload"] = "full"
-    z_loss: float = 0.0
-    loss_chunk: int = CHUNK
-    heard_weight: float = 0.0
-    gradient_dtype: Literal["float32", "bfloat16"] = "float32"
-    reduce_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    encoder_dropout: bool = True
-    spike_sigma: float = 6.0
-    spike_window: int = 128
-    spike_patience: int = 10
-
-    def __post_init__(self):
-        for name in ("compute_dtype", "gradient_dtype", "reduce_dtype"):
-            if getattr(self, name) not in ("bfloat16", "float32"):
-                raise MossAudioError(f"{name} must be bfloat16 or float32, not {getattr(self, name)!r}")
-        if self.remat not in REMAT_POLICIES:
-            raise MossAudioError(f"remat must be one of {', '.join(REMAT_POLICIES)}, not {self.remat!r}")
-        for name, least in (("loss_chunk", 1), ("spike_window", 2), ("spike_patience", 1)):
-            if getattr(self, name) < least:
-                raise MossAudioError(f"{name} must be at least {least}, not {getattr(self, name)}")
-        for name in ("z_loss", "heard_weight", "spike_sigma"):
-            if getattr(self, name) < 0:
-                raise MossAudioError(f"{name} must be 0 or more, not {getattr(self, name)}")
 
 
 @jax.tree_util.register_dataclass
@@ -337,7 +286,7 @@ def train_step(
     if sums.by_group is not None:
         group_loss, group_tokens = sums.by_group
         metrics |= {"loss_of_group": group_loss / group_tokens, "tokens_of_group": group_tokens}
-    if config.heard_weight:
+    if config.audio_label_weight:
         metrics |= {"heard_loss": heard.loss / heard.weight, "heard_accuracy": heard.correct / heard.weight}
     if host_figures is not None:
         metrics |= {"host_sums": host_figures[0].sum(0), "host_greatest": host_figures[1].max(0)}
@@ -388,7 +337,7 @@ def loss_and_gradients(
     num_groups = num_groups if num_groups > 1 else 0
     drops = config.encoder_dropout and any(path.startswith("audio_encoder.") for path in trainable)
     supervised = batch.weights.sum()
-    labelled = jnp.maximum((batch.heard >= 0).sum(), 1) if config.heard_weight else None
+    labelled = jnp.maximum((batch.heard >= 0).sum(), 1) if config.audio_label_weight else None
 
     def objective(trainable: Parameters, microbatch: TrainingBatch, key: jax.Array):
         copies = in_compute_dtype(trainable | frozen, config)
@@ -401,7 +350,7 @@ def loss_and_gradients(
         x, deepstack = model.embed(inputs, dropout_key=key if drops else None, remat=config.remat)
         rest = (inputs.positions, inputs.segment_ids, deepstack)
         language, total_layers = model.language_model, model.config.language_config.num_hidden_layers
-        half = (total_layers + 1) // 2 if config.heard_weight else total_layers
+        half = (total_layers + 1) // 2 if config.audio_label_weight else total_layers
         early = language.run_layers(range(half), x, *rest, remat=config.remat)
         hidden = language.norm(language.run_layers(range(half, total_layers), early, *rest, remat=config.remat))
         loss = functools.partial(chunked_cross_entropy, head=model.head, chunk=config.loss_chunk)
@@ -413,7 +362,7 @@ def loss_and_gradients(
             weights = (heard >= 0).astype(jnp.float32)
             for at_audio in (language.norm(x), language.norm(early)):
                 heard_total, heard_sums = loss(at_audio, targets=heard, weights=weights)
-                total += config.heard_weight * heard_total / labelled
+                total += config.audio_label_weight * heard_total / labelled
         return total, (sums, heard_sums)
 
     def add_microbatch(carry, item):

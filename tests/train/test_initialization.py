@@ -19,9 +19,9 @@ from moss_audio_jax.sharding import make_mesh
 from moss_audio_jax.weights.checkpoint import abstract_parameters, build_model, save_model
 from moss_audio_jax.weights.released import INDEX_FILE, SINGLE_FILE, SafetensorsCheckpoint, released_leaves
 from train import initialization as initial
-from train.config import RECIPES
 from train.initialization import ModelSource, first_parameters, model_config, random_parameters
 from train.loop import train
+from train.recipes import RECIPES
 from train.running.resume import write_or_check_config
 from train.step import initial_parameters
 

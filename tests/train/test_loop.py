@@ -26,10 +26,11 @@ from moss_audio_jax.errors import StorageError
 from moss_audio_jax.sharding import make_mesh
 from moss_audio_jax.small_tokenizer import write_small_tokenizer
 from moss_audio_jax.weights.checkpoint import build_model, save_model
-from train.config import RECIPES, LoopConfig, MixtureConfig, ModelSource, RunConfig
+from train.config import LoopConfig, MixtureConfig, ModelSource, RunConfig
 from train.data import DataConfig
 from train.loop import Outcome, train
 from train.optimizer import OptimizerConfig
+from train.recipes import RECIPES
 from train.running.checkpoints import Checkpoints, _parts
 from train.running.resume import write_or_check_config
 from train.running.validation import Validation

@@ -36,12 +36,13 @@ from moss_audio_jax.sharding import make_mesh
 from moss_audio_jax.small_tokenizer import write_small_tokenizer
 from moss_audio_jax.weights.checkpoint import abstract_parameters, build_model, parameters_of, stored_shapes
 from tests.conftest import question, question_parts
-from train.config import RECIPES, LoopConfig, MixtureConfig, ModelSource, RunConfig, SceneConfig, SceneGroupConfig
+from train.config import LoopConfig, MixtureConfig, ModelSource, RunConfig, SceneConfig, SceneGroupConfig
 from train.data import DataConfig
 from train.data.packing import TrainingBatch
 from train.initialization import first_parameters
 from train.loop import train
 from train.optimizer import OptimizerConfig
+from train.recipes import RECIPES
 from train.running.checkpoints import Checkpoints
 from train.step import StepConfig, abstract_state, batch_sharding, new_state, split_microbatches, train_step
 

@@ -25,9 +25,10 @@ from test_loop import (  # noqa: F401 - some are fixtures
 
 import train.__main__ as command_line
 from moss_audio_jax import LoraConfig, MossAudioError
-from train.config import RECIPES, ModelSource, RunConfig, with_paths
+from train.config import ModelSource, RunConfig, with_paths
 from train.loop import train
 from train.optimizer import OptimizerConfig
+from train.recipes import RECIPES
 from train.running.resume import RULES, Record, ResumeConfig, is_begun, rule_of, stored_config, write_or_check_config
 
 ROOT = Path(__file__).parents[2]

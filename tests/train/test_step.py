@@ -131,7 +131,7 @@ def test_what_is_heard_is_learned_beside_the_answers(parameters, graphdef, one_s
     labelled = dataclasses.replace(batch, heard=heard)
     same_step(train_step(graphdef, EXACT, EVERYTHING, start(parameters), labelled), one_step, 1e-6)
 
-    listening = dataclasses.replace(EXACT, heard_weight=0.5)
+    listening = dataclasses.replace(EXACT, audio_label_weight=0.5)
     state, metrics = host(train_step(graphdef, listening, EVERYTHING, start(parameters), labelled))
     np.testing.assert_allclose(metrics["loss"], one_step[1]["loss"], rtol=1e-6)
 

@@ -15,34 +15,31 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
-import tyro
 from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from tqdm import tqdm
 
 from moss_audio_jax.audio import SAMPLE_RATE
-from moss_audio_jax.commands.cli import PathArgument
 from moss_audio_jax.commands.interruption import stops_on_ctrl_c
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.generation import generate
 from moss_audio_jax.inputs import ModelInputs, make_inputs, padded
 from moss_audio_jax.model import MossAudio
 from moss_audio_jax.processor import Processor, load_processor
-from moss_audio_jax.sampling import Sampling
 from moss_audio_jax.sharding import make_mesh, mesh_of, num_parts, partition_spec
 from moss_audio_jax.storage.paths import AnyPath, atomic_write
 from moss_audio_jax.tokens import build_conversation
 from moss_audio_jax.weights.checkpoint import load_model
 from train.data.manifest import Clip
 from train.data.samples import FRAMES_PER_SECOND, TOKENS_PER_SECOND, turns_and_mels
-from train.data.scenes import SEEDS, SceneConfig
+from train.evaluation.config import AnswerConfig, EvaluationConfig
 from train.evaluation.metrics import (
     EventCounts,
     character_error_rate,
@@ -57,7 +54,7 @@ from train.evaluation.metrics import (
 )
 from train.evaluation.multiple_choice import score_choices
 from train.evaluation.question_files import LAYOUTS
-from train.evaluation.questions import ASKABLE, Item, benchmark_items, manifest_items, require_askable, scene_items
+from train.evaluation.questions import ASKABLE, Item, benchmark_items, manifest_items, scene_items
 from train.running.distributed import share_of_batch
 
 if TYPE_CHECKING:
@@ -68,25 +65,6 @@ SECONDS_TOLERANCE = 0.2  # seconds, of a time that was asked for
 
 
 # Answers
-
-
-@dataclass(frozen=True)
-class AnswerConfig:
-    """How a model is asked."""
-
-    batch_size: int = 8
-    """Questions answered at once, rounded up to what the devices share evenly."""
-    max_new_tokens: int = 512
-    """Cut an answer off after so many tokens; how many were is reported."""
-    time_markers: bool | None = None
-    """Seconds written between the audio tokens; by default as the checkpoint says."""
-    sampling: Annotated[Sampling, tyro.conf.arg(name="")] = field(default_factory=Sampling)
-    """Greedy by default, as measures should be taken."""
-
-    def __post_init__(self):
-        for name in ("batch_size", "max_new_tokens"):
-            if getattr(self, name) < 1:
-                raise MossAudioError(f"{name} must be 1 or more, not {getattr(self, name)}")
 
 
 class Answer(NamedTuple):
@@ -400,44 +378,6 @@ def table(measures: Mapping[str, Mapping[str, Measures]]) -> str:
 # The command
 
 
-@dataclass(frozen=True)
-class EvaluationConfig:
-    """What a checkpoint is asked, and how."""
-
-    data: tuple[PathArgument, ...] = ()
-    """Manifests, and directories of shards."""
-    objectives: tuple[str, ...] = ()
-    """What is asked about their examples; by default all that they have labels for."""
-    default_prompt: str = ""
-    """What is asked where a conversation has audio and a blank prompt, or none."""
-    scenes: int = 0
-    """So many sound scenes, made on the fly."""
-    scene: Annotated[SceneConfig, tyro.conf.arg(name="scenes")] = field(default_factory=SceneConfig)
-    benchmark: tuple[str, ...] = ()
-    """NAME=FILE: the question file of mmau, mmau_pro, mmar or mmsu."""
-    audio_dir: PathArgument | None = None
-    """What the benchmarks' audio paths are relative to; by default the directory of the question file."""
-    limit: int | None = None
-    """The first so many examples of each manifest and questions of each benchmark."""
-    seed: int = 0
-    """Of the scenes (take another than in training), of questions about times, and of sampling."""
-    answers: Annotated[AnswerConfig, tyro.conf.arg(name="")] = AnswerConfig()
-    dtype: Literal["bfloat16", "float32"] | None = None
-    """By default bfloat16, and float32 on the CPU."""
-    fsdp: int = -1
-    """Devices that the weights and the batch are cut over; -1 takes all that are left."""
-    tensor: int = 1
-    """Devices that each layer is cut over."""
-
-    def __post_init__(self):
-        require_askable(self.objectives)
-        if self.scenes < 0 or not 0 <= self.seed < SEEDS or (self.limit is not None and self.limit < 1):
-            raise MossAudioError(
-                f"scenes must be 0 or more, seed from 0 to {SEEDS - 1} and limit 1 or more, "
-                f"found {self.scenes}, {self.seed} and {self.limit}"
-            )
-
-
 def read_items(config: EvaluationConfig) -> list[Item]:
     """All that a configuration asks. Clips are held as they are stored, and decoded when they are needed."""
     items: list[Item] = []
@@ -541,7 +481,7 @@ def evaluate(
     keep_partial: Ctrl-C ends the asking after the batch at hand, and what was answered so far is measured.
     """
     processor = load_processor(checkpoint)
-    model = load_model(checkpoint, dtype=config.dtype, mesh=make_mesh(fsdp=config.fsdp, tensor=config.tensor))
+    model = load_model(checkpoint, dtype=config.dtype, mesh=make_mesh(**asdict(config.mesh)))
     stop = threading.Event()
     with stops_on_ctrl_c(stop.set) if keep_partial else contextlib.nullcontext():
         found = _answers(model, processor, items, config.answers, config.seed, progress, stop.is_set)
