@@ -24,12 +24,12 @@ from moss_audio_jax.tokens import audio_span
 from moss_audio_jax.weights.checkpoint import load_model
 from moss_audio_jax.weights.parameters import parameters_of
 from train.batch import split_microbatches
+from train.config import OptimizerConfig, StepConfig
 from train.data.budget import Budget
 from train.data.packing import Packer, TrainingBatch, pack_row, stack_rows
 from train.data.samples import FRAMES_PER_SECOND, Sample
-from train.optimizer import OptimizerConfig
 from train.state import new_state
-from train.step import StepConfig, train_step
+from train.step import train_step
 
 CONFIG = MossAudioConfig.preset("small")
 CLIPS, SHORTEST, LONGEST = 64, 1.0, 30.0  # seconds

@@ -36,12 +36,12 @@ from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.model import parameter_specs
 from moss_audio_jax.small_tokenizer import write_small_tokenizer
 from moss_audio_jax.tokens import DEFAULT_SYSTEM_PROMPT, Tokenizer, audio_span
-from train.config import RECIPES
 from train.data import DataConfig, Example, ExampleOrder, Group, Manifest, SampleMaker, Source, TrainingData
 from train.data.mixture import Drawn
 from train.data.objectives import render
 from train.planning.chips import V5E
 from train.planning.flops import Content, step_flops
+from train.recipes import RECIPES
 
 CONFIG = MossAudioConfig.preset("4b")
 # Sequences as in the recipe, in fewer open bins: what is read and not yet packed when the time ends is little then.

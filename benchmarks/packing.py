@@ -13,8 +13,8 @@ import tyro
 
 from moss_audio_jax.commands.cli import run_cli
 from moss_audio_jax.text_table import align
-from train.config import RECIPES
 from train.data.packing import Packer
+from train.recipes import RECIPES
 
 DATA = RECIPES["finetune_lora"].data  # 4096 tokens and 64 chunks of 4 s
 TOKENS_PER_SECOND = 12.5 * 1.1  # of audio with time markers

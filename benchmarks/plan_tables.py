@@ -16,12 +16,13 @@ from jax.sharding import Mesh
 from moss_audio_jax.commands.cli import run_cli
 from moss_audio_jax.sharding import make_mesh
 from moss_audio_jax.storage.paths import atomic_write
-from train.config import RECIPES, RecipeName, RunConfig
+from train.config import RunConfig
 from train.planning.chips import GIB
 from train.planning.compilation import Compiled
 from train.planning.hlo import Collective
 from train.planning.plan import report_generation, report_step, with_sizes
 from train.planning.topology import topology_devices
+from train.recipes import RECIPES
 
 GATES = Path(__file__).parents[1] / "tests" / "train" / "gates.json"
 COLUMNS = ("sequences a chip", "HBM a chip, GiB", "of", "a chip sends, GiB", "estimated step, s", "estimated MFU")
@@ -37,7 +38,7 @@ def recomputed(gate: dict[str, Any]) -> dict[str, Any]:
     def report(
         *,
         topology: str,
-        recipe: RecipeName = "pretrain_stage2",
+        recipe: str = "pretrain_stage2",
         mode: Literal["train", "generate"] = "train",
         model: str | None = None,
         batch: int | None = None,

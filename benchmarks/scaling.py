@@ -18,12 +18,13 @@ from moss_audio_jax.commands.cli import run_cli
 from moss_audio_jax.sharding import make_mesh
 from moss_audio_jax.storage.paths import atomic_write
 from moss_audio_jax.text_table import align
-from train.config import RECIPES, RunConfig
+from train.config import RunConfig
 from train.evaluation.plots import require_matplotlib
 from train.planning.chips import GIB, V5P
 from train.planning.compilation import Compiled
 from train.planning.plan import plan_step, report_step, with_sizes
 from train.planning.topology import topology_devices
+from train.recipes import RECIPES
 
 SEQUENCES, TOKENS = 1024, 8192
 # Microbatches as memory asks for, and replicas: 256 is the most parts that all dimensions can be cut into.

@@ -30,15 +30,15 @@ from moss_audio_jax.generation import decode_until, make_drawing, prefill_prompt
 from moss_audio_jax.inputs import ModelInputs, make_inputs
 from moss_audio_jax.language_model import KVCache
 from moss_audio_jax.model import MossAudio
-from moss_audio_jax.sampling import Sampling
+from moss_audio_jax.sampling_config import Sampling
 from moss_audio_jax.tokens import audio_span
 from moss_audio_jax.weights.checkpoint import load_model
 from moss_audio_jax.weights.parameters import parameters_of
 from train.batch import split_microbatches
+from train.config import OptimizerConfig, StepConfig
 from train.data.packing import TrainingBatch
-from train.optimizer import OptimizerConfig
 from train.state import new_state
-from train.step import StepConfig, train_step
+from train.step import train_step
 
 CONFIG = MossAudioConfig(
     audio_config=EncoderConfig(encoder_layers=8, deepstack_encoder_layer_indexes=(2, 4, 6)),

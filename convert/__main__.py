@@ -1,21 +1,11 @@
-"""`python -m convert`, or `moss-audio-convert`: released PyTorch files to Orbax and back, and proof of equality.
+"""`moss-audio-convert` converts released PyTorch files to Orbax and back, and proves them equal.
 
-Conversions stream: a model of any size goes through less than a gigabyte of memory. PyTorch is not needed.
+Conversions stream: a model of any size takes less than a gigabyte of memory. PyTorch is not needed.
 """
 
-import os
-import signal
-import sys
-
-# During the imports below, which take seconds, however the command was started.
-if (__name__ == "__main__" or os.path.basename(sys.argv[0]).startswith("moss-audio-convert")) and (
-    signal.getsignal(signal.SIGINT) is signal.default_int_handler
-):
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
-
-import json
 import math
 import pathlib
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,19 +14,20 @@ from typing import Annotated, Literal
 import tyro
 
 from convert.memory import peak_memory
-from moss_audio_jax.commands.cli import Commands, PathArgument, run_cli
+from moss_audio_jax.commands.cli import Commands, run_cli
 from moss_audio_jax.commands.interruption import cleans_up_on_signals
+from moss_audio_jax.commands.json_output import write_json
+from moss_audio_jax.commands.paths import PathArgument
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.storage.paths import AnyPath
 
 Source = Annotated[PathArgument, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
 Target = Annotated[PathArgument, tyro.conf.Positional, tyro.conf.arg(metavar="TARGET")]
 Dtype = Literal["bfloat16", "float32"]
-JsonFlag = Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff]
 
 app = Commands()
 
-# Heavy imports are inside the commands: JAX takes seconds to start, --help should not.
+# Heavy imports are inside the commands: JAX takes seconds to import, and --help does not need it.
 
 
 @app.command
@@ -49,13 +40,13 @@ def to_orbax(
 ) -> None:
     """Converts released weights to an Orbax checkpoint, which JAX restores onto any mesh.
 
-    Everything is checked before anything is written: every tensor of the model is there once, in its shape, in files
-    that are whole. The configuration and tokenizer files travel along unchanged.
+    All tensors are checked before anything is written: each is there once, in its shape, in whole files. The
+    configuration and tokenizer files are copied unchanged.
 
     Args:
         source: A released directory: config.json, model*.safetensors and, for several shards, their index.
         target: The directory to write, new or empty.
-        dtype: Type of all parameters; by default each stays as it is stored. config.json then names the new type.
+        dtype: Dtype of all parameters, also in config.json. Default: as stored.
     """
     with _reported(target):
         import numpy as np
@@ -75,16 +66,16 @@ def to_hf(
     shard_gb: float = 5.0,
     base: PathArgument | None = None,
 ) -> None:
-    """Converts an Orbax checkpoint back to the released layout, for PyTorch and everything that reads it.
+    """Converts an Orbax checkpoint to the released layout, which PyTorch reads.
 
-    An adapter of LoRA is merged into its model: W + scale B A is summed in float32 and rounded once.
+    A LoRA adapter is merged into its base: W + scale B A is summed in float32 and rounded once.
 
     Args:
-        source: A directory that to-orbax or training wrote, or an adapter's, PEFT's too.
+        source: Orbax checkpoint, training run, or adapter (PEFT's too).
         target: The directory to write, new or empty.
-        dtype: Type of all tensors; by default each stays as it is stored. config.json then names the new type.
-        shard_gb: Gigabytes (10^9 bytes) of tensors in a file, at most; what fits in one gets no index.
-        base: The model that an adapter is merged into, if not the one that it names.
+        dtype: Dtype of all tensors, also in config.json. Default: as stored.
+        shard_gb: Maximum gigabytes (10^9 bytes) of tensors per file. A single file gets no index.
+        base: Model that an adapter is merged into. Default: the one that it names.
     """
     if not 1 <= shard_gb * 10**9 < math.inf:
         raise MossAudioError(f"--shard-gb must be a number of gigabytes above 0, not {shard_gb}")
@@ -98,12 +89,12 @@ def to_hf(
 
 @app.command
 def to_peft(source: Source, target: Target, /, *, dtype: Dtype | None = None) -> None:
-    """Writes an adapter of LoRA as PEFT does, which then loads it onto the PyTorch model.
+    """Converts a LoRA adapter to PEFT's layout, which PEFT loads onto the PyTorch model.
 
     Args:
-        source: A training run of LoRA, or a directory of from-peft.
+        source: Training run with LoRA, or a directory of from-peft.
         target: The directory to write, new or empty: adapter_config.json and adapter_model.safetensors.
-        dtype: Type of all tensors; by default each stays as it is stored, which is float32 in a training run.
+        dtype: Dtype of all tensors. Default: as stored, float32 in a training run.
     """
     with _reported(target):
         import numpy as np
@@ -115,14 +106,14 @@ def to_peft(source: Source, target: Target, /, *, dtype: Dtype | None = None) ->
 
 @app.command
 def from_peft(source: Source, target: Target, /, *, base: PathArgument | None = None) -> None:
-    """Converts an adapter that PEFT wrote to Orbax; to-peft gives the same bytes back.
+    """Converts a PEFT adapter to Orbax; to-peft gives the same bytes back.
 
-    To generate with it or to merge it, it needn't be converted.
+    generate and to-hf read PEFT's layout directly.
 
     Args:
         source: A directory with adapter_config.json and adapter_model.safetensors.
         target: The directory to write, new or empty.
-        base: The model that it is for, if not the one that it names.
+        base: Model of the adapter. Default: the one that it names.
     """
     with _reported(target):
         from convert.adapters import convert_from_peft
@@ -131,18 +122,21 @@ def from_peft(source: Source, target: Target, /, *, base: PathArgument | None = 
 
 
 @app.command
-def inspect(path: Source, /, *, json_output: JsonFlag = False) -> None:
-    """Lists what a checkpoint holds: parameters, shapes, types, bytes, and the layout. Reads headers only.
+def inspect(path: Source, /, *, json: PathArgument | None = None) -> None:
+    """Lists parameters, shapes, dtypes, bytes and layout of a checkpoint. Reads headers only.
 
     Args:
         path: A released or an Orbax directory.
-        json_output: Print JSON instead of a table.
+        json: Write JSON to this file instead of printing a table; - for stdout.
     """
     _keep_to_cpu()
     from moss_audio_jax.weights.info import contents, contents_json, contents_table
 
     found = contents(path)
-    print(json.dumps(contents_json(found), indent=2) if json_output else contents_table(found))
+    if json is None:
+        print(contents_table(found))
+    else:
+        write_json(json, contents_json(found))
 
 
 @app.command
@@ -158,25 +152,25 @@ def verify(
     max_kl: float | None = None,
     min_top_1: float | None = None,
     min_top_k: float | None = None,
-    json_output: JsonFlag = False,
+    json: PathArgument | None = None,
 ) -> None:
     """Compares two checkpoints, each released or Orbax; exits with 1 if they differ.
 
-    Every tensor is compared bit by bit. Where the types differ, the target must hold exactly what converting the source
-    gives, so the original comes first. If one of the two is a released directory and PyTorch is installed, PyTorch runs
-    it and JAX the other on the same sound, one after the other, and all stages are compared up to the logits.
+    Compares every tensor bit by bit. If the dtypes differ, the target must be exactly the conversion of the source, so
+    the original comes first. If one of them is a released directory and PyTorch is installed, PyTorch runs it and JAX
+    runs the other on the same sound, one after the other, and all stages up to the logits are compared.
 
     Args:
         source: The original.
-        target: What was made of it.
-        torch: Compare the computations too, where PyTorch is installed.
-        audio: A sound file for that; by default a synthetic clip, always the same.
-        dtype: Type of both models' weights and computations; bfloat16 takes half the memory and proves less.
-        max_error: Fail if a stage's largest error, over its largest magnitude, is above this.
-        max_kl: Fail if a next-token distribution's divergence from PyTorch's, in nats, is above this.
-        min_top_1: Fail if a smaller share of positions has the same likeliest token.
-        min_top_k: Fail if a smaller share of PyTorch's five likeliest tokens is among JAX's.
-        json_output: Print JSON instead of tables.
+        target: Its conversion.
+        torch: Also compare the computations, if PyTorch is installed.
+        audio: Sound file for that. Default: a fixed synthetic clip.
+        dtype: Dtype of weights and computation of both models. bfloat16 takes half the memory and proves less.
+        max_error: Fail if the largest error of a stage, divided by its largest magnitude, is above this.
+        max_kl: Fail if the KL divergence of a next-token distribution from PyTorch's, in nats, is above this.
+        min_top_1: Fail if a smaller share of positions has the same most likely token.
+        min_top_k: Fail if a smaller share of PyTorch's five most likely tokens is among JAX's.
+        json: Write JSON to this file instead of printing tables; - for stdout.
     """
     if not torch:
         _keep_to_cpu()
@@ -185,7 +179,10 @@ def verify(
 
     limits = {"relative_error": max_error, "kl": max_kl, "top_1_agreement": min_top_1, "top_k_overlap": min_top_k}
     report = compare(source, target, pytorch=torch, audio=audio, dtype=dtype, limits=limits)
-    print(json.dumps(as_json(report), indent=2) if json_output else report_table(report))
+    if json is None:
+        print(report_table(report))
+    else:
+        write_json(json, as_json(report))
     if not report.passed:
         sys.exit(1)
 
@@ -234,7 +231,7 @@ def average(
 
 @contextmanager
 def _reported(target: AnyPath) -> Iterator[None]:
-    """For the commands that write: removes what is half written when they are stopped, says at the end what it took."""
+    """For commands that write: removes partial output when they are stopped, and prints size, time and memory."""
     _keep_to_cpu()
     start = time.perf_counter()
     with cleans_up_on_signals():
@@ -246,14 +243,14 @@ def _reported(target: AnyPath) -> Iterator[None]:
 
 
 def _keep_to_cpu() -> None:
-    """For what only handles files: JAX would take the accelerator, or wait for whoever has it."""
+    """For commands that only handle files: otherwise JAX takes the accelerator, or waits for it."""
     import jax
 
     jax.config.update("jax_platforms", "cpu")
 
 
 def main() -> None:
-    run_cli(lambda: app.cli(prog="moss-audio-convert", description=__doc__, config=(tyro.conf.OmitArgPrefixes,)))
+    run_cli(lambda: app.cli(prog="moss-audio-convert", description=__doc__))
 
 
 if __name__ == "__main__":

@@ -1,24 +1,38 @@
-"""MOSS-Audio in JAX/Flax: what the model is and how to run it."""
+"""MOSS-Audio in JAX/Flax: the model, its weights, and generation.
 
-import os
-import signal
-import sys
+Names are imported on first use (PEP 562): `import moss_audio_jax` and `--help` of the commands import no JAX.
+"""
 
-# The commands end at Ctrl-C during the imports below too, which take seconds; `interruption` takes over after them.
-# "-m" is the program's name while Python looks for the module that `python -m` names.
-if signal.getsignal(signal.SIGINT) is signal.default_int_handler and os.path.basename(
-    sys.argv[0] if sys.argv else ""
-) in ("-m", "moss-audio", "moss-audio-convert", "moss-audio-train"):
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+import importlib
+from typing import TYPE_CHECKING, Any
 
-from moss_audio_jax.config import LoraConfig, MossAudioConfig
-from moss_audio_jax.errors import MossAudioError
-from moss_audio_jax.generation import generate, stream
-from moss_audio_jax.inputs import ModelInputs, make_inputs
-from moss_audio_jax.model import MossAudio
-from moss_audio_jax.processor import Processor, load_processor
-from moss_audio_jax.weights.checkpoint import load_adapter, load_model, merge_adapter, save_model
+if TYPE_CHECKING:
+    from moss_audio_jax.config import LoraConfig, MossAudioConfig
+    from moss_audio_jax.errors import MossAudioError
+    from moss_audio_jax.generation import generate, stream
+    from moss_audio_jax.inputs import ModelInputs, make_inputs
+    from moss_audio_jax.model import MossAudio
+    from moss_audio_jax.processor import Processor, load_processor
+    from moss_audio_jax.sampling_config import Sampling
+    from moss_audio_jax.weights.checkpoint import load_adapter, load_model, merge_adapter, save_model
 
+_MODULES = {
+    "LoraConfig": "config",
+    "ModelInputs": "inputs",
+    "MossAudio": "model",
+    "MossAudioConfig": "config",
+    "MossAudioError": "errors",
+    "Processor": "processor",
+    "Sampling": "sampling_config",
+    "generate": "generation",
+    "load_adapter": "weights.checkpoint",
+    "load_model": "weights.checkpoint",
+    "load_processor": "processor",
+    "make_inputs": "inputs",
+    "merge_adapter": "weights.checkpoint",
+    "save_model": "weights.checkpoint",
+    "stream": "generation",
+}
 __all__ = [
     "LoraConfig",
     "ModelInputs",
@@ -26,6 +40,7 @@ __all__ = [
     "MossAudioConfig",
     "MossAudioError",
     "Processor",
+    "Sampling",
     "generate",
     "load_adapter",
     "load_model",
@@ -35,3 +50,9 @@ __all__ = [
     "save_model",
     "stream",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

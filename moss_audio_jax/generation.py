@@ -22,7 +22,8 @@ from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.inputs import ModelInputs, bucket
 from moss_audio_jax.language_model import KVCache
 from moss_audio_jax.model import MossAudio, check_positions
-from moss_audio_jax.sampling import Sampling, SamplingArrays, row_keys, row_seeds
+from moss_audio_jax.sampling import SamplingArrays, row_keys, row_seeds
+from moss_audio_jax.sampling_config import Sampling
 from moss_audio_jax.sharding import constrain, on_automatic_mesh, on_host, on_mesh_of
 from moss_audio_jax.weights.finite import first_nonfinite
 

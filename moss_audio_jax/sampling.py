@@ -4,7 +4,6 @@ Top-k and top-p don't sort the vocabulary: they find a threshold on the logits b
 """
 
 import dataclasses
-import math
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,52 +14,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from moss_audio_jax.errors import MossAudioError
+from moss_audio_jax.sampling_config import Sampling
 
 _FLOAT32 = np.finfo(np.float32)
 MIN_SEED, MAX_SEED = -(2**63), 2**64 - 1
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How a token is drawn from the logits, in Hugging Face's order: penalty, temperature, top-k, top-p.
-
-    temperature: 0 takes the most likely token (greedy), and top_k and top_p do nothing.
-    top_k: draw from the k most likely tokens; 0 means all.
-    top_p: draw from the fewest tokens whose probabilities reach it; 1 means all.
-    repetition_penalty: logits of tokens in the prompt or the answer so far are divided by it where positive and
-        multiplied where negative; 1 changes nothing.
-
-    Tokens of equal probability are drawn from together, or not at all.
-    """
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0
-
-    def __post_init__(self):
-        checks: dict[str, tuple[bool, str]] = {
-            "temperature": (0 <= self.temperature < math.inf, "0 or more, and finite"),
-            "top_k": (self.top_k >= 0 and float(self.top_k).is_integer(), "a whole number, 0 (all) or more"),
-            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
-            "repetition_penalty": (0 < self.repetition_penalty < math.inf, "above 0, and finite"),
-        }
-        for name, (valid, expected) in checks.items():
-            if not valid:
-                raise MossAudioError(f"{name} must be {expected}, not {getattr(self, name)}")
-
-    def arrays(self) -> "SamplingArrays":
-        """The same numbers in float32; what is too small or too large for that becomes the nearest normal number."""
-
-        def normal(value: float) -> np.float32:
-            return np.float32(min(max(value, float(_FLOAT32.tiny)), float(_FLOAT32.max)))
-
-        return SamplingArrays(
-            temperature=normal(self.temperature) if self.temperature else np.float32(0),
-            top_k=np.int32(min(self.top_k, np.iinfo(np.int32).max)),
-            top_p=normal(self.top_p),
-            repetition_penalty=normal(self.repetition_penalty),
-        )
 
 
 @jax.tree_util.register_dataclass
@@ -72,6 +29,20 @@ class SamplingArrays:
     top_k: Int[Any, ""]
     top_p: Float[Any, ""]
     repetition_penalty: Float[Any, ""]
+
+    @classmethod
+    def of(cls, sampling: Sampling) -> "SamplingArrays":
+        """Converts to float32, and to the nearest normal number what is too small or too large for that."""
+
+        def normal(value: float) -> np.float32:
+            return np.float32(min(max(value, float(_FLOAT32.tiny)), float(_FLOAT32.max)))
+
+        return cls(
+            temperature=normal(sampling.temperature) if sampling.temperature else np.float32(0),
+            top_k=np.int32(min(sampling.top_k, np.iinfo(np.int32).max)),
+            top_p=normal(sampling.top_p),
+            repetition_penalty=normal(sampling.repetition_penalty),
+        )
 
     def __call__(
         self, logits: Float[Array, "b vocab"], seen: Bool[Array, "b vocab"], keys: jax.Array

@@ -20,7 +20,7 @@ from moss_audio_jax import splash as splash_module
 from moss_audio_jax.attention import causal_attend, self_attend
 from moss_audio_jax.generation import decode_until, make_drawing, prefill_prompts
 from moss_audio_jax.language_model import LanguageModel
-from moss_audio_jax.sampling import Sampling
+from moss_audio_jax.sampling_config import Sampling
 from moss_audio_jax.sharding import make_mesh, named_sharding
 from moss_audio_jax.splash import LANES, TILES, Tiles, serves, splash_attend
 from moss_audio_jax.weights.parameters import abstract_parameters, build_model

@@ -12,7 +12,8 @@ from jax.sharding import NamedSharding
 from moss_audio_jax import MossAudio, MossAudioError, generate, make_inputs, stream
 from moss_audio_jax import generate as generate_function
 from moss_audio_jax.generation import decode_until, prefill_prompts
-from moss_audio_jax.sampling import Sampling, row_keys, row_seeds
+from moss_audio_jax.sampling import row_keys, row_seeds
+from moss_audio_jax.sampling_config import Sampling
 from moss_audio_jax.sharding import make_mesh
 from moss_audio_jax.tree import dotted
 from moss_audio_jax.weights.parameters import abstract_parameters, build_model

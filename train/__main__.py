@@ -1,33 +1,29 @@
-"""`python -m train`, or `moss-audio-train`: training data made ready, training, and evaluation."""
-
-import os
-import signal
-import sys
-
-if (
-    (__name__ == "__main__" or os.path.basename(sys.argv[0]).startswith("moss-audio"))  # not imported by a test
-    and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-):
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # during the imports below, which take seconds
+"""`moss-audio-train` prepares training data, trains and evaluates."""
 
 import argparse
+import inspect
 import logging
+import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
-from moss_audio_jax.commands.cli import Commands, PathArgument, run_cli, storage_refusal
-from moss_audio_jax.commands.interruption import INTERRUPTED, end, ends_on_ctrl_c
+from moss_audio_jax.commands.cli import Commands, run_cli
+from moss_audio_jax.commands.interruption import INTERRUPTED, end
+from moss_audio_jax.commands.json_output import write_json
+from moss_audio_jax.commands.paths import PathArgument
+from moss_audio_jax.commands.renamed import current_arguments
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.storage.paths import Path, require_writable
 from moss_audio_jax.storage.retries import retried
-
-if TYPE_CHECKING:
-    from train.ablation import AblationConfig
-    from train.config import RunConfig
-    from train.evaluation.evaluate import EvaluationConfig
-    from train.running.resume import ResumeConfig
+from train.config import AblationConfig, RunConfig, with_named_groups, with_paths
+from train.data.config import SceneConfig
+from train.evaluation.config import EvaluationConfig
+from train.recipes import DOCSTRINGS, RECIPES, read_recipe
+from train.running.config import DistributedConfig, ResumeConfig
+from train.running.config_file import stored_config
+from train.running.directory import is_begun
 
 PREEMPTED = 75  # exit code, EX_TEMPFAIL: run it again
 
@@ -43,20 +39,20 @@ def prepare(
     shards: int | None = None,
     shard: str | None = None,
 ) -> None:
-    """Packs a manifest and the audio it names into ArrayRecord shards, which training reads like the manifest itself.
+    """Packs a manifest and its audio into ArrayRecord shards, which training reads like the manifest.
 
-    A finished shard is left alone, so an interrupted call is simply repeated. Machines may share the work, each
-    writing a shard of its own into the same directory.
+    Finished shards are kept: repeat an interrupted call. Machines can share the work, each writing its own shard into
+    the same directory.
 
     Args:
-        manifest: JSON lines; `train/data/manifest.py` says what a line may hold.
-        out: The directory of the shards.
-        shards: Write all of so many shards.
-        shard: Write one only: `2/8` is number 2 of 8, counted from 0.
+        manifest: JSON lines (docs/data.md).
+        out: Directory of the shards.
+        shards: Number of shards; writes all of them.
+        shard: Write only this shard: `2/8` is number 2 of 8, counted from 0.
     """
     from train.data.shards import prepare as write
 
-    logging.basicConfig(format="%(message)s")  # names the clips that can't be read
+    logging.basicConfig(format="%(message)s")  # prints the names of clips that can't be read
     number, total = _which_shard(shards, shard)
     unreadable = 0
     for report in write(manifest, out, total, only=number):
@@ -68,7 +64,7 @@ def prepare(
 
 
 def _which_shard(shards: int | None, shard: str | None) -> tuple[int | None, int]:
-    """The number of the one shard to write (None: all), and how many there are."""
+    """Returns the number of the one shard to write (None: all), and the number of shards."""
     if shard is None:
         if shards is None:
             raise MossAudioError("prepare needs --shards N for all shards, or --shard I/N for one of them")
@@ -83,40 +79,35 @@ def _which_shard(shards: int | None, shard: str | None) -> tuple[int | None, int
     return int(number), int(total)
 
 
-def scenes_command() -> Callable[..., None]:
-    from train.data.scenes import SceneConfig
+_SCENES = SceneConfig()
 
-    defaults = SceneConfig()
 
-    def scenes(
-        out: tyro.conf.Positional[PathArgument],
-        /,
-        *,
-        count: int,
-        seed: int = 0,
-        config: Annotated[SceneConfig, tyro.conf.arg(name="scenes")] = defaults,
-    ) -> None:
-        """Writes sound scenes as audio files and a manifest: data to try a fine-tune with.
+@app.command
+def scenes(
+    out: tyro.conf.Positional[PathArgument],
+    /,
+    *,
+    count: int,
+    seed: int = 0,
+    config: Annotated[SceneConfig, tyro.conf.arg(name="scenes")] = _SCENES,
+) -> None:
+    """Writes sound scenes as audio files and a manifest: data to try a fine-tune with.
 
-        A line of OUT/manifest.jsonl is a conversation about a clip, with labels of what is heard.
+    A line of OUT/manifest.jsonl is a conversation about a clip, with labels of its sounds.
 
-        Args:
-            out: A new directory.
-            count: How many.
-            seed: Makes other scenes; take another for evaluation than for training.
-            config: What they are made of, and what is asked about them.
-        """
-        from train.data.scene_files import write_scenes
+    Args:
+        out: A new directory.
+        count: Number of scenes.
+        seed: Seed of the scenes. Use different seeds for training and evaluation.
+        config: Content of the scenes, and questions about them.
+    """
+    from train.data.scene_files import write_scenes
 
-        print(f"wrote {write_scenes(out, count, seed, config)}, {count} conversations about as many clips")
-
-    return scenes
+    print(f"wrote {write_scenes(out, count, seed, config)}, {count} conversations about as many clips")
 
 
 def check_command(arguments: list[str]) -> Callable[..., None]:
-    """The command `check`; its options are those of `run` for the recipe that the arguments name."""
-    from train.config import RecipeName, RunConfig
-
+    """Makes the command `check`, whose options are those of `run` with the defaults of the recipe in the arguments."""
     recipe_config = _named_recipe(arguments, "finetune")
 
     def check(
@@ -124,31 +115,31 @@ def check_command(arguments: list[str]) -> Callable[..., None]:
         /,
         *,
         group: str | None = None,
-        recipe: RecipeName = "finetune",
+        recipe: str = "finetune",
         init: str | None = None,
         config: Annotated[RunConfig, tyro.conf.arg(name="")] = recipe_config,
     ) -> None:
-        """Says what is wrong with each line of a manifest, as far as can be told without decoding its audio.
+        """Prints the errors of each line of a manifest that are found without decoding its audio.
 
-        Writes nothing. Exits with 1 if an example can't be trained on: its line is invalid or has nothing for the
-        objectives of its group, its audio is missing, empty or no audio, its labels go beyond the clip, or it is too
+        Writes nothing. Exits with 1 if an example can't be trained on: its line is invalid or has no labels for the
+        objectives of its group, its audio is missing, empty or not audio, its labels exceed the clip, or it is too
         long.
 
         Args:
-            manifest: JSON lines; `train/data/manifest.py` says what a line may hold.
-            group: The group of the mixture that it is for, such as speech; by default the one that names it (as with
-                --mixture.speech.paths), or else that of --data. The group's objectives are what is asked.
-            recipe: Where the other options get their defaults; of them, the data's say what is too long.
-            init: The checkpoint to train, short for --model.checkpoint: with its tokenizer, texts count too.
-            config: What the recipe says, and may be said otherwise.
+            manifest: JSON lines (docs/data.md).
+            group: Group of the mixture that gives the objectives, such as speech. Default: the group with this path (as
+                with --mixture.speech.paths), or else that of --data.
+            recipe: Recipe, or config.json of a run, that gives the other options their defaults. Those of the data
+                decide what is too long.
+            init: Checkpoint to train, short for --model.checkpoint: with its tokenizer, texts count too.
+            config: Options of the recipe.
         """
         _check(manifest, config, init, group)
 
     return check
 
 
-def _check(manifest: Path, config: "RunConfig", init: str | None, group: str | None) -> None:
-    from train.config import with_paths
+def _check(manifest: Path, config: RunConfig, init: str | None, group: str | None) -> None:
     from train.running.preflight import check_of
 
     check = check_of(with_paths(config, init), manifest, group)
@@ -162,18 +153,14 @@ def _check(manifest: Path, config: "RunConfig", init: str | None, group: str | N
 
 
 def run_command(arguments: list[str]) -> Callable[..., None]:
-    """The command `run`; the run in `--out`, that of `--branch` or else the recipe gives its options their defaults."""
-    from train.config import RecipeName, RunConfig, with_named_groups, with_paths
-    from train.running.distributed import DistributedConfig, join
-    from train.running.resume import ResumeConfig
-
+    """Makes the command `run`. The run in `--out`, that of `--branch` or else the recipe gives options their defaults."""
     one_process, at_the_newest = DistributedConfig(), ResumeConfig()
     stored = _stored_config(arguments)
     defaults = with_named_groups(stored, arguments) if stored else _named_recipe(arguments, "pretrain_stage1")
 
     def run(
         *,
-        recipe: RecipeName | None = None,
+        recipe: str | None = None,
         out: PathArgument,
         init: str | None = None,
         data: tuple[str, ...] = (),
@@ -182,121 +169,128 @@ def run_command(arguments: list[str]) -> Callable[..., None]:
         resume: Annotated[ResumeConfig, tyro.conf.arg(name="")] = at_the_newest,
         processes: Annotated[DistributedConfig, tyro.conf.arg(name="")] = one_process,
     ) -> None:
-        """Trains, and resumes from the newest checkpoint in the directory if there is one.
+        """Trains. Resumes from the newest checkpoint in the directory if there is one.
 
-        SIGTERM and Ctrl-C make a checkpoint and exit with code 75; the same command then resumes, to the same result.
+        SIGTERM and Ctrl-C save a checkpoint and exit with code 75. The same command then resumes, with the same result.
         Before the first step, and the second time, Ctrl-C ends the run at once with code 130.
-        A run that resumes keeps the options that it was begun with; those that are given are compared with them.
+        A resumed run keeps the options it was begun with, and compares those that are given with them.
 
         Args:
-            recipe: Where the options of a new run get their defaults.
-            out: The directory of the run: config.json, metrics.jsonl, checkpoints/.
-            init: The checkpoint to begin with, short for --model.checkpoint.
-            data: Conversations or labelled clips to learn, short for --mixture.conversations.paths.
-            eval_data: What to evaluate on, short for --evaluate-data; at each checkpoint if nothing says how often.
-            config: What the recipe says, and may be said otherwise.
-            resume: Where a run resumes, and which of its options may be others than it was begun with.
-            processes: How the processes of a run find each other, if there are several.
+            recipe: Recipe, or config.json of any run, that gives the options of a new run their defaults.
+            out: Directory of the run: config.json, metrics.jsonl, checkpoints/.
+            init: Checkpoint to start from, short for --model.checkpoint.
+            data: Conversations or labelled clips to train on, short for --mixture.conversations.paths.
+            eval_data: Data to evaluate on, short for --validation.data; at each checkpoint unless --validation.every is
+                given.
+            config: Options of the recipe.
+            resume: Resuming, and changed options.
+            processes: Processes of the run, if there are several.
         """
+        from train.running.distributed import join
+
         _require_recipe(recipe, stored)
         settled = with_paths(config, init, data, eval_data, default=stored)
         join(processes)  # before anything else of JAX
         _train(settled, out, resume)
 
+    run.__doc__ = _with_recipe(run.__doc__, arguments)
     return run
 
 
-def _require_recipe(recipe: str | None, stored: "RunConfig | None") -> None:
-    from train.config import RECIPES
+def _with_recipe(docstring: str | None, arguments: list[str]) -> str:
+    """Puts the docstring of the recipe that the arguments name after the first line of a command's docstring."""
+    summary, _, rest = (docstring or "").partition("\n")
+    recipe = inspect.cleandoc(DOCSTRINGS.get(_scanned(arguments, "recipe") or "", ""))
+    indented = "".join(f"        {line}".rstrip() + "\n" for line in recipe.splitlines())
+    return f"{summary}\n\n{indented}{rest}" if recipe else docstring or ""
 
+
+def _require_recipe(recipe: str | None, stored: RunConfig | None) -> None:
     if recipe is None and stored is None:
-        raise MossAudioError(f"--recipe is needed to begin a run: give one of {', '.join(RECIPES)}")
+        raise MossAudioError(f"--recipe must be given to begin a run: one of {', '.join(RECIPES)}, or a config.json")
     begun_with = stored and stored.recipe
     if recipe is not None and begun_with is not None and recipe != begun_with:
-        raise MossAudioError(f"--recipe is {recipe}, and the run was begun with {begun_with}: give that, or none")
+        raise MossAudioError(
+            f"--recipe must be {begun_with}, with which the run was begun, not {recipe}: or leave it out"
+        )
 
 
-def _stored_config(arguments: list[str]) -> "RunConfig | None":
-    """Of the run that `--out` holds, or of the one that `--branch` begins from; None for a new run."""
-    from train.running.resume import ResumeConfig, is_begun, stored_config
-
-    scan = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    scan.add_argument("--out")
-    scan.add_argument("--branch")
-    scanned = scan.parse_known_args(arguments)[0]
-    try:
-        if scanned.out is not None and is_begun(scanned.out):
-            return stored_config(scanned.out)
-        if scanned.branch is not None and (origin := ResumeConfig(branch=scanned.branch).origin):
-            return stored_config(origin[0])
-    except (MossAudioError, OSError) as error:
-        print(f"error: {storage_refusal(error) or error}", file=sys.stderr)
-        sys.exit(2)
+def _stored_config(arguments: list[str]) -> RunConfig | None:
+    """Reads the configuration of the run in `--out`, or of the one that `--branch` begins from; None for a new run."""
+    out, branch = _scanned(arguments, "out"), _scanned(arguments, "branch")
+    if out is not None and is_begun(out):
+        return stored_config(out)
+    if branch is not None and (origin := ResumeConfig(branch=branch).origin):
+        return stored_config(origin[0])
     return None
 
 
-def _named_recipe(arguments: list[str], default: str) -> "RunConfig":
-    """The recipe that `--recipe` names, or else the default, with the groups of new names that the arguments have."""
-    from train.config import RECIPES, with_named_groups
+def _named_recipe(arguments: list[str], default: str) -> RunConfig:
+    """Reads the recipe of `--recipe`, or else the default, and adds the named groups of the arguments."""
+    return with_named_groups(read_recipe(_scanned(arguments, "recipe") or default), arguments)
 
-    scan = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    scan.add_argument("--recipe")
-    recipe = RECIPES.get(scan.parse_known_args(arguments)[0].recipe, RECIPES[default])
-    return with_named_groups(recipe, arguments)
+
+def _scanned(arguments: list[str], option: str) -> str | None:
+    """Value of an option that other options take their defaults from."""
+    scan = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    scan.add_argument(f"--{option}")
+    try:
+        return getattr(scan.parse_known_args(arguments)[0], option)
+    except argparse.ArgumentError:  # no value, about which the parser of the command complains
+        return None
 
 
 def plan_command(arguments: list[str]) -> Callable[..., None]:
-    """The command `plan`; its options are those of `run` for the recipe that the arguments name, and some more."""
-    from train.config import RecipeName, RunConfig, with_paths
-
+    """Makes the command `plan`. Its options are those of `run` with the defaults of the recipe, and some more."""
     recipe_config = _named_recipe(arguments, "pretrain_stage2")
 
     def plan(
         *,
         topology: str,
-        recipe: RecipeName = "pretrain_stage2",
+        recipe: str = "pretrain_stage2",
         mode: Literal["train", "generate", "load"] = "train",
-        model: str | None = None,
+        preset: str | None = None,
         slices: int = 1,
-        batch: int | None = None,
-        seq: int | None = None,
+        batch_size: int | None = None,
+        tokens: int | None = None,
         chunks: int | None = None,
         segments: int = 1,
         propose_batch: bool = False,
         eval_data: tuple[str, ...] = (),
-        json: bool = False,
+        json: PathArgument | None = None,
         config: Annotated[RunConfig, tyro.conf.arg(name="")] = recipe_config,
     ) -> None:
-        """Compiles a recipe's step for a TPU, on any machine; no TPU needed. Says whether it fits, and how fast it
-        might be.
+        """Compiles a recipe's step for a TPU on any machine, no TPU needed, and prints whether it fits and how fast it is.
 
-        Exits with 1 if it does not fit, having tried what would.
+        Exits with 1 if it does not fit, after trying changes that would.
 
         Args:
             topology: Kind and shape of the TPU, such as v5e:2x4, v5p:4x4x4 or v6e:8x8, or the name that it is rented
                 by, such as v5litepod-8, v5p-128 or v6e-64.
-            recipe: Where the other options get their defaults.
-            mode: A step of training; answering (prompts read, a token decoded), in bfloat16; or loading alone.
-            model: Size, short for --model.preset.
-            slices: How many such TPUs, each with a replica.
-            batch: Sequences of a step (or prompts) in all, short for --data.batch-size.
-            seq: Tokens of a sequence (of a prompt and its answer), short for --data.tokens.
-            chunks: Audio chunks of a sequence, short for --data.chunks; by default in the recipe's proportion.
-            segments: Clips packed into a sequence, of equal length: attention within them is less work that counts.
-            propose_batch: If it fits, find the largest batch that does, the batch doubled again and again. Compiles
-                two more programs or three. The evaluation is planned for the batch that was given.
-            eval_data: What the run will be evaluated on, as for `run`: the headers of its clips tell how long questions
-                are. With it, or --evaluate-every, the memory of the evaluation is planned too.
-            json: Print one JSON object instead of a table.
-            config: What the recipe says, and may be said otherwise.
+            recipe: Recipe, or config.json of a run, that gives the other options their defaults.
+            mode: train: a training step. generate: prefill and decoding of a token, in bfloat16. load: loading alone.
+            preset: Size of the model, short for --model.preset.
+            slices: Number of such TPUs, each with a replica.
+            batch_size: Sequences of a step (or prompts) in all, short for --data.batch-size.
+            tokens: Tokens of a sequence (or of a prompt and its answer), short for --data.tokens.
+            chunks: Audio chunks of a sequence, short for --data.chunks. Default: in the recipe's proportion to tokens.
+            segments: Clips packed into a sequence, of equal length. More segments need less attention.
+            propose_batch: If the step fits, find the largest batch that does by doubling it. Compiles two or three more
+                programs. The evaluation is planned for the given batch.
+            eval_data: Data to evaluate on, as for `run`: the headers of its clips give the lengths of the questions.
+                With it, or --validation.every, the memory of the evaluation is planned too.
+            json: Write JSON to this file instead of printing a table; - for stdout.
+            config: Options of the recipe.
         """
-        from json import dumps
 
         from train.planning.plan import plan_table, with_sizes
 
-        config = with_paths(with_sizes(config, model, slices, batch, seq, chunks), eval_data=eval_data)
+        config = with_paths(with_sizes(config, preset, slices, batch_size, tokens, chunks), eval_data=eval_data)
         report = _plan(config, topology, mode, slices, segments, propose_batch)
-        print(dumps(report, indent=2) if json else plan_table(report))
+        if json is None:
+            print(plan_table(report))
+        else:
+            write_json(json, report)
         if not (report["fits"] and report.get("evaluation", report)["fits"]):
             sys.exit(1)
 
@@ -304,14 +298,14 @@ def plan_command(arguments: list[str]) -> Callable[..., None]:
 
 
 def _plan(
-    config: "RunConfig", topology: str, mode: str, slices: int, segments: int, propose_batch: bool
+    config: RunConfig, topology: str, mode: str, slices: int, segments: int, propose_batch: bool
 ) -> dict[str, Any]:
     from train.planning import plan
     from train.planning.plan_evaluation import plan_evaluation
     from train.planning.topology import topology_devices, topology_of
 
     if mode != "train" and config.lora is not None and config.lora.int8:
-        raise MossAudioError(f"lora.int8 is for training: leave it out of --mode {mode}, where no kernel is int8")
+        raise MossAudioError(f"--lora.int8 is for training: leave it out of --mode {mode}, where no kernel is int8")
     if mode != "train" and (segments != 1 or propose_batch):
         raise MossAudioError(f"--segments and --propose-batch are for training: leave them out of --mode {mode}")
     if not 1 <= segments <= config.data.tokens:
@@ -338,19 +332,19 @@ def _plan(
         report["would_fit"] = plan.what_would_fit(config, devices)
     elif propose_batch:
         report["largest_batch"] = plan.propose_batch(config, devices, report)
-    if report["fits"] and config.loop.evaluate_every is not None:
+    if report["fits"] and config.validation.every is not None:
         report["evaluation"] = plan_evaluation(config, devices, report)
     return report
 
 
-def _train(config: "RunConfig", out: Path, resume: "ResumeConfig") -> None:
+def _train(config: RunConfig, out: Path, resume: ResumeConfig) -> None:
     import jax
 
     from moss_audio_jax.weights.locate import RUN_BEST
     from train.loop import train
 
-    logging.basicConfig(format="%(message)s", force=True)  # names the examples that are skipped
-    # Orbax logs the traceback of a checkpoint that can't be written, which is then raised and said in a sentence.
+    logging.basicConfig(format="%(message)s", force=True)  # prints the names of skipped examples
+    # Orbax logs the traceback of a checkpoint that can't be written; the error is raised too, and printed as a sentence.
     logging.getLogger("absl").addFilter(lambda record: "_SignalingThread" not in record.getMessage())
     outcome = train(config, out, resume=resume)
     first = jax.process_index() == 0
@@ -361,51 +355,48 @@ def _train(config: "RunConfig", out: Path, resume: "ResumeConfig") -> None:
     if first:
         best, early = outcome.best, ""
         if best is not None and outcome.stopped_early:
-            early = f", and no further: evaluations since the best {best.metric}: {best.since}"
+            early = f", and stopped early: {best.since} evaluations since the best {best.metric}"
         print(f"{out}: trained to step {outcome.step}{early}")
         if best is not None and best.step is not None:
             print(f"{out / RUN_BEST}: the checkpoint of step {best.step}, {best.metric} {best.value:.4g}")
 
 
-def evaluate_command() -> Callable[..., None]:
-    """The command `evaluate`."""
-    from train.evaluation.evaluate import EvaluationConfig
-    from train.running.distributed import DistributedConfig, join
+_EVALUATION, _ONE_PROCESS = EvaluationConfig(), DistributedConfig()
 
-    defaults, one_process = EvaluationConfig(), DistributedConfig()
 
-    def evaluate(
-        checkpoint: tyro.conf.Positional[PathArgument],
-        /,
-        *,
-        out: PathArgument | None = None,
-        predictions: PathArgument | None = None,
-        plot: PathArgument | None = None,
-        config: Annotated[EvaluationConfig, tyro.conf.arg(name="")] = defaults,
-        processes: Annotated[DistributedConfig, tyro.conf.arg(name="")] = one_process,
-    ) -> None:
-        """Asks a checkpoint questions whose answers are known, and prints how right it is.
+@app.command
+def evaluate(
+    checkpoint: tyro.conf.Positional[PathArgument],
+    /,
+    *,
+    json: PathArgument | None = None,
+    predictions: PathArgument | None = None,
+    plot: PathArgument | None = None,
+    config: Annotated[EvaluationConfig, tyro.conf.arg(name="")] = _EVALUATION,
+    processes: Annotated[DistributedConfig, tyro.conf.arg(name="")] = _ONE_PROCESS,
+) -> None:
+    """Asks a checkpoint questions with known answers, and prints measures of its answers.
 
-        Ctrl-C ends it after the questions at hand: what was answered so far is measured, written and marked as partial,
-        and the exit code is 130. A second Ctrl-C ends it at once.
+    Ctrl-C stops it after the current batch: the answers so far are measured, written and marked as partial, and the
+    exit code is 130. A second Ctrl-C ends it at once.
 
-        Args:
-            checkpoint: A released directory, one that `python -m convert to-orbax` wrote, or a training run's, whose
-                best checkpoint is RUN/best.
-            out: A JSON file for all measures, their counts and this configuration.
-            predictions: A JSON-lines file for every question, its reference and the model's answer.
-            plot: A PNG file for the first clips whose events were asked for: spectrogram, true and predicted events.
-            config: What is asked, and how.
-            processes: How the processes find each other, if there are several; the first one prints and writes.
-        """
-        join(processes)  # before anything else of JAX
-        _evaluate(checkpoint, config, out, predictions, plot)
+    Args:
+        checkpoint: Released directory, Orbax checkpoint (`moss-audio-convert to-orbax`), or training run, whose best
+            checkpoint is RUN/best.
+        json: JSON file for all measures, their counts and this configuration.
+        predictions: JSON-lines file for every question, its reference and the model's answer.
+        plot: PNG file of the first clips with questions about events: spectrogram, true and predicted events.
+        config: Questions, and generation of the answers.
+        processes: Processes, if there are several. The first one prints and writes.
+    """
+    from train.running.distributed import join
 
-    return evaluate
+    join(processes)  # before anything else of JAX
+    _evaluate(checkpoint, config, json, predictions, plot)
 
 
 def _evaluate(
-    checkpoint: Path, config: "EvaluationConfig", out: Path | None, predictions: Path | None, plot: Path | None
+    checkpoint: Path, config: EvaluationConfig, out: Path | None, predictions: Path | None, plot: Path | None
 ) -> None:
     import jax
 
@@ -447,80 +438,68 @@ def _evaluate(
         end(INTERRUPTED)
 
 
-def ablate_command() -> Callable[..., None]:
-    """The command `ablate`."""
-    from train.ablation import AblationConfig
-
-    defaults = AblationConfig()
-
-    def ablate(
-        out: tyro.conf.Positional[PathArgument],
-        /,
-        *,
-        config: Annotated[AblationConfig, tyro.conf.arg(name="")] = defaults,
-    ) -> None:
-        """Trains a small model with and without time markers, with and without DeepStack, and compares them.
-
-        What was stopped goes on when the same command is run again.
-
-        Args:
-            out: The directory of all runs, the table ablation.md, the picture ablation.png and all scores in JSON.
-            config: How each model is trained, and what it is asked.
-        """
-        _ablate(out, config)
-
-    return ablate
+_ABLATION = AblationConfig()
 
 
-def _ablate(out: Path, config: "AblationConfig") -> None:
+@app.command
+def ablate(
+    out: tyro.conf.Positional[PathArgument],
+    /,
+    *,
+    config: Annotated[AblationConfig, tyro.conf.arg(name="")] = _ABLATION,
+) -> None:
+    """Trains a small model with and without time markers, with and without DeepStack, and compares them.
+
+    The same command, started again, resumes what was stopped.
+
+    Args:
+        out: Directory of all runs, the table ablation.md, the picture ablation.png and all scores in JSON.
+        config: Training and evaluation of each model.
+    """
+    _ablate(out, config)
+
+
+def _ablate(out: Path, config: AblationConfig) -> None:
     from train.ablation import ablate
 
     if not ablate(config, out):
-        print("stopped: run the same command to go on", file=sys.stderr)
+        print("stopped: run the same command to resume", file=sys.stderr)
         sys.exit(PREEMPTED)
     print((out / "ablation.md").read_text("utf-8"), end="")
 
 
-def _arguments_of(command: str) -> list[str]:
-    """What stands behind a command, which decides about its options; nothing behind another one."""
-    return sys.argv[2:] if sys.argv[1:2] == [command] else []
+_PICTURE = Path("training.png")
 
 
-def plot_command() -> Callable[..., None]:
-    """The command `plot`."""
-    default = Path("training.png")
+@app.command
+def plot(
+    runs: tyro.conf.Positional[tuple[PathArgument, ...]],
+    /,
+    *,
+    plot: PathArgument = _PICTURE,
+) -> None:
+    """Plots training runs: loss, learning rate, and the scores of their evaluations, by step.
 
-    def plot(
-        runs: tyro.conf.Positional[tuple[PathArgument, ...]],
-        /,
-        *,
-        out: PathArgument = default,
-    ) -> None:
-        """Draws how training runs went: loss, learning rate, and the scores of their evaluations, by step.
+    Args:
+        runs: Directories of runs, drawn over each other.
+        plot: PNG file to write.
+    """
+    from train.running.curves import plot_curves
 
-        Args:
-            runs: Directories of runs, drawn over each other.
-            out: The PNG file to write.
-        """
-        from train.running.curves import plot_curves
+    plot_curves(plot, runs)
+    print(f"wrote {plot}")
 
-        plot_curves(out, runs)
-        print(f"wrote {out}")
 
-    return plot
+def _cli() -> None:
+    """Adds the commands whose options depend on the arguments, and runs the one that is named."""
+    arguments = current_arguments(sys.argv[1:])
+    for name, make in (("check", check_command), ("run", run_command), ("plan", plan_command)):
+        app.command(name=name)(make(arguments[1:] if arguments[:1] == [name] else []))
+    app.cli(prog="moss-audio-train", description=__doc__, args=arguments)
 
 
 def main() -> None:
-    with ends_on_ctrl_c():
-        if sys.argv[1:2] not in (["prepare"], ["--version"]):  # they start faster without recipes
-            app.command(name="scenes")(scenes_command())
-            app.command(name="check")(check_command(_arguments_of("check")))
-            app.command(name="run")(run_command(_arguments_of("run")))
-            app.command(name="plan")(plan_command(_arguments_of("plan")))
-            app.command(name="evaluate")(evaluate_command())
-            app.command(name="ablate")(ablate_command())
-            app.command(name="plot")(plot_command())
-        run_cli(lambda: app.cli(prog="moss-audio-train", description=__doc__))
+    run_cli(_cli)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""Do time markers and DeepStack help? The same small model with and without each, from nothing, on sound scenes.
+"""Ablation of time markers and DeepStack: a small model with and without each, from scratch, on sound scenes.
 
-Every arm gets the same steps, the same seeds and the same tuning: its learning rate is the better one, on validation
-scenes, of those that seed 0 is trained with. All are then asked about test scenes as long as those of training and
-about longer ones, in which times come up that no answer of training held.
+All arms get the same steps, seeds and tuning: each takes the learning rate that is best on validation scenes with seed
+0. All answer questions about test scenes as long as those of training, and about longer ones, with times that no
+training answer has.
 
-    out/config.json      the configuration, which a repeated call must share: it goes on with what is missing
-    out/runs/            a directory for every run of training, with its measures
-    out/ablation.json    the scores of every run
-    out/ablation.md      a table of them
-    out/ablation.png     a picture of it
+    out/config.json      configuration; the same call, repeated, resumes with what is missing
+    out/runs/            directory of every training run, with its measures
+    out/ablation.json    scores of every run
+    out/ablation.md      table of the scores
+    out/ablation.png     plot of the scores
 """
 
 import dataclasses
@@ -19,24 +19,20 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.storage.paths import Path, atomic_write
-from train.config import CONFIG_FILE, RECIPES, MixtureConfig, RunConfig, SceneGroupConfig
-from train.data.scenes import SceneConfig
-from train.evaluation.answers import AnswerConfig
-from train.evaluation.evaluate import EvaluationConfig, evaluate
+from train.config import ARMS, AblationConfig, MixtureConfig, RunConfig, SceneGroupConfig
+from train.evaluation.config import EvaluationConfig
+from train.evaluation.evaluate import evaluate
 from train.evaluation.measures import Measures
 from train.evaluation.plots import plot_ranges, require_matplotlib
 from train.evaluation.questions import Question, scene_questions
 from train.loop import train
+from train.recipes import RECIPES
+from train.running.directory import CONFIG_FILE
 from train.running.resume import write_or_check_config
 
-TASKS = ("timeline", "start", "duration", "what_at", "pitch", "loudness")
 LATE_START = "late start"  # a task of its own: the start of a sound, past the end of the longest scene of training
 VALIDATION, TRAINED, LONGER = "validation", "as in training", "longer"
-_TRAINING = SceneConfig(seconds=(2.0, 6.0), events=(1, 3), tasks=TASKS, questions=3)
-_BEGINNING = dataclasses.replace(_TRAINING, seconds=(4.0, 4.0), events=(1, 2))
-_ANSWERS = AnswerConfig(batch_size=25, max_new_tokens=96)
 # Scenes of training have the seeds 0, 1, 2, ... of their runs.
 _VALIDATION_SEED, _TEST_SEED = 2**31, 2**31 + 1
 _SCORES = {"timeline": "f1", "start": "share_within", "duration": "share_within", LATE_START: "share_within"}
@@ -45,71 +41,8 @@ MEASURES_FILE = "measures.json"
 
 
 @dataclasses.dataclass(frozen=True)
-class Arm:
-    """A model: with seconds between its audio tokens or without, with DeepStack injection or without."""
-
-    time_markers: bool
-    deepstack: bool
-
-
-ARMS = {
-    "both": Arm(time_markers=True, deepstack=True),
-    "no markers": Arm(time_markers=False, deepstack=True),
-    "no DeepStack": Arm(time_markers=True, deepstack=False),
-    "neither": Arm(time_markers=False, deepstack=False),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class AblationConfig:
-    """How each arm is trained, and what it is asked."""
-
-    arms: tuple[str, ...] = tuple(ARMS)
-    """Which models to compare: both, no markers, no DeepStack, neither."""
-    steps: int = 600
-    """Of every run."""
-    seeds: int = 3
-    """Runs of each arm at its learning rate; they differ in their data and their first parameters."""
-    learning_rates: tuple[float, ...] = (1.5e-3, 3e-3)
-    """Tried by each arm with its first seed."""
-    preset: str = "small"
-    """Size of the model."""
-    scenes: SceneConfig = _TRAINING
-    """Of training, and of the test as long as it."""
-    easy_scenes: SceneConfig = _BEGINNING
-    """What training begins with."""
-    easy_examples: int = 6400
-    """How many scenes it begins with."""
-    longer: float = 2.0
-    """The longer scenes of the test are all so many times as long as the longest of training, at most so many times as
-    full."""
-    questions: int = 100
-    """Of each task, about validation scenes and about both lengths of test scenes."""
-    answers: AnswerConfig = _ANSWERS
-    """How every model is asked."""
-
-    def __post_init__(self):
-        unknown = [arm for arm in self.arms if arm not in ARMS]
-        if unknown or not self.arms:
-            raise MossAudioError(f"arms must be some of {', '.join(ARMS)}, found {', '.join(unknown) or 'none'}")
-        for name in ("steps", "seeds", "questions"):
-            if getattr(self, name) < 1:
-                raise MossAudioError(f"{name} must be 1 or more, not {getattr(self, name)}")
-        if not self.learning_rates:
-            raise MossAudioError("learning_rates must name one rate or more, found none")
-        if self.longer <= 1:
-            raise MossAudioError(f"longer must be above 1, not {self.longer}")
-
-    @property
-    def longer_scenes(self) -> SceneConfig:
-        seconds = self.scenes.seconds[1] * self.longer
-        events = (self.scenes.events[0], round(self.scenes.events[1] * self.longer))
-        return dataclasses.replace(self.scenes, seconds=(seconds, seconds), events=events)
-
-
-@dataclasses.dataclass(frozen=True)
 class Run:
-    """One model that is trained."""
+    """A training run of one arm."""
 
     arm: str
     learning_rate: float
@@ -121,7 +54,7 @@ class Run:
 
 
 def run_config(run: Run, config: AblationConfig) -> RunConfig:
-    """The recipe `time_events` with the arm's model and the ablation's scenes."""
+    """Returns the recipe `time_events` with the arm's model and the ablation's scenes."""
     recipe, arm = RECIPES["time_events"], ARMS[run.arm]
     return dataclasses.replace(
         recipe,
@@ -151,7 +84,7 @@ def run_config(run: Run, config: AblationConfig) -> RunConfig:
 
 
 def questions(config: AblationConfig) -> list[Question]:
-    """Of every task as many, about validation scenes and about both kinds of test scenes; those are the sources."""
+    """Makes the same number of questions of every task, about validation scenes and both kinds of test scenes."""
     places = (
         (VALIDATION, config.scenes, _VALIDATION_SEED),
         (TRAINED, config.scenes, _TEST_SEED),
@@ -176,7 +109,7 @@ Scores = Mapping[str, Mapping[str, float]]  # source -> task -> 0 to 1
 
 
 def scores(measures: Mapping[str, Mapping[str, Measures]]) -> Scores:
-    """The share of right answers of each task; of timelines the F1 of their events."""
+    """Returns the share of right answers of each task; for timelines the F1 of events."""
     return {
         source: {task: measured[_SCORES.get(task, _SCORE)] for task, measured in tasks.items()}
         for source, tasks in measures.items()
@@ -191,9 +124,9 @@ def mean_score(found: Mapping[str, float]) -> float:
 
 
 def ablate(config: AblationConfig, out: Path) -> bool:
-    """Trains and asks what is not done yet and writes what was found; False if a SIGTERM stopped it before the end.
+    """Trains and evaluates the runs that are not done and writes the results; returns False if SIGTERM stopped it.
 
-    Raises MossAudioError for another configuration than the one the directory was begun with.
+    Raises MossAudioError if the directory was begun with another configuration.
     """
     require_matplotlib()
     items = questions(config)
@@ -225,7 +158,7 @@ def ablate(config: AblationConfig, out: Path) -> bool:
 
 
 def _measures(run: Run, config: AblationConfig, items: Sequence[Question], directory: Path) -> dict[str, Any] | None:
-    """Of a run, trained and asked unless it was before; None if training was stopped."""
+    """Measures of a run, which is trained and evaluated unless it was before; None if training was stopped."""
     path = directory / MEASURES_FILE
     if not path.exists():
         if train(run_config(run, config), directory).preempted:
@@ -255,7 +188,7 @@ def _write(
 
 
 def _cells(arms: Mapping[str, Sequence[Scores]]) -> Iterator[tuple[str, str, dict[str, list[float]]]]:
-    """Source, task and the scores of each arm, a seed each, in percent; the last task of a source is their mean."""
+    """Yields source, task and the scores of each arm by seed, in percent; the last task of a source is the mean."""
     first = next(iter(arms.values()))[0]
     for source in (TRAINED, LONGER):
         for task in first[source]:
@@ -264,7 +197,7 @@ def _cells(arms: Mapping[str, Sequence[Scores]]) -> Iterator[tuple[str, str, dic
 
 
 def table(arms: Mapping[str, Sequence[Scores]], chosen: Mapping[str, Run]) -> str:
-    """Markdown: a line a task, in percent the mean over the seeds, and the lowest and highest of them."""
+    """Formats a Markdown table: a line per task, with mean, minimum and maximum over the seeds in percent."""
     rows = [
         ("scenes", "task", *arms),
         ("---",) * (2 + len(arms)),
@@ -282,7 +215,7 @@ def table(arms: Mapping[str, Sequence[Scores]], chosen: Mapping[str, Run]) -> st
 
 
 def _by_source(arms: Mapping[str, Sequence[Scores]]) -> dict[str, dict[str, dict[str, list[float]]]]:
-    """Title of a source -> task -> arm -> a score each seed."""
+    """Groups scores by title of the source, task and arm; one score per seed."""
     by_source: dict[str, dict[str, dict[str, list[float]]]] = {}
     for source, task, cells in _cells(arms):
         by_source.setdefault(f"scenes {source}" if source == TRAINED else f"{source} scenes", {})[task] = cells

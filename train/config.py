@@ -1,62 +1,261 @@
-"""What a training run is told: dataclasses with a default for everything, and recipes, which are values of them.
+"""Options of training and of the ablation: dataclasses with a default for everything. Recipes are values of them.
 
-Every field is an option of `python -m train run`. What changes the parameters that come out is written to the run's
-`config.json`; `resume` says which fields may be others when it resumes.
+Every field is an option of `moss-audio-train`; its help is the docstring under the field. `config.json` of a run holds
+all fields; `running/resume.py` says which of them may change when the run resumes.
+
+Imports nothing heavy: `--help` needs these classes.
 """
 
 import dataclasses
 import re
 from collections.abc import Iterable
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import tyro
 
-from moss_audio_jax.config import LoraConfig, MossAudioConfig
+from moss_audio_jax.commands.options import MeshConfig, option, require, require_choice, require_positive
+from moss_audio_jax.config import PRESETS, LoraConfig, MossAudioConfig
 from moss_audio_jax.errors import MossAudioError
-from moss_audio_jax.int8 import int8_kernels
-from moss_audio_jax.model import parameter_specs
-from train.data.augment import AugmentConfig
-from train.data.lanes import DataConfig
-from train.data.mixture import Group, Source
-from train.data.objectives import OBJECTIVES, check_shares
-from train.data.scenes import SceneConfig, SceneExamples
-from train.initialization import ModelSource, model_config
-from train.optimizer import OptimizerConfig, is_frozen
-from train.step import StepConfig
+from train.data.config import AugmentConfig, DataConfig, SceneConfig
+from train.evaluation.config import AnswerConfig
 
-CONFIG_FILE = "config.json"
+if TYPE_CHECKING:
+    from train.data.mixture import Group
+
+Schedule = Literal["cosine", "wsd"]
+OptimizerName = Literal["adamw", "adafactor", "muon"]
+Remat = Literal["none", "dots", "attention", "full", "offload"]
+ComputeDtype = Literal["bfloat16", "float32"]
+
+LEARNED = "learned"  # --model.tokenizer: make one from the first texts of the mixture
+# Option of ModelSource -> prefixes of the paths of the parameters that it gives.
+GIVES: dict[str, tuple[str, ...]] = {
+    "checkpoint": ("",),
+    "encoder": ("audio_encoder.",),
+    "language_model": ("language_model.", "lm_head."),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """Optimizer with decoupled weight decay, a learning-rate schedule and clipping by the global norm."""
+
+    name: OptimizerName = "adamw"
+    """adamw; adafactor: no first moment and a factored second moment, which takes almost no memory; updates are clipped
+    to an RMS of 1 and not scaled by the parameters. muon: Newton-Schulz orthogonalized momentum for the kernels of the
+    layers, scaled to AdamW's usual RMS of 0.2, so that AdamW's rates and decay suit it; AdamW for embeddings, head,
+    convolutions, LoRA adapters, norms and biases. muon keeps one moment of a kernel instead of two and communicates
+    more on a mesh."""
+    learning_rate: float = 1e-4
+    """Peak of the schedule."""
+    encoder_rate: float = 1.0
+    """Factor of the learning rate for the audio encoder."""
+    adapter_rate: float = 1.0
+    """Factor of the learning rate for the adapter and the DeepStack mergers."""
+    language_model_rate: float = 1.0
+    """Factor of the learning rate for the language model and its head."""
+    freeze: tuple[str, ...] = ()
+    """Globs over paths of parameters to freeze, such as `audio_encoder.*` or `*.embed_tokens.embedding`."""
+    schedule: Schedule = "cosine"
+    """Both rise linearly in the warm-up. cosine: falls from there to the end. wsd (warm-up, stable, decay): stays at
+    the peak and falls linearly in the last decay_steps; it can be prolonged until the decay begins."""
+    total_steps: int = 10_000
+    """Length of the schedule, in steps. The run ends there unless --steps or --epochs says otherwise."""
+    warmup_steps: int = 100
+    """Steps of the linear warm-up."""
+    decay_steps: int = 1_000
+    """Steps of the linear decay at the end of wsd."""
+    final_fraction: float = 0.1
+    """Learning rate at the end of the schedule and after it, as a fraction of the peak."""
+    b1: float = 0.9
+    """AdamW: decay of the first moment."""
+    b2: float = 0.95
+    """AdamW: decay of the second moment."""
+    eps: float = 1e-8
+    """AdamW: added to the denominator of the update."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay, multiplied by the learning rate. Norm scales and biases do not decay."""
+    clip_norm: float = 1.0
+    """Scale gradients down to this global norm, taken over all trainable parameters."""
+    first_moment_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of the first moment. bfloat16 saves 2 bytes a parameter; the second moment is always float32."""
+    muon_momentum: float = 0.95
+    """Muon: Nesterov momentum; b1 and b2 are AdamW's."""
+    ema_decay: float = 0.0
+    """Keep an exponential moving average of the trainable parameters in float32 (4 bytes a parameter), which
+    evaluations while training use and RUN/ema names. After each accepted step: decay * average + (1 - decay) *
+    parameters, with a decay of at most (1 + steps) / (10 + steps), so that the first parameters soon fade. 0: off."""
+
+    def __post_init__(self):
+        require_choice(self, "optimizer.", "name", get_args(OptimizerName))
+        require_choice(self, "optimizer.", "schedule", get_args(Schedule))
+        require_choice(self, "optimizer.", "first_moment_dtype", ("float32", "bfloat16"))
+        falling = self.decay_steps if self.schedule == "wsd" else 1
+        if min(self.warmup_steps, falling) < 0 or self.warmup_steps + falling > self.total_steps:
+            raise MossAudioError(
+                f"--optimizer.total-steps must hold the warm-up of {self.warmup_steps} steps and a decay of {falling}, "
+                f"not {self.total_steps}: make the schedule longer"
+            )
+        require(self, "optimizer.", ("learning_rate", "clip_norm", "eps"), lambda value: value > 0, "above 0")
+        factors = ("encoder_rate", "adapter_rate", "language_model_rate", "weight_decay", "final_fraction")
+        require(self, "optimizer.", factors, lambda value: value >= 0, "0 or more")
+        decays = ("ema_decay", "muon_momentum")
+        require(self, "optimizer.", decays, lambda value: 0 <= value < 1, "0 or more and below 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class StepConfig:
+    """Computation of a training step."""
+
+    compute_dtype: ComputeDtype = "bfloat16"
+    """Dtype of the forward and backward pass. Master parameters are always float32."""
+    remat: Remat = "full"
+    """What the backward pass recomputes, to save memory. none: nothing; dots: all but the weight matmuls; attention:
+    all but what splash attention keeps; full: everything; offload: everything, with the inputs of the layers in host
+    memory."""
+    z_loss: float = 0.0
+    """Weight of log(Z)^2 in the loss. 0: off."""
+    loss_chunk: int = 512
+    """Tokens of a chunk of the loss; the logits of one chunk are live at a time."""
+    audio_label_weight: float = 0.0
+    """Weight of an auxiliary cross-entropy at audio tokens that predicts the event label, or a digit of the time, from
+    the adapter output and from the hidden states after half of the language model's layers. Speeds up training from
+    scratch. 0: off. The metrics audio_label_loss and audio_label_accuracy are those of the hidden states."""
+    gradient_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of the gradients that are kept and summed over microbatches, after they were summed over devices. bfloat16
+    saves 2 bytes a trainable parameter and rounds at every microbatch."""
+    reduce_dtype: ComputeDtype = "bfloat16"
+    """Dtype of the sums of gradients over devices where the compute dtype is bfloat16: each device's gradient is that
+    of the bfloat16 copies, rounded before it is sent. float32 sends twice the bytes and rounds nothing. The gradient of
+    the head is always summed in float32."""
+    encoder_dropout: bool = True
+    """Dropout in the audio encoder, at the rates of the model's configuration. Off if the whole encoder is frozen."""
+    spike_sigma: float = 6.0
+    """Skip a step whose loss or gradient norm is this many standard deviations above its mean. 0: skip none."""
+    spike_window: int = 128
+    """Steps of that mean. No step is a spike before half of them. The mean restarts where the mixture enters a new
+    phase."""
+    spike_patience: int = 10
+    """Spikes in a row after which the next one is accepted as a lasting rise, and the mean restarts. Must be below
+    --max-skipped-in-a-row, or the run ends first. A step that is not finite is never accepted, and resets this
+    count."""
+
+    def __post_init__(self):
+        for name in ("compute_dtype", "gradient_dtype", "reduce_dtype"):
+            require_choice(self, "step.", name, get_args(ComputeDtype))
+        require_choice(self, "step.", "remat", get_args(Remat))
+        for name, least in (("loss_chunk", 1), ("spike_window", 2), ("spike_patience", 1)):
+            require(self, "step.", (name,), lambda value, least=least: value >= least, f"{least} or more")
+        weights = ("z_loss", "audio_label_weight", "spike_sigma")
+        require(self, "step.", weights, lambda value: value >= 0, "0 or more")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSource:
+    """Source of the first parameters. Parameters that no checkpoint gives are random."""
+
+    checkpoint: str | None = None
+    """MOSS-Audio directory (released, Orbax or a training run) that gives configuration, parameters and tokenizer."""
+    preset: str = "4b"
+    """Size of the model if there is no checkpoint: 4b, 8b, small or tiny."""
+    encoder: str | None = None
+    """MOSS-Audio checkpoint that gives the audio encoder, without adapter and DeepStack mergers."""
+    language_model: str | None = None
+    """MOSS-Audio checkpoint or stock Qwen3 weights that give the language model and its head."""
+    tokenizer: str | None = None
+    """Directory of tokenizer files. Default: those of the checkpoint, else of the language model. `learned` makes a
+    tokenizer for a small model: bytes, and merges from the first texts of the mixture."""
+    time_markers: bool | None = None
+    """Insert time markers between audio tokens. Default: the setting of the checkpoint or the preset."""
+    deepstack: int | None = None
+    """Number of encoder taps of the preset that reach the language model. 0 trains a model without DeepStack."""
+    allow_random_frozen: bool = False
+    """Allow frozen parameters that no checkpoint gives: they are random and stay so."""
+
+    def __post_init__(self):
+        require_choice(self, "model.", "preset", PRESETS)
+        if self.deepstack is None:
+            return
+        if self.checkpoint is not None:
+            raise MossAudioError(
+                f"--model.deepstack is for a model of a preset: leave it out, as {self.checkpoint} has its own taps"
+            )
+        taps = MossAudioConfig.preset(self.preset).num_deepstack
+        within = f"0 to {taps}, the taps of {self.preset}"
+        require(self, "model.", ("deepstack",), lambda value: 0 <= value <= taps, within)
+
+    @property
+    def tokenizer_source(self) -> str | None:
+        """Directory of the tokenizer, or `learned`; None if no option names any."""
+        return self.tokenizer or self.checkpoint or self.language_model
+
+    def require_given(self, frozen: Iterable[str]) -> None:
+        """Raises MossAudioError if no checkpoint gives one of these parameters, unless that is allowed."""
+        given = [prefix for name, prefixes in GIVES.items() if getattr(self, name) for prefix in prefixes]
+        random = [path for path in frozen if not path.startswith(tuple(given))]
+        if not random or self.allow_random_frozen:
+            return
+        parts = dict.fromkeys(path.partition(".")[0] for path in random)
+        options = [
+            option(f"model.{name}")
+            for name, prefixes in GIVES.items()
+            if any(f"{part}.".startswith(prefixes) for part in parts)
+        ]
+        raise MossAudioError(
+            f"the frozen parameters of {', '.join(parts)} would stay random, as no checkpoint gives them: name one by "
+            f"{', '.join(options)}, or give --model.allow-random-frozen to train so"
+        )
+
+
+def model_config(source: ModelSource) -> MossAudioConfig:
+    """Returns the configuration of the checkpoint or the preset, with what other options of the source change in it."""
+    from moss_audio_jax.weights.locate import locate
+
+    if source.checkpoint is None:
+        config = MossAudioConfig.preset(source.preset)
+    else:
+        checkpoint = locate(source.checkpoint)
+        checkpoint.layout()  # raises an error that says what the directory lacks
+        config = MossAudioConfig.from_hf(checkpoint.files)
+    if source.deepstack is not None:
+        config = dataclasses.replace(config, deepstack_num_inject_layers=source.deepstack)
+    if source.time_markers is not None:
+        processor = dataclasses.replace(config.processor, enable_time_marker=source.time_markers)
+        config = dataclasses.replace(config, processor=processor)
+    return config
 
 
 @dataclasses.dataclass(frozen=True)
 class GroupConfig:
-    """Data sets that share a purpose."""
+    """A group of data sets that share a purpose."""
 
     share: float = 0.0
-    """Of all examples, relative to the groups that have paths."""
+    """Share of all examples, relative to the other groups that have paths."""
     objectives: tuple[str, ...] = ()
-    """What is asked where an example has the labels for it (`train/data/objectives.py` has them). A name may have a
-    weight, as in `transcribe=2`; a bare one weighs 1. Without any, all weigh 1."""
+    """Objectives to draw from, of those that an example has labels for (`train/data/objectives.py` lists them). A name
+    may have a weight, as in `transcribe=2`; the default weight is 1. If none is named, all have weight 1."""
     paths: tuple[str, ...] = ()
-    """Manifests, and directories of shards."""
+    """Manifests and shard directories."""
     weights: tuple[float, ...] = ()
-    """How often each of the paths is drawn, relative to the others; by default the square root of its size."""
+    """Weights by which the paths are drawn. Default: the square root of the number of examples."""
     begin: int = 0
-    """The group takes part from this example of the run on."""
+    """First example of the run at which the group takes part."""
     end: int | None = None
-    """And until this one."""
+    """Example of the run at which the group ends. Default: never."""
 
-    def group(self, name: str, seed: int) -> Group | None:
-        """The group, opened; None if it is given nothing."""
+    def group(self, name: str, seed: int) -> "Group | None":
+        """Opens the group; returns None if it has no paths."""
+        from train.data.mixture import Group, Source
         from train.data.shards import open_examples
 
         if not self.paths:
             return None
         if self.weights and len(self.weights) != len(self.paths):
             raise MossAudioError(
-                f"mixture.{name}.weights must be as many as its {len(self.paths)} paths, found {len(self.weights)}"
+                f"--mixture.{name}.weights must be one for each of its {len(self.paths)} paths, not {len(self.weights)}"
             )
         shares, weights = self.shares(name), self.weights or (None,) * len(self.paths)
-        # Groups of one's own may ask different things about one data set.
+        # Groups of new names may have different objectives for one data set.
         prefix = "" if name in _OWN_GROUPS else f"{name}: "
         sources = tuple(
             Source(prefix + path, open_examples(path), shares, weight)
@@ -65,38 +264,44 @@ class GroupConfig:
         return Group(name, self.share, sources, self.begin, self.end)
 
     def shares(self, name: str) -> dict[str, float]:
-        """The weight of each objective. Raises MossAudioError that names the option of the group `name`."""
-        option, shares = f"mixture.{name}.objectives", {}
+        """Returns the weight of each objective. Raises MossAudioError that names the option of the group `name`."""
+        from train.data.objectives import OBJECTIVES, check_shares
+
+        objectives, shares = f"--mixture.{name}.objectives", {}
         for entry in self.objectives:
             objective, equals, weight = entry.partition("=")
             if objective in shares:
-                raise MossAudioError(f"{option} names {objective} twice: give it once, with one weight")
+                raise MossAudioError(f"{objectives} names {objective} twice: give it once, with one weight")
             try:
                 shares[objective] = float(weight) if equals else 1.0
             except ValueError as error:
                 raise MossAudioError(
-                    f"{option} must be names, or names with weights such as transcribe=2, found {entry!r}"
+                    f"{objectives} must be names, or names with weights such as transcribe=2, not {entry!r}"
                 ) from error
         try:
             check_shares(shares or dict.fromkeys(OBJECTIVES, 1.0))
         except MossAudioError as error:
-            raise MossAudioError(f"{option}: {error}") from error
+            raise MossAudioError(f"{objectives}: {error}") from error
         return shares or dict.fromkeys(OBJECTIVES, 1.0)
 
 
 @dataclasses.dataclass(frozen=True)
 class SceneGroupConfig:
-    """Sound scenes, made while training."""
+    """A group of sound scenes, made while training."""
 
     share: float = 0.0
-    """Of all examples, relative to the other groups; 0 makes none."""
+    """Share of all examples, relative to the other groups. 0: no scenes."""
     scenes: SceneConfig = dataclasses.field(default_factory=SceneConfig)
     begin: int = 0
-    """The group takes part from this example of the run on."""
+    """First example of the run at which the group takes part."""
     end: int | None = None
-    """And until this one: so a curriculum begins with easier scenes."""
+    """Example of the run at which the group ends. Default: never. A curriculum ends its easier scenes here."""
 
-    def group(self, name: str, seed: int) -> Group | None:
+    def group(self, name: str, seed: int) -> "Group | None":
+        """Opens the group; returns None if its share is 0."""
+        from train.data.mixture import Group, Source
+        from train.data.scenes import SceneExamples
+
         if not self.share:
             return None
         source = Source(name, SceneExamples(self.scenes, seed), {"conversation": 1.0})
@@ -105,36 +310,40 @@ class SceneGroupConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MixtureConfig:
-    """MOSS-Audio's published mixture, sound scenes, and groups of any other names."""
+    """Mixture of training data: MOSS-Audio's published groups, sound scenes, and groups of any other name."""
 
     speech: GroupConfig = GroupConfig(0.3, ("transcribe", "transcribe_words", "transcribe_sentences"))
+    """Speech with transcripts."""
     captions: GroupConfig = GroupConfig(0.4, ("caption", "events", "time_qa", "conversation"))
+    """Audio with captions, events or conversations."""
     text: GroupConfig = GroupConfig(0.3, ("plain_text",))
+    """Plain text."""
     conversations: GroupConfig = GroupConfig(1.0, ("conversation", "labels"))
-    """To fine-tune on: `--data` is short for its paths. Of a clip without a conversation its labels are asked."""
+    """Fine-tuning data; `--data` is short for its paths. The labels of a clip without a conversation become questions."""
     scenes: SceneGroupConfig = SceneGroupConfig()
+    """Sound scenes."""
     easy_scenes: SceneGroupConfig = SceneGroupConfig()
-    """Apart from the others, for a curriculum."""
+    """Sound scenes of a curriculum's beginning."""
     named: Annotated[dict[str, GroupConfig], tyro.conf.arg(name="")] = dataclasses.field(default_factory=dict)
-    """Groups of other names, each with the options of `speech`; see `with_named_groups`."""
+    """Groups of other names, each with the options of `speech` (`with_named_groups`)."""
 
     def manifest_groups(self) -> dict[str, GroupConfig]:
-        """The groups of data sets by name."""
+        """Returns the groups of data sets by name."""
         return {name: group for name, group in self._by_name().items() if isinstance(group, GroupConfig)}
 
-    def groups(self, seed: int) -> list[Group]:
-        """The groups that are given something, opened. seed: of the scenes."""
+    def groups(self, seed: int) -> "list[Group]":
+        """Opens the groups that have data. seed: seed of the scenes."""
         for name, group in self.named.items():
             _require_complete(name, group)
         opened = [group.group(name, seed) for name, group in self._by_name().items()]
         used = [group for group in opened if group is not None]
         if not used:
-            options = ", ".join(f"mixture.{name}.paths" for name in self.manifest_groups())
-            raise MossAudioError(f"there is nothing to train on: give one of {options}, or mixture.scenes.share")
+            options = ", ".join(f"--mixture.{name}.paths" for name in self.manifest_groups())
+            raise MossAudioError(f"there is nothing to train on: give one of {options}, or --mixture.scenes.share")
         return used
 
     def _by_name(self) -> dict[str, "GroupConfig | SceneGroupConfig"]:
-        """All groups. The order of examples depends on theirs, which is therefore not that of the command line."""
+        """Returns all groups. Named ones are sorted, as the order of examples must not depend on that of the options."""
         return {name: getattr(self, name) for name in _OWN_GROUPS} | dict(sorted(self.named.items()))
 
 
@@ -143,7 +352,7 @@ _GROUP_OPTION = re.compile(r"--mixture\.([^.=]+)\.")
 
 
 def with_named_groups(config: "RunConfig", arguments: Iterable[str]) -> "RunConfig":
-    """The configuration with an empty group for each new name in arguments such as `--mixture.NAME.paths`."""
+    """Adds an empty group for each new name in arguments such as `--mixture.NAME.paths`."""
     found = (match[1].replace("-", "_") for match in map(_GROUP_OPTION.match, arguments) if match)
     named = {name: GroupConfig() for name in found if name not in (*_OWN_GROUPS, "named")}
     mixture = dataclasses.replace(config.mixture, named=named | config.mixture.named)
@@ -151,222 +360,137 @@ def with_named_groups(config: "RunConfig", arguments: Iterable[str]) -> "RunConf
 
 
 def _require_complete(name: str, group: GroupConfig) -> None:
-    """Of a group with a name of the user's, where nothing has a default."""
+    """Raises MossAudioError for a named group with a bad name, or without paths or a share, which have no default."""
     if not re.fullmatch("[a-z0-9_]+", name):
-        raise MossAudioError(f"mixture.{name} must be named with a-z, 0-9 and _, as its metrics are: rename it")
+        raise MossAudioError(f"--mixture.{name} must be named with a-z, 0-9 and _, as its metrics are: rename it")
     missing = [option for option in ("paths", "share") if not getattr(group, option)]
     if missing:
         raise MossAudioError(
-            f"mixture.{name} is a new group without mixture.{name}.{missing[0]}: give it, or name one of the groups "
+            f"--mixture.{name} is a new group without --mixture.{name}.{missing[0]}: give it, or name one of the groups "
             f"{', '.join(_OWN_GROUPS)}"
         )
 
 
 @dataclasses.dataclass(frozen=True)
-class MeshConfig:
-    """How the devices are laid out: `replica` whole copies, `fsdp` data-parallel parts, `tensor` within a layer.
+class LoopConfig:
+    """Length of a run, its checkpoints and its reports."""
 
-    -1 takes the devices that are left.
-    """
+    steps: int | None = None
+    """Stop after this step. Default: the end of the optimizer's schedule."""
+    epochs: int | None = None
+    """Stop when each example was read this many times. The schedule then spans these epochs, and
+    --optimizer.total-steps is not used. Data sets of larger shares are read more often."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints. The last step, SIGTERM and Ctrl-C also save one."""
+    checkpoint_minutes: float | None = None
+    """Minutes between checkpoints, in addition to those by steps. Several processes check the time every tenth step."""
+    stuck_after: float | None = 1800.0
+    """Exit with code 75 (start again) if no step was finished for this many seconds. The start, the first step, an
+    evaluation and a checkpoint may take four times as long. None: never."""
+    keep_last: int = 3
+    """Number of newest checkpoints to keep."""
+    keep_every: int | None = None
+    """Also keep the checkpoints at multiples of this many steps."""
+    max_skipped_in_a_row: int = 20
+    """Stop the run after this many skipped steps in a row."""
+    log_every: int = 10
+    """Steps between lines of progress. metrics.jsonl has a line for every step."""
+    wandb: str | None = None
+    """Weights & Biases project to report to as well. Needs `pip install 'moss-audio-jax[wandb]'`."""
+    profile_first: int = 10
+    """First step of the profile."""
+    profile_steps: int = 0
+    """Record a trace of this many steps in profile/. 0: none. A file profile_now in the run's directory, or SIGUSR1 to
+    the first process, records the next steps too: this many, or 3 if this is 0."""
+    best_metric: str | None = None
+    """Keep the checkpoint whose evaluation is best by this metric over all questions: loss, wer, cer, aas, f1, accuracy
+    or another one of `train/running/best.py`. Each evaluation then saves a checkpoint. A new metric starts over."""
+    patience: int | None = None
+    """Stop the run after this many evaluations in a row that were not better by that metric."""
+    check_data: bool = False
+    """Check all manifests first, as `moss-audio-train check` does, and begin only if every example can be used. Audio
+    on gs:// is not checked."""
+    workers: int = 0
+    """Worker processes that decode and pack. 0: none, the run's own process does."""
 
-    replica: int = 1
-    fsdp: int = -1
-    tensor: int = 1
+    def __post_init__(self):
+        counts = ("steps", "epochs", "checkpoint_every", "keep_last", "keep_every", "max_skipped_in_a_row", "log_every")
+        require_positive(self, "", *counts, "stuck_after", "patience")
+        require(self, "", ("checkpoint_minutes",), lambda value: value > 0, "above 0")
+        if self.patience is not None and self.best_metric is None:
+            raise MossAudioError("--patience needs --best-metric: give both, or leave --patience out")
 
 
 @dataclasses.dataclass(frozen=True)
-class LoopConfig:
-    """How far a run goes and what it leaves behind."""
+class ValidationConfig:
+    """Evaluation while training, on data that is not trained on."""
 
-    steps: int | None = None
-    """Stop after this step; by default where the optimizer's schedule ends."""
-    epochs: int | None = None
-    """Stop when each example was read this many times. The schedule then spans these epochs, and
-    optimizer.total-steps is not used. With several data sets, those of larger shares are read more often."""
-    checkpoint_every: int = 500
-    """Steps between checkpoints; the last step, a SIGTERM and Ctrl-C make one too."""
-    checkpoint_minutes: float | None = None
-    """Minutes between checkpoints, beside those by steps; several processes look at the time every tenth step."""
-    stuck_after: float | None = 1800.0
-    """End the process with code 75, to be started again, when no step was finished for this many seconds. The start,
-    the first step, an evaluation and a checkpoint may take four times as long. None waits for ever."""
-    keep_last: int = 3
-    """The newest checkpoints to keep."""
-    keep_every: int | None = None
-    """Keep those at multiples of this many steps for good."""
-    max_skipped_in_a_row: int = 20
-    """Give up after so many steps without a usable gradient."""
-    log_every: int = 10
-    """Steps between lines of progress; metrics.jsonl has a line for every step."""
-    wandb: str | None = None
-    """A project in Weights & Biases to report to as well; needs `pip install 'moss-audio-jax[wandb]'`."""
-    profile_first: int = 10
-    """The first step of a profile."""
-    profile_steps: int = 0
-    """Record a trace of this many steps in profile/; 0 records none. A file profile_now in the run's directory, or
-    SIGUSR1 to the first process, has the next steps recorded, 3 if this is 0."""
-    evaluate_every: int | None = None
-    """Steps between evaluations on held-out data; none by default."""
-    evaluate_data: tuple[str, ...] = ()
-    """Manifests and directories of shards to evaluate on; by default sound scenes that are not in the training."""
-    evaluate_objectives: tuple[str, ...] = ()
-    """What is asked about their examples; by default all that they have labels for."""
-    evaluate_count: int = 64
-    """Examples of each to evaluate on."""
-    evaluate_tokens: int = 256
-    """The longest answer."""
-    evaluate_batch: int = 16
-    """Questions answered at once, and the most sequences in a batch of eval/loss (which has no more than a microbatch);
-    rounded up to what the devices share evenly. Lower it if an evaluation runs out of device memory."""
-    best_metric: str | None = None
-    """Keep the checkpoint whose evaluation is best by this metric: loss, wer, cer, aas, f1, accuracy or one of
-    `train/running/best.py`, over all questions. Each evaluation then writes a checkpoint; a new metric starts over."""
-    patience: int | None = None
-    """End the run after so many evaluations in a row that were not better by that metric."""
+    every: int | None = None
+    """Steps between evaluations. Default: none."""
+    data: tuple[str, ...] = ()
+    """Manifests and shard directories to evaluate on. Default: sound scenes that training does not use."""
+    objectives: tuple[str, ...] = ()
+    """Objectives to ask about their examples. Default: all that they have labels for."""
+    count: int = 64
+    """Examples of each manifest or directory to evaluate on."""
+    max_new_tokens: int = 256
+    """Maximum tokens of an answer."""
+    batch_size: int = 16
+    """Questions per batch, and the most sequences in a batch of eval/loss (never more than a microbatch). Rounded up to
+    a multiple of the data-parallel devices. Lower it if an evaluation runs out of device memory."""
     show_samples: int = 2
     """Answers of an evaluation to show and log, with a picture of their timelines."""
-    check_data: bool = False
-    """Look at all manifests first, as `python -m train check` does, and begin only if every example can be used. Audio
-    on gs:// is not looked at."""
-    workers: int = 0
-    """Processes that decode and pack; 0 does so in the run's own process."""
 
     def __post_init__(self):
-        for name in (
-            "steps",
-            "epochs",
-            "checkpoint_every",
-            "stuck_after",
-            "keep_last",
-            "keep_every",
-            "max_skipped_in_a_row",
-            "log_every",
-            "evaluate_every",
-            "evaluate_count",
-            "evaluate_tokens",
-            "evaluate_batch",
-            "patience",
-        ):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise MossAudioError(f"{name} must be 1 or more, not {value}")
-        if self.checkpoint_minutes is not None and self.checkpoint_minutes <= 0:
-            raise MossAudioError(f"checkpoint_minutes must be above 0, not {self.checkpoint_minutes}")
-        for name, needed in (("best_metric", "evaluate_every"), ("patience", "best_metric")):
-            if getattr(self, name) is not None and getattr(self, needed) is None:
-                raise MossAudioError(f"{name} needs {needed}: give both, or leave {name} out")
+        require_positive(self, "validation.", "every", "count", "max_new_tokens", "batch_size")
 
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """All of a run. seed: of the data's order, of random parameters and of dropout.
+    """Configuration of a run.
 
-    recipe: whose defaults it was made from.
-    lora: trains an adapter of LoRA on `model.checkpoint`, which is frozen in the compute dtype, instead of the model.
+    lora: trains a LoRA adapter of `model.checkpoint`, which is frozen in the compute dtype, instead of the model.
+    recipe: name or file of the recipe that gave the defaults.
     """
 
     data: DataConfig
     optimizer: OptimizerConfig
     loop: tyro.conf.OmitArgPrefixes[LoopConfig] = LoopConfig()
-    model: ModelSource = dataclasses.field(default_factory=ModelSource)
+    validation: ValidationConfig = ValidationConfig()
+    model: ModelSource = ModelSource()
     mixture: MixtureConfig = MixtureConfig()
-    augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
-    step: StepConfig = dataclasses.field(default_factory=StepConfig)
+    augment: AugmentConfig = AugmentConfig()
+    step: StepConfig = StepConfig()
     lora: tyro.conf.AvoidSubcommands[LoraConfig | None] = None
     mesh: MeshConfig = MeshConfig()
     microbatches: int = 1
+    """Microbatches of a step, whose gradients are summed. Must divide the batch."""
     seed: int = 0
+    """Seed of the order of the data, of random parameters and of dropout."""
     recipe: tyro.conf.Suppress[str | None] = None
 
     def __post_init__(self):
         if self.microbatches < 1 or self.data.batch_size % self.microbatches:
             raise MossAudioError(
-                f"microbatches must divide the batch of {self.data.batch_size} sequences, not {self.microbatches}"
+                f"--microbatches must divide the batch of {self.data.batch_size} sequences, not {self.microbatches}"
             )
         others = (self.model.encoder, self.model.language_model)
         if self.lora is not None and others != (None, None):
             raise MossAudioError(
-                "lora adapts one checkpoint: leave model.encoder and model.language_model out, and put the parts "
-                "together in a run without lora first"
+                "--lora adapts one checkpoint: leave --model.encoder and --model.language-model out, and put the parts "
+                "together in a run without LoRA first"
             )
+        if self.loop.best_metric is not None and self.validation.every is None:
+            raise MossAudioError("--best-metric needs --validation.every: give both, or leave --best-metric out")
 
     def model_config(self) -> MossAudioConfig:
-        """Of the model that is trained, with its adapters if it has any."""
+        """Returns the configuration of the trained model, with its LoRA adapters if it has any."""
         return dataclasses.replace(model_config(self.model), lora=self.lora)
-
-    def require_no_random_frozen(self, model: MossAudioConfig) -> None:
-        """Raises MossAudioError if a frozen parameter is given by no checkpoint, unless that is allowed."""
-        if self.lora is not None and self.model.checkpoint is None:
-            raise MossAudioError("lora adapts a checkpoint: name it with --init or --model.checkpoint")
-        self.model.require_given(self.frozen_dtypes(parameter_specs(model)))
-
-    def frozen_dtypes(self, paths: Iterable[str]) -> dict[str, str]:
-        """The type of each of these parameters that is frozen: masters are float32, these need no more to compute."""
-        frozen = [path for path in paths if is_frozen(path, self.optimizer.freeze, self.lora)]
-        return dict.fromkeys(frozen, self.step.compute_dtype) | dict.fromkeys(int8_kernels(frozen), "int8")
 
     @property
     def last_step(self) -> int | None:
-        """The step that the run ends with; None if it ends with its data."""
+        """Last step of the run; None if it ends with its data."""
         return self.loop.steps or (self.optimizer.total_steps if self.loop.epochs is None else None)
-
-
-# Batch, lengths and rates were not published; these are ours.
-_DATA = DataConfig(batch_size=64, tokens=4096, chunks=64)
-_FINETUNE_DATA = DataConfig(batch_size=8, tokens=4096, chunks=64)
-_EASY_SCENES = 12_800  # 400 steps
-
-RECIPES: dict[str, RunConfig] = {
-    # Stage 1: adapter and DeepStack mergers only. Give it no text-only data, which teaches them nothing.
-    "pretrain_stage1": RunConfig(
-        data=_DATA,
-        optimizer=OptimizerConfig(
-            learning_rate=1e-3, total_steps=10_000, freeze=("audio_encoder.*", "language_model.*", "lm_head.*")
-        ),
-    ),
-    # Stage 2: everything, text included.
-    "pretrain_stage2": RunConfig(
-        data=_DATA, optimizer=OptimizerConfig(learning_rate=1e-4, total_steps=100_000, warmup_steps=1000)
-    ),
-    # All of a released model, on conversations of one's own; the rate is a tenth of LoRA's.
-    "finetune": RunConfig(
-        data=_FINETUNE_DATA,
-        optimizer=OptimizerConfig(learning_rate=2e-5, total_steps=500, warmup_steps=20, weight_decay=0.0),
-        loop=LoopConfig(checkpoint_every=100, check_data=True),
-    ),
-    # An adapter for the language model alone. The authors' example learns at the same rate, with a 16th of the scale.
-    "finetune_lora": RunConfig(
-        data=_FINETUNE_DATA,
-        optimizer=OptimizerConfig(learning_rate=2e-4, total_steps=500, warmup_steps=20, weight_decay=0.0),
-        lora=LoraConfig(),
-        loop=LoopConfig(checkpoint_every=100, check_data=True),
-    ),
-    # A small model from nothing: what is heard in a scene, and when. Minutes on two CPU cores. Short scenes come first,
-    # then long ones among them; long ones alone teach it far more slowly.
-    "time_events": RunConfig(
-        model=ModelSource(preset="small", tokenizer="learned"),
-        data=DataConfig(batch_size=16, tokens=208, chunks=2, open_bins=2),
-        mixture=MixtureConfig(
-            easy_scenes=SceneGroupConfig(0.2, SceneConfig(seconds=(4.0, 4.0), events=(1, 2))),
-            scenes=SceneGroupConfig(1.0, SceneConfig(seconds=(6.0, 8.0), events=(1, 4)), begin=_EASY_SCENES),
-        ),
-        optimizer=OptimizerConfig(
-            learning_rate=3e-3,
-            schedule="wsd",
-            total_steps=1060,
-            warmup_steps=50,
-            decay_steps=450,
-            b2=0.98,
-            weight_decay=0.01,
-            final_fraction=0.05,
-        ),
-        step=StepConfig(compute_dtype="float32", remat="none", loss_chunk=208, heard_weight=0.5, spike_sigma=0.0),
-        loop=LoopConfig(checkpoint_every=400),
-        microbatches=2,
-    ),
-}
-RECIPES = {name: dataclasses.replace(recipe, recipe=name) for name, recipe in RECIPES.items()}
-RecipeName = Literal["pretrain_stage1", "pretrain_stage2", "finetune", "finetune_lora", "time_events"]
 
 
 def with_paths(
@@ -377,24 +501,24 @@ def with_paths(
     *,
     default: RunConfig | None = None,
 ) -> RunConfig:
-    """The configuration with what `--init`, `--data` and `--eval-data` name, short for three of its fields.
+    """Returns the configuration with the paths of `--init`, `--data` and `--eval-data`, short for three of its fields.
 
-    default: the configuration of a run that is resumed, whose fields give way to what they name.
-    Where there is data to evaluate on and nothing says how often, that is at each checkpoint. Raises MossAudioError if
-    a field already holds something else.
+    default: the configuration of a run that is resumed. Its fields give way to the paths.
+    `--eval-data` evaluates at each checkpoint unless `--validation.every` is given. Raises MossAudioError if a field has
+    another value.
     """
-    model, loop, group = config.model, config.loop, config.mixture.conversations
+    model, validation, group = config.model, config.validation, config.mixture.conversations
     known: Any = (None, (), ())
     if default is not None:
-        known = (default.model.checkpoint, default.mixture.conversations.paths, default.loop.evaluate_data)
+        known = (default.model.checkpoint, default.mixture.conversations.paths, default.validation.data)
     checkpoint = _said_once("--init", init, "--model.checkpoint", model.checkpoint, known[0])
     paths = _said_once("--data", data, "--mixture.conversations.paths", group.paths, known[1])
-    evaluate_data = _said_once("--eval-data", eval_data, "--evaluate-data", loop.evaluate_data, known[2])
-    every = loop.checkpoint_every if eval_data and loop.evaluate_every is None else loop.evaluate_every
+    held_out = _said_once("--eval-data", eval_data, "--validation.data", validation.data, known[2])
+    every = config.loop.checkpoint_every if eval_data and validation.every is None else validation.every
     return dataclasses.replace(
         config,
         model=dataclasses.replace(model, checkpoint=checkpoint),
-        loop=dataclasses.replace(loop, evaluate_data=evaluate_data, evaluate_every=every),
+        validation=dataclasses.replace(validation, data=held_out, every=every),
         mixture=dataclasses.replace(config.mixture, conversations=dataclasses.replace(group, paths=paths)),
     )
 
@@ -404,3 +528,64 @@ def _said_once(short: str, value: Any, long: str, field: Any, default: Any) -> A
         shown = [" ".join(said) if isinstance(said, tuple) else said for said in (value, field)]
         raise MossAudioError(f"{short} {shown[0]} and {long} {shown[1]} name different things: give one of them")
     return value or field
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """A model of the ablation."""
+
+    time_markers: bool
+    deepstack: bool
+
+
+ARMS = {
+    "both": Arm(time_markers=True, deepstack=True),
+    "no markers": Arm(time_markers=False, deepstack=True),
+    "no DeepStack": Arm(time_markers=True, deepstack=False),
+    "neither": Arm(time_markers=False, deepstack=False),
+}
+_ABLATION_TASKS = ("timeline", "start", "duration", "what_at", "pitch", "loudness")
+_ABLATION_SCENES = SceneConfig(seconds=(2.0, 6.0), events=(1, 3), tasks=_ABLATION_TASKS, questions=3)
+
+
+@dataclasses.dataclass(frozen=True)
+class AblationConfig:
+    """Training and evaluation of each model of the ablation."""
+
+    arms: tuple[str, ...] = tuple(ARMS)
+    """Models to compare: both, no markers, no DeepStack, neither."""
+    steps: int = 600
+    """Steps of every run."""
+    seeds: int = 3
+    """Runs of each arm at its learning rate. Their data and their first parameters differ."""
+    learning_rates: tuple[float, ...] = (1.5e-3, 3e-3)
+    """Learning rates that each arm tries with its first seed."""
+    preset: str = "small"
+    """Size of the model: small or tiny, 4b or 8b."""
+    scenes: SceneConfig = _ABLATION_SCENES
+    """Scenes of training, and of the test at the same length."""
+    easy_scenes: SceneConfig = dataclasses.replace(_ABLATION_SCENES, seconds=(4.0, 4.0), events=(1, 2))
+    """Scenes at the beginning of training."""
+    easy_examples: int = 6400
+    """Number of scenes at the beginning of training."""
+    longer: float = 2.0
+    """Length of the longer test scenes, and their most events, as a multiple of the longest scenes of training."""
+    questions: int = 100
+    """Questions of each task, about validation scenes and about both lengths of test scenes."""
+    answers: AnswerConfig = AnswerConfig(batch_size=25, max_new_tokens=96)
+    """Generation of the answers."""
+
+    def __post_init__(self):
+        chosen = f"one or more of {', '.join(ARMS)}"
+        require(self, "", ("arms",), lambda arms: bool(arms) and set(arms) <= set(ARMS), chosen)
+        require_positive(self, "", "steps", "seeds", "questions")
+        require(self, "", ("learning_rates",), bool, "one rate or more")
+        require(self, "", ("longer",), lambda value: value > 1, "above 1")
+        require_choice(self, "", "preset", PRESETS)
+
+    @property
+    def longer_scenes(self) -> SceneConfig:
+        """Scenes of the test that are longer than those of training."""
+        seconds = self.scenes.seconds[1] * self.longer
+        events = (self.scenes.events[0], round(self.scenes.events[1] * self.longer))
+        return dataclasses.replace(self.scenes, seconds=(seconds, seconds), events=events)

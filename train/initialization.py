@@ -17,28 +17,22 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from moss_audio_jax.config import ADAPTER_LEAVES, MODEL_TYPES, PRESETS, EncoderConfig, LanguageConfig, MossAudioConfig
+from moss_audio_jax.config import ADAPTER_LEAVES, MODEL_TYPES, EncoderConfig, LanguageConfig, MossAudioConfig
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.int8 import int8_kernels, quantize
-from moss_audio_jax.model import MossAudio
+from moss_audio_jax.model import MossAudio, parameter_specs
 from moss_audio_jax.storage.json_files import read_json
 from moss_audio_jax.weights.locate import locate
 from moss_audio_jax.weights.names import EMBEDDING
 from moss_audio_jax.weights.orbax import restore
 from moss_audio_jax.weights.parameters import abstract_parameters, parameters_of
 from moss_audio_jax.weights.safetensors_reader import Qwen3Checkpoint, ReleasedCheckpoint, assemble
-from train.optimizer import Parameters
+from train.config import GIVES, ModelSource, RunConfig
+from train.optimizer import Parameters, is_frozen
 
 HEAD_PATH = "lm_head.kernel"
 # Path -> shape, dtype and place of a parameter that is to be read or made.
 Wanted = dict[str, jax.ShapeDtypeStruct]
-
-# Option of ModelSource -> how the paths of the parameters begin that it gives.
-GIVES: dict[str, tuple[str, ...]] = {
-    "checkpoint": ("",),
-    "encoder": ("audio_encoder.",),
-    "language_model": ("language_model.", "lm_head."),
-}
 
 # A part may differ in these from the model it becomes part of: its parameters mean the same. (Dropout is the run's
 # choice, the taps are the mergers' affair, Qwen3's longest position limits nothing here.)
@@ -52,83 +46,17 @@ UNCOMPARED = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class ModelSource:
-    """Where the first parameters come from. What no checkpoint gives is random."""
-
-    checkpoint: str | None = None
-    """A MOSS-Audio directory, released or Orbax, or a training run: its configuration, parameters and tokenizer."""
-    preset: str = "4b"
-    """Without a checkpoint: the configuration of this size (4b, 8b, small or tiny)."""
-    encoder: str | None = None
-    """A MOSS-Audio checkpoint that gives the audio encoder, without adapter and mergers."""
-    language_model: str | None = None
-    """A MOSS-Audio checkpoint or stock Qwen3 weights that give the language model and its head."""
-    tokenizer: str | None = None
-    """A directory of tokenizer files, if they are not those of the checkpoint or else of the language model; `learned`
-    makes some for a small model, bytes and merges that the first texts of the mixture are made of."""
-    time_markers: bool | None = None
-    """Seconds written between the audio tokens; by default as the checkpoint or the preset says."""
-    deepstack: int | None = None
-    """How many encoder taps reach the language model, of those of the preset: 0 trains a model without DeepStack."""
-    allow_random_frozen: bool = False
-    """Train even where parameters are frozen that no checkpoint gives, which are random and stay so."""
-
-    def __post_init__(self):
-        if self.preset not in PRESETS:
-            raise MossAudioError(f"model.preset must be one of {', '.join(PRESETS)}, not {self.preset!r}")
-        if self.deepstack is None:
-            return
-        if self.checkpoint is not None:
-            raise MossAudioError(
-                f"model.deepstack is for a model of a preset; {self.checkpoint} says itself how many taps it has"
-            )
-        taps = MossAudioConfig.preset(self.preset).num_deepstack
-        if not 0 <= self.deepstack <= taps:
-            raise MossAudioError(
-                f"model.deepstack must be 0 to {taps}, the taps of {self.preset}, not {self.deepstack}"
-            )
-
-    @property
-    def tokenizer_source(self) -> str | None:
-        """What `tokenizer` says, or the directory that has one; None if nothing names any."""
-        return self.tokenizer or self.checkpoint or self.language_model
-
-    def require_given(self, frozen: Iterable[str]) -> None:
-        """Raises MossAudioError if a checkpoint gives not all of these parameters, unless that is allowed."""
-        given = [prefix for option, prefixes in GIVES.items() if getattr(self, option) for prefix in prefixes]
-        random = [path for path in frozen if not path.startswith(tuple(given))]
-        if not random or self.allow_random_frozen:
-            return
-        parts = dict.fromkeys(path.partition(".")[0] for path in random)
-        options = [
-            f"--model.{option.replace('_', '-')}"
-            for option, prefixes in GIVES.items()
-            if any(f"{part}.".startswith(prefixes) for part in parts)
-        ]
-        raise MossAudioError(
-            f"the frozen parameters of {', '.join(parts)} would stay random, as no checkpoint gives them: name one by "
-            f"{', '.join(options)}, or give --model.allow-random-frozen to train so"
-        )
+def frozen_dtypes(config: RunConfig, paths: Iterable[str]) -> dict[str, str]:
+    """Returns the dtype of each of these parameters that is frozen: int8 or the compute dtype. Masters are float32."""
+    frozen = [path for path in paths if is_frozen(path, config.optimizer.freeze, config.lora)]
+    return dict.fromkeys(frozen, config.step.compute_dtype) | dict.fromkeys(int8_kernels(frozen), "int8")
 
 
-def model_config(source: ModelSource) -> MossAudioConfig:
-    """The checkpoint's configuration, or the preset's, with what the source says otherwise.
-
-    `first_parameters` compares that of other parts with it.
-    """
-    if source.checkpoint is None:
-        config = MossAudioConfig.preset(source.preset)
-    else:
-        checkpoint = locate(source.checkpoint)
-        checkpoint.layout()  # raises what is there instead of a checkpoint
-        config = MossAudioConfig.from_hf(checkpoint.files)
-    if source.deepstack is not None:
-        config = dataclasses.replace(config, deepstack_num_inject_layers=source.deepstack)
-    if source.time_markers is not None:
-        processor = dataclasses.replace(config.processor, enable_time_marker=source.time_markers)
-        config = dataclasses.replace(config, processor=processor)
-    return config
+def require_no_random_frozen(config: RunConfig, model: MossAudioConfig) -> None:
+    """Raises MossAudioError if no checkpoint gives a frozen parameter, unless that is allowed."""
+    if config.lora is not None and config.model.checkpoint is None:
+        raise MossAudioError("--lora adapts a checkpoint: name it with --init or --model.checkpoint")
+    config.model.require_given(frozen_dtypes(config, parameter_specs(model)))
 
 
 def first_parameters(

@@ -37,15 +37,16 @@ from moss_audio_jax.tokens import Tokenizer
 from moss_audio_jax.weights.locate import RUN_CHECKPOINTS, RUN_MODEL, locate
 from moss_audio_jax.weights.parameters import abstract_parameters, build_model
 from train.batch import batch_sharding, require_even_batch, split_microbatches
-from train.config import CONFIG_FILE, RunConfig
+from train.config import ModelSource, RunConfig
 from train.data import ExampleOrder, Interrupted, Prefetched, SampleMaker, TrainingBatch, TrainingData
 from train.data.augment import Augmentation
 from train.data.host_shares import share_of_batch
-from train.initialization import ModelSource, first_parameters
+from train.initialization import first_parameters, frozen_dtypes, require_no_random_frozen
 from train.planning.chips import peak_flops
 from train.running.best import Best
 from train.running.checkpoints import Checkpoints
-from train.running.directory import copy_model_files, write_model_files
+from train.running.config import ResumeConfig
+from train.running.directory import CONFIG_FILE, RECORDS, is_begun
 from train.running.distributed import (
     HostSums,
     any_host_has,
@@ -55,11 +56,12 @@ from train.running.distributed import (
     on_first_process,
 )
 from train.running.figures import DataFigures
+from train.running.model_directory import copy_model_files, write_model_files
 from train.running.overview import overview
 from train.running.preflight import require_usable, sample_maker
 from train.running.profiling import Profile
-from train.running.report import RECORDS, RunReport
-from train.running.resume import Record, ResumeConfig, compare, is_begun, rewinds, write_or_check_config
+from train.running.report import RunReport
+from train.running.resume import Record, compare, rewinds, write_or_check_config
 from train.running.validation import Validation
 from train.running.watchdog import Watchdog
 from train.state import TrainState, abstract_state, new_state, with_new_data
@@ -132,7 +134,7 @@ def train(config: RunConfig, out: AnyPath, *, mesh: Mesh | None = None, resume: 
     source = _source(config, out, resume)
     model = dataclasses.replace(config, model=source).model_config()
     if source is config.model:
-        config.require_no_random_frozen(model)
+        require_no_random_frozen(config, model)
     if config.loop.check_data:
         require_usable(dataclasses.replace(config, model=source))
     mesh = make_mesh(**dataclasses.asdict(config.mesh)) if mesh is None else mesh
@@ -326,7 +328,7 @@ class _Run:
         """Makes and records an evaluation; the scores last, by which a resumed run knows that it was made."""
         with self.report.paused():
             scores, answers = self.validation.ask(self.step, (state.ema or state.trainable) | state.frozen)
-            self.report.add_samples(self.step, answers[: self.config.loop.show_samples])
+            self.report.add_samples(self.step, answers[: self.config.validation.show_samples])
             self.report.add_answers(self.step, answers)
             self.report.add_scores(self.step, scores)
         self.report.commit()
@@ -410,7 +412,7 @@ def _first_or_restored_state(
 
     source: as the configuration says, but for an adapter's base, of which the run keeps the one that it began with.
     """
-    dtypes = config.frozen_dtypes(abstract_parameters(model, jnp.float32))
+    dtypes = frozen_dtypes(config, abstract_parameters(model, jnp.float32))
     target = abstract_state(model, config.optimizer, frozen_dtypes=dtypes, mesh=mesh)
     saved = _saved(target, model)
     restored = checkpoints.restore(saved)

@@ -5,10 +5,9 @@ learns and whether it decays follows from its path alone. Only trainable paramet
 frozen one has no gradient and no moments, and adds nothing to the norm that clipping looks at.
 """
 
-import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +16,9 @@ import optax
 from moss_audio_jax.config import LoraConfig
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.patterns import matches, require_matches
+from train.config import OptimizerConfig
 
 Parameters = dict[str, Any]
-Schedule = Literal["cosine", "wsd"]
-OptimizerName = Literal["adamw", "adafactor", "muon"]
 
 # The part of the model that a path belongs to, by its first name -> the field of OptimizerConfig that scales it.
 RATE_FIELDS = {
@@ -42,74 +40,6 @@ PART_NAMES = {
 MUON_RMS = 0.2
 # Last names of the parameters that do not decay: norms' scales and all biases.
 UNDECAYED = ("scale", "bias")
-
-
-@dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
-    """An optimizer with decoupled weight decay, a schedule and global-norm clipping.
-
-    name: "adamw". "adafactor" keeps no first moment, and of the second one means of rows and columns, so that it takes
-        next to no memory; updates are clipped to an RMS of 1, and not scaled by the parameters' own. "muon" makes the
-        momentum of the layers' kernels orthogonal by Newton-Schulz iterations, scaled to AdamW's usual RMS of 0.2, so
-        that AdamW's rates and decay serve; embeddings, head, convolutions, adapters of LoRA, norms and biases are
-        AdamW's. It keeps one moment of the kernels instead of two, and on a mesh sends more.
-    learning_rate: the schedule's peak; a part of the model learns at this times its own rate.
-    encoder_rate, adapter_rate, language_model_rate: multipliers; the adapter's serves the DeepStack mergers too.
-    freeze: globs over paths, such as `audio_encoder.*` or `*.embed_tokens.embedding`.
-    schedule: both rise linearly for `warmup_steps`. "cosine" falls from there to the end. "wsd" (warm-up, stable,
-        decay) stays at the peak and falls linearly during the last `decay_steps`: it can be prolonged at any time.
-    final_fraction: of the peak, where the schedule ends and stays.
-    clip_norm: gradients are scaled down to this norm, taken over all trainable parameters.
-    first_moment_dtype: bfloat16 saves 2 bytes a parameter; the second moment is always float32.
-    muon_momentum: Muon's, Nesterov's kind; b1 and b2 are AdamW's.
-    ema_decay: keeps a moving average of the trainable parameters, float32 and 4 bytes a parameter, which evaluations
-        while training use and `RUN/ema` names: after each accepted step, decay * average + (1 - decay) * parameters,
-        where the decay is at most (1 + steps) / (10 + steps), so that the first parameters soon fade. 0 keeps none.
-    """
-
-    name: OptimizerName = "adamw"
-
-    learning_rate: float = 1e-4
-    encoder_rate: float = 1.0
-    adapter_rate: float = 1.0
-    language_model_rate: float = 1.0
-    freeze: tuple[str, ...] = ()
-    schedule: Schedule = "cosine"
-    total_steps: int = 10_000
-    warmup_steps: int = 100
-    decay_steps: int = 1_000
-    final_fraction: float = 0.1
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    clip_norm: float = 1.0
-    first_moment_dtype: Literal["float32", "bfloat16"] = "float32"
-    muon_momentum: float = 0.95
-    ema_decay: float = 0.0
-
-    def __post_init__(self):
-        if self.name not in get_args(OptimizerName):
-            raise MossAudioError(f"name must be one of {', '.join(get_args(OptimizerName))}, not {self.name!r}")
-        if self.schedule not in get_args(Schedule):
-            raise MossAudioError(f"schedule must be one of {', '.join(get_args(Schedule))}, not {self.schedule!r}")
-        if self.first_moment_dtype not in ("float32", "bfloat16"):
-            raise MossAudioError(f"first_moment_dtype must be float32 or bfloat16, not {self.first_moment_dtype!r}")
-        falling = self.decay_steps if self.schedule == "wsd" else 1
-        if min(self.warmup_steps, falling) < 0 or self.warmup_steps + falling > self.total_steps:
-            raise MossAudioError(
-                f"warmup_steps {self.warmup_steps} and {falling} steps of decay do not fit into total_steps "
-                f"{self.total_steps}: make the schedule longer"
-            )
-        for name in ("learning_rate", "clip_norm", "eps"):
-            if not getattr(self, name) > 0:
-                raise MossAudioError(f"{name} must be above 0, not {getattr(self, name)}")
-        for name in {*RATE_FIELDS.values(), "weight_decay", "final_fraction"}:
-            if not getattr(self, name) >= 0:
-                raise MossAudioError(f"{name} must be 0 or more, not {getattr(self, name)}")
-        for name in ("ema_decay", "muon_momentum"):
-            if not 0 <= getattr(self, name) < 1:
-                raise MossAudioError(f"{name} must be 0 or more and below 1, not {getattr(self, name)}")
 
 
 def split_frozen(

@@ -22,7 +22,8 @@ from moss_audio_jax.model import MossAudio
 from moss_audio_jax.sharding import constrain
 from moss_audio_jax.tree import unflatten
 from moss_audio_jax.weights.parameters import abstract_parameters
-from train.optimizer import OptimizerConfig, Parameters, gradient_transformation, split_frozen
+from train.config import OptimizerConfig
+from train.optimizer import Parameters, gradient_transformation, split_frozen
 
 
 @jax.tree_util.register_dataclass

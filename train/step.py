@@ -10,7 +10,7 @@ all arrays are sharded as `sharding.RULES` says.
 
 import dataclasses
 import functools
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,74 +18,16 @@ import optax
 from flax import nnx
 
 from moss_audio_jax.config import ADAPTER_LEAVES
-from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.int8 import int8_kernels
-from moss_audio_jax.layers import REMAT_POLICIES
 from moss_audio_jax.model import MossAudio
+from train.config import OptimizerConfig, StepConfig
 from train.data.packing import TrainingBatch
-from train.loss import TOKEN_BLOCK, LossSums, blockwise_cross_entropy
-from train.optimizer import (
-    OptimizerConfig,
-    Parameters,
-    apply_gradients,
-    by_part,
-    learning_rate,
-    moving_average,
-)
+from train.loss import LossSums, blockwise_cross_entropy
+from train.optimizer import Parameters, apply_gradients, by_part, learning_rate, moving_average
 from train.state import RecentValues, TrainState, constrain_to_rules, model_of, select
 
 Metrics = dict[str, jax.Array]
 LEAST_PROGRESS = 1e-6  # a first batch may hold only beginnings of long texts, and then no example is finished
-
-
-@dataclasses.dataclass(frozen=True)
-class StepConfig:
-    """Options of the training step's computation."""
-
-    compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Dtype of the network's parameters and activations; masters and loss stay float32."""
-    remat: Literal["none", "dots", "attention", "full", "offload"] = "full"
-    """Activations of a layer that the backward pass recomputes: "full" all of them, "none" nothing. "dots" keeps the
-    matmul outputs, "attention" those of splash attention; "offload" keeps layer inputs in host memory."""
-    z_loss: float = 0.0
-    """Weight of log(Z)^2, which keeps the softmax normalizer Z near 1; PaLM used 1e-4. 0 disables it."""
-    loss_chunk: int = TOKEN_BLOCK
-    """Positions of each sequence whose logits are in memory at a time. More are faster, and take more memory."""
-    heard_weight: float = 0.0
-    """Weight of an auxiliary cross-entropy at audio tokens that predicts the event label, or a digit of the time, from
-    the adapter output and from the hidden states after half of the LM layers. Speeds up training from scratch. 0
-    disables it."""
-    gradient_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype in which gradients are accumulated over microbatches. bfloat16 saves 2 bytes per trainable parameter, and
-    rounds at every microbatch."""
-    reduce_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Dtype of the sums of gradients over devices, if compute_dtype is bfloat16. float32 sends twice the bytes and
-    rounds nothing. The head's gradient is always summed in float32."""
-    encoder_dropout: bool = True
-    """Applies the audio encoder's dropout, at the rates of the model's configuration. No effect if the whole encoder is
-    frozen."""
-    spike_sigma: float = 6.0
-    """A loss or gradient norm this many standard deviations above its recent mean is a spike: its step is skipped. 0
-    accepts all."""
-    spike_window: int = 128
-    """Steps that the recent mean looks back. No step is a spike before half a window. The mean restarts in each new
-    phase of the mixture."""
-    spike_patience: int = 10
-    """Spikes in a row after which the next one is accepted as a lasting rise, and the mean restarts. Keep it below the
-    limit of skipped steps that ends the run. A step that is not finite is never accepted, and restarts the count."""
-
-    def __post_init__(self):
-        for name in ("compute_dtype", "gradient_dtype", "reduce_dtype"):
-            if getattr(self, name) not in ("bfloat16", "float32"):
-                raise MossAudioError(f"{name} must be bfloat16 or float32, not {getattr(self, name)!r}")
-        if self.remat not in REMAT_POLICIES:
-            raise MossAudioError(f"remat must be one of {', '.join(REMAT_POLICIES)}, not {self.remat!r}")
-        for name, least in (("loss_chunk", 1), ("spike_window", 2), ("spike_patience", 1)):
-            if getattr(self, name) < least:
-                raise MossAudioError(f"{name} must be at least {least}, not {getattr(self, name)}")
-        for name in ("z_loss", "heard_weight", "spike_sigma"):
-            if getattr(self, name) < 0:
-                raise MossAudioError(f"{name} must be 0 or more, not {getattr(self, name)}")
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 5), donate_argnums=3)
@@ -153,7 +95,7 @@ def train_step(
     if sums.by_group is not None:
         group_loss, group_tokens = sums.by_group
         metrics |= {"loss_of_group": group_loss / group_tokens, "tokens_of_group": group_tokens}
-    if config.heard_weight:
+    if config.audio_label_weight:
         metrics["audio_label_loss"] = audio_sums.loss / audio_sums.tokens
         metrics["audio_label_accuracy"] = audio_sums.correct / audio_sums.tokens
     if host_figures is not None:
@@ -211,7 +153,7 @@ def loss_and_gradients(
     num_groups: from 2 on, the sums of supervised tokens are by group of the mixture too.
     """
     num_groups = num_groups if num_groups > 1 else 0
-    labelled = jnp.maximum((batch.audio_labels >= 0).sum(), 1) if config.heard_weight else None
+    labelled = jnp.maximum((batch.audio_labels >= 0).sum(), 1) if config.audio_label_weight else None
     counts = TokenCounts(batch.loss_mask.sum(), labelled)
 
     def objective(trainable: Parameters, microbatch: TrainingBatch, key: jax.Array):
@@ -250,7 +192,7 @@ def microbatch_loss(
     """Computes a microbatch's part of the objective, and its sums over supervised tokens and over audio labels.
 
         sum over supervised tokens of (-log p(target) + z_loss log(Z)^2) / counts.supervised
-        + heard_weight * sum over labelled audio tokens of -log p(label) / counts.labelled
+        + audio_label_weight * sum over labelled audio tokens of -log p(label) / counts.labelled
 
     The second line is taken twice: of the embedded input and of the hidden states after half of the LM layers. Both
     pass through the model's last norm and head.
@@ -262,7 +204,7 @@ def microbatch_loss(
     float32_sums = config.reduce_dtype == "float32" and config.compute_dtype != "float32"
     hidden = model.hidden_states(
         batch.inputs,
-        middle=(layers + 1) // 2 if config.heard_weight else None,
+        middle=(layers + 1) // 2 if config.audio_label_weight else None,
         decoder_frozen=not any(map(_is_of_a_decoder_layer, trainable)),
         masters=trainable if float32_sums else None,
         dropout_key=key,
@@ -284,7 +226,7 @@ def microbatch_loss(
         for states in (hidden.embedded, hidden.middle):
             # The sums that are kept, for the metrics, are those of the middle layer.
             label_total, label_sums = cross_entropy(states, targets=batch.audio_labels, loss_mask=is_labelled)
-            total += config.heard_weight * label_total / counts.labelled
+            total += config.audio_label_weight * label_total / counts.labelled
     return total, (sums, label_sums)
 
 

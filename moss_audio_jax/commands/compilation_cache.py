@@ -1,4 +1,4 @@
-"""Where the commands keep compiled programs, so that the next call of one starts sooner: JAX's cache on disk."""
+"""JAX's compilation cache on disk: the next call of a command finds its compiled programs there."""
 
 import hashlib
 import logging
@@ -8,9 +8,9 @@ import platform
 import re
 import sys
 
-import jax
-
-VARIABLE = "JAX_COMPILATION_CACHE_DIR"  # JAX reads it by itself
+# JAX reads both when it is imported.
+VARIABLE = "JAX_COMPILATION_CACHE_DIR"
+MIN_VARIABLE = "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
 # Programs that are compiled in less are not worth a file each.
 MIN_COMPILE_SECONDS = 0.1
 
@@ -18,12 +18,11 @@ log = logging.getLogger(__name__)
 
 
 def keep_compiled_programs() -> None:
-    """Lets JAX keep what it compiles in the user's cache directory, unless $JAX_COMPILATION_CACHE_DIR is set.
+    """Sets $JAX_COMPILATION_CACHE_DIR to the user's cache directory unless it is set. To be called before JAX's import.
 
-    Where that is set, JAX uses what it names; empty switches the cache off. A directory that can't be written leaves it
-    off too: the programs are then compiled each time.
+    An empty variable turns the cache off. It stays off if the directory can't be written.
     """
-    if VARIABLE in os.environ or jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]
+    if VARIABLE in os.environ:
         return
     directory = user_cache() / "moss-audio-jax" / "compiled" / cpu_name()
     try:
@@ -35,13 +34,12 @@ def keep_compiled_programs() -> None:
     if not writable:
         log.info("no compiled programs are kept: %s can't be written", directory)
         return
-    jax.config.update("jax_compilation_cache_dir", str(directory))
-    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_COMPILE_SECONDS)
+    os.environ[VARIABLE] = str(directory)
+    os.environ.setdefault(MIN_VARIABLE, str(MIN_COMPILE_SECONDS))
 
 
 def user_cache() -> pathlib.Path:
-    """$XDG_CACHE_HOME, or what the platform has for it."""
+    """Returns $XDG_CACHE_HOME, or the directory that the platform has for it."""
     if given := os.environ.get("XDG_CACHE_HOME"):
         return pathlib.Path(given)
     home = pathlib.Path(os.path.expanduser("~"))
@@ -53,9 +51,9 @@ def user_cache() -> pathlib.Path:
 
 
 def cpu_name() -> str:
-    """Names this kind of CPU: a program that XLA compiled for one may hold instructions that another lacks.
+    """Returns a name of this kind of CPU: a program compiled for one may have instructions that another lacks.
 
-    JAX's own key has no part of it, and a home directory may be shared by machines.
+    JAX's own cache key does not hold the CPU, and machines may share a home directory.
     """
     try:
         text = pathlib.Path("/proc/cpuinfo").read_text()

@@ -1,7 +1,7 @@
-"""What Ctrl-C does to a command: it ends at once with code 130, or stops where it can save or clean up.
+"""Ctrl-C in a command: it ends at once with code 130, or stops where it can save or clean up.
 
-Python raises KeyboardInterrupt wherever the main thread is. Inside JAX's compilation that can crash the process, and
-while the main thread compiles or waits for a device nothing is raised, for minutes. So a thread of its own listens.
+Python raises KeyboardInterrupt in the main thread. During JAX's compilation that can crash the process; while the main
+thread compiles or waits for a device, nothing is raised for minutes. So a separate thread listens for Ctrl-C.
 """
 
 import contextlib
@@ -13,19 +13,17 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
-from moss_audio_jax.storage.paths import remove_local_copies
-
 INTERRUPTED = 130  # exit code, as shells know it
 FLUSH_SECONDS = 1.0
-CLEANUP_SECONDS = 10.0  # in which another signal does not disturb what the first one made clean up
+CLEANUP_SECONDS = 10.0  # for cleaning up after a signal, in which another one is ignored
 
 _pipe: int | None = None  # Python writes the number of each signal into it, and the listener reads its other end
 _action: Callable[[], None] | None = None  # what the listener does about Ctrl-C
 
 
 def end(code: int) -> NoReturn:
-    """Ends the process at once, its output flushed: without Python's own end, which crashes in threads of JAX."""
-    flushing = threading.Thread(target=_flush, daemon=True)  # a reader that has stopped reading holds nothing up
+    """Flushes the output and ends the process at once: Python's own shutdown can crash in threads of JAX."""
+    flushing = threading.Thread(target=_flush, daemon=True)  # a pipe whose reader has stopped must not block the end
     flushing.start()
     flushing.join(FLUSH_SECONDS)
     os._exit(code)
@@ -35,7 +33,8 @@ def _flush() -> None:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):  # closed, or nobody reads it
             stream.flush()
-    remove_local_copies()
+    if (paths := sys.modules.get("moss_audio_jax.storage.paths")) is not None:  # imports nothing during an import
+        paths.remove_local_copies()
 
 
 def _end_interrupted() -> None:
@@ -46,9 +45,9 @@ def _end_interrupted() -> None:
 
 @contextlib.contextmanager
 def ends_on_ctrl_c() -> Iterator[None]:
-    """Inside, Ctrl-C ends this process at once, whatever its main thread does. For the main thread.
+    """Inside, Ctrl-C ends this process at once, whatever its main thread does. Call it from the main thread.
 
-    A process that was started with Ctrl-C ignored, as a script starts those in the background, still ignores it.
+    A process that was started with Ctrl-C ignored, such as a background process of a script, still ignores it.
     """
     with _on_ctrl_c(_end_interrupted):
         yield
@@ -56,7 +55,7 @@ def ends_on_ctrl_c() -> Iterator[None]:
 
 @contextlib.contextmanager
 def stops_on_ctrl_c(request: Callable[[], None]) -> Iterator[None]:
-    """Inside, the first Ctrl-C calls `request`, in another thread, and a second one ends the process at once."""
+    """Inside, the first Ctrl-C calls `request` in another thread. A second one ends the process at once."""
 
     def first() -> None:
         global _action
@@ -92,7 +91,7 @@ def _on_ctrl_c(action: Callable[[], None]) -> Iterator[None]:
 
 
 def _leave_to_the_listener(number: int, frame: Any) -> None:
-    """Python's own handler would raise KeyboardInterrupt."""
+    """Does nothing; Python's own handler would raise KeyboardInterrupt."""
 
 
 def _listen(pipe: int) -> None:
@@ -104,9 +103,9 @@ def _listen(pipe: int) -> None:
 
 @contextlib.contextmanager
 def cleans_up_on_signals() -> Iterator[None]:
-    """Inside, Ctrl-C raises KeyboardInterrupt and SIGTERM SystemExit, once, so that cleaning up isn't disturbed.
+    """Inside, Ctrl-C raises KeyboardInterrupt and SIGTERM raises SystemExit, once, so that cleaning up is not interrupted.
 
-    For what handles files and compiles nothing. For the main thread.
+    For commands that handle files and compile nothing. Call it from the main thread.
     """
     global _action
     raised = -CLEANUP_SECONDS

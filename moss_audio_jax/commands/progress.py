@@ -1,4 +1,4 @@
-"""What a command says while it takes long: on stderr, and from a thread of its own, so that nothing else changes."""
+"""Messages on stderr while a command takes long, from a separate thread."""
 
 import contextlib
 import sys
@@ -6,13 +6,13 @@ import threading
 import time
 from collections.abc import Iterator
 
-SILENCE = 3.0  # seconds before the first word
+SILENCE = 3.0  # seconds before the first message
 BETWEEN_LINES = 30.0  # seconds, where stderr is no terminal; then twice as many, and so on
 
 
 @contextlib.contextmanager
 def waiting(what: str) -> Iterator[None]:
-    """Says what is being waited for, and for how long already: each second on a terminal, elsewhere in few lines."""
+    """Prints what the command waits for, and for how long: every second on a terminal, elsewhere in few lines."""
     done = threading.Event()
     show = _on_terminal if sys.stderr.isatty() else _in_lines
     thread = threading.Thread(target=show, args=(what, done), name="waiting", daemon=True)
@@ -25,7 +25,7 @@ def waiting(what: str) -> Iterator[None]:
 
 
 def _on_terminal(what: str, done: threading.Event) -> None:
-    """One line, which is wiped in the end."""
+    """Prints one line, which is erased at the end."""
     start = time.monotonic()
     if done.wait(SILENCE):
         return

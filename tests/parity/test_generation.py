@@ -14,7 +14,7 @@ from scipy.special import softmax  # noqa: E402
 from transformers import Qwen3ForCausalLM  # noqa: E402
 
 from moss_audio_jax import generate, make_inputs  # noqa: E402
-from moss_audio_jax.sampling import Sampling  # noqa: E402
+from moss_audio_jax.sampling_config import Sampling  # noqa: E402
 
 from .pairs import CONFIG, TEXT_IDS, Pair, make_pair  # noqa: E402
 

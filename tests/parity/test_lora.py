@@ -26,10 +26,11 @@ from moss_audio_jax.model import parameter_specs  # noqa: E402
 from moss_audio_jax.weights.names import adapter_leaves, released_leaves  # noqa: E402
 from moss_audio_jax.weights.parameters import build_model, parameters_of  # noqa: E402
 from train.batch import split_microbatches  # noqa: E402
-from train.optimizer import OptimizerConfig, learning_rate  # noqa: E402
+from train.config import OptimizerConfig, StepConfig  # noqa: E402
+from train.optimizer import learning_rate  # noqa: E402
 from train.running.checkpoints import Checkpoints  # noqa: E402
 from train.state import new_state  # noqa: E402
-from train.step import StepConfig, train_step  # noqa: E402
+from train.step import train_step  # noqa: E402
 
 from .pairs import CONFIG, Pair, Prompt, make_batch, make_pair, make_prompt  # noqa: E402
 from .reference import IGNORED_LABEL  # noqa: E402

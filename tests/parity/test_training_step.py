@@ -23,10 +23,11 @@ from moss_audio_jax import ModelInputs  # noqa: E402
 from moss_audio_jax.weights.names import released_leaves  # noqa: E402
 from moss_audio_jax.weights.parameters import parameters_of  # noqa: E402
 from train.batch import split_microbatches  # noqa: E402
+from train.config import OptimizerConfig, StepConfig  # noqa: E402
 from train.data.packing import TrainingBatch  # noqa: E402
-from train.optimizer import OptimizerConfig, learning_rate, rate_of  # noqa: E402
+from train.optimizer import learning_rate, rate_of  # noqa: E402
 from train.state import new_state  # noqa: E402
-from train.step import StepConfig, loss_and_gradients, train_step  # noqa: E402
+from train.step import loss_and_gradients, train_step  # noqa: E402
 
 from .pairs import Pair, Prompt, changed, make_batch, make_pair, make_prompt  # noqa: E402
 from .reference import IGNORED_LABEL  # noqa: E402

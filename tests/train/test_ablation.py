@@ -10,22 +10,10 @@ import pytest
 from moss_audio_jax import MossAudioError, load_processor
 from moss_audio_jax.weights.parameters import abstract_parameters
 from train import ablation
-from train.ablation import (
-    ARMS,
-    LATE_START,
-    LONGER,
-    TRAINED,
-    VALIDATION,
-    AblationConfig,
-    Run,
-    ablate,
-    questions,
-    run_config,
-    table,
-)
-from train.data.scenes import SceneConfig
-from train.evaluation.answers import AnswerConfig
-from train.initialization import model_config
+from train.ablation import LATE_START, LONGER, TRAINED, VALIDATION, Run, ablate, questions, run_config, table
+from train.config import ARMS, AblationConfig, model_config
+from train.data.config import SceneConfig
+from train.evaluation.config import AnswerConfig
 
 SCENES = SceneConfig(seconds=(2.0, 3.0), events=(1, 2), tasks=("timeline", "start", "loudness"))
 SMALL = AblationConfig(

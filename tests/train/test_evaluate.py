@@ -18,26 +18,21 @@ from flax import nnx
 
 from moss_audio_jax import MossAudioConfig, MossAudioError, load_model, load_processor
 from moss_audio_jax.generation import decode_until, generate, prefill_prompts
-from moss_audio_jax.sampling import Sampling
+from moss_audio_jax.sampling_config import Sampling
 from moss_audio_jax.sharding import make_mesh
 from moss_audio_jax.small_tokenizer import write_small_tokenizer
 from moss_audio_jax.tree import dotted
 from moss_audio_jax.weights.checkpoint import save_model
 from moss_audio_jax.weights.parameters import build_model
+from train.config import ModelSource
+from train.data.config import SceneConfig
 from train.data.manifest import Clip, Message, TimedText
-from train.data.scenes import SceneConfig
-from train.evaluation.answers import Answer, AnswerConfig, answer_questions, ask
-from train.evaluation.evaluate import (
-    Evaluation,
-    EvaluationConfig,
-    clip_title,
-    evaluate,
-    indices_of_all_labels,
-    read_questions,
-)
+from train.evaluation.answers import Answer, answer_questions, ask
+from train.evaluation.config import AnswerConfig, EvaluationConfig
+from train.evaluation.evaluate import Evaluation, clip_title, evaluate, indices_of_all_labels, read_questions
 from train.evaluation.measures import measure, measures_table
 from train.evaluation.questions import Question
-from train.initialization import ModelSource, first_parameters
+from train.initialization import first_parameters
 
 TINY = MossAudioConfig.preset("tiny")
 MODEL = dataclasses.replace(

@@ -15,11 +15,12 @@ from moss_audio_jax.config import EncoderConfig, LanguageConfig
 from moss_audio_jax.inputs import ModelInputs
 from moss_audio_jax.tree import unflatten
 from moss_audio_jax.weights.parameters import abstract_parameters, build_model
+from train.config import StepConfig
 from train.data import TrainingBatch
 from train.planning.chips import CHIPS, V4, V7X, chip_of, peak_flops
 from train.planning.flops import FLOP_PARTS, Content, forward_flops, moved_bytes, recomputed_flops, step_flops
 from train.planning.topology import shown_topology, topology_of
-from train.step import StepConfig, loss_and_gradients
+from train.step import loss_and_gradients
 
 ROWS, CHUNKS, TOKENS = 2, 2, 256
 # At these widths matmuls outweigh all else; nothing is ever computed. XLA knows no causal mask: attention is whole.

@@ -22,9 +22,10 @@ from moss_audio_jax.weights.names import released_leaves
 from moss_audio_jax.weights.parameters import abstract_parameters, build_model
 from moss_audio_jax.weights.safetensors_reader import SafetensorsCheckpoint
 from train import initialization as initial
-from train.config import RECIPES
-from train.initialization import ModelSource, first_parameters, model_config, random_parameters
+from train.config import ModelSource, model_config
+from train.initialization import first_parameters, random_parameters
 from train.loop import train
+from train.recipes import RECIPES
 from train.running.resume import write_or_check_config
 
 TINY = MossAudioConfig.preset("tiny")

@@ -28,16 +28,15 @@ from moss_audio_jax.small_tokenizer import write_small_tokenizer
 from moss_audio_jax.sound import files
 from moss_audio_jax.weights.checkpoint import save_model
 from moss_audio_jax.weights.parameters import build_model, parameters_of
-from train.config import RECIPES, LoopConfig, MixtureConfig, RunConfig
+from train.config import LoopConfig, MixtureConfig, ModelSource, OptimizerConfig, RunConfig, StepConfig
 from train.data import DataConfig
-from train.initialization import ModelSource, first_parameters
+from train.initialization import first_parameters
 from train.loop import Outcome, train
-from train.optimizer import OptimizerConfig
+from train.recipes import RECIPES
 from train.running.checkpoints import Checkpoints, _parts
 from train.running.resume import write_or_check_config
 from train.running.validation import Validation
 from train.state import TrainState, abstract_state
-from train.step import StepConfig
 
 STEPS = 6
 MEASURED = ("time", "step_seconds", "tokens_per_second", "data_wait", "mfu", "restarts")  # by the clock, and starts

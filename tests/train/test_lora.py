@@ -38,16 +38,24 @@ from moss_audio_jax.weights.orbax import stored_shapes
 from moss_audio_jax.weights.parameters import abstract_parameters, build_model, parameters_of
 from tests.conftest import question, question_parts
 from train.batch import batch_sharding, split_microbatches
-from train.config import RECIPES, LoopConfig, MixtureConfig, RunConfig, SceneGroupConfig
+from train.config import (
+    LoopConfig,
+    MixtureConfig,
+    ModelSource,
+    OptimizerConfig,
+    RunConfig,
+    SceneGroupConfig,
+    StepConfig,
+)
 from train.data import DataConfig
+from train.data.config import SceneConfig
 from train.data.packing import TrainingBatch
-from train.data.scenes import SceneConfig
-from train.initialization import ModelSource, first_parameters
+from train.initialization import first_parameters
 from train.loop import train
-from train.optimizer import OptimizerConfig
+from train.recipes import RECIPES
 from train.running.checkpoints import Checkpoints
 from train.state import abstract_state, new_state
-from train.step import StepConfig, train_step
+from train.step import train_step
 
 TINY = MossAudioConfig.preset("tiny")
 PLAIN = dataclasses.replace(

@@ -9,10 +9,11 @@ import pytest
 
 from moss_audio_jax.errors import MossAudioError
 from train.__main__ import main
-from train.config import RECIPES, GroupConfig, MixtureConfig, RunConfig, with_named_groups
-from train.data.augment import AugmentConfig
+from train.config import GroupConfig, MixtureConfig, RunConfig, with_named_groups
+from train.data.config import AugmentConfig
 from train.data.mixture import ExampleOrder, source_weights
 from train.data.objectives import OBJECTIVES
+from train.recipes import RECIPES
 from train.running.resume import write_or_check_config
 
 

@@ -8,15 +8,8 @@ import pytest
 
 from moss_audio_jax import MossAudioConfig, MossAudioError
 from moss_audio_jax.model import parameter_specs
-from train.optimizer import (
-    OptimizerConfig,
-    apply_gradients,
-    decays,
-    gradient_transformation,
-    learning_rate,
-    rate_of,
-    split_frozen,
-)
+from train.config import OptimizerConfig
+from train.optimizer import apply_gradients, decays, gradient_transformation, learning_rate, rate_of, split_frozen
 from train.step import expected_steps
 
 PATHS = {path: np.zeros(spec.shape) for path, spec in parameter_specs(MossAudioConfig.preset("tiny")).items()}

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from train.config import RECIPES
+from train.recipes import RECIPES
 from train.running.overview import overview
 
 

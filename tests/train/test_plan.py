@@ -11,10 +11,11 @@ from moss_audio_jax import MossAudioError
 from moss_audio_jax.sharding import make_mesh
 from train import loss
 from train.__main__ import main
-from train.config import RECIPES, LoopConfig
+from train.config import LoopConfig
 from train.planning import plan, plan_evaluation
 from train.planning.compilation import Compiled, largest_buffers
 from train.planning.topology import topology_devices
+from train.recipes import RECIPES
 
 pytest.importorskip("libtpu", reason="compiles for TPUs")
 pytestmark = pytest.mark.tpu

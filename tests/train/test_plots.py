@@ -7,8 +7,9 @@ import pytest
 
 from moss_audio_jax.audio import log_mel
 from moss_audio_jax.errors import MossAudioError
+from train.data.config import SceneConfig
 from train.data.manifest import TimedText
-from train.data.scenes import SceneConfig, make_scene
+from train.data.scenes import make_scene
 from train.evaluation.plots import COLORS, TimelinePlot, _draw, _draw_ranges, _mel_bin, label_colors, plot_timelines
 
 pytest.importorskip("matplotlib")

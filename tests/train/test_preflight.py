@@ -11,12 +11,12 @@ import soundfile
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.small_tokenizer import write_small_tokenizer
 from train.__main__ import main
-from train.config import RECIPES, RunConfig, with_paths
-from train.data.lanes import DataConfig
+from train.config import ModelSource, RunConfig, with_paths
+from train.data.config import DataConfig
 from train.data.manifest import Clip, Manifest
 from train.evaluation.questions import manifest_questions
-from train.initialization import ModelSource
 from train.loop import train
+from train.recipes import RECIPES
 from train.running.preflight import check_of, require_usable
 
 SPAN = "<|audio_bos|><|AUDIO|><|audio_eos|>"

@@ -21,7 +21,7 @@ from test_loop import ENVIRONMENT, corpus, lines  # noqa: F401 - a fixture
 from moss_audio_jax import MossAudioError
 from moss_audio_jax.storage.paths import AnyPath, to_path
 from moss_audio_jax.weights.locate import locate
-from train.running.distributed import DistributedConfig
+from train.running.config import DistributedConfig
 from train.running.rendezvous import rendezvous
 
 STEPS = 6

@@ -8,9 +8,11 @@ import pytest
 import soundfile
 
 from moss_audio_jax.errors import MossAudioError
+from train.data.config import SceneConfig
 from train.data.manifest import Clip, TimedText
 from train.data.objectives import PROMPTS, TIME_QUESTIONS
-from train.data.scenes import TASKS, SceneConfig, make_task
+from train.data.scene_tasks import TASKS
+from train.data.scenes import make_task
 from train.data.shards import prepare
 from train.evaluation.measures import MEASURES, measure
 from train.evaluation.questions import ASKABLE, Question, benchmark_questions, manifest_questions, scene_questions

@@ -25,11 +25,13 @@ from test_loop import (  # noqa: F401 - some are fixtures
 
 import train.__main__ as command_line
 from moss_audio_jax import LoraConfig, MossAudioError
-from train.config import RECIPES, RunConfig, with_paths
-from train.initialization import ModelSource
+from train.config import ModelSource, OptimizerConfig, RunConfig, with_paths
 from train.loop import train
-from train.optimizer import OptimizerConfig
-from train.running.resume import RULES, Record, ResumeConfig, is_begun, rule_of, stored_config, write_or_check_config
+from train.recipes import RECIPES
+from train.running.config import ResumeConfig
+from train.running.config_file import stored_config
+from train.running.directory import is_begun
+from train.running.resume import RULES, Record, rule_of, write_or_check_config
 
 ROOT = Path(__file__).parents[2]
 

@@ -26,11 +26,11 @@ from moss_audio_jax.sharding import make_mesh
 from moss_audio_jax.weights.parameters import abstract_parameters, build_model
 from tests.conftest import question_parts
 from train.batch import batch_sharding, split_microbatches
+from train.config import OptimizerConfig, StepConfig
 from train.data.packing import TrainingBatch
 from train.initialization import random_parameters
-from train.optimizer import OptimizerConfig
 from train.state import RecentValues, TrainState, abstract_state, new_state, with_new_data
-from train.step import StepConfig, _judged, loss_and_gradients, train_step
+from train.step import _judged, loss_and_gradients, train_step
 
 EXACT = StepConfig(compute_dtype="float32", remat="none", encoder_dropout=False, loss_chunk=48, z_loss=1e-3)
 EVERYTHING = OptimizerConfig(clip_norm=1e9, learning_rate=1e-3, warmup_steps=0)
@@ -121,7 +121,7 @@ def test_what_is_heard_is_learned_beside_the_answers(parameters, graphdef, one_s
     labelled = dataclasses.replace(batch, audio_labels=labels)
     same_step(train_step(graphdef, EXACT, EVERYTHING, start(parameters), labelled), one_step, 1e-6)
 
-    listening = dataclasses.replace(EXACT, heard_weight=0.5)
+    listening = dataclasses.replace(EXACT, audio_label_weight=0.5)
     state, metrics = host(train_step(graphdef, listening, EVERYTHING, start(parameters), labelled))
     np.testing.assert_allclose(metrics["loss"], one_step[1]["loss"], rtol=1e-6)
 

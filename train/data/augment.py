@@ -24,64 +24,13 @@ import scipy.fft
 
 from moss_audio_jax.audio import RELEASED_MEL, SAMPLE_RATE, resample, resampled_length
 from moss_audio_jax.errors import MossAudioError
+from train.data.config import SPEED_STEPS, AugmentConfig
 from train.data.manifest import Clip, Example, TimedText
 
 NOISE_SLOPES = {"white": 0.0, "pink": -0.5}  # exponents of frequency, in amplitude
 LONGEST_SHARE = 0.2  # of a clip, of one time mask; the paper's p on Switchboard
 MASKED_SECONDS = 10.0  # of a clip, for which it gets `time_masks`
-_SPEED_STEPS = 100  # speeds are multiples of 1/100, so that filters stay short
 _FRAMES_PER_SECOND = SAMPLE_RATE // RELEASED_MEL.mel_hop_length
-
-
-@dataclass(frozen=True)
-class AugmentConfig:
-    """How audio varies in training, never in evaluation. Nothing varies by default."""
-
-    speeds: tuple[float, ...] = ()
-    """Factors from 0.5 to 2, such as 0.9 1.0 1.1; each example's audio is played at one of them, all alike often. Times
-    of labels follow. Audio beside a conversation keeps its speed, as does audio that would be too long if slower."""
-    gain_db: tuple[float, float] = (0.0, 0.0)
-    """Bounds of the change of level, drawn for each clip, in dB."""
-    noise: tuple[str, ...] = ()
-    """What is laid over clips: `white`, `pink`, manifests and directories of shards, all alike often. Of the clips of a
-    manifest each is as likely; a short one is repeated, of a long one a piece is taken."""
-    noise_probability: float = 0.5
-    """Of an example to get noise, if there is any."""
-    snr_db: tuple[float, float] = (5.0, 20.0)
-    """Bounds of the level of a clip over its noise, both as their mean power, in dB."""
-    frequency_masks: int = 0
-    """Masks over mel bins for each clip; SpecAugment's LD policy has 2."""
-    frequency_width: int = 27
-    """The widest of them, in mel bins of 128."""
-    time_masks: int = 0
-    """Masks over time for each 10 s of a clip, or what is left of them; SpecAugment's LD policy comes to 1."""
-    time_width: float = 1.0
-    """The longest of them, in seconds; also at most a fifth of the clip."""
-    mask_probability: float = 1.0
-    """Of an example to get masks, if there are any."""
-
-    def __post_init__(self):
-        for speed in self.speeds:
-            if not (0.5 <= speed <= 2 and math.isclose(speed * _SPEED_STEPS, round(speed * _SPEED_STEPS))):
-                raise MossAudioError(f"augment.speeds must be hundredths from 0.5 to 2, such as 0.95, not {speed}")
-        for name in ("gain_db", "snr_db"):
-            low, high = getattr(self, name)
-            if not -100 <= low <= high <= 100:
-                raise MossAudioError(f"augment.{name} must be a lower and an upper bound in dB, not {low} and {high}")
-        for name in ("noise_probability", "mask_probability"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise MossAudioError(f"augment.{name} must be from 0 to 1, not {getattr(self, name)}")
-        for name in ("frequency_masks", "frequency_width", "time_masks", "time_width"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise MossAudioError(f"augment.{name} must be 0 or more, not {getattr(self, name)}")
-
-    @property
-    def masks(self) -> bool:
-        return bool(self.frequency_masks or self.time_masks)
-
-    @property
-    def on(self) -> bool:
-        return bool(self.speeds or self.gain_db != (0, 0) or self.noise or self.masks)
 
 
 class Augmentation:
@@ -179,7 +128,7 @@ class VariedClip(Clip):
 
     @property
     def _rates(self) -> tuple[int, int]:
-        return round(self.speed * _SPEED_STEPS), _SPEED_STEPS
+        return round(self.speed * SPEED_STEPS), SPEED_STEPS
 
 
 def masked(mel: np.ndarray, config: AugmentConfig, rng: np.random.Generator) -> np.ndarray:

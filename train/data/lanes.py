@@ -9,19 +9,18 @@ import logging
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 from moss_audio_jax.errors import MossAudioError, StorageError
-from train.data.budget import Budget, TooLong
+from train.data.budget import TooLong
+from train.data.config import DataConfig
 from train.data.mixture import Drawn, ExampleOrder
 from train.data.objectives import NothingToAsk
-from train.data.packing import Bin, Packer, Row, Strategy, empty_row, pack_row
-from train.data.samples import Answers, Sample, SampleMaker, Thoughts
+from train.data.packing import Bin, Packer, Row, empty_row, pack_row
+from train.data.samples import Sample, SampleMaker
 
 log = logging.getLogger(__name__)
 
-Oversize = Literal["skip", "truncate", "refuse"]
 SKIPS_JUDGED_AFTER = 200  # examples per lane: fewer are too few for a rate
 KINDS = {  # reason for a skip -> words and options in the message that stops a run
     "unreadable": ("unreadable", "data.max_skip_rate"),
@@ -33,75 +32,6 @@ COUNTS = ("read", *KINDS, "truncated", "done", "audio_seconds")  # totals of a l
 
 class Interrupted(Exception):
     """Waiting for a batch was interrupted."""
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """How examples become batches."""
-
-    batch_size: int
-    """Packed sequences in a global batch."""
-    tokens: int
-    """Tokens of a packed sequence."""
-    chunks: int
-    """Chunks of audio (4 s) in a packed sequence; `packing.balanced_chunks` computes what goes with the tokens."""
-    open_bins: int = 4
-    """Sequences that each row of the batch fills at the same time. More of them leave less padding, and read more
-    examples ahead: this number of batches. docs/training.md has measured fill rates."""
-    strategy: Strategy = "best_fit"
-    """Where an example goes: best_fit takes the fullest open sequence that has room, first_fit the oldest."""
-    grow: tuple[str, ...] = ()
-    """STEP=FACTOR: from the batch after this step on, a batch has FACTOR times as many sequences, in as many more
-    microbatches. Several are given in order of their steps."""
-    answers: Answers = "all"
-    """Learn all answers of a conversation, or the last one."""
-    thoughts: Thoughts = "learn"
-    """Learn the thoughts that answers begin with, or mask them: they are read and not learned."""
-    default_prompt: str = ""
-    """What is asked where a conversation has audio and a blank prompt, or none."""
-    oversize: Oversize = "skip"
-    """An example longer than a sequence is skipped and counted (`too_long`); or truncated and counted (`truncated`):
-    it ends with the last learned token that fits, whole clips after that are left out, and it is skipped if nothing to
-    learn is left; or refused, which stops the run. Plain text is never too long: it is split."""
-    max_skip_rate: float = 0.05
-    """Stop the run when more than this share of a row's examples can't be read."""
-    max_unused_rate: float = 0.5
-    """Stop the run when more than this share of a row's examples is too long, or has no labels for the objectives."""
-    max_skips_in_a_row: int = 64
-    """Stop the run when none of this many examples in a row of a group, within a row of the batch, can be used."""
-
-    def __post_init__(self):
-        if self.batch_size < 1 or self.open_bins < 1 or self.max_skips_in_a_row < 1:
-            raise MossAudioError(
-                f"expected a batch_size, open_bins and max_skips_in_a_row of 1 or more, "
-                f"found {self.batch_size}, {self.open_bins} and {self.max_skips_in_a_row}; correct them."
-            )
-        rates = (self.max_skip_rate, self.max_unused_rate)
-        if self.oversize not in ("skip", "truncate", "refuse") or not all(0 <= rate <= 1 for rate in rates):
-            raise MossAudioError(
-                f"expected oversize of skip, truncate, refuse, and a max_skip_rate and max_unused_rate of 0 to 1, "
-                f"found {self.oversize!r}, {self.max_skip_rate} and {self.max_unused_rate}; correct them."
-            )
-        _ = self._growth  # is checked
-
-    @property
-    def budget(self) -> Budget:
-        return Budget(self.tokens, self.chunks)
-
-    @cached_property
-    def _growth(self) -> list[tuple[int, int]]:
-        """(batches before the change, factor), in order."""
-        pairs = [text.partition("=") for text in self.grow]
-        if any(not (step.isdecimal() and factor.isdecimal() and int(factor)) for step, _, factor in pairs):
-            raise MossAudioError(f"data.grow must be STEP=FACTOR, such as 1000=2, not {' '.join(self.grow)!r}")
-        growth = [(int(step), int(factor)) for step, _, factor in pairs]
-        if growth != sorted(set(growth)):
-            raise MossAudioError(f"data.grow must have its steps in order, not {' '.join(self.grow)}")
-        return growth
-
-    def growth(self, batches: int) -> int:
-        """How many times `batch_size` sequences the next batch has, after this many batches."""
-        return next((factor for begin, factor in reversed(self._growth) if batches >= begin), 1)
 
 
 @dataclass

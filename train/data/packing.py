@@ -9,7 +9,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Literal, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import jax
 import ml_dtypes
@@ -19,9 +19,8 @@ from moss_audio_jax.config import DOWNSAMPLE_RATE
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.inputs import ModelInputs
 from train.data.budget import Budget
+from train.data.config import Strategy
 from train.data.samples import Sample
-
-Strategy = Literal["best_fit", "first_fit"]
 
 
 @jax.tree_util.register_dataclass

@@ -29,7 +29,8 @@ import numpy as np
 from absl import flags
 
 from moss_audio_jax.errors import MossAudioError
-from train.data.lanes import COUNTS, DataConfig, Interrupted, Lane, LaneState
+from train.data.config import DataConfig
+from train.data.lanes import COUNTS, Interrupted, Lane, LaneState
 from train.data.mixture import ExampleOrder
 from train.data.packing import Row, TrainingBatch, batch_of_rows
 from train.data.samples import SampleMaker

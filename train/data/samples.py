@@ -16,7 +16,7 @@ import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -27,17 +27,15 @@ from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.inputs import ModelInputs, encode_sequence
 from moss_audio_jax.storage.paths import is_remote
 from moss_audio_jax.tokens import Tokenizer, Turn, build_conversation
-from train.data.augment import Augmentation, AugmentConfig, VariedClip, in_own_time
+from train.data.augment import Augmentation, VariedClip, in_own_time
 from train.data.budget import Budget, Extent, TooLong, split_text
+from train.data.config import Answers, AugmentConfig, Thoughts
 from train.data.manifest import THOUGHT_END, Clip, Example, Message, TimedText
 from train.data.objectives import Rendered, render
 
 END_OF_TEXT = "<|endoftext|>"  # Qwen's end of a text that is not a conversation
 FRAMES_PER_SECOND = 100
 TOKENS_PER_SECOND = FRAMES_PER_SECOND / DOWNSAMPLE_RATE
-
-Answers = Literal["all", "last"]
-Thoughts = Literal["learn", "mask"]
 
 
 @dataclass(frozen=True)

@@ -16,64 +16,11 @@ import numpy as np
 
 from moss_audio_jax.audio import SAMPLE_RATE
 from moss_audio_jax.errors import MossAudioError
+from train.data.config import SceneConfig
 from train.data.manifest import Clip, Example, Message
 from train.data.mixture import ENDLESS
-from train.data.scene_synthesis import BACKGROUNDS, SOUNDS, Event, Scene, ScenePlan, log_uniform, synthesize
+from train.data.scene_synthesis import Event, Scene, ScenePlan, log_uniform, synthesize
 from train.data.scene_tasks import TASKS, caption
-
-LABELS = ("tone", "chirp", "click", "noise", "dial", "hum")
-SEEDS = 2**32  # as many as a run can have
-
-
-@dataclass(frozen=True)
-class SceneConfig:
-    """What scenes are made of. Pairs are the bounds of a uniform draw; equal bounds fix the value."""
-
-    seconds: tuple[float, float] = (8.0, 8.0)
-    """Length of a scene, drawn in steps of a mel frame (10 ms)."""
-    events: tuple[int, int] = (1, 4)
-    """Number of events; in a scene too short for those drawn, as many as fit."""
-    labels: tuple[str, ...] = LABELS
-    """Classes to draw from, one named twice twice as often: a steady tone, a gliding chirp, a row of clicks, a burst of
-    noise, dialled digits (DTMF), a low buzzing hum; and a siren, left out by default for a model to learn later."""
-    event_seconds: tuple[float, float] = (0.3, 1.5)
-    """Length of an event."""
-    gap: float = 0.2
-    """Seconds of background at least, between two events and at both ends of a scene."""
-    overlap: bool = False
-    """Lets events sound at once; `gap` then holds at the scene's ends only."""
-    level_db: tuple[float, float] = (-24.0, -6.0)
-    """Peak of an event, in dB of full scale."""
-    background_db: tuple[float, float] = (-65.0, -50.0)
-    """Root mean square of the background noise, in dB of full scale."""
-    backgrounds: tuple[str, ...] = BACKGROUNDS
-    """Colours of noise to draw from."""
-    tasks: tuple[str, ...] = ("timeline",)
-    """What is asked, all alike often; a name may be repeated to be asked more often."""
-    questions: int = 1
-    """How many questions an example of training asks about its scene, one turn each; fewer if the scene has none."""
-
-    def __post_init__(self):
-        for name in ("seconds", "events", "event_seconds", "level_db", "background_db"):
-            low, high = getattr(self, name)
-            if not low <= high:
-                raise MossAudioError(f"scenes: {name} must be a lower and an upper bound, found {low} and {high}.")
-        for name, known in (("labels", tuple(SOUNDS)), ("backgrounds", BACKGROUNDS), ("tasks", tuple(TASKS))):
-            found = getattr(self, name)
-            if not found or set(found) - set(known):
-                raise MossAudioError(f"scenes: {name} must be some of {', '.join(known)}, found {', '.join(found)}.")
-        for name, least in (("events", self.events[0]), ("questions", self.questions)):
-            if least < 1:
-                raise MossAudioError(f"scenes: {name} must be 1 or more, found {least}.")
-        if self.event_seconds[0] < _SHORTEST:
-            raise MossAudioError(f"scenes: event_seconds must be {_SHORTEST} or more, found {self.event_seconds[0]}.")
-        if self.gap < 0 or self.seconds[0] < self.event_seconds[1] + 2 * self.gap:
-            raise MossAudioError(
-                "scenes: seconds must hold the longest event and a gap of 0 or more on either side, found "
-                f"{self.seconds[0]} s for {self.event_seconds[1]} s and twice {self.gap} s; lengthen it."
-            )
-        if self.level_db[1] > 0:
-            raise MossAudioError(f"scenes: level_db must be 0 or less, full scale, found {self.level_db[1]}.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,7 +95,6 @@ def make_task(seed: int, index: int, config: SceneConfig) -> SceneTask:
 
 # Plans: what sounds when
 
-_SHORTEST = 0.1  # seconds of an event
 _FRAME = SAMPLE_RATE // 100
 _TONE_HZ = (300.0, 3000.0)
 _HUM_HZ = (60.0, 160.0)

@@ -3,13 +3,12 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import partial
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import tyro
 from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
@@ -21,32 +20,13 @@ from moss_audio_jax.generation import generate
 from moss_audio_jax.inputs import ModelInputs, make_inputs, padded
 from moss_audio_jax.model import MossAudio
 from moss_audio_jax.processor import Processor
-from moss_audio_jax.sampling import Sampling
 from moss_audio_jax.sharding import mesh_of, num_parts, partition_spec
 from moss_audio_jax.tokens import build_conversation
 from train.data.host_shares import share_of_batch
 from train.data.manifest import Clip
 from train.data.samples import FRAMES_PER_SECOND, TOKENS_PER_SECOND, turns_and_mels
+from train.evaluation.config import AnswerConfig
 from train.evaluation.questions import Question
-
-
-@dataclass(frozen=True)
-class AnswerConfig:
-    """Options of generating answers."""
-
-    batch_size: int = 8
-    """Questions per batch, rounded up to a multiple of the data-parallel devices."""
-    max_new_tokens: int = 512
-    """Maximum tokens of an answer. Longer answers are cut off and counted as unfinished."""
-    time_markers: bool | None = None
-    """Insert time markers between audio tokens. Default: the checkpoint's setting."""
-    sampling: Annotated[Sampling, tyro.conf.arg(name="")] = field(default_factory=Sampling)
-    """Sampling options. Default: greedy decoding, as measures should be taken."""
-
-    def __post_init__(self):
-        for name in ("batch_size", "max_new_tokens"):
-            if getattr(self, name) < 1:
-                raise MossAudioError(f"{name} must be 1 or more, not {getattr(self, name)}")
 
 
 class Answer(NamedTuple):

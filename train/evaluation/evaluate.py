@@ -12,22 +12,20 @@ import json
 import posixpath
 import threading
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 import jax
-import tyro
 from flax import nnx
 
-from moss_audio_jax.commands.cli import PathArgument
 from moss_audio_jax.commands.interruption import stops_on_ctrl_c
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.processor import load_processor
 from moss_audio_jax.sharding import make_mesh
 from moss_audio_jax.storage.paths import AnyPath, atomic_write
 from moss_audio_jax.weights.checkpoint import load_model
-from train.data.scenes import SEEDS, SceneConfig
-from train.evaluation.answers import Answer, AnswerConfig, answers_by_index
+from train.evaluation.answers import Answer, answers_by_index
+from train.evaluation.config import EvaluationConfig
 from train.evaluation.measures import measure
 from train.evaluation.metrics.timelines import parse_timeline
 from train.evaluation.question_files import FILE_FORMATS
@@ -36,50 +34,11 @@ from train.evaluation.questions import (
     Question,
     benchmark_questions,
     manifest_questions,
-    require_askable,
     scene_questions,
 )
 
 if TYPE_CHECKING:
     from train.evaluation.plots import TimelinePlot
-
-
-@dataclass(frozen=True)
-class EvaluationConfig:
-    """Options of an evaluation."""
-
-    data: tuple[PathArgument, ...] = ()
-    """Manifests and directories of shards."""
-    objectives: tuple[str, ...] = ()
-    """Objectives to ask about their examples. Default: every objective that an example has labels for."""
-    default_prompt: str = ""
-    """User text of conversations that have audio and no text."""
-    scenes: int = 0
-    """Number of synthetic sound scenes to ask about."""
-    scene: Annotated[SceneConfig, tyro.conf.arg(name="scenes")] = field(default_factory=SceneConfig)
-    benchmark: tuple[str, ...] = ()
-    """NAME=FILE: question file of a benchmark. NAME is mmau, mmau_pro, mmar or mmsu."""
-    audio_dir: PathArgument | None = None
-    """Directory of the benchmarks' audio. Default: the directory of the question file."""
-    limit: int | None = None
-    """Maximum number of examples per manifest and questions per benchmark; the first ones are taken."""
-    seed: int = 0
-    """Seed of scenes, questions about times, and sampling. Use another seed than in training."""
-    answers: Annotated[AnswerConfig, tyro.conf.arg(name="")] = field(default_factory=AnswerConfig)
-    dtype: Literal["bfloat16", "float32"] | None = None
-    """Compute dtype. Default: bfloat16, or float32 on CPU."""
-    fsdp: int = -1
-    """Devices that weights and batch are sharded over; -1 takes all remaining devices."""
-    tensor: int = 1
-    """Devices that each layer is sharded over (tensor parallelism)."""
-
-    def __post_init__(self):
-        require_askable(self.objectives)
-        if self.scenes < 0 or not 0 <= self.seed < SEEDS or (self.limit is not None and self.limit < 1):
-            raise MossAudioError(
-                f"scenes must be 0 or more, seed from 0 to {SEEDS - 1} and limit 1 or more, "
-                f"found {self.scenes}, {self.seed} and {self.limit}"
-            )
 
 
 def read_questions(config: EvaluationConfig) -> list[Question]:
@@ -192,7 +151,7 @@ def evaluate(
     keep_partial: Ctrl-C stops after the current batch, and the answers so far are measured.
     """
     processor = load_processor(checkpoint)
-    model = load_model(checkpoint, dtype=config.dtype, mesh=make_mesh(fsdp=config.fsdp, tensor=config.tensor))
+    model = load_model(checkpoint, dtype=config.dtype, mesh=make_mesh(**asdict(config.mesh)))
     stop = threading.Event()
     with stops_on_ctrl_c(stop.set) if keep_partial else contextlib.nullcontext():
         found = answers_by_index(

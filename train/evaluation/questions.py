@@ -12,10 +12,11 @@ import numpy as np
 
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.storage.paths import AnyPath
+from train.data.config import Answers, SceneConfig
 from train.data.manifest import Clip, Example, Message, TimedText
 from train.data.objectives import OBJECTIVES, PROMPTS, TIME_QUESTIONS
-from train.data.samples import Answers, with_prompt, without_thought
-from train.data.scenes import SceneConfig, make_task
+from train.data.samples import with_prompt, without_thought
+from train.data.scenes import make_task
 from train.data.shards import open_examples
 from train.evaluation.question_files import read_benchmark
 

@@ -22,12 +22,13 @@ from moss_audio_jax.config import MossAudioConfig
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.generation import MIN_NEW_TOKENS, decode_until, make_drawing, prefill_prompts
 from moss_audio_jax.inputs import ModelInputs
-from moss_audio_jax.sampling import Sampling
+from moss_audio_jax.sampling_config import Sampling
 from moss_audio_jax.sharding import make_mesh
 from moss_audio_jax.weights.parameters import abstract_parameters, build_model
 from train.batch import abstract_batch
 from train.config import RunConfig
 from train.data import TrainingBatch
+from train.initialization import frozen_dtypes
 from train.planning.calibration import calibrated
 from train.planning.chips import GIB, Chip, chip_of
 from train.planning.compilation import Compiled, compile_for_memory
@@ -75,7 +76,7 @@ def plan_step(config: RunConfig, devices: Sequence[Any], segments: int = 1) -> d
 def planned_state(config: RunConfig, mesh: Mesh) -> TrainState:
     """Returns the abstract, sharded state of a run."""
     model = config.model_config()
-    dtypes = config.frozen_dtypes(abstract_parameters(model, jnp.float32))
+    dtypes = frozen_dtypes(config, abstract_parameters(model, jnp.float32))
     return abstract_state(model, config.optimizer, frozen_dtypes=dtypes, mesh=mesh)
 
 
@@ -296,7 +297,7 @@ def alternatives(config: RunConfig, chips: int) -> Iterator[tuple[str, RunConfig
         fewer //= 2
         data = dataclasses.replace(config.data, batch_size=fewer)
         remat = {name: value for name, value in said.items() if name == "--step.remat"}
-        yield _written(remat | {"--batch": fewer}), dataclasses.replace(config, data=data, microbatches=1)
+        yield _written(remat | {"--batch-size": fewer}), dataclasses.replace(config, data=data, microbatches=1)
     if config.step.remat != "offload":
         offloaded = dataclasses.replace(config.step, remat="offload")
         yield _written(said | {"--step.remat": "offload"}), dataclasses.replace(config, step=offloaded)
@@ -398,7 +399,7 @@ def _evaluation(report: dict[str, Any]) -> list[str]:
         f"{report['prompt_chunks']} chunks, answers of up to {report['new_tokens']} tokens"
     ]
     if "would_fit" in report:
-        lines += [f"would fit: {report['would_fit'] or 'no smaller batch; leave --evaluate-every out'}"]
+        lines += [f"would fit: {report['would_fit'] or 'no smaller batch; leave --validation.every out'}"]
     return lines
 
 

@@ -42,10 +42,10 @@ def plan_evaluation(config: RunConfig, devices: Sequence[Any], step: dict[str, A
     if report["fits"]:
         return report
     for batch in _smaller_batches(max(report["prompts"], report["sequences"]), parts):
-        print(f"the evaluation does not fit; trying --evaluate-batch {batch}", file=sys.stderr)
-        smaller = dataclasses.replace(config, loop=dataclasses.replace(config.loop, evaluate_batch=batch))
+        print(f"the evaluation does not fit; trying --validation.batch-size {batch}", file=sys.stderr)
+        smaller = dataclasses.replace(config, validation=dataclasses.replace(config.validation, batch_size=batch))
         if _report(smaller, mesh, evaluation_shapes(smaller, parts, items), step)["fits"]:
-            return report | {"would_fit": f"--evaluate-batch {batch}"}
+            return report | {"would_fit": f"--validation.batch-size {batch}"}
     return report | {"would_fit": None}
 
 

@@ -30,10 +30,9 @@ from moss_audio_jax.tree import flatten, unflatten
 from moss_audio_jax.weights.locate import PARAMS, RUN_BEST, RUN_BEST_FILE, RUN_CHECKPOINTS, RUN_EMA
 from moss_audio_jax.weights.orbax import retried_alone
 from train.running.best import Best
+from train.running.directory import DAMAGED, DATA, LATER, STATE
 from train.state import TrainState
 
-STATE, DATA = "state", "data"
-DAMAGED, LATER = "damaged_checkpoints", "later_checkpoints"
 # What a state has now and checkpoints of older runs lack: it starts at 0 then.
 NEWER = ("phase", "spikes_in_a_row")
 # What TensorStore says of files that are missing, cut short or hold something else.

@@ -1,75 +1,37 @@
-"""What goes with all checkpoints of a run: the model's configuration and its tokenizer, in the released layout."""
+"""Names of the files and directories in the directory of a run.
 
-import dataclasses
+    config.json         configuration of the run, versions and history (`resume`)
+    model/              configuration and tokenizer of the model (`model_directory`)
+    checkpoints/        checkpoints by step (`checkpoints`)
+    ema, best           names of checkpoints, as in `RUN/best`; no files
+    best.json           best evaluation so far
+    metrics.jsonl ...   records of the run (`report`)
+    figures/            pictures of the samples of evaluations
+    profile/            traces
+    profile_now         file that requests a trace
+    damaged_checkpoints/, later_checkpoints/    checkpoints that were put aside
 
-from moss_audio_jax.config import CONFIG_FILES, MossAudioConfig
-from moss_audio_jax.errors import MossAudioError
-from moss_audio_jax.small_tokenizer import write_small_tokenizer
-from moss_audio_jax.storage.paths import AnyPath, Path, absolute, children, exists, to_path
-from moss_audio_jax.weights.locate import locate
-from moss_audio_jax.weights.peft import write_adapter_config
-from train.data import ExampleOrder
-from train.data.objectives import render
-from train.initialization import ModelSource
+The names that `load_model` reads are those of `moss_audio_jax.weights.locate` (RUN_MODEL, RUN_CHECKPOINTS ...).
+"""
 
-LEARNED = "learned"  # in place of a directory
-LEARNED_FROM = 300  # examples
+from moss_audio_jax.storage.paths import AnyPath, to_path
 
-
-def write_model_files(source: ModelSource, config: MossAudioConfig, order: ExampleOrder, directory: AnyPath) -> None:
-    """Writes them once, config.json last, by which a resumed run knows that all are there and keeps them.
-
-    With LoRA also what the adapter is, and the checkpoint that it is for: of a run, the one that is its newest now.
-    order: where a learned tokenizer takes its texts from.
-    """
-    directory = to_path(directory)
-    if exists(directory / "config.json"):
-        return
-    tokenizer = source.tokenizer_source
-    if tokenizer is None:
-        raise MossAudioError(
-            f"without model.checkpoint, model.tokenizer must name a directory of tokenizer files, or be {LEARNED}"
-        )
-    directory.rmtree(missing_ok=True)
-    directory.mkdir(parents=True)
-    if tokenizer == LEARNED:
-        write_small_tokenizer(directory, _texts(order), config.processor.audio_start_id)
-    files = locate(source.checkpoint).companion_files() if source.checkpoint else []
-    for file in files + (locate(tokenizer).tokenizer_files() if tokenizer != LEARNED else []):
-        if file.name not in CONFIG_FILES:
-            file.copy(directory / file.name, overwrite=True)
-    if config.lora is not None:
-        write_adapter_config(directory, config, str(_settled(source.checkpoint)))
-    else:  # masters are float32, whatever the checkpoint was that a run began with
-        of_masters = {"config.json": config.raw["config.json"] | {"dtype": "float32"}}
-        config = dataclasses.replace(config, raw={**config.raw, **of_masters})
-    config.save_hf(directory)
+CONFIG_FILE = "config.json"
+METRICS_FILE = "metrics.jsonl"
+SCORES_FILE = "scores.jsonl"
+SAMPLES_FILE = "samples.jsonl"
+ANSWERS = "answers"
+TENSORBOARD = "tensorboard"
+WANDB_FILE = "wandb_run.txt"
+RECORDS = (METRICS_FILE, SCORES_FILE, SAMPLES_FILE, ANSWERS, TENSORBOARD, WANDB_FILE)
+FIGURES = "figures"
+PROFILE, PROFILE_NOW = "profile", "profile_now"
+DAMAGED, LATER = "damaged_checkpoints", "later_checkpoints"
+STATE, DATA = "state", "data"  # items of a checkpoint, beside its parameters
 
 
-def copy_model_files(run_model: AnyPath, directory: AnyPath) -> None:
-    """Those of another run, for a branch of it; config.json last."""
-    directory = to_path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    for file in sorted(children(run_model), key=lambda file: file.name == "config.json"):
-        file.copy(directory / file.name, overwrite=True)
+def is_begun(out: AnyPath) -> bool:
+    """Returns True if a directory holds a run with a checkpoint, which a start resumes."""
+    from moss_audio_jax.weights.locate import locate
 
-
-def _settled(checkpoint: str | None) -> Path:
-    """The directory of a checkpoint that will not become another one when training goes on there."""
-    if checkpoint is None:
-        raise MossAudioError("lora adapts a checkpoint: name it with model.checkpoint")
-    found = locate(checkpoint)
-    return absolute(found.averages or (found.path if found.params is None else found.params.parent))
-
-
-def _texts(order: ExampleOrder) -> list[str]:
-    """What is said in the first examples, and the frame of every conversation."""
-    texts = ["system\nYou are a helpful assistant.", "user\n", "assistant\n"]
-    for number in range(LEARNED_FROM):
-        drawn = order[number]
-        rendered = render(drawn.example, drawn.rng, drawn.source.objectives)
-        if isinstance(rendered, str):
-            texts.append(rendered)
-        else:
-            texts += [piece for message in rendered for piece in message.content if isinstance(piece, str)]
-    return texts
+    return locate(out).params is not None and (to_path(out) / CONFIG_FILE).exists()

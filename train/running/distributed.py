@@ -7,7 +7,6 @@
 The directory of the run and the data are on a file system that all of them see.
 """
 
-import dataclasses
 import json
 import os
 import re
@@ -26,6 +25,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from moss_audio_jax.errors import MossAudioError, StorageError
 from train.data.host_shares import processes_with_this_share
 from train.data.pipeline import merge_states
+from train.running.config import DistributedConfig
 from train.running.rendezvous import rendezvous
 
 BATCH_SECONDS = 1800  # for another process to read a batch
@@ -34,45 +34,6 @@ LOST = 75  # exit code, EX_TEMPFAIL: run it again
 DECISION_MILLISECONDS = 86_400_000  # a process that is gone is found out before
 # What JAX's errors say of a process that can't be reached any more.
 UNREACHABLE = re.compile(r"gloo|connection|heartbeat|unavailable|coordination service|deadline_exceeded", re.IGNORECASE)
-
-
-@dataclasses.dataclass(frozen=True)
-class DistributedConfig:
-    """How this process finds the others of its run; by default there are none."""
-
-    distributed: bool = False
-    """The run is of several processes. TPU pods, Slurm and Open MPI say which; elsewhere give all of the next three."""
-    coordinator: str | None = None
-    """HOST:PORT of process 0, where the processes meet."""
-    num_processes: int | None = None
-    """How many there are."""
-    process_id: int | None = None
-    """Which of them this is, from 0 on."""
-    lost_after: int = 100
-    """Seconds without a sign of life after which a process is given up, which ends all the others."""
-    join_within: int = 300
-    """Seconds to wait for all processes at the start."""
-
-    def __post_init__(self):
-        if self.lost_after < 1 or self.join_within < 1:
-            raise MossAudioError(
-                f"lost_after and join_within must be 1 second or more, not {self.lost_after} and {self.join_within}"
-            )
-        place = (self.coordinator, self.num_processes, self.process_id)
-        if place == (None, None, None):
-            return
-        if self.coordinator is None or self.num_processes is None or self.process_id is None:
-            raise MossAudioError(
-                "several processes need all of --coordinator HOST:PORT, --num-processes and --process-id; "
-                "on TPU pods --distributed is enough"
-            )
-        if not re.fullmatch(r".+:\d+", self.coordinator):
-            raise MossAudioError(f"--coordinator must be HOST:PORT, such as 10.0.0.1:1234, not {self.coordinator!r}")
-        if not 0 <= self.process_id < self.num_processes:
-            raise MossAudioError(
-                f"--process-id counts from 0 and must be below the {self.num_processes} of --num-processes, "
-                f"not {self.process_id}"
-            )
 
 
 def join(config: DistributedConfig) -> None:

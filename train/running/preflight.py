@@ -19,14 +19,13 @@ from moss_audio_jax.errors import MossAudioError, StorageError
 from moss_audio_jax.storage.paths import AnyPath, is_remote, local_copy, to_path
 from moss_audio_jax.tokens import Tokenizer
 from moss_audio_jax.weights.locate import locate
-from train.config import RunConfig
+from train.config import LEARNED, RunConfig
 from train.data.augment import Augmentation
 from train.data.budget import TooLong
-from train.data.lanes import DataConfig
+from train.data.config import DataConfig
 from train.data.manifest import Clip, Example, Message, checked_lines
 from train.data.objectives import OBJECTIVES, applying, nothing_to_ask
 from train.data.samples import SampleMaker, truncate_turns
-from train.running.directory import LEARNED
 
 log = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ import jax
 
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.storage.paths import AnyPath, local_directory, to_path, upload
+from train.running.directory import PROFILE, PROFILE_NOW
 
-PROFILE, PROFILE_NOW = "profile", "profile_now"
 LOOK_SECONDS = 10.0  # between two looks for PROFILE_NOW
 PROFILED_ON_REQUEST = 3  # steps, where no option says how many
 

@@ -50,19 +50,19 @@ from moss_audio_jax.storage.paths import (
     to_path,
 )
 from moss_audio_jax.storage.retries import is_transient, retried
-from train.config import CONFIG_FILE
 from train.planning.flops import CONVENTION
+from train.running.directory import (
+    ANSWERS,
+    CONFIG_FILE,
+    METRICS_FILE,
+    SAMPLES_FILE,
+    SCORES_FILE,
+    TENSORBOARD,
+    WANDB_FILE,
+)
 from train.running.distributed import from_first_process
 
-METRICS_FILE = "metrics.jsonl"
-SCORES_FILE = "scores.jsonl"
-SAMPLES_FILE = "samples.jsonl"
-ANSWERS = "answers"
-TENSORBOARD = "tensorboard"
-WANDB_FILE = "wandb_run.txt"
 ESTIMATED_AFTER = 5  # steps, how long a run will take
-
-RECORDS = (METRICS_FILE, SCORES_FILE, SAMPLES_FILE, ANSWERS, TENSORBOARD, WANDB_FILE)  # all of a run's directory
 
 Values = Mapping[str, float]
 

@@ -20,16 +20,15 @@ import platform
 import subprocess
 import sys
 import time
-import types
-import typing
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal
 
+from moss_audio_jax.commands.renamed import current_path
 from moss_audio_jax.errors import MossAudioError
-from moss_audio_jax.storage.json_files import read_json
-from moss_audio_jax.storage.paths import AnyPath, Path, atomic_write, to_path
-from moss_audio_jax.weights.locate import locate
-from train.config import CONFIG_FILE, RunConfig
+from moss_audio_jax.storage.paths import AnyPath, atomic_write, to_path
+from train.running.config import ResumeConfig
+from train.running.config_file import is_group, is_option, options_of, read_back, read_content
+from train.running.directory import CONFIG_FILE
 
 Rule = Literal["free", "asked", "never"]
 # Patterns of options; the first that matches holds. docs/training.md has the same table.
@@ -38,6 +37,7 @@ RULES: tuple[tuple[str, Rule], ...] = (
     ("recipe", "free"),
     ("loop.epochs", "asked"),
     ("loop.*", "free"),
+    ("validation.*", "free"),
     ("mesh.*", "free"),
     ("data.max_*", "free"),
     ("data.grow", "free"),
@@ -70,61 +70,7 @@ RULES: tuple[tuple[str, Rule], ...] = (
 )
 # Options that other examples, or another order of them, follow from.
 DATA_OPTIONS = ("data.*", "mixture.*", "augment.*", "seed")
-NAMED = "named"  # the field of a mixture that holds its groups of new names
-RECORD = ("starts", "versions", "history")  # keys of config.json beside the configuration
 LIBRARIES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-
-
-@dataclasses.dataclass(frozen=True)
-class ResumeConfig:
-    """What a start of a run does that is not part of its configuration."""
-
-    allow_change: tuple[str, ...] = ()
-    """Options that may be others than the run was begun with, such as optimizer.learning_rate, or a group of them, such
-    as mixture; the run records each change. docs/training.md says which need this, and which can't change."""
-    from_step: int | None = None
-    """Resume from the checkpoint of this step. Later ones are put into later_checkpoints/, and their metrics are cut.
-    The same command, started again, resumes from the newest checkpoint."""
-    skip_steps: str | None = None
-    """FIRST:LAST, steps whose batches are read and not trained on; the steps are counted. The run keeps to it."""
-    branch: str | None = None
-    """RUN@STEP: begin a new run from a checkpoint of another one, whose configuration holds where no option says
-    otherwise. All may change but the model."""
-    branch_optimizer: bool = True
-    """A branch keeps the optimizer's moments, and its steps and data are counted on from there. Without them it begins
-    at step 0, with the schedule and the data of a new run."""
-
-    def __post_init__(self):
-        if self.from_step is not None and self.from_step < 1:
-            raise MossAudioError(f"from_step must be the step of a checkpoint, 1 or more, not {self.from_step}")
-        if self.from_step is not None and self.branch is not None:
-            raise MossAudioError("--branch begins a new run and --from-step resumes one: give one of them")
-        _ = self.skipped, self.origin  # refuses what can't be read
-
-    @property
-    def skipped(self) -> range:
-        """The steps of `skip_steps`."""
-        if self.skip_steps is None:
-            return range(0)
-        first, colon, last = self.skip_steps.partition(":")
-        if not (colon and first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
-            raise MossAudioError(f"--skip-steps must be FIRST:LAST, such as 1000:1200, not {self.skip_steps!r}")
-        return range(int(first), int(last) + 1)
-
-    @property
-    def origin(self) -> tuple[Path, int] | None:
-        """The run of `branch`, and the step."""
-        if self.branch is None:
-            return None
-        run, _, step = self.branch.rpartition("@")
-        if not (run and step.isdecimal()):
-            raise MossAudioError(f"--branch must be RUN@STEP, such as runs/mine@1000, not {self.branch!r}")
-        return to_path(run), int(step)
-
-
-def is_begun(out: AnyPath) -> bool:
-    """Whether a directory holds a run with a checkpoint, which a start resumes."""
-    return locate(out).params is not None and (to_path(out) / CONFIG_FILE).exists()
 
 
 # The record
@@ -140,7 +86,7 @@ class Record:
 
     @classmethod
     def read(cls, out: AnyPath) -> "Record":
-        return cls.of(read_json(to_path(out) / CONFIG_FILE))
+        return cls.of(read_content(to_path(out) / CONFIG_FILE))
 
     @classmethod
     def of(cls, content: Mapping[str, Any]) -> "Record":
@@ -177,7 +123,7 @@ def write_or_check_config(
     Raises MossAudioError, naming what differs and may not, before anything is written.
     """
     path, resume = to_path(out) / CONFIG_FILE, resume or ResumeConfig()
-    then = read_json(path) if path.exists() else {}
+    then = read_content(path) if path.exists() else {}
     entry: dict[str, Any] = {"step": step, "time": round(time.time(), 3)}
     record = Record.of(then)
     if begun:
@@ -201,7 +147,7 @@ def write_or_check_config(
 def compare(config: Any, out: AnyPath, step: int, resume: ResumeConfig) -> dict[str, list[Any]]:
     """What differs from the configuration of the run, by option; raises MossAudioError if it may not."""
     _require_options(config, resume.allow_change)
-    then = read_json(to_path(out) / CONFIG_FILE)
+    then = read_content(to_path(out) / CONFIG_FILE)
     begun_from = Record.of(then).history[0].get("branch")
     if resume.branch not in (None, begun_from):
         raise MossAudioError(
@@ -217,7 +163,7 @@ def _branched(config: Any, resume: ResumeConfig) -> dict[str, Any]:
     """The entry of a run that begins as a branch of another."""
     assert resume.origin is not None
     run, step = resume.origin
-    differences = _differences(config, read_json(run / CONFIG_FILE))
+    differences = _differences(config, read_content(run / CONFIG_FILE))
     asked = {name.partition(".")[0] for name, rule in RULES if rule == "asked"}
     _require_allowed(config, differences, sorted(asked), step, f"{run} can't have a branch of another model")
     return {"branch": resume.branch, "branch_optimizer": resume.branch_optimizer, "changes": differences}
@@ -243,9 +189,9 @@ def rule_of(name: str, config: Any) -> Rule:
 
 def _differences(config: Any, then: Mapping[str, Any]) -> dict[str, list[Any]]:
     """Option -> what it was and what it is, where that differs."""
-    before, after = _options(then), _options(_as_json(config))
+    before, after = options_of(then), options_of(_as_json(config))
     # An option that is newer than the run is off, or has its default.
-    newer = _options(_as_json(_read_back(type(config), then))) if after.keys() - before.keys() else {}
+    newer = options_of(_as_json(read_back(type(config), then))) if after.keys() - before.keys() else {}
     gone = _gone(config, then)
     return {
         name: [before.get(name), after.get(name)]
@@ -258,11 +204,7 @@ def _differences(config: Any, then: Mapping[str, Any]) -> dict[str, list[Any]]:
 
 def _gone(config: Any, then: Mapping[str, Any]) -> list[str]:
     """Options of a stored configuration that there are no more."""
-    return [name for name in _options(then) if not _is_option(type(config), name)]
-
-
-def _options(content: Mapping[str, Any]) -> dict[str, Any]:
-    return _by_path({name: value for name, value in content.items() if name not in RECORD})
+    return [name for name in options_of(then) if not is_option(type(config), name)]
 
 
 def _as_json(config: Any) -> dict[str, Any]:
@@ -272,7 +214,7 @@ def _as_json(config: Any) -> dict[str, Any]:
 def _require_allowed(
     config: Any, differences: Mapping[str, Sequence[Any]], allowed: Iterable[str], step: int, problem: str
 ) -> None:
-    allowed = [name.replace("-", "_") for name in allowed]
+    allowed = [current_path(name.replace("-", "_")) for name in allowed]
     free = ("optimizer.total_steps", "optimizer.decay_steps") if _decays_later(config, differences, step) else ()
     refused, asked = [], []
     for name, (before, after) in differences.items():
@@ -307,10 +249,10 @@ def _decays_later(config: Any, differences: Mapping[str, Sequence[Any]], step: i
 def _require_options(config: Any, allowed: Iterable[str]) -> None:
     """Raises MossAudioError for a name of `allow_change` that is no option, or one that can't change."""
     for name in allowed:
-        option = name.replace("-", "_")
-        if not _is_option(type(config), option):
+        option = current_path(name.replace("-", "_"))
+        if not is_option(type(config), option):
             raise MossAudioError(f"--allow-change {name}: there is no such option; name one such as optimizer.b1")
-        if not _is_group(type(config), option) and rule_of(option, config) == "never":
+        if not is_group(type(config), option) and rule_of(option, config) == "never":
             raise MossAudioError(
                 f"--allow-change {name}: it can't change in a run; begin another one with another --out"
             )
@@ -318,102 +260,6 @@ def _require_options(config: Any, allowed: Iterable[str]) -> None:
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def _by_path(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts to one by dotted path, which is that of options: groups of new names are beside the others."""
-    flat: dict[str, Any] = {}
-    for name, value in content.items():
-        path = prefix + ("" if name == NAMED else f"{name}.")
-        flat |= _by_path(value, path) if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
-
-
-# Dataclasses out of JSON
-
-
-def stored_config(run: AnyPath) -> RunConfig:
-    """The configuration of a run as its config.json has it; options that are newer have their defaults."""
-    path = to_path(run) / CONFIG_FILE
-    try:
-        return _read_back(RunConfig, read_json(path))
-    except (TypeError, KeyError, AttributeError) as error:
-        raise MossAudioError(
-            f"{path} is not the configuration of a run ({error}): restore it from a copy, or give another --out"
-        ) from error
-
-
-def _read_back(kind: Any, content: Mapping[str, Any]) -> Any:
-    return _from_json(kind, {name: value for name, value in content.items() if name not in RECORD})
-
-
-def _from_json(hint: Any, value: Any, default: Any = dataclasses.MISSING) -> Any:
-    """What `dataclasses.asdict` and JSON made of a value of this type; unknown fields are left out.
-
-    default: where fields that are missing take their values from, if there is one.
-    """
-    kind, arguments = _dataclass_of(hint), get_args(_plain(hint))
-    if kind is not None and isinstance(value, dict):
-        hints, fields = _hints(kind), {field.name: field for field in dataclasses.fields(kind)}
-        known = {
-            name: _from_json(hints[name], content, _default_of(fields[name], default))
-            for name, content in value.items()
-            if name in fields
-        }
-        return dataclasses.replace(default, **known) if isinstance(default, kind) else kind(**known)
-    if isinstance(value, list):
-        inner = arguments[0] if get_origin(_plain(hint)) is tuple else Any
-        return tuple(_from_json(inner, item) for item in value)
-    if isinstance(value, dict):
-        inner = arguments[1] if get_origin(_plain(hint)) is dict else Any
-        return {name: _from_json(inner, item) for name, item in value.items()}
-    return value
-
-
-def _default_of(field: dataclasses.Field, parent: Any) -> Any:
-    if parent is not dataclasses.MISSING and hasattr(parent, field.name):
-        return getattr(parent, field.name)
-    if field.default_factory is not dataclasses.MISSING:
-        return field.default_factory()
-    return field.default
-
-
-@functools.cache
-def _hints(kind: type) -> dict[str, Any]:
-    return typing.get_type_hints(kind)
-
-
-def _plain(hint: Any) -> Any:
-    """A type without None: of `tuple[str, ...] | None` the tuple."""
-    if get_origin(hint) in (typing.Union, types.UnionType):
-        rest = [arm for arm in get_args(hint) if arm is not type(None)]
-        return rest[0] if len(rest) == 1 else hint
-    return hint
-
-
-def _dataclass_of(hint: Any) -> type | None:
-    hint = _plain(hint)
-    return hint if isinstance(hint, type) and dataclasses.is_dataclass(hint) else None
-
-
-def _option_type(kind: Any, name: str) -> Any:
-    """The type of the option at a dotted path of a dataclass; None if there is none."""
-    first, _, rest = name.partition(".")
-    dataclass = _dataclass_of(kind)
-    if dataclass is not None:
-        hints = _hints(dataclass)
-        hint = hints.get(first) or (_option_type(hints[NAMED], first) if NAMED in hints else None)
-    else:
-        hint = get_args(_plain(kind))[1] if get_origin(_plain(kind)) is dict else None
-    return hint if hint is None or not rest else _option_type(hint, rest)
-
-
-def _is_option(kind: Any, name: str) -> bool:
-    return _option_type(kind, name) is not None
-
-
-def _is_group(kind: Any, name: str) -> bool:
-    return _dataclass_of(_option_type(kind, name)) is not None
 
 
 # Versions

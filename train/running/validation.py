@@ -3,7 +3,7 @@
 eval/loss, eval/token_accuracy   of the right answers' tokens, all of them: as in a step, without its dropout
 eval/<source>/loss, ...          the same of one manifest
 eval/wer, eval/f1, ...           of its own answers, over all tasks that are measured so (`best.METRICS`)
-eval/unfinished                  answers that were cut off after `evaluate_tokens`
+eval/unfinished                  answers that were cut off after --validation.max-new-tokens
 eval/<source>/<task>/...         everything about one task (docs/evaluation.md)
 """
 
@@ -33,20 +33,21 @@ from train.data.budget import Budget, TooLong
 from train.data.host_shares import share_of_batch
 from train.data.packing import Bin, Packer, pack_row, stack_rows
 from train.data.samples import Sample
-from train.evaluation.answers import AnswerConfig, answer_questions, prompt_length, whole_batch
+from train.evaluation.answers import answer_questions, prompt_length, whole_batch
+from train.evaluation.config import AnswerConfig
 from train.evaluation.evaluate import has_events, timeline_plot
 from train.evaluation.measures import measure
 from train.evaluation.plots import plot_timelines
 from train.evaluation.questions import Question, manifest_questions, manifest_texts, scene_questions
 from train.optimizer import Parameters
 from train.running.best import Measures, overall, require_metric
+from train.running.directory import FIGURES
 from train.running.report import ShownSample
 from train.step import in_compute_dtype, validation_sums
 
 log = logging.getLogger(__name__)
 
 HELD_OUT_SEED = 2**31  # of scenes: added to the run's own seed, which makes those it trains on
-FIGURES = "figures"
 
 
 class Validation:
@@ -60,11 +61,11 @@ class Validation:
 
     def __init__(self, config: RunConfig, processor: Processor, maker: SampleMaker, mesh: Mesh, out: Path):
         self._config, self._processor, self._mesh, self._figures = config, processor, mesh, out / FIGURES
-        self._every = config.loop.evaluate_every
+        self._every = config.validation.every
         self.has_asked = False
         if self._every is None:
             return
-        self._answers = AnswerConfig(config.loop.evaluate_batch, config.loop.evaluate_tokens, maker.time_markers)
+        self._answers = AnswerConfig(config.validation.batch_size, config.validation.max_new_tokens, maker.time_markers)
         self._items, texts = questions_and_texts(config)
         self._batches = _batches(config, _samples(maker, self._items, texts, config.data.budget), mesh)
         if config.loop.best_metric is not None:
@@ -88,7 +89,7 @@ class Validation:
         parameters: of the step; they are read only. Raises MossAudioError if the devices have too little memory.
         """
         self.has_asked = True
-        with _fitting_into_memory(step, self._config.loop.evaluate_batch):
+        with _fitting_into_memory(step, self._config.validation.batch_size):
             copies = in_compute_dtype(parameters, self._config.step)
             model = build_model(self._processor.config, copies)
             sums = self._loss_sums(model, copies)
@@ -99,7 +100,7 @@ class Validation:
         unfinished = {"unfinished": sum(not answer.finished for answer in found)}
         of_source = {source: _per_token(sums[source]) | measured.get(source, {}) for source in sums}
         scores = scalars("eval", loss | overall([loss, *_tasks(measured)]) | unfinished | measured | of_source)
-        shown = self._config.loop.show_samples
+        shown = self._config.validation.show_samples
         pairs = enumerate(zip(self._items, answers, strict=True))
         return dict(scores), [self._sample(step, item, answer, index < shown) for index, (item, answer) in pairs]
 
@@ -132,7 +133,7 @@ def _fitting_into_memory(step: int, batch: int) -> Iterator[None]:
             raise
         raise MossAudioError(
             f"the evaluation after step {step} runs out of device memory ({str(error).splitlines()[0][:300]}): run the "
-            f"same command with --evaluate-batch below {batch}, which resumes from the newest checkpoint"
+            f"same command with --validation.batch-size below {batch}, which resumes from the newest checkpoint"
         ) from error
 
 
@@ -157,7 +158,7 @@ def evaluation_shapes(config: RunConfig, parts: int, items: Sequence[Question] |
     lengths are told by the headers of their clips and estimated for their texts; None takes the longest sequence of
     training for the longest question.
     """
-    prompts = whole_batch(config.loop.evaluate_batch, parts)
+    prompts = whole_batch(config.validation.batch_size, parts)
     tokens, chunks = config.data.tokens, config.data.chunks
     if items is not None:
         prompts = min(prompts, whole_batch(len(items), parts))
@@ -169,14 +170,14 @@ def evaluation_shapes(config: RunConfig, parts: int, items: Sequence[Question] |
         prompts=prompts,
         prompt_tokens=bucket(tokens, MIN_TOKENS),
         prompt_chunks=bucket(chunks, 1) if chunks else 0,
-        new_tokens=bucket(config.loop.evaluate_tokens, MIN_NEW_TOKENS),
+        new_tokens=bucket(config.validation.max_new_tokens, MIN_NEW_TOKENS),
         sequences=_sequences(config, parts),
     )
 
 
 def _sequences(config: RunConfig, parts: int) -> int:
     """Of a batch of the loss: no more than of a microbatch of training, which fits."""
-    return min(config.data.batch_size // config.microbatches, whole_batch(config.loop.evaluate_batch, parts))
+    return min(config.data.batch_size // config.microbatches, whole_batch(config.validation.batch_size, parts))
 
 
 def _per_token(sums: np.ndarray) -> dict[str, float | None]:
@@ -191,9 +192,11 @@ def questions_and_texts(config: RunConfig) -> tuple[list[Question], list[tuple[s
 
     The thoughts of earlier turns are shown where the run's training shows them.
     """
-    paths, count, objectives = config.loop.evaluate_data, config.loop.evaluate_count, config.loop.evaluate_objectives
+    paths, count, objectives = config.validation.data, config.validation.count, config.validation.objectives
     if objectives and not paths:
-        raise MossAudioError("evaluate_objectives needs evaluate_data: give both, or leave evaluate_objectives out")
+        raise MossAudioError(
+            "--validation.objectives needs --validation.data: give both, or leave --validation.objectives out"
+        )
     if not paths:
         return scene_questions(count, config.mixture.scenes.scenes, seed=config.seed + HELD_OUT_SEED), []
     items = []
@@ -202,7 +205,7 @@ def questions_and_texts(config: RunConfig) -> tuple[list[Question], list[tuple[s
         found = manifest_questions(path, objectives, limit=count, answers=config.data.answers, default_prompt=prompt)
         if objectives and not found:
             raise MossAudioError(
-                f"{path} has no labels that evaluate_objectives {', '.join(objectives)} could ask about: name others, "
+                f"{path} has no labels for --validation.objectives {', '.join(objectives)}: name others, "
                 "or leave it out"
             )
         items += found
@@ -240,10 +243,10 @@ def _batches(config: RunConfig, samples: Iterable[tuple[str, Sample]], mesh: Mes
     for source, packer in packers.items():
         bins[source] += packer.bins
     if not bins:
-        paths = ", ".join(config.loop.evaluate_data) or "the scenes"
+        paths = ", ".join(config.validation.data) or "the scenes"
         raise MossAudioError(
             f"there is nothing in {paths} to evaluate on that fits into {budget.tokens} tokens and {budget.chunks} "
-            "chunks of audio: give other evaluate_data, or leave evaluate_every out"
+            "chunks of audio: give other --validation.data, or leave --validation.every out"
         )
     host, hosts = share_of_batch(mesh)
     share = rows // hosts

@@ -16,9 +16,9 @@ from moss_audio_jax.audio import log_mel, resample, resampled_length
 from moss_audio_jax.config import MossAudioConfig
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.tokens import Tokenizer
-from train.data.augment import Augmentation, AugmentConfig, VariedClip, masked
+from train.data.augment import Augmentation, VariedClip, masked
 from train.data.budget import Budget, TooLong
-from train.data.lanes import DataConfig
+from train.data.config import AugmentConfig, DataConfig
 from train.data.manifest import Clip, Example, Message, TimedText
 from train.data.mixture import ExampleOrder
 from train.data.pipeline import TrainingData

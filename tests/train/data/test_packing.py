@@ -13,7 +13,8 @@ from moss_audio_jax.config import MossAudioConfig
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.inputs import make_inputs
 from train.data.budget import Budget
-from train.data.packing import Packer, Strategy, balanced_chunks, pack_row, stack_rows
+from train.data.config import Strategy
+from train.data.packing import Packer, balanced_chunks, pack_row, stack_rows
 from train.data.samples import Sample, SampleMaker
 
 

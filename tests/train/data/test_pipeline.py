@@ -22,7 +22,8 @@ from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.small_tokenizer import write_small_tokenizer
 from moss_audio_jax.tokens import Tokenizer
 from tests.train.data.conftest import write_lines
-from train.data.lanes import DataConfig, Interrupted
+from train.data.config import DataConfig
+from train.data.lanes import Interrupted
 from train.data.manifest import Example, Manifest
 from train.data.mixture import ExampleOrder, Group, Source
 from train.data.objectives import NothingToAsk

@@ -12,11 +12,12 @@ from moss_audio_jax.config import EncoderConfig, MossAudioConfig
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.processor import Processor
 from moss_audio_jax.tokens import Tokenizer
-from train.config import RECIPES, with_paths
+from train.config import with_paths
 from train.data.budget import Budget, TooLong
 from train.data.manifest import Clip, Example, Message, TimedText
 from train.data.packing import pack_row
 from train.data.samples import Sample, SampleMaker
+from train.recipes import RECIPES
 
 RNG = np.random.default_rng(0)
 

@@ -9,9 +9,10 @@ import pytest
 
 from moss_audio_jax.errors import MossAudioError
 from train.__main__ import main
+from train.data.config import SceneConfig
 from train.data.manifest import Manifest
 from train.data.scene_files import write_scenes
-from train.data.scenes import SceneConfig, make_task
+from train.data.scenes import make_task
 
 CONFIG = SceneConfig(
     seconds=(2.0, 3.0), events=(1, 2), labels=("siren", "tone"), tasks=("timeline", "start"), questions=2

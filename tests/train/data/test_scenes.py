@@ -15,7 +15,9 @@ from moss_audio_jax.errors import MossAudioError
 from train.data.manifest import Clip
 from train.data.scene_synthesis import Event, ScenePlan
 from train.data.scene_tasks import caption
-from train.data.scenes import LABELS, TASKS, SceneConfig, make_scene, make_task
+from train.data.scenes import make_scene, make_task
+from train.data.scene_tasks import TASKS
+from train.data.config import LABELS, SceneConfig
 from train.evaluation.metrics.events import score_events
 from train.evaluation.metrics.timelines import parse_timeline, score_timestamps
 

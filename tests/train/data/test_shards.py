@@ -13,7 +13,7 @@ import soundfile
 
 from moss_audio_jax.errors import MossAudioError
 from tests.train.data.conftest import CLIPS, write_lines
-from train.data.lanes import DataConfig
+from train.data.config import DataConfig
 from train.data.manifest import Clip, Manifest
 from train.data.mixture import ExampleOrder, Group, Source
 from train.data.pipeline import TrainingData

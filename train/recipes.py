@@ -1,0 +1,140 @@
+"""Recipes: configurations that give the options of a run their defaults. `--recipe NAME --help` shows a docstring.
+
+A docstring gives the launch line, chips, time and expected result. "Estimated" figures are of `moss-audio-train plan`:
+programs compiled for the TPU, time by a roofline model. "Measured" ones are of runs.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+from moss_audio_jax.config import LoraConfig
+from moss_audio_jax.errors import MossAudioError
+from train.config import (
+    LoopConfig,
+    MixtureConfig,
+    ModelSource,
+    OptimizerConfig,
+    RunConfig,
+    SceneGroupConfig,
+    StepConfig,
+)
+from train.data.config import DataConfig, SceneConfig
+from train.running.config_file import read_config
+
+# Batch sizes, lengths and rates were not published; these are ours.
+_DATA = DataConfig(batch_size=64, tokens=4096, chunks=64)
+_FINETUNE_DATA = DataConfig(batch_size=8, tokens=4096, chunks=64)
+_EASY_SCENES = 12_800  # 400 steps
+
+
+def pretrain_stage1() -> RunConfig:
+    """Stage 1 of pretraining: trains the adapter and the DeepStack mergers; encoder and language model are frozen.
+
+    Launch: moss-audio-train run --recipe pretrain_stage1 --out runs/stage1 --model.checkpoint moss-4b
+    --mixture.speech.paths train.jsonl. Give it no text-only data, which teaches these parts nothing.
+
+    Chips: v5e:4x4, where stage 2 of the 4B takes 14.02 GiB a chip (estimated) and stage 1 less. Time: below 13 hours
+    for 10,000 steps, by stage 2's step of 4.50 s (estimated). Result: not measured at 4B or 8B.
+    """
+    frozen = ("audio_encoder.*", "language_model.*", "lm_head.*")
+    return RunConfig(data=_DATA, optimizer=OptimizerConfig(learning_rate=1e-3, total_steps=10_000, freeze=frozen))
+
+
+def pretrain_stage2() -> RunConfig:
+    """Stage 2 of pretraining: trains everything, text included.
+
+    Launch: moss-audio-train run --recipe pretrain_stage2 --out runs/stage2 --model.checkpoint runs/stage1
+    --mixture.speech.paths speech.jsonl --mixture.captions.paths captions.jsonl --mixture.text.paths text.jsonl
+
+    Chips: v5e:4x4 for the 4B, 14.02 of 15.75 GiB a chip (estimated). Time: 4.50 s a step, 125 hours for 100,000 steps
+    (estimated). Result: not measured at 4B or 8B.
+    """
+    optimizer = OptimizerConfig(learning_rate=1e-4, total_steps=100_000, warmup_steps=1000)
+    return RunConfig(data=_DATA, optimizer=optimizer)
+
+
+def finetune() -> RunConfig:
+    """Fine-tunes all parameters of a released model on conversations. The learning rate is a tenth of LoRA's.
+
+    Launch: moss-audio-train run --recipe finetune --out runs/mine --init moss-4b --data train.jsonl
+    --eval-data test.jsonl
+
+    Chips: v5e:2x4 for the 4B, 13.14 of 15.75 GiB a chip; v6e:2x4 for the 8B, 20.31 of 31.24 GiB (estimated). Time:
+    1.35 s and 0.60 s a step, 11 and 5 minutes for 500 steps (estimated). Result: not measured at 4B or 8B.
+    """
+    return RunConfig(
+        data=_FINETUNE_DATA,
+        optimizer=OptimizerConfig(learning_rate=2e-5, total_steps=500, warmup_steps=20, weight_decay=0.0),
+        loop=LoopConfig(checkpoint_every=100, check_data=True),
+    )
+
+
+def finetune_lora() -> RunConfig:
+    """Fine-tunes a LoRA adapter of the language model. The authors' example has this rate and a 16th of the scale.
+
+    Launch: moss-audio-train run --recipe finetune_lora --out runs/mine --init moss-8b --data train.jsonl
+    --eval-data test.jsonl
+
+    Chips: v5e:2x4 for the 8B, 5.05 of 15.75 GiB a chip (estimated). Time: 1.52 s a step, 13 minutes for 500 steps
+    (estimated). Result: not measured at 4B or 8B; docs/finetune.md measures it on a small model.
+    """
+    return RunConfig(
+        data=_FINETUNE_DATA,
+        optimizer=OptimizerConfig(learning_rate=2e-4, total_steps=500, warmup_steps=20, weight_decay=0.0),
+        lora=LoraConfig(),
+        loop=LoopConfig(checkpoint_every=100, check_data=True),
+    )
+
+
+def time_events() -> RunConfig:
+    """Trains a model of half a million parameters from scratch to tell what sounds in a scene, and when.
+
+    Launch: moss-audio-train run --recipe time_events --out runs/events
+
+    Chips: none, two CPU cores. Time: 303 s (measured). Result: event F1 87.7% to 92.8% on held-out scenes of 8 s
+    (measured, one run each; docs/training.md). Short scenes come first, then long ones among them: long ones alone
+    train it far more slowly.
+    """
+    return RunConfig(
+        model=ModelSource(preset="small", tokenizer="learned"),
+        data=DataConfig(batch_size=16, tokens=208, chunks=2, open_bins=2),
+        mixture=MixtureConfig(
+            easy_scenes=SceneGroupConfig(0.2, SceneConfig(seconds=(4.0, 4.0), events=(1, 2))),
+            scenes=SceneGroupConfig(1.0, SceneConfig(seconds=(6.0, 8.0), events=(1, 4)), begin=_EASY_SCENES),
+        ),
+        optimizer=OptimizerConfig(
+            learning_rate=3e-3,
+            schedule="wsd",
+            total_steps=1060,
+            warmup_steps=50,
+            decay_steps=450,
+            b2=0.98,
+            weight_decay=0.01,
+            final_fraction=0.05,
+        ),
+        step=StepConfig(compute_dtype="float32", remat="none", loss_chunk=208, audio_label_weight=0.5, spike_sigma=0.0),
+        loop=LoopConfig(checkpoint_every=400),
+        microbatches=2,
+    )
+
+
+_FUNCTIONS: tuple[Callable[[], RunConfig], ...] = (
+    pretrain_stage1,
+    pretrain_stage2,
+    finetune,
+    finetune_lora,
+    time_events,
+)
+RECIPES: dict[str, RunConfig] = {
+    recipe.__name__: dataclasses.replace(recipe(), recipe=recipe.__name__) for recipe in _FUNCTIONS
+}
+DOCSTRINGS: dict[str, str] = {recipe.__name__: recipe.__doc__ or "" for recipe in _FUNCTIONS}
+
+
+def read_recipe(name: str) -> RunConfig:
+    """Returns the recipe of a name, or the configuration in a run's config.json; raises MossAudioError if neither is."""
+    if name in RECIPES:
+        return RECIPES[name]
+    if not name.endswith(".json"):
+        raise MossAudioError(f"--recipe must be one of {', '.join(RECIPES)}, or a run's config.json, not {name!r}")
+    return dataclasses.replace(read_config(name), recipe=name)
