@@ -256,6 +256,7 @@ def refusal(command: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> str:
         patched.setattr(door.app, "_subcommands", dict(door.app._subcommands))
         patched.setattr(door, "run_cli", run_cli)
         patched.setattr("train.running.resume.is_begun", lambda out: False)  # nobody's bucket is asked
+        patched.setattr("train.running.resume.stored_config", lambda run: RECIPES["finetune"])  # of `--branch`
         try:
             door.main()
         except SystemExit as end:
@@ -277,6 +278,7 @@ PAGES = {  # the fewest commands that each has; the other pages have none
     "runs/demo.sh": 8,
     "docs/ablation.md": 1,
     "docs/conversion.md": 7,
+    "docs/data.md": 2,
     "docs/evaluation.md": 4,
     "docs/finetune.md": 15,
     "docs/parity.md": 3,
