@@ -223,7 +223,7 @@ def is_alive(process: int) -> bool:
 
 
 def commands(text: str) -> Iterator[list[str]]:
-    """Package and arguments of each `python -m PACKAGE ...` or `moss-audio ...` of a text, up to its shell command's end."""
+    """Package and arguments of each `python -m PACKAGE ...` and `moss-audio ...` of a text."""
     for line in text.replace("\\\n", " ").splitlines():
         for found in COMMAND.finditer(line):
             package, program, arguments = found.groups()
@@ -256,7 +256,7 @@ def refusal(command: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> str:
         patched.setattr(door.app, "_subcommands", dict(door.app._subcommands))
         patched.setattr(door, "run_cli", run_cli)
         patched.setattr("train.running.resume.is_begun", lambda out: False)  # nobody's bucket is asked
-        patched.setattr("train.running.resume.stored_config", lambda run: RECIPES["finetune"])  # of `--branch`
+        patched.setattr("train.running.resume.stored_config", lambda run: None)  # nor the run of `--branch`
         try:
             door.main()
         except SystemExit as end:

@@ -1,7 +1,7 @@
 """Lists the modules of packages in the API reference.
 
-A line `::: modules PACKAGE` of a page becomes one mkdocstrings block for PACKAGE and one for each module in it. So a new
-module is documented without a change here.
+A line `::: modules PACKAGE` of a page becomes one mkdocstrings block for PACKAGE and one for each module in it. So a
+new module needs no change here.
 """
 
 import re
@@ -20,7 +20,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 
 def modules(package: str) -> list[str]:
-    """Names of a package and of its modules, without subpackages and `__main__`. Raises PluginError if there is none."""
+    """Names of a package and of its modules, without subpackages and `__main__`; raises PluginError if it is absent."""
     directory = ROOT / package.replace(".", "/")
     if not (directory / "__init__.py").is_file():
         raise PluginError(f"docs/api names the package {package}, which is not in {directory}: correct the page")
