@@ -8,7 +8,7 @@ test: export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.venv/compiled
 # `make fuzz` tries as many damaged checkpoints.
 FUZZ_INPUTS ?= 1000000
 
-.PHONY: demo test gates soak fuzz check format clean
+.PHONY: demo test gates soak fuzz check format docs clean
 
 demo: .venv/core
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash runs/demo.sh demo-out
@@ -39,8 +39,12 @@ format: .venv/test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The pages of docs/ and the API reference, into site/; a broken link is an error.
+docs: .venv/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf .venv demo-out
+	rm -rf .venv demo-out site
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
@@ -52,4 +56,8 @@ $(BIN)/python:
 
 .venv/test: $(BIN)/python pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	touch $@
+
+.venv/docs: $(BIN)/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
 	touch $@

@@ -20,17 +20,17 @@ SMALL = {
     "--optimizer.warmup-steps": "1",
     "--evaluate-every": "6",
 }
-FIRST = "python -m train run --recipe time_events"
+FIRST = "moss-audio-train run --recipe time_events"
+PACKAGES = {"moss-audio-train": "train", "moss-audio-convert": "convert", "moss-audio": "moss_audio_jax"}
 ALSO = {FIRST: ["--steps", "4", "--checkpoint-every", "4"]}  # its schedule is the recipe's
 
 # All commands in one process, which imports and compiles once.
 DRIVER = """
 import importlib, json, sys
 for command in json.load(sys.stdin):
-    assert command[:2] == ["python", "-m"], command
-    sys.argv = command[2:]
+    package, sys.argv = command[0], command[1:]
     print("$", *sys.argv, flush=True)
-    importlib.import_module(f"{command[2]}.__main__").main()
+    importlib.import_module(f"{package}.__main__").main()
 """
 
 
@@ -42,7 +42,7 @@ def documented_commands() -> list[list[str]]:
     for command in commands:
         for place, option in enumerate(command[:-1]):
             command[place + 1] = SMALL.get(option, command[place + 1])
-        command += [more for start, options in ALSO.items() if command[:6] == start.split() for more in options]
+        command += [more for start, options in ALSO.items() if command[:4] == start.split() for more in options]
     return commands
 
 
@@ -51,7 +51,8 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("finetune")
     commands = documented_commands()
     # Of 8 clips the first is named 0.wav.
-    shown = json.dumps(commands).replace("work/test/00.wav", "work/test/0.wav")
+    shown = json.dumps([[PACKAGES[command[0]], *command] for command in commands])
+    shown = shown.replace("work/test/00.wav", "work/test/0.wav")
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}  # one device
     done = subprocess.run(
         [sys.executable, "-c", DRIVER],
@@ -68,11 +69,9 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_page_has_commands_of_every_kind():
-    commands = [" ".join(command[2:4]) for command in documented_commands()]
-    assert {"train run", "train scenes", "train check", "train evaluate", "convert to-hf", "convert to-peft"} <= {
-        *commands
-    }
-    assert len(commands) == 14
+    commands = [" ".join(command[:2]) for command in documented_commands()]
+    training = {f"moss-audio-train {command}" for command in ("run", "scenes", "check", "evaluate")}
+    assert training | {"moss-audio-convert to-hf", "moss-audio-convert to-peft", "moss-audio generate"} <= {*commands}
 
 
 def test_the_fine_tune_learns(work: Path):
@@ -88,7 +87,7 @@ def test_the_fine_tune_learns(work: Path):
 
 
 def test_the_adapter_and_the_merged_model_answer_alike(work: Path):
-    shown = (work / "output.txt").read_text().split("$ moss_audio_jax generate")[1:]
+    shown = (work / "output.txt").read_text().split("$ moss-audio generate")[1:]
     answers = [text.partition("\n")[2] for text in shown]
     assert len(answers) == 2 and answers[0] == answers[1] and answers[0].strip()
 
