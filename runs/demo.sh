@@ -12,7 +12,7 @@ mkdir -p "$out"
 step() { printf '\n== %s\n' "$1"; }
 
 step "1. A small checkpoint in the released layout (random weights, a tokenizer of bytes), and a clip of sound"
-python -m convert rehearse --preset tiny "$out/released"
+moss-audio-convert rehearse --preset tiny "$out/released"
 python - "$out/clip.wav" <<'PYTHON'
 import sys
 import numpy as np
@@ -27,33 +27,33 @@ print(f"wrote {sys.argv[1]}: {seconds} s, stereo, {rate} Hz")
 PYTHON
 
 step "2. To Orbax: what a TPU mesh restores from"
-python -m convert to-orbax "$out/released" "$out/orbax"
+moss-audio-convert to-orbax "$out/released" "$out/orbax"
 
 step "3. Nothing changed: every tensor compared"
-python -m convert verify "$out/released" "$out/orbax" --no-torch
+moss-audio-convert verify "$out/released" "$out/orbax" --no-torch
 
 step "4. What it is made of"
-python -m moss_audio_jax info "$out/orbax" | grep -E 'encoder:|language model:|: sum|^all'
+moss-audio info "$out/orbax" | grep -E 'encoder:|language model:|: sum|^all'
 
 step "5. A question about the clip (the weights are random, so the answer is noise: released weights make it text)"
-python -m moss_audio_jax generate "$out/orbax" "$out/clip.wav" --prompt "Transcribe the audio." --max-new-tokens 40
+moss-audio generate "$out/orbax" "$out/clip.wav" --prompt "Transcribe the audio." --max-new-tokens 40
 
 step "6. Back to the released layout, and compared with the original bit by bit"
-python -m convert to-hf "$out/orbax" "$out/back"
+moss-audio-convert to-hf "$out/orbax" "$out/back"
 cmp "$out/released/model.safetensors" "$out/back/model.safetensors"
 echo "model.safetensors is byte-identical to the original"
 
 step "7. A small MOSS-Audio learns from nothing, on sound scenes made on the fly, to say what is heard and when"
 # glibc would give every step's buffers back to the system and fetch them again, page by page.
 MALLOC_TRIM_THRESHOLD_=4000000000 MALLOC_MMAP_THRESHOLD_=4000000000 \
-    python -m train run --recipe time_events --out "$out/time_events" --log-every 40
+    moss-audio-train run --recipe time_events --out "$out/time_events" --log-every 40
 
-python -m train plot "$out/time_events" --out "$out/training.png"
+moss-audio-train plot "$out/time_events" --plot "$out/training.png"
 
 step "8. What it says of 200 scenes that it never heard"
-python -m train evaluate "$out/time_events" --scenes 200 --seed 1000 \
+moss-audio-train evaluate "$out/time_events" --scenes 200 --seed 1000 \
     --scenes.seconds 8 8 --scenes.events 1 4 --max-new-tokens 64 --batch-size 25 \
-    --out "$out/measures.json" --predictions "$out/predictions.jsonl" --plot "$out/timelines.png"
+    --json "$out/measures.json" --predictions "$out/predictions.jsonl" --plot "$out/timelines.png"
 echo "expected: $expected"
 echo "some of its answers, each below the truth:"
 head -n 4 "$out/predictions.jsonl" | python -c '
@@ -65,4 +65,4 @@ echo "$out/timelines.png shows four of them, with all six sounds: spectrogram, t
 echo "$out/training.png shows the loss and the learning rate"
 
 step "9. The trained model in the released layout, for PyTorch"
-python -m convert to-hf "$out/time_events" "$out/time_events-hf"
+moss-audio-convert to-hf "$out/time_events" "$out/time_events-hf"

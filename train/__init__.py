@@ -1,9 +1,12 @@
 """Training of MOSS-Audio: data -> loss -> steps -> checkpoints. To change X, go to Y:
 
 __main__           commands and their options: argv -> a call into the modules below
-config             options of a run, as dataclasses, and its recipes
+config             options of a run, as dataclasses
+recipes            defaults of those options for pretraining, fine-tuning and the demo
 loop               a run from start to end: data, steps, checkpoints, evaluations
-step               one training step: microbatches, gradients, update
+step               one training step: loss, gradients, update
+state              what a step changes: parameters, moments, counts
+batch              arrays of a batch: shapes, sharding, microbatches
 loss               cross-entropy without the whole logits in memory
 optimizer          AdamW, schedules, which parameters are trained
 initialization     starting parameters: a checkpoint, released parts, or random

@@ -324,6 +324,8 @@ class MixtureConfig:
     """Sound scenes."""
     easy_scenes: SceneGroupConfig = SceneGroupConfig()
     """Sound scenes of a curriculum's beginning."""
+    full_scenes: SceneGroupConfig = SceneGroupConfig()
+    """Sound scenes of the greatest length, which random lengths seldom reach."""
     named: Annotated[dict[str, GroupConfig], tyro.conf.arg(name="")] = dataclasses.field(default_factory=dict)
     """Groups of other names, each with the options of `speech` (`with_named_groups`)."""
 

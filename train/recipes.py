@@ -97,17 +97,19 @@ def time_events() -> RunConfig:
     """
     return RunConfig(
         model=ModelSource(preset="small", tokenizer="learned"),
-        data=DataConfig(batch_size=16, tokens=208, chunks=2, open_bins=2),
+        data=DataConfig(batch_size=16, tokens=208, chunks=2, open_bins=8),
         mixture=MixtureConfig(
             easy_scenes=SceneGroupConfig(0.2, SceneConfig(seconds=(4.0, 4.0), events=(1, 2))),
-            scenes=SceneGroupConfig(1.0, SceneConfig(seconds=(6.0, 8.0), events=(1, 4)), begin=_EASY_SCENES),
+            scenes=SceneGroupConfig(0.5, SceneConfig(seconds=(6.0, 8.0), events=(1, 4)), begin=_EASY_SCENES),
+            # Only a scene of 8 s has the time marker "8".
+            full_scenes=SceneGroupConfig(0.5, SceneConfig(seconds=(8.0, 8.0), events=(1, 4)), begin=_EASY_SCENES),
         ),
         optimizer=OptimizerConfig(
-            learning_rate=3e-3,
+            learning_rate=2e-3,
             schedule="wsd",
-            total_steps=1060,
+            total_steps=1280,
             warmup_steps=50,
-            decay_steps=450,
+            decay_steps=550,
             b2=0.98,
             weight_decay=0.01,
             final_fraction=0.05,

@@ -18,7 +18,7 @@ SMALL = {
     "--scenes": "2",
     "--optimizer.total-steps": "12",
     "--optimizer.warmup-steps": "1",
-    "--evaluate-every": "6",
+    "--validation.every": "6",
 }
 FIRST = "moss-audio-train run --recipe time_events"
 PACKAGES = {"moss-audio-train": "train", "moss-audio-convert": "convert", "moss-audio": "moss_audio_jax"}

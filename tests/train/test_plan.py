@@ -19,7 +19,7 @@ from train.recipes import RECIPES
 
 pytest.importorskip("libtpu", reason="compiles for TPUs")
 pytestmark = pytest.mark.tpu
-SIZES = ["--model", "tiny", "--batch", "8", "--seq", "256"]
+SIZES = ["--preset", "tiny", "--batch-size", "8", "--tokens", "256"]
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +38,7 @@ def run(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 
 def test_a_training_step(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.setattr(loss, "VOCABULARY_BLOCK", 128)  # a quarter
-    out = run(["--topology", "v5e:2x2", *SIZES, "--json"], monkeypatch, capsys)
+    out = run(["--topology", "v5e:2x2", *SIZES, "--json", "-"], monkeypatch, capsys)
     report = json.loads(out)
     assert report["fits"] and report["chips"] == 4 and report["sequences_per_chip"] == 2
     parts = report["hbm_bytes_by_kind"]
@@ -61,7 +61,7 @@ def test_gradients_are_summed_in_the_type_that_is_asked_for(
     """Of kernels: scalars and vectors are summed in either type, and some all-reduces of vectors are gathers."""
 
     def summed(*options: str) -> set[str]:
-        report = json.loads(run(["--topology", "v5e:2x2", *SIZES, *options, "--json"], monkeypatch, capsys))
+        report = json.loads(run(["--topology", "v5e:2x2", *SIZES, *options, "--json", "-"], monkeypatch, capsys))
         reduced = [report["collectives"].get(kind, {"arrays": []}) for kind in ("all-reduce", "reduce-scatter")]
         return {array.partition("[")[0] for sums in reduced for array in sums["arrays"] if "," in array}
 
@@ -70,13 +70,13 @@ def test_gradients_are_summed_in_the_type_that_is_asked_for(
 
 
 def test_answering(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    report = json.loads(run(["--topology", "v5e:2x2", "--mode", "generate", *SIZES, "--json"], monkeypatch, capsys))
+    report = json.loads(run(["--topology", "v5e:2x2", "--mode", "generate", *SIZES, "--json", "-"], monkeypatch, capsys))
     assert report["fits"] and report["mode"] == "generate" and report["estimated_decode_seconds_per_token"] > 0
 
 
 def test_loading(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    arguments = ["--topology", "v5e:4x4", "--mode", "load", "--model", "8b"]
-    report = json.loads(run([*arguments, "--json"], monkeypatch, capsys))
+    arguments = ["--topology", "v5e:4x4", "--mode", "load", "--preset", "8b"]
+    report = json.loads(run([*arguments, "--json", "-"], monkeypatch, capsys))
     assert report["fits"] and report["hbm_bytes_per_chip"] == pytest.approx(2 * report["parameters"] / 16, rel=0.01)
     # A v5e:4x4 has four hosts.
     assert report["host_bytes"] == 4 * report["hbm_bytes_per_chip"]
@@ -86,7 +86,7 @@ def test_loading(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
 def test_an_adapter_leaves_the_base_frozen(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     """And where it is int8, chips send each other int8."""
     lora = ["--recipe", "finetune_lora", "--lora.rank", "4", "--lora.int8", "language_model.layers.*_proj"]
-    report = json.loads(run(["--topology", "v5e:2x2", *lora, *SIZES, "--json"], monkeypatch, capsys))
+    report = json.loads(run(["--topology", "v5e:2x2", *lora, *SIZES, "--json", "-"], monkeypatch, capsys))
     parts = report["hbm_bytes_by_kind"]
     assert parts["optimizer"] < parts["parameters"] and parts["gradients"] < parts["parameters"] / 2
     gathered = report["collectives"]["all-gather"]["arrays"]
@@ -98,7 +98,7 @@ def test_an_adapter_leaves_the_base_frozen(monkeypatch: pytest.MonkeyPatch, caps
 def test_a_batch_that_chips_can_t_share_is_refused(
     mode: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    sizes = ["--model", "tiny", "--batch", "6", "--seq", "256"]
+    sizes = ["--preset", "tiny", "--batch-size", "6", "--tokens", "256"]
     monkeypatch.setattr("sys.argv", ["moss-audio-train", "plan", "--topology", "v5e:2x2", "--mode", mode, *sizes])
     with pytest.raises(SystemExit) as ended:
         main()
@@ -108,7 +108,7 @@ def test_a_batch_that_chips_can_t_share_is_refused(
 
 @pytest.mark.parametrize("mode", ["generate", "load"])
 def test_int8_is_for_training(mode: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    lora = ["--recipe", "finetune_lora", "--lora.int8", "language_model.layers.*_proj", "--model", "tiny"]
+    lora = ["--recipe", "finetune_lora", "--lora.int8", "language_model.layers.*_proj", "--preset", "tiny"]
     monkeypatch.setattr("sys.argv", ["moss-audio-train", "plan", "--topology", "v5e:2x2", "--mode", mode, *lora])
     with pytest.raises(SystemExit) as ended:
         main()
@@ -117,7 +117,7 @@ def test_int8_is_for_training(mode: str, monkeypatch: pytest.MonkeyPatch, capsys
 
 
 def test_two_slices_hold_a_replica_each(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    arguments = ["--topology", "v5litepod-4", "--slices", "2", *SIZES, "--json"]
+    arguments = ["--topology", "v5litepod-4", "--slices", "2", *SIZES, "--json", "-"]
     report = json.loads(run(arguments, monkeypatch, capsys))
     assert report["topology"] == "v5e:2x2" and report["chips"] == 8
     assert report["mesh"] == {"replica": 2, "fsdp": 4, "tensor": 1}
@@ -221,8 +221,8 @@ def test_what_needs_less_memory_is_tried_gentlest_first():
         "--step.remat full",
         "--step.remat full --microbatches 2",
         "--step.remat full --microbatches 4",
-        "--step.remat full --batch 32",
-        "--step.remat full --batch 16",
+        "--step.remat full --batch-size 32",
+        "--step.remat full --batch-size 16",
         "--step.remat offload --microbatches 4",
         "--step.remat full --microbatches 4 --mesh.tensor 2",
         "--step.remat full --microbatches 4 --mesh.tensor 4",
@@ -232,7 +232,7 @@ def test_what_needs_less_memory_is_tried_gentlest_first():
     offloading = dataclasses.replace(recipe, step=dataclasses.replace(recipe.step, remat="offload"))
     found = [options for options, _ in plan.alternatives(offloading, chips=16)]
     assert found[0] == "--microbatches 2" and "--step.remat" not in " ".join(found)
-    smaller = alternatives["--step.remat full --batch 16"]
+    smaller = alternatives["--step.remat full --batch-size 16"]
     assert smaller.data.batch_size == 16 and smaller.microbatches == 1
     for options, config in alternatives.items():  # and they say what they are
         said = dict(zip(*[iter(options.split())] * 2, strict=True))
@@ -268,7 +268,7 @@ def test_a_run_s_own_evaluation_is_counted():
 
     step["hbm_usable_bytes_per_chip"] = found["hbm_bytes_per_chip"]
     too_large = plan_evaluation.plan_evaluation(larger, devices, step)
-    assert (too_large["fits"], too_large["prompts"], too_large["would_fit"]) == (False, 8, "--evaluate-batch 4")
+    assert (too_large["fits"], too_large["prompts"], too_large["would_fit"]) == (False, 8, "--validation.batch-size 4")
     assert too_large["hbm_bytes_per_chip"] > found["hbm_bytes_per_chip"]
 
 
@@ -277,9 +277,9 @@ def test_an_evaluation_that_does_not_fit_fails_the_plan(monkeypatch: pytest.Monk
     found |= {"hbm_bytes_by_program": {"decode": 2**34}, "prompts": 8, "prompt_tokens": 96, "prompt_chunks": 1}
     monkeypatch.setattr(plan, "plan_step", lambda *_: small_step())
     monkeypatch.setattr(plan_evaluation, "plan_evaluation", lambda *_: found | {"new_tokens": 16})
-    monkeypatch.setattr("sys.argv", ["moss-audio-train", "plan", "--topology", "v5e:2x4", "--evaluate-every", "10"])
+    monkeypatch.setattr("sys.argv", ["moss-audio-train", "plan", "--topology", "v5e:2x4", "--validation.every", "10"])
     with pytest.raises(SystemExit) as ended:
         main()
     out = capsys.readouterr().out
     assert ended.value.code == 1 and "its evaluation DOES NOT FIT: 16.00 of 8.00 GiB (decode 16.00); 8 questions" in out
-    assert "leave --evaluate-every out" in out
+    assert "leave --validation.every out" in out

@@ -143,7 +143,7 @@ def test_an_evaluation_without_enough_memory_comes_after_the_checkpoint(
 ):
     out = tmp_path / "run"
     failing_after(step, jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 1.2G of 1.0G"), monkeypatch)
-    message = f"after step {step} runs out of device memory .*1.2G of 1.0G.*--evaluate-batch below 16, which resumes"
+    message = f"after step {step} runs out of device memory .*1.2G of 1.0G.*--validation.batch-size below 16, which resumes"
     with pytest.raises(MossAudioError, match=message):
         train(evaluated, out, mesh=one_device())
     assert (out / "checkpoints" / str(step)).is_dir()

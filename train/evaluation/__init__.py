@@ -1,5 +1,6 @@
 """Asks a model questions with known answers and measures how right its answers are; start at `evaluate`.
 
+config             options of an evaluation
 question_files     question files of MMAU, MMAU-Pro, MMAR and MMSU
 questions          questions of manifests, sound scenes and those files
 answers            questions -> prompts -> generated answers

@@ -1,6 +1,9 @@
 """What surrounds the steps of a run: its directory, checkpoints, reports, validation, and its processes.
 
-directory          files of a run's directory
+directory          names of the files in a run's directory
+model_directory    writes model/ of a run: configuration and tokenizer
+config             options of resuming a run
+config_file        reads and writes a run's config.json
 checkpoints        saves and restores the state of a run
 resume             a run's `config.json`, and which options may differ when it resumes
 validation         evaluations while a run trains
