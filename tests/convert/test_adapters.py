@@ -103,7 +103,7 @@ def test_a_wider_type_is_rounded_to_once(adapter: Path, released: Path, door, tm
 
 
 def test_inspect_shows_an_adapter(imported: Path, door):
-    code, printed, errors = door("inspect", imported, "--json")
+    code, printed, errors = door("inspect", imported, "--json", "-")
     assert code == 0, errors
     paths = {parameter["path"] for parameter in json.loads(printed)["parameters"]}
     assert "language_model.layers.mlp.up_proj.lora_a" in paths and "lm_head.kernel" not in paths

@@ -256,7 +256,7 @@ def test_killed_conversion_leaves_no_target(large, sent):
 def test_inspect_adds_up_in_both_layouts(door, released, orbax):
     tables = {}
     for directory, layout in ((released, "released"), (orbax, "orbax")):
-        code, out, _ = door("inspect", directory, "--json")
+        code, out, _ = door("inspect", directory, "--json", "-")
         assert code == 0
         found = json.loads(out)
         assert (found["layout"], found["tensors"]) == (layout, 159)

@@ -43,7 +43,7 @@ def test_equal_checkpoints_in_every_combination(door, released, orbax, tmp_path)
 @pytest.mark.parametrize("order", [1, -1])
 def test_one_flipped_bit_is_found(door, released, orbax, tmp_path, order):
     changed = flip_byte(Path(shutil.copytree(released, tmp_path / "changed")), CHANGED)
-    code, out, _ = door("verify", *[changed, orbax][::order], "--no-torch", "--json")
+    code, out, _ = door("verify", *[changed, orbax][::order], "--no-torch", "--json", "-")
     assert code == 1
     report = json.loads(out)
     assert report["passed"] is False

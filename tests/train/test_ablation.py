@@ -23,9 +23,9 @@ from train.ablation import (
     run_config,
     table,
 )
+from train.config import model_config
 from train.data.scenes import SceneConfig
 from train.evaluation.evaluate import AnswerConfig
-from train.initialization import model_config
 
 SCENES = SceneConfig(seconds=(2.0, 3.0), events=(1, 2), tasks=("timeline", "start", "loudness"))
 SMALL = AblationConfig(

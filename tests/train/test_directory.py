@@ -10,11 +10,11 @@ from moss_audio_jax import MossAudioConfig, MossAudioError, load_model, load_pro
 from moss_audio_jax.small_tokenizer import write_small_tokenizer
 from moss_audio_jax.weights.checkpoint import layout_of
 from moss_audio_jax.weights.info import describe
+from train.config import ModelSource, model_config
 from train.data import ExampleOrder
 from train.data.mixture import Group, Source
 from train.data.scenes import SceneConfig, SceneExamples
-from train.initialization import ModelSource, model_config
-from train.running.directory import write_model_files
+from train.running.model_directory import write_model_files
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ SMALL = {
     "--optimizer.total-steps": "12",
     "--optimizer.warmup-steps": "1",
     "--evaluate-every": "6",
+    "--validation.every": "6",
 }
 FIRST = "python -m train run --recipe time_events"
 ALSO = {FIRST: ["--steps", "4", "--checkpoint-every", "4"]}  # its schedule is the recipe's

@@ -37,7 +37,7 @@ def gates() -> list[Any]:
 def test_a_program_keeps_its_budget(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     gate = GATES[name]
     jax.clear_caches()  # a program of this size holds gigabytes
-    monkeypatch.setattr("sys.argv", ["moss-audio-train", "plan", *gate["plan"].split(), "--json"])
+    monkeypatch.setattr("sys.argv", ["moss-audio-train", "plan", *gate["plan"].split(), "--json", "-"])
     with jax.default_matmul_precision(
         "default"
     ):  # as it is trained: tests raise it, and splash attention serves no other

@@ -26,7 +26,7 @@ from moss_audio_jax.errors import StorageError
 from moss_audio_jax.sharding import make_mesh
 from moss_audio_jax.small_tokenizer import write_small_tokenizer
 from moss_audio_jax.weights.checkpoint import build_model, save_model
-from train.config import LoopConfig, MixtureConfig, ModelSource, RunConfig
+from train.config import LoopConfig, MixtureConfig, ModelSource, RunConfig, ValidationConfig
 from train.data import DataConfig
 from train.loop import Outcome, train
 from train.optimizer import OptimizerConfig
@@ -95,7 +95,11 @@ def config(corpus: Path) -> RunConfig:
 
 
 def until(config: RunConfig, steps: int, **changes) -> RunConfig:
-    return dataclasses.replace(config, loop=dataclasses.replace(config.loop, steps=steps, **changes))
+    """changes: fields of LoopConfig and of ValidationConfig, which have no name in common."""
+    names = [field.name for field in dataclasses.fields(ValidationConfig) if field.name in changes]
+    validation = dataclasses.replace(config.validation, **{name: changes.pop(name) for name in names})
+    loop = dataclasses.replace(config.loop, steps=steps, **changes)
+    return dataclasses.replace(config, loop=loop, validation=validation)
 
 
 @pytest.fixture(scope="module")

@@ -11,13 +11,13 @@ from moss_audio_jax import MossAudioError
 from moss_audio_jax.sharding import make_mesh
 from train import loss
 from train.__main__ import main
-from train.config import LoopConfig
+from train.config import ValidationConfig
 from train.planning import plan, plan_evaluation
 from train.recipes import RECIPES
 
 pytest.importorskip("libtpu", reason="compiles for TPUs")
 pytestmark = pytest.mark.tpu
-SIZES = ["--model", "tiny", "--batch", "8", "--seq", "256"]
+SIZES = ["--preset", "tiny", "--batch-size", "8", "--tokens", "256"]
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +36,7 @@ def run(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 
 def test_a_training_step(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.setattr(loss, "VOCABULARY_BLOCK", 128)  # a quarter
-    out = run(["--topology", "v5e:2x2", *SIZES, "--json"], monkeypatch, capsys)
+    out = run(["--topology", "v5e:2x2", *SIZES, "--json", "-"], monkeypatch, capsys)
     report = json.loads(out)
     assert report["fits"] and report["chips"] == 4 and report["sequences_per_chip"] == 2
     parts = report["hbm_bytes_by_kind"]
@@ -59,7 +59,7 @@ def test_gradients_are_summed_in_the_type_that_is_asked_for(
     """Of kernels: scalars and vectors are summed in either type, and some all-reduces of vectors are gathers."""
 
     def summed(*options: str) -> set[str]:
-        report = json.loads(run(["--topology", "v5e:2x2", *SIZES, *options, "--json"], monkeypatch, capsys))
+        report = json.loads(run(["--topology", "v5e:2x2", *SIZES, *options, "--json", "-"], monkeypatch, capsys))
         reduced = [report["collectives"].get(kind, {"arrays": []}) for kind in ("all-reduce", "reduce-scatter")]
         return {array.partition("[")[0] for sums in reduced for array in sums["arrays"] if "," in array}
 
@@ -68,13 +68,15 @@ def test_gradients_are_summed_in_the_type_that_is_asked_for(
 
 
 def test_answering(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    report = json.loads(run(["--topology", "v5e:2x2", "--mode", "generate", *SIZES, "--json"], monkeypatch, capsys))
+    report = json.loads(
+        run(["--topology", "v5e:2x2", "--mode", "generate", *SIZES, "--json", "-"], monkeypatch, capsys)
+    )
     assert report["fits"] and report["mode"] == "generate" and report["estimated_decode_seconds_per_token"] > 0
 
 
 def test_loading(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    arguments = ["--topology", "v5e:4x4", "--mode", "load", "--model", "8b"]
-    report = json.loads(run([*arguments, "--json"], monkeypatch, capsys))
+    arguments = ["--topology", "v5e:4x4", "--mode", "load", "--preset", "8b"]
+    report = json.loads(run([*arguments, "--json", "-"], monkeypatch, capsys))
     assert report["fits"] and report["hbm_bytes_per_chip"] == pytest.approx(2 * report["parameters"] / 16, rel=0.01)
     # A v5e:4x4 has four hosts.
     assert report["host_bytes"] == 4 * report["hbm_bytes_per_chip"]
@@ -84,7 +86,7 @@ def test_loading(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
 def test_an_adapter_leaves_the_base_frozen(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     """And where it is int8, chips send each other int8."""
     lora = ["--recipe", "finetune_lora", "--lora.rank", "4", "--lora.int8", "language_model.layers.*_proj"]
-    report = json.loads(run(["--topology", "v5e:2x2", *lora, *SIZES, "--json"], monkeypatch, capsys))
+    report = json.loads(run(["--topology", "v5e:2x2", *lora, *SIZES, "--json", "-"], monkeypatch, capsys))
     parts = report["hbm_bytes_by_kind"]
     assert parts["optimizer"] < parts["parameters"] and parts["gradients"] < parts["parameters"] / 2
     gathered = report["collectives"]["all-gather"]["arrays"]
@@ -96,7 +98,7 @@ def test_an_adapter_leaves_the_base_frozen(monkeypatch: pytest.MonkeyPatch, caps
 def test_a_batch_that_chips_can_t_share_is_refused(
     mode: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    sizes = ["--model", "tiny", "--batch", "6", "--seq", "256"]
+    sizes = ["--preset", "tiny", "--batch-size", "6", "--tokens", "256"]
     monkeypatch.setattr("sys.argv", ["moss-audio-train", "plan", "--topology", "v5e:2x2", "--mode", mode, *sizes])
     with pytest.raises(SystemExit) as ended:
         main()
@@ -106,7 +108,7 @@ def test_a_batch_that_chips_can_t_share_is_refused(
 
 @pytest.mark.parametrize("mode", ["generate", "load"])
 def test_int8_is_for_training(mode: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    lora = ["--recipe", "finetune_lora", "--lora.int8", "language_model.layers.*_proj", "--model", "tiny"]
+    lora = ["--recipe", "finetune_lora", "--lora.int8", "language_model.layers.*_proj", "--preset", "tiny"]
     monkeypatch.setattr("sys.argv", ["moss-audio-train", "plan", "--topology", "v5e:2x2", "--mode", mode, *lora])
     with pytest.raises(SystemExit) as ended:
         main()
@@ -115,7 +117,7 @@ def test_int8_is_for_training(mode: str, monkeypatch: pytest.MonkeyPatch, capsys
 
 
 def test_two_slices_hold_a_replica_each(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    arguments = ["--topology", "v5litepod-4", "--slices", "2", *SIZES, "--json"]
+    arguments = ["--topology", "v5litepod-4", "--slices", "2", *SIZES, "--json", "-"]
     report = json.loads(run(arguments, monkeypatch, capsys))
     assert report["topology"] == "v5e:2x2" and report["chips"] == 8
     assert report["mesh"] == {"replica": 2, "fsdp": 4, "tensor": 1}
@@ -253,10 +255,10 @@ def test_the_largest_buffers_of_xla_s_report():
 
 def test_a_run_s_own_evaluation_is_counted():
     """A larger batch needs more; where that is too much, the batch that fits is named."""
-    loop = LoopConfig(evaluate_every=10, evaluate_batch=3, evaluate_tokens=16, evaluate_count=8)
-    recipe = dataclasses.replace(RECIPES["pretrain_stage2"], loop=loop)
+    validation = ValidationConfig(every=10, batch_size=3, max_new_tokens=16, count=8)
+    recipe = dataclasses.replace(RECIPES["pretrain_stage2"], validation=validation)
     config = plan.with_sizes(recipe, "tiny", slices=1, batch=8, tokens=256, chunks=None)
-    larger = dataclasses.replace(config, loop=dataclasses.replace(loop, evaluate_batch=8))
+    larger = dataclasses.replace(config, validation=dataclasses.replace(validation, batch_size=8))
     devices = plan.topology_devices("v5e:2x2")
     step = {"hbm_bytes_by_kind": {"code": 0}, "hbm_usable_bytes_per_chip": 2**30}
     found = plan_evaluation.plan_evaluation(config, devices, step)
@@ -266,7 +268,7 @@ def test_a_run_s_own_evaluation_is_counted():
 
     step["hbm_usable_bytes_per_chip"] = found["hbm_bytes_per_chip"]
     too_large = plan_evaluation.plan_evaluation(larger, devices, step)
-    assert (too_large["fits"], too_large["prompts"], too_large["would_fit"]) == (False, 8, "--evaluate-batch 4")
+    assert (too_large["fits"], too_large["prompts"], too_large["would_fit"]) == (False, 8, "--validation.batch-size 4")
     assert too_large["hbm_bytes_per_chip"] > found["hbm_bytes_per_chip"]
 
 
@@ -275,9 +277,9 @@ def test_an_evaluation_that_does_not_fit_fails_the_plan(monkeypatch: pytest.Monk
     found |= {"hbm_bytes_by_program": {"decode": 2**34}, "prompts": 8, "prompt_tokens": 96, "prompt_chunks": 1}
     monkeypatch.setattr(plan, "plan_step", lambda *_: small_step())
     monkeypatch.setattr(plan_evaluation, "plan_evaluation", lambda *_: found | {"new_tokens": 16})
-    monkeypatch.setattr("sys.argv", ["moss-audio-train", "plan", "--topology", "v5e:2x4", "--evaluate-every", "10"])
+    monkeypatch.setattr("sys.argv", ["moss-audio-train", "plan", "--topology", "v5e:2x4", "--validation.every", "10"])
     with pytest.raises(SystemExit) as ended:
         main()
     out = capsys.readouterr().out
     assert ended.value.code == 1 and "its evaluation DOES NOT FIT: 16.00 of 8.00 GiB (decode 16.00); 8 questions" in out
-    assert "leave --evaluate-every out" in out
+    assert "leave --validation.every out" in out

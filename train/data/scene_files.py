@@ -9,8 +9,9 @@ from moss_audio_jax.audio import SAMPLE_RATE
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.storage.paths import AnyPath, Path, atomic_file, atomic_write, nothing_left, to_path
 from moss_audio_jax.weights.checkpoint import require_empty
+from train.data.config import SEEDS, SceneConfig
 from train.data.manifest import Clip, Message
-from train.data.scenes import SEEDS, SceneConfig, SceneTask, make_task
+from train.data.scenes import SceneTask, make_task
 
 MANIFEST = "manifest.jsonl"
 

@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moss_audio_jax.errors import MossAudioError
+from train.data.config import LABELS, SOUND_NAMES, TASK_NAMES
 from train.data.manifest import Clip
 from train.data.scenes import (
-    LABELS,
+    SOUNDS,
     TASKS,
     Event,
     SceneConfig,
@@ -344,3 +345,7 @@ def test_bad_settings(setting, message):
 def test_a_task_no_scene_allows():
     with pytest.raises(MossAudioError, match="can be asked the task 'pitch'"):
         make_task(0, 0, SceneConfig(tasks=("pitch",), labels=("noise",)))
+
+
+def test_options_name_all_sounds_and_tasks():
+    assert tuple(SOUNDS) == SOUND_NAMES and tuple(TASKS) == TASK_NAMES
