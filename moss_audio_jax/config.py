@@ -153,26 +153,28 @@ class ProcessorConfig:
 class LoraConfig:
     """Low-rank adapters beside frozen kernels: y = x W + scale (x A) B, A [in, rank] and B [rank, out].
 
-    targets: globs over the paths of linear layers, such as `audio_encoder.layers.self_attn.[qkv]_proj`; the default is
-        the seven projections of every layer of the language model.
-    full: globs over paths of parameters that are trained themselves beside the adapters, such as `audio_adapter.*` and
-        `deepstack_audio_merger_list.*`. All other parameters are frozen.
-    int8: globs over the paths of linear layers whose frozen kernels are stored in int8 while training, such as
-        `language_model.layers.*_proj`; none by default.
-    dropout: of the adapters' input, in training. rslora: scale by alpha / sqrt(rank) (arXiv 2312.03732).
-
     The public script's alpha of 2 at rank 64 scales its adapters by 1/32; the default here scales them by 1/2. "LoRA
     Without Regret" (Schulman et al. 2025, thinkingmachines.ai/blog/lora) advises adapters on all layers, at ten times
     the learning rate of full fine-tuning. The alpha is our choice and was not compared with others.
     """
 
     rank: Size = 64
+    """Rank of the adapters."""
     alpha: Annotated[float, number(1e-9, 1e9)] = 32.0
+    """Numerator of the scale alpha / rank."""
     dropout: Share = 0.0
+    """Dropout of the input of the adapters, in training."""
     rslora: Switch = False
+    """Scale by alpha / sqrt(rank) (arXiv 2312.03732)."""
     targets: tuple[str, ...] = ("language_model.layers.*_proj",)
+    """Globs over the paths of linear layers that get adapters, such as `audio_encoder.layers.self_attn.[qkv]_proj`. The
+    default is the seven projections of every layer of the language model."""
     full: tuple[str, ...] = ()
+    """Globs over paths of parameters to train whole beside the adapters, such as `audio_adapter.*` and
+    `deepstack_audio_merger_list.*`. Everything else is frozen."""
     int8: tuple[str, ...] = ()
+    """Globs over the paths of linear layers whose frozen kernels are held in int8 in training, such as
+    `language_model.layers.*_proj`."""
 
     def __post_init__(self):
         check_fields(self, "lora.")

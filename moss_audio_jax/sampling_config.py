@@ -35,7 +35,7 @@ class Sampling:
         require(self, None, ("repetition_penalty",), lambda value: 0 < value < math.inf, "above 0, and finite")
 
     def arrays(self) -> "SamplingArrays":
-        """Returns the numbers in float32, rounded to the nearest normal number where they are too small or too large."""
+        """Returns the numbers in float32; what is too small or too large becomes the nearest normal number."""
         from moss_audio_jax.sampling import SamplingArrays
 
         return SamplingArrays.of(self)

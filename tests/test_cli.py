@@ -18,9 +18,11 @@ import soundfile
 from convert.rehearse import rehearse
 from convert.to_orbax import convert_to_orbax
 from moss_audio_jax import MossAudioConfig
+from moss_audio_jax.commands import cli as cli_module
 from moss_audio_jax.commands import progress
 from moss_audio_jax.commands.cli import run_cli
 from moss_audio_jax.commands.compilation_cache import cpu_name
+from moss_audio_jax.commands.renamed import current_arguments
 from moss_audio_jax.model import parameter_specs
 
 
@@ -219,9 +221,8 @@ def test_what_cannot_be_answered_is_refused(released, options, message):
 
 
 @pytest.mark.usefixtures("heard_interrupts")
-@pytest.mark.parametrize("module", ["moss_audio_jax", "convert", "train"])
-def test_ctrl_c_during_the_imports_says_nothing(module):
-    command = [sys.executable, "-X", "importtime", "-m", module, "--help"]
+def test_ctrl_c_during_the_imports_says_nothing(tmp_path):
+    command = [sys.executable, "-X", "importtime", "-m", "convert", "inspect", str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         seen = []
@@ -234,6 +235,106 @@ def test_ctrl_c_during_the_imports_says_nothing(module):
     assert seen[-1].endswith(" numpy\n")
     assert process.returncode == 130
     assert "Traceback" not in rest and "KeyboardInterrupt" not in rest
+
+
+HEAVY = {"jax", "flax", "orbax", "optax", "grain", "matplotlib", "scipy", "soundfile", "torch"}
+LOADED = """
+import runpy, sys
+sys.argv = sys.argv[1:]
+try:
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+except SystemExit as end:
+    assert not end.code, end.code
+print(*{name.partition(".")[0] for name in sys.modules}, file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize(
+    "command", ["moss_audio_jax generate", "convert verify", "train", "train run", "train evaluate"]
+)
+def test_help_imports_nothing_heavy(command):
+    shown = subprocess.run([sys.executable, "-c", LOADED, *command.split(), "--help"], capture_output=True, text=True)
+    assert shown.returncode == 0 and "usage: moss-audio" in shown.stdout, shown.stderr
+    assert not HEAVY & set(shown.stderr.split())
+
+
+@pytest.mark.parametrize("package", COMMANDS)
+@pytest.mark.parametrize("recipe", ["finetune_lora", "time_events"])
+def test_every_option_has_help(package, recipe, monkeypatch):
+    """Options of `run`, `check` and `plan` are those of a recipe; named groups have options of their own."""
+    bare = []
+
+    def cli(self, *, config=(), **options):
+        for name in self._subcommands:
+            actions = self.parser(name, config)._actions
+            assert actions
+            bare.extend(
+                (name, action.option_strings or action.dest)
+                for action in actions
+                if not re.sub(r"\((default|required|repeatable|optional)[^\n]*\)", "", action.help or "").strip()
+            )
+
+    monkeypatch.setattr(cli_module.Commands, "cli", cli)
+    named = ["--recipe", recipe, "--mixture.mine.share", "1"]
+    for command in ("run", "check", "plan") if package == "train" else ("",):
+        monkeypatch.setattr(sys, "argv", [COMMANDS[package], *([command, *named] if command else [])])
+        importlib.import_module(f"{package}.__main__").main()
+    assert not bare
+
+
+RUN = ["run", "--recipe", "time_events", "--out", "nowhere"]
+
+
+@pytest.mark.parametrize(
+    ("package", "arguments", "sentence"),
+    [
+        ("train", [*RUN, "--steps", "0"], "--steps must be 1 or more, not 0"),
+        ("train", [*RUN, "--optimizer.schedule", "foo"], "--optimizer.schedule must be one of cosine, wsd, not 'foo'"),
+        ("train", [*RUN, "--mesh.fsdp", "x"], "--mesh.fsdp must be a whole number, not 'x'"),
+        ("train", [*RUN, "--steps", "x"], "--steps must be None or a whole number, not 'x'"),
+        ("train", [*RUN, "--optimizer.b1", "x"], "--optimizer.b1 must be a number, not 'x'"),
+        ("train", [*RUN, "--microbatches", "3"], "--microbatches must divide the batch of 16 sequences, not 3"),
+        (
+            "train",
+            [*RUN, "--optimizer.learning-rat", "1"],
+            "there is no option --optimizer.learning-rat: did you mean --",
+        ),
+        (
+            "train",
+            [*RUN, "--mixture.scenes.scenes.events", "3", "1"],
+            "--mixture.scenes.scenes.events must be a lower and",
+        ),
+        ("train", ["run", "--recipe", "nothing", "--out", "nowhere"], "--recipe must be one of pretrain_stage1, "),
+        ("train", ["run", "--recipe", "time_events"], "--out must be given: `moss-audio-train run --help` lists"),
+        ("train", ["ablate", "nowhere", "--answers.batch-size", "0"], "--answers.batch-size must be 1 or more, not 0"),
+        ("train", ["evaluate", "nowhere", "--batch-size", "0"], "--batch-size must be 1 or more, not 0"),
+        ("train", ["evaluate"], "CHECKPOINT must be given: `moss-audio-train evaluate --help`"),
+        ("train", ["plot", "--plot"], "--plot must be followed by PATH"),
+        ("train", [], "moss-audio-train needs a command: give one of prepare, scenes, "),
+        ("convert", ["inspect", "a", "b"], "there is no argument 'b': leave it out"),
+        ("moss_audio_jax", ["generate", "a", "--top-p", "0"], "--top-p must be above 0 and at most 1, not 0.0"),
+    ],
+    ids=str,
+)
+def test_a_mistake_in_an_argument_is_one_sentence(package, arguments, sentence, monkeypatch, capsys):
+    code, out, err = ended(package, arguments, monkeypatch, capsys)
+    assert code == 2 and not out
+    assert err.startswith(f"error: {sentence}") and err.count("\n") == 1
+
+
+def test_old_names_of_options_still_work(capsys):
+    given = ["run", "--evaluate-every", "5", "--evaluate_batch=2", "--step.heard-weight", "0.5", "--out", "a"]
+    now = ["run", "--validation.every", "5", "--validation.batch-size=2", "--step.audio-label-weight", "0.5"]
+    assert current_arguments(given) == [*now, "--out", "a"]
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == "--evaluate-every is now --validation.every" and len(said) == 3
+    assert current_arguments(["evaluate", "a", "--out", "b", "--fsdp", "2"]) == [
+        *("evaluate", "a", "--json", "b", "--mesh.fsdp", "2")
+    ]
+    assert current_arguments(["plan", "--json", "--model", "8b"]) == ["plan", "--json", "-", "--preset", "8b"]
+    assert current_arguments(["inspect", "a", "--json"]) == ["inspect", "a", "--json", "-"]
+    capsys.readouterr()
+    assert current_arguments(now) == now and not capsys.readouterr().err
 
 
 def compiled_files(directory: Path) -> set[str]:

@@ -242,21 +242,22 @@ def refusal(command: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> str:
     def quiet(function: Callable) -> Callable:
         return functools.wraps(function)(lambda *_, **__: taken.append(function.__name__))
 
-    def run_cli(read_arguments: Callable[[], object]) -> None:
+    def cli(**options: Any) -> None:
         commands = door.app._subcommands
         for name, spec in commands.items():
             meant = name.replace("_", "-") == command[1]
             target = quiet(spec.target) if meant else lambda: None  # reading the options of all takes long
             commands[name] = dataclasses.replace(spec, target=target)
-        read_arguments()
+        type(door.app).cli(door.app, **options)
 
     said = io.StringIO()
     with monkeypatch.context() as patched, contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         patched.setattr(sys, "argv", list(command))
         patched.setattr(door.app, "_subcommands", dict(door.app._subcommands))
-        patched.setattr(door, "run_cli", run_cli)
-        patched.setattr("train.running.resume.is_begun", lambda out: False)  # nobody's bucket is asked
-        patched.setattr("train.running.resume.stored_config", lambda run: None)  # nor the run of `--branch`
+        patched.setattr(door.app, "cli", cli, raising=False)
+        patched.setattr(door, "run_cli", lambda command: command())
+        patched.setattr("train.__main__.is_begun", lambda out: False)  # nobody's bucket is asked
+        patched.setattr("train.__main__.stored_config", lambda run: None)  # nor the run of `--branch`
         try:
             door.main()
         except SystemExit as end:

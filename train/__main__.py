@@ -153,7 +153,7 @@ def _check(manifest: Path, config: RunConfig, init: str | None, group: str | Non
 
 
 def run_command(arguments: list[str]) -> Callable[..., None]:
-    """Makes the command `run`. The run in `--out`, that of `--branch` or else the recipe gives options their defaults."""
+    """Makes the command `run`. Defaults are those of the run in `--out` or `--branch`, or else of the recipe."""
     one_process, at_the_newest = DistributedConfig(), ResumeConfig()
     stored = _stored_config(arguments)
     defaults = with_named_groups(stored, arguments) if stored else _named_recipe(arguments, "pretrain_stage1")
@@ -260,7 +260,7 @@ def plan_command(arguments: list[str]) -> Callable[..., None]:
         json: PathArgument | None = None,
         config: Annotated[RunConfig, tyro.conf.arg(name="")] = recipe_config,
     ) -> None:
-        """Compiles a recipe's step for a TPU on any machine, no TPU needed, and prints whether it fits and how fast it is.
+        """Compiles a recipe's step for a TPU, on any machine without one; prints whether it fits and how fast it is.
 
         Exits with 1 if it does not fit, after trying changes that would.
 
@@ -344,7 +344,7 @@ def _train(config: RunConfig, out: Path, resume: ResumeConfig) -> None:
     from train.loop import train
 
     logging.basicConfig(format="%(message)s", force=True)  # prints the names of skipped examples
-    # Orbax logs the traceback of a checkpoint that can't be written; the error is raised too, and printed as a sentence.
+    # Orbax logs the traceback of a checkpoint that can't be written. It is raised too, and printed as a sentence.
     logging.getLogger("absl").addFilter(lambda record: "_SignalingThread" not in record.getMessage())
     outcome = train(config, out, resume=resume)
     first = jax.process_index() == 0

@@ -319,7 +319,7 @@ class MixtureConfig:
     text: GroupConfig = GroupConfig(0.3, ("plain_text",))
     """Plain text."""
     conversations: GroupConfig = GroupConfig(1.0, ("conversation", "labels"))
-    """Fine-tuning data; `--data` is short for its paths. The labels of a clip without a conversation become questions."""
+    """Fine-tuning data; `--data` is short for its paths. Labels of a clip without a conversation become questions."""
     scenes: SceneGroupConfig = SceneGroupConfig()
     """Sound scenes."""
     easy_scenes: SceneGroupConfig = SceneGroupConfig()
@@ -345,7 +345,7 @@ class MixtureConfig:
         return used
 
     def _by_name(self) -> dict[str, "GroupConfig | SceneGroupConfig"]:
-        """Returns all groups. Named ones are sorted, as the order of examples must not depend on that of the options."""
+        """Returns all groups. Named ones are sorted: the order of examples must not depend on that of the options."""
         return {name: getattr(self, name) for name in _OWN_GROUPS} | dict(sorted(self.named.items()))
 
 
@@ -368,7 +368,7 @@ def _require_complete(name: str, group: GroupConfig) -> None:
     missing = [option for option in ("paths", "share") if not getattr(group, option)]
     if missing:
         raise MossAudioError(
-            f"--mixture.{name} is a new group without --mixture.{name}.{missing[0]}: give it, or name one of the groups "
+            f"--mixture.{name} is a new group without --mixture.{name}.{missing[0]}: give it, or name one of "
             f"{', '.join(_OWN_GROUPS)}"
         )
 
@@ -459,12 +459,12 @@ class RunConfig:
     optimizer: OptimizerConfig
     loop: tyro.conf.OmitArgPrefixes[LoopConfig] = LoopConfig()
     validation: ValidationConfig = ValidationConfig()
-    model: ModelSource = ModelSource()
+    model: ModelSource = dataclasses.field(default_factory=ModelSource)
     mixture: MixtureConfig = MixtureConfig()
-    augment: AugmentConfig = AugmentConfig()
+    augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
     step: StepConfig = StepConfig()
     lora: tyro.conf.AvoidSubcommands[LoraConfig | None] = None
-    mesh: MeshConfig = MeshConfig()
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     microbatches: int = 1
     """Microbatches of a step, whose gradients are summed. Must divide the batch."""
     seed: int = 0
@@ -505,9 +505,9 @@ def with_paths(
 ) -> RunConfig:
     """Returns the configuration with the paths of `--init`, `--data` and `--eval-data`, short for three of its fields.
 
-    default: the configuration of a run that is resumed. Its fields give way to the paths.
-    `--eval-data` evaluates at each checkpoint unless `--validation.every` is given. Raises MossAudioError if a field has
-    another value.
+    default: configuration of a run that is resumed. Its fields give way to the paths.
+    `--eval-data` evaluates at each checkpoint unless `--validation.every` is given. Raises MossAudioError if a field
+    has another value.
     """
     model, validation, group = config.model, config.validation, config.mixture.conversations
     known: Any = (None, (), ())
@@ -548,6 +548,8 @@ ARMS = {
 }
 _ABLATION_TASKS = ("timeline", "start", "duration", "what_at", "pitch", "loudness")
 _ABLATION_SCENES = SceneConfig(seconds=(2.0, 6.0), events=(1, 3), tasks=_ABLATION_TASKS, questions=3)
+_ABLATION_EASY_SCENES = dataclasses.replace(_ABLATION_SCENES, seconds=(4.0, 4.0), events=(1, 2))
+_ABLATION_ANSWERS = AnswerConfig(batch_size=25, max_new_tokens=96)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -566,7 +568,7 @@ class AblationConfig:
     """Size of the model: small or tiny, 4b or 8b."""
     scenes: SceneConfig = _ABLATION_SCENES
     """Scenes of training, and of the test at the same length."""
-    easy_scenes: SceneConfig = dataclasses.replace(_ABLATION_SCENES, seconds=(4.0, 4.0), events=(1, 2))
+    easy_scenes: SceneConfig = _ABLATION_EASY_SCENES
     """Scenes at the beginning of training."""
     easy_examples: int = 6400
     """Number of scenes at the beginning of training."""
@@ -574,7 +576,7 @@ class AblationConfig:
     """Length of the longer test scenes, and their most events, as a multiple of the longest scenes of training."""
     questions: int = 100
     """Questions of each task, about validation scenes and about both lengths of test scenes."""
-    answers: AnswerConfig = AnswerConfig(batch_size=25, max_new_tokens=96)
+    answers: AnswerConfig = _ABLATION_ANSWERS
     """Generation of the answers."""
 
     def __post_init__(self):

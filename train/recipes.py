@@ -134,7 +134,7 @@ DOCSTRINGS: dict[str, str] = {recipe.__name__: recipe.__doc__ or "" for recipe i
 
 
 def read_recipe(name: str) -> RunConfig:
-    """Returns the recipe of a name, or the configuration in a run's config.json; raises MossAudioError if neither is."""
+    """Returns the recipe of a name, or the configuration in a config.json; raises MossAudioError if it is neither."""
     if name in RECIPES:
         return RECIPES[name]
     if not name.endswith(".json"):

@@ -53,7 +53,8 @@ class Commands(tyro.extras.SubcommandApp):
         """Returns an argparse parser with the options of a command."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
-            return tyro.extras.get_parser(self._subcommands[command.replace("-", "_")].target, config=tuple(markers))
+            target: Any = self._subcommands[command.replace("-", "_")].target
+            return tyro.extras.get_parser(target, config=tuple(markers))
 
 
 def versions() -> str:

@@ -103,7 +103,7 @@ def _listen(pipe: int) -> None:
 
 @contextlib.contextmanager
 def cleans_up_on_signals() -> Iterator[None]:
-    """Inside, Ctrl-C raises KeyboardInterrupt and SIGTERM raises SystemExit, once, so that cleaning up is not interrupted.
+    """Inside, Ctrl-C raises KeyboardInterrupt and SIGTERM SystemExit, once, so that cleaning up is not interrupted.
 
     For commands that handle files and compile nothing. Call it from the main thread.
     """

@@ -61,7 +61,7 @@ def test_names_are_as_short_as_they_can_be():
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     runs = [str(write_run(tmp_path / name, [2.0, 1.0], joins=1)) for name in ("a", "b")]
     out = tmp_path / "curves.png"
-    monkeypatch.setattr(sys, "argv", ["moss-audio-train", "plot", *runs, "--out", str(out)])
+    monkeypatch.setattr(sys, "argv", ["moss-audio-train", "plot", *runs, "--plot", str(out)])
     main()
     assert capsys.readouterr().out == f"wrote {out}\n" and out.read_bytes()[1:4] == b"PNG"
 

@@ -285,7 +285,7 @@ def test_the_command_reports_what_the_model_answers(corpus, tmp_path):
     options = ("--max-new-tokens", 12, "--batch-size", 4, "--seed", 5)
     sources = ("--data", corpus / "test.jsonl", "--scenes", 4, "--scenes.tasks", "timeline", "start")
     sources += ("--scenes.seconds", 3.5, 3.5)
-    files = ("--out", tmp_path / "new" / "results.json", "--predictions", tmp_path / "predictions.jsonl")
+    files = ("--json", tmp_path / "new" / "results.json", "--predictions", tmp_path / "predictions.jsonl")
     result = door(corpus / "model", *sources, "--benchmark", f"mmar={corpus / 'mmar.jsonl'}", *options, *files)
     assert result.returncode == 0, result.stderr
 
@@ -311,7 +311,7 @@ def test_the_command_reports_what_the_model_answers(corpus, tmp_path):
 
 @pytest.mark.usefixtures("heard_interrupts")
 def test_ctrl_c_keeps_what_was_answered(corpus, tmp_path):
-    files = ("--out", tmp_path / "results.json", "--predictions", tmp_path / "predictions.jsonl")
+    files = ("--json", tmp_path / "results.json", "--predictions", tmp_path / "predictions.jsonl")
     asked = ("--scenes", 2000, "--scenes.seconds", 2, 2, "--max-new-tokens", 2, "--batch-size", 2)
     command = [sys.executable, "-m", "train", "evaluate", str(corpus / "model"), *map(str, (*asked, *files))]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT)
@@ -334,7 +334,7 @@ def test_ctrl_c_keeps_what_was_answered(corpus, tmp_path):
 
 
 def test_the_command_names_a_mistake_before_it_loads_the_model(corpus, tmp_path):
-    result = door("no-model", "--data", corpus / "test.jsonl", "--out", corpus / "test.jsonl" / "results.json")
+    result = door("no-model", "--data", corpus / "test.jsonl", "--json", corpus / "test.jsonl" / "results.json")
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert "results.json must be a file that can be written" in result.stderr
 

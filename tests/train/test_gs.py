@@ -132,7 +132,7 @@ def test_a_manifest_and_its_shards(corpus: Path, data: str, config: RunConfig): 
 
 def test_evaluation(run: paths.Path, data: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
     out = "gs://corpus/results"
-    files = ["--out", f"{out}/all.json", "--predictions", f"{out}/each.jsonl"]
+    files = ["--json", f"{out}/all.json", "--predictions", f"{out}/each.jsonl"]
     options = ["--data", f"{data}/clips.jsonl", "--limit", "2", "--max-new-tokens", "4", "--scenes", "1"]
     arguments = ["evaluate", str(run), *options, *files, "--plot", f"{out}/timelines.png"]
     monkeypatch.setattr(sys, "argv", ["moss-audio-train", *arguments, "--scenes.events", "1", "1"])

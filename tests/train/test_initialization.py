@@ -23,7 +23,7 @@ from moss_audio_jax.weights.parameters import abstract_parameters, build_model
 from moss_audio_jax.weights.safetensors_reader import SafetensorsCheckpoint
 from train import initialization as initial
 from train.config import ModelSource, model_config
-from train.initialization import first_parameters, random_parameters
+from train.initialization import first_parameters, random_parameters, require_no_random_frozen
 from train.loop import train
 from train.recipes import RECIPES
 from train.running.resume import write_or_check_config
@@ -340,11 +340,11 @@ def test_random_parts_are_not_frozen_unless_asked_for(given: dict, parts: str, n
 def test_what_a_checkpoint_gives_may_be_frozen(tmp_path: Path):
     stage1, lora = RECIPES["pretrain_stage1"], RECIPES["finetune_lora"]
     for given in ({"checkpoint": "a"}, {"encoder": "a", "language_model": "b"}):
-        dataclasses.replace(stage1, model=ModelSource(**given)).require_no_random_frozen(TINY)
+        require_no_random_frozen(dataclasses.replace(stage1, model=ModelSource(**given)), TINY)
     for recipe in ("pretrain_stage2", "finetune", "time_events"):
-        RECIPES[recipe].require_no_random_frozen(TINY)
+        require_no_random_frozen(RECIPES[recipe], TINY)
     with pytest.raises(MossAudioError, match="lora adapts a checkpoint: name it with --init"):
-        lora.require_no_random_frozen(TINY)
+        require_no_random_frozen(lora, TINY)
     # A run that was begun before there was the option may go on with it.
     old = dataclasses.replace(stage1, model=ModelSource(preset="tiny"))
     write_or_check_config(old, tmp_path, begun=False)

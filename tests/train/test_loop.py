@@ -28,7 +28,15 @@ from moss_audio_jax.small_tokenizer import write_small_tokenizer
 from moss_audio_jax.sound import files
 from moss_audio_jax.weights.checkpoint import save_model
 from moss_audio_jax.weights.parameters import build_model, parameters_of
-from train.config import LoopConfig, MixtureConfig, ModelSource, OptimizerConfig, RunConfig, StepConfig
+from train.config import (
+    LoopConfig,
+    MixtureConfig,
+    ModelSource,
+    OptimizerConfig,
+    RunConfig,
+    StepConfig,
+    ValidationConfig,
+)
 from train.data import DataConfig
 from train.initialization import first_parameters
 from train.loop import Outcome, train
@@ -97,7 +105,11 @@ def config(corpus: Path) -> RunConfig:
 
 
 def until(config: RunConfig, steps: int, **changes) -> RunConfig:
-    return dataclasses.replace(config, loop=dataclasses.replace(config.loop, steps=steps, **changes))
+    """changes: fields of LoopConfig and of ValidationConfig, which have no name in common."""
+    names = [field.name for field in dataclasses.fields(ValidationConfig) if field.name in changes]
+    validation = dataclasses.replace(config.validation, **{name: changes.pop(name) for name in names})
+    loop = dataclasses.replace(config.loop, steps=steps, **changes)
+    return dataclasses.replace(config, loop=loop, validation=validation)
 
 
 @pytest.fixture(scope="module")

@@ -46,11 +46,12 @@ from train.config import (
     RunConfig,
     SceneGroupConfig,
     StepConfig,
+    ValidationConfig,
 )
 from train.data import DataConfig
 from train.data.config import SceneConfig
 from train.data.packing import TrainingBatch
-from train.initialization import first_parameters
+from train.initialization import first_parameters, frozen_dtypes
 from train.loop import train
 from train.recipes import RECIPES
 from train.running.checkpoints import Checkpoints
@@ -334,9 +335,9 @@ def test_a_run_on_an_int8_base_is_evaluated_resumed_and_loaded(run: Path, base: 
 
     def config(steps: int) -> RunConfig:
         usual = run_config(base, steps)
-        loop = dataclasses.replace(usual.loop, evaluate_every=4, evaluate_count=1, evaluate_tokens=4)
+        validation = ValidationConfig(every=4, count=1, max_new_tokens=4)
         lora = dataclasses.replace(usual.lora, int8=("language_model.layers.*_proj",))
-        return dataclasses.replace(usual, loop=loop, lora=lora)
+        return dataclasses.replace(usual, validation=validation, lora=lora)
 
     train(config(2), tmp_path / "run", mesh=mesh)
     train(config(4), tmp_path / "run", mesh=mesh)
@@ -354,7 +355,7 @@ def test_a_run_on_an_int8_base_is_evaluated_resumed_and_loaded(run: Path, base: 
 def test_int8_kernels_are_the_same_on_every_mesh(base: Path):
     lora = dataclasses.replace(LORA, int8=("language_model.layers.*_proj",))
     config = RunConfig(DataConfig(batch_size=8, tokens=8, chunks=1), OPTIMIZER, lora=lora)
-    dtypes = config.frozen_dtypes(parameter_specs(with_lora(lora)))
+    dtypes = frozen_dtypes(config, parameter_specs(with_lora(lora)))
     kernels = {path for path, dtype in dtypes.items() if dtype == "int8"}
     assert len(kernels) == 7
     alone = first(base, lora, dtypes=dtypes)
@@ -411,7 +412,9 @@ def test_an_adapter_lies_on_the_mesh_of_its_model(base: Path, model: MossAudio, 
 
 def test_generate_takes_an_adapter(base: Path, run: Path, capsys, monkeypatch):
     def says(*arguments: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["moss-audio", "generate", *arguments, "--prompt", "Hello", "--fsdp", "1"])
+        monkeypatch.setattr(
+            sys, "argv", ["moss-audio", "generate", *arguments, "--prompt", "Hello", "--mesh.fsdp", "1"]
+        )
         one_device = functools.partial(make_mesh, devices=jax.devices()[:1])
         monkeypatch.setattr("moss_audio_jax.sharding.make_mesh", one_device)
         ask()

@@ -11,7 +11,7 @@ from moss_audio_jax import MossAudioError
 from moss_audio_jax.sharding import make_mesh
 from train import loss
 from train.__main__ import main
-from train.config import LoopConfig
+from train.config import ValidationConfig
 from train.planning import plan, plan_evaluation
 from train.planning.compilation import Compiled, largest_buffers
 from train.planning.topology import topology_devices
@@ -70,7 +70,9 @@ def test_gradients_are_summed_in_the_type_that_is_asked_for(
 
 
 def test_answering(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    report = json.loads(run(["--topology", "v5e:2x2", "--mode", "generate", *SIZES, "--json", "-"], monkeypatch, capsys))
+    report = json.loads(
+        run(["--topology", "v5e:2x2", "--mode", "generate", *SIZES, "--json", "-"], monkeypatch, capsys)
+    )
     assert report["fits"] and report["mode"] == "generate" and report["estimated_decode_seconds_per_token"] > 0
 
 
@@ -255,10 +257,10 @@ def test_the_largest_buffers_of_xla_s_report():
 
 def test_a_run_s_own_evaluation_is_counted():
     """A larger batch needs more; where that is too much, the batch that fits is named."""
-    loop = LoopConfig(evaluate_every=10, evaluate_batch=3, evaluate_tokens=16, evaluate_count=8)
-    recipe = dataclasses.replace(RECIPES["pretrain_stage2"], loop=loop)
+    validation = ValidationConfig(every=10, batch_size=3, max_new_tokens=16, count=8)
+    recipe = dataclasses.replace(RECIPES["pretrain_stage2"], validation=validation)
     config = plan.with_sizes(recipe, "tiny", slices=1, batch=8, tokens=256, chunks=None)
-    larger = dataclasses.replace(config, loop=dataclasses.replace(loop, evaluate_batch=8))
+    larger = dataclasses.replace(config, validation=dataclasses.replace(validation, batch_size=8))
     devices = topology_devices("v5e:2x2")
     step = {"hbm_bytes_by_kind": {"code": 0}, "hbm_usable_bytes_per_chip": 2**30}
     found = plan_evaluation.plan_evaluation(config, devices, step)

@@ -258,7 +258,7 @@ def test_short_options_are_those_they_are_short_for(
     recipe = RECIPES["finetune_lora"]
     config = with_paths(recipe, "moss-4b", ("a.jsonl",), ("b.jsonl",))
     assert (config.model.checkpoint, config.mixture.conversations.paths) == ("moss-4b", ("a.jsonl",))
-    assert config.loop.evaluate_data == ("b.jsonl",) and config.loop.evaluate_every == config.loop.checkpoint_every
+    assert config.validation.data == ("b.jsonl",) and config.validation.every == config.loop.checkpoint_every
     assert with_paths(recipe) == recipe and with_paths(config, "moss-4b", ("a.jsonl",), ("b.jsonl",)) == config
     for others in (("moss-8b",), (None, ("b.jsonl",)), (None, (), ("c.jsonl",))):
         with pytest.raises(MossAudioError, match="name different things: give one of them"):

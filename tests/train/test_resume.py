@@ -72,6 +72,32 @@ def test_a_configuration_is_read_back_as_it_was(name: str, tmp_path: Path):
     assert stored_config(tmp_path) == full
 
 
+def test_a_run_with_old_names_of_options_resumes(tmp_path: Path):
+    """Its config.json has them; it resumes, gives a new run its defaults, and is compared under the new names."""
+    validation = ValidationConfig(every=7, data=("a",), max_new_tokens=9, batch_size=3)
+    recipe = changed(RECIPES["time_events"], step__audio_label_weight=0.25)
+    recipe = dataclasses.replace(recipe, validation=validation)
+    write_or_check_config(recipe, tmp_path, begun=False)
+    file = tmp_path / "config.json"
+    old = json.loads(file.read_text())
+    of_validation = old.pop("validation")
+    names = {"every": "every", "data": "data", "objectives": "objectives", "count": "count"}
+    names |= {"max_new_tokens": "tokens", "batch_size": "batch"}
+    old["loop"] |= {f"evaluate_{before}": of_validation[now] for now, before in names.items()}
+    old["loop"]["show_samples"] = of_validation["show_samples"]
+    old["step"]["heard_weight"] = old["step"].pop("audio_label_weight")
+    file.write_text(json.dumps(old))
+    assert stored_config(tmp_path) == recipe
+    assert read_recipe(str(file)) == dataclasses.replace(recipe, recipe=str(file))
+    louder = changed(recipe, step__audio_label_weight=0.5)
+    with pytest.raises(MossAudioError, match=r"step\.audio_label_weight is 0\.5 and was 0\.25"):
+        write_or_check_config(louder, tmp_path, begun=True)
+    write_or_check_config(louder, tmp_path, begun=True, resume=ResumeConfig(allow_change=("step.heard_weight",)))
+    written = json.loads(file.read_text())
+    assert written["history"][-1]["changes"] == {"step.audio_label_weight": [0.25, 0.5]}
+    assert written["validation"]["every"] == 7 and "evaluate_every" not in written["loop"]
+
+
 def test_options_that_came_and_went(tmp_path: Path, capfd):
     recipe = RECIPES["finetune_lora"]
     write_or_check_config(recipe, tmp_path, begun=False)
@@ -161,7 +187,7 @@ def test_a_resumed_command_keeps_what_the_run_was_begun_with(straight: Path, mon
     assert found == changed(config, seed=4)
     found, resume = parsed(["--out", "nowhere", "--branch", f"{straight}@4", "--steps", "9"], monkeypatch)
     assert found == until(config, 9) and resume.origin == (straight, 4)
-    with pytest.raises(MossAudioError, match="--recipe is needed to begin a run"):
+    with pytest.raises(MossAudioError, match="--recipe must be given to begin a run"):
         parsed(["--out", "nowhere"], monkeypatch)
 
 

@@ -21,6 +21,7 @@ from train.data.samples import Sample
 from train.evaluation.measures import measure
 from train.evaluation.questions import Question, manifest_questions
 from train.loop import Outcome, train
+from train.recipes import RECIPES
 from train.running.best import Best, overall
 from train.running.validation import Validation, evaluation_shapes, questions_and_texts, scalars
 from train.step import validation_sums
@@ -43,10 +44,10 @@ def test_the_best_is_kept_and_a_run_ends_that_gets_no_better(
     """
     out = tmp_path / "run"
     asked = {
-        "evaluate_every": 2,
-        "evaluate_data": (str(corpus / "clips.jsonl"),),
-        "evaluate_count": 3,
-        "evaluate_tokens": 4,
+        "every": 2,
+        "data": (str(corpus / "clips.jsonl"),),
+        "count": 3,
+        "max_new_tokens": 4,
         "show_samples": 1,
         "best_metric": "wer",
         "patience": 2,
@@ -90,8 +91,8 @@ def test_the_best_is_kept_and_a_run_ends_that_gets_no_better(
 @pytest.fixture(scope="module")
 def evaluated(config: RunConfig, corpus: Path) -> RunConfig:  # noqa: F811
     """A run whose loss falls from one evaluation to the next."""
-    asked = {"evaluate_every": 2, "evaluate_data": (str(corpus / "clips.jsonl"),), "evaluate_count": 3}
-    return until(config, 5, **asked, evaluate_tokens=4, best_metric="loss", keep_last=1, checkpoint_every=10)
+    asked = {"every": 2, "data": (str(corpus / "clips.jsonl"),), "count": 3}
+    return until(config, 5, **asked, max_new_tokens=4, best_metric="loss", keep_last=1, checkpoint_every=10)
 
 
 @pytest.fixture(scope="module")
@@ -143,12 +144,14 @@ def test_an_evaluation_without_enough_memory_comes_after_the_checkpoint(
 ):
     out = tmp_path / "run"
     failing_after(step, jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 1.2G of 1.0G"), monkeypatch)
-    message = f"after step {step} runs out of device memory .*1.2G of 1.0G.*--validation.batch-size below 16, which resumes"
+    message = (
+        f"after step {step} runs out of device memory .*1.2G of 1.0G.*--validation.batch-size below 16, which resumes"
+    )
     with pytest.raises(MossAudioError, match=message):
         train(evaluated, out, mesh=one_device())
     assert (out / "checkpoints" / str(step)).is_dir()
     monkeypatch.undo()
-    smaller = until(evaluated, 5, evaluate_batch=2)
+    smaller = until(evaluated, 5, batch_size=2)
     assert train(smaller, out, mesh=one_device()) == unstopped[1]
     assert_same_outcome(out, unstopped[0], evaluated)
 
@@ -186,7 +189,7 @@ def test_what_an_evaluation_found_survives(
 
 
 def test_the_shapes_of_an_evaluation(config: RunConfig, corpus: Path):  # noqa: F811
-    asking = until(config, 5, evaluate_every=1, evaluate_batch=3, evaluate_tokens=20)
+    asking = until(config, 5, every=1, batch_size=3, max_new_tokens=20)
     assert evaluation_shapes(asking, parts=2) == (4, 192, 2, 24, 1)
     items = manifest_questions(corpus / "clips.jsonl", limit=2)
     prompts, tokens, chunks, new_tokens, _ = evaluation_shapes(asking, 1, items)
@@ -199,7 +202,7 @@ def test_a_run_that_looks_for_no_best_has_none(straight: Path):  # noqa: F811
 
 
 def validation(config: RunConfig, mesh: jax.sharding.Mesh, out: Path, **loop) -> Validation:  # noqa: F811
-    config = until(config, 1, evaluate_every=1, **loop)
+    config = until(config, 1, every=1, **loop)
     processor = load_processor(str(config.model.checkpoint))
     return Validation(config, processor, SampleMaker(processor.tokenizer, processor.config), mesh, out)
 
@@ -207,7 +210,7 @@ def validation(config: RunConfig, mesh: jax.sharding.Mesh, out: Path, **loop) ->
 def test_the_loss_is_of_all_of_a_long_text(config: RunConfig, tmp_path: Path):  # noqa: F811
     text, path = "a word " * 100, tmp_path / "long.jsonl"
     path.write_text(json.dumps({"text": text}))
-    batches = validation(config, one_device(), tmp_path, evaluate_data=(str(path),))._batches
+    batches = validation(config, one_device(), tmp_path, data=(str(path),))._batches
     assert sum(float(batch.loss_mask.sum()) for _, batch in batches) == len(
         text
     )  # of bytes and an end, all but the first
@@ -227,7 +230,7 @@ def test_the_loss_is_of_all_tokens_and_the_same_on_a_mesh(
     )
     data = (str(corpus / "clips.jsonl"), str(corpus / "texts.jsonl"))
     mesh = make_mesh(fsdp=2, tensor=2, devices=jax.devices()[:4])
-    of_mesh = validation(exact, mesh, tmp_path, evaluate_data=data, evaluate_count=5, evaluate_tokens=2)
+    of_mesh = validation(exact, mesh, tmp_path, data=data, count=5, max_new_tokens=2)
     model, processor = load_model(corpus / "model", mesh=mesh), load_processor(corpus / "model")
     before = validation_sums._cache_size()
     with jax.set_mesh(mesh):
@@ -263,7 +266,7 @@ def by_hand(model: MossAudio, sample: Sample) -> tuple[float, int, int]:
     [
         ({"best_metric": "f1"}, "the evaluation's data have, which are loss, token_accuracy, wer, cer, not 'f1'"),
         ({"best_metric": "bleu"}, "which are loss, token_accuracy, wer, cer, not 'bleu'"),
-        ({"evaluate_data": ("long.jsonl",)}, "nothing in .*long.jsonl to evaluate on that fits into 160 tokens and 2"),
+        ({"data": ("long.jsonl",)}, "nothing in .*long.jsonl to evaluate on that fits into 160 tokens and 2"),
     ],
 )
 def test_what_can_not_be_evaluated_is_refused_before_training(
@@ -275,16 +278,16 @@ def test_what_can_not_be_evaluated_is_refused_before_training(
     caplog: pytest.LogCaptureFixture,
 ):
     write_conversation(tmp_path / "long.jsonl", "far too long " * 100, "yes")
-    paths = (*(str(tmp_path / path) for path in loop.get("evaluate_data", ())), str(corpus / "clips.jsonl"))
+    paths = (*(str(tmp_path / path) for path in loop.get("data", ())), str(corpus / "clips.jsonl"))
     with pytest.raises(MossAudioError, match=message):
-        validation(config, one_device(), tmp_path, **loop | {"evaluate_data": paths[:1]})
-    assert ("left out of eval/loss" in caplog.text) == ("evaluate_data" in loop)
+        validation(config, one_device(), tmp_path, **loop | {"data": paths[:1]})
+    assert ("left out of eval/loss" in caplog.text) == ("data" in loop)
 
 
 def test_what_is_too_long_is_cut_as_in_training(config: RunConfig, tmp_path: Path):  # noqa: F811
     write_conversation(tmp_path / "long.jsonl", "Say it.", "far too long " * 100)
     truncating = dataclasses.replace(config, data=dataclasses.replace(config.data, oversize="truncate"))
-    cut = validation(truncating, one_device(), tmp_path, evaluate_data=(str(tmp_path / "long.jsonl"),))
+    cut = validation(truncating, one_device(), tmp_path, data=(str(tmp_path / "long.jsonl"),))
     assert sum(int((batch.inputs.segment_ids > 0).sum()) for _, batch in cut._batches) == config.data.tokens
     assert all(batch.loss_mask[0, -2] == 1 for _, batch in cut._batches)  # up to a token of the answer
 
@@ -336,19 +339,19 @@ def test_a_class_that_nobody_expects_is_no_curve():
 
 
 def test_objectives_that_ask_nothing(config: RunConfig, corpus: Path):  # noqa: F811
-    asking = {"evaluate_every": 2, "evaluate_objectives": ("events", "caption")}
-    with pytest.raises(MossAudioError, match="evaluate_objectives needs evaluate_data: give both"):
+    asking = {"every": 2, "objectives": ("events", "caption")}
+    with pytest.raises(MossAudioError, match="--validation.objectives needs --validation.data: give both"):
         questions_and_texts(until(config, 5, **asking))
     with pytest.raises(
-        MossAudioError, match=r"clips.jsonl has no labels that evaluate_objectives events, caption could"
+        MossAudioError, match=r"clips.jsonl has no labels for --validation.objectives events, caption: "
     ):
-        questions_and_texts(until(config, 5, **asking, evaluate_data=(str(corpus / "clips.jsonl"),)))
+        questions_and_texts(until(config, 5, **asking, data=(str(corpus / "clips.jsonl"),)))
 
 
 def test_options_that_need_others():
-    with pytest.raises(MossAudioError, match="best_metric needs evaluate_every"):
-        LoopConfig(best_metric="loss")
-    with pytest.raises(MossAudioError, match="patience needs best_metric"):
-        LoopConfig(evaluate_every=1, patience=3)
-    with pytest.raises(MossAudioError, match="patience must be 1 or more, not 0"):
-        LoopConfig(evaluate_every=1, best_metric="loss", patience=0)
+    with pytest.raises(MossAudioError, match="--best-metric needs --validation.every"):
+        dataclasses.replace(RECIPES["finetune"], loop=LoopConfig(best_metric="loss"))
+    with pytest.raises(MossAudioError, match="--patience needs --best-metric"):
+        LoopConfig(patience=3)
+    with pytest.raises(MossAudioError, match="--patience must be 1 or more, not 0"):
+        LoopConfig(best_metric="loss", patience=0)

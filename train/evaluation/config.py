@@ -1,6 +1,6 @@
 """Options of an evaluation. Imports nothing heavy: `--help` needs these classes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 import tyro
@@ -21,7 +21,7 @@ class AnswerConfig:
     """Maximum tokens of an answer. Longer answers are cut off and counted as unfinished."""
     time_markers: bool | None = None
     """Insert time markers between audio tokens. Default: the checkpoint's setting."""
-    sampling: Annotated[Sampling, tyro.conf.arg(name="")] = Sampling()
+    sampling: Annotated[Sampling, tyro.conf.arg(name="")] = field(default_factory=Sampling)
     """Sampling options. Default: greedy decoding, as measures should be taken."""
 
     def __post_init__(self):
@@ -40,7 +40,7 @@ class EvaluationConfig:
     """Prompt of a conversation that has audio and a blank prompt, or none."""
     scenes: int = 0
     """Number of sound scenes, made on the fly."""
-    scene: Annotated[SceneConfig, tyro.conf.arg(name="scenes")] = SceneConfig()
+    scene: Annotated[SceneConfig, tyro.conf.arg(name="scenes")] = field(default_factory=SceneConfig)
     benchmark: tuple[str, ...] = ()
     """NAME=FILE: question file of mmau, mmau_pro, mmar or mmsu."""
     audio_dir: PathArgument | None = None
@@ -52,7 +52,7 @@ class EvaluationConfig:
     answers: Annotated[AnswerConfig, tyro.conf.arg(name="")] = AnswerConfig()
     dtype: Literal["bfloat16", "float32"] | None = None
     """Dtype of weights and computation. Default: bfloat16, on the CPU float32."""
-    mesh: MeshConfig = MeshConfig()
+    mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def __post_init__(self):
         if self.objectives:

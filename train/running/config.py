@@ -16,16 +16,16 @@ class ResumeConfig:
     """Options that may differ from those the run was begun with, such as optimizer.learning_rate, or a group of them,
     such as mixture. The run records each change. docs/training.md lists which need this and which can't change."""
     from_step: int | None = None
-    """Resume from the checkpoint of this step. Later ones are moved to later_checkpoints/, and their metrics are cut off.
-    The same command, started again, resumes from the newest checkpoint."""
+    """Resume from the checkpoint of this step. Later ones are moved to later_checkpoints/ and their metrics are cut
+    off. The same command, started again, resumes from the newest checkpoint."""
     skip_steps: str | None = None
     """FIRST:LAST: steps whose batches are read but not trained on. They count as steps. The run keeps this."""
     branch: str | None = None
-    """RUN@STEP: begin a new run from a checkpoint of another run, whose configuration gives the defaults. All options may
-    change except those of the model."""
+    """RUN@STEP: begin a new run from a checkpoint of another run, whose configuration gives the defaults. All
+    options may change except those of the model."""
     branch_optimizer: bool = True
-    """Keep the optimizer's moments, the step and the position in the data in a branch. Without them it begins at step 0,
-    with the schedule and the data of a new run."""
+    """Keep the optimizer's moments, the step and the position in the data in a branch. Without them it begins at step
+    0, with the schedule and the data of a new run."""
 
     def __post_init__(self):
         if self.from_step is not None and self.from_step < 1:

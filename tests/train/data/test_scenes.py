@@ -12,12 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moss_audio_jax.errors import MossAudioError
+from train.data.config import LABELS, SOUND_NAMES, TASK_NAMES, SceneConfig
 from train.data.manifest import Clip
-from train.data.scene_synthesis import Event, ScenePlan
-from train.data.scene_tasks import caption
+from train.data.scene_synthesis import SOUNDS, Event, ScenePlan
+from train.data.scene_tasks import TASKS, caption
 from train.data.scenes import make_scene, make_task
-from train.data.scene_tasks import TASKS
-from train.data.config import LABELS, SceneConfig
 from train.evaluation.metrics.events import score_events
 from train.evaluation.metrics.timelines import parse_timeline, score_timestamps
 
@@ -340,3 +339,7 @@ def test_bad_settings(setting, message):
 def test_a_task_no_scene_allows():
     with pytest.raises(MossAudioError, match="can be asked the task 'pitch'"):
         make_task(0, 0, SceneConfig(tasks=("pitch",), labels=("noise",)))
+
+
+def test_options_name_all_sounds_and_tasks():
+    assert tuple(SOUNDS) == SOUND_NAMES and tuple(TASKS) == TASK_NAMES
