@@ -222,6 +222,7 @@ def microbatch_loss(
     )
     total, label_sums = total / counts.supervised, LossSums.zero()
     if counts.labelled is not None:
+        assert hidden.middle is not None  # it was asked for
         is_labelled = (batch.audio_labels >= 0).astype(jnp.float32)
         for states in (hidden.embedded, hidden.middle):
             # The sums that are kept, for the metrics, are those of the middle layer.
