@@ -1,1 +1,8 @@
-"""Between the released PyTorch files and Orbax checkpoints, in both directions, with proof that nothing changed."""
+"""Converts between released PyTorch files and Orbax checkpoints, in both directions, and verifies the result.
+
+to_orbax, to_hf, adapters, average, rehearse, verify    the commands
+tensor_source        a checkpoint of either layout as released tensors, read in rows
+orbax_files, safetensors_files, blocks    streaming: one piece in memory at a time
+compare_tensors, compare_models, pytorch_reference      the comparisons of verify
+staging, memory      directories that appear whole; memory of this process
+"""

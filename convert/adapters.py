@@ -1,4 +1,4 @@
-"""Adapters of LoRA: merged into their model, and between PEFT's files and Orbax."""
+"""Merges adapters of LoRA into their model, and converts them between PEFT's files and Orbax."""
 
 import functools
 import math
@@ -8,11 +8,11 @@ import numpy as np
 from tqdm import tqdm
 
 from convert.blocks import cast, row_blocks
-from convert.orbax_files import OrbaxCheckpoint, StreamedArray, save_streamed
+from convert.orbax_files import OrbaxCheckpoint, save_streamed
 from convert.safetensors_files import TensorBlocks, write_file
 from convert.staging import check_target, staged
 from convert.tensor_source import by_released_name, open_checkpoint
-from convert.to_orbax import leaf_dtypes, pieces
+from convert.to_orbax import leaf_dtypes, streamed_parameters
 from moss_audio_jax.config import MossAudioConfig
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.storage.paths import AnyPath
@@ -22,11 +22,11 @@ from moss_audio_jax.weights.peft import PeftAdapter, adapted_config
 
 
 class MergedCheckpoint:
-    """A model with an adapter merged into it, seen as released tensors, read in rows; the same face as the others'.
+    """A model with an adapter merged into it, as released tensors that are read in rows: a `Checkpoint`.
 
-    base: the model's directory; None takes the one that the adapter names. dtype: what tensors are read in; None takes
-    the model's own types, which `dtype` gives in any case.
-    W + scale B A is summed in float32 and rounded once, to what it is read in.
+    base: the model's directory; None takes the one that the adapter names.
+    dtype: of the tensors that `read` returns; None takes the model's own types. The method `dtype` gives the latter.
+    W + scale B A is summed in float32 and rounded once, to the returned type.
     """
 
     def __init__(self, adapter: AnyPath, base: AnyPath | None = None, dtype: np.dtype | None = None):
@@ -40,7 +40,7 @@ class MergedCheckpoint:
         assert self._adapter.config.lora is not None
         self._scale = self._adapter.config.lora.scale
         self._names = by_released_name(self._adapter.leaves)
-        # A run has its own configuration and tokenizer files, which may differ in the time markers.
+        # A run's own configuration and tokenizer files may differ from the base's in the time markers.
         run = location if (location.files / "config.json").exists() else base_location
         self.directory, self.config, self.leaves = run.path, self._base.config, self._base.leaves
 
@@ -48,7 +48,7 @@ class MergedCheckpoint:
         return self._base.dtype(name)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Rows [start, stop) of a tensor, all by default."""
+        """Reads rows [start, stop) of a tensor, all by default."""
         dtype = self._read_as or self.dtype(name)
         if PEFT_PREFIX + name in self._names:
             return cast(self._adapter.read(PEFT_PREFIX + name, start, stop), dtype, name)
@@ -62,9 +62,9 @@ class MergedCheckpoint:
 
 
 def convert_to_peft(source: AnyPath, target: AnyPath, dtype: np.dtype | None = None) -> None:
-    """Writes `target`, a new directory that PEFT loads, from a run of LoRA or what `convert_from_peft` wrote.
+    """Writes `target`, a new directory that PEFT loads, from a run of LoRA or a result of `convert_from_peft`.
 
-    dtype: of all tensors; None keeps each as it is stored.
+    dtype: of all tensors; None keeps the stored type of each.
     """
     target = check_target(target)
     location = locate(source)
@@ -93,8 +93,8 @@ def convert_to_peft(source: AnyPath, target: AnyPath, dtype: np.dtype | None = N
 def convert_from_peft(source: AnyPath, target: AnyPath, base: AnyPath | None = None) -> None:
     """Writes `target`, a new directory with an adapter in Orbax, from one that PEFT wrote.
 
-    base: the model that it is for, whose configuration and tokenizer files travel along; None takes the one that the
-    adapter names. Tensors stay in the types they have, and adapter_config.json as it is.
+    base: the model that it is for, whose configuration and tokenizer files are copied; None takes the one that the
+    adapter names. The types of tensors and adapter_config.json stay as they are.
     """
     target = check_target(target)
     location = locate(source)
@@ -109,11 +109,7 @@ def convert_from_peft(source: AnyPath, target: AnyPath, base: AnyPath | None = N
     with staged(target, size) as work:
         for file in [*base_location.companion_files(), location.path / ADAPTER_CONFIG]:
             file.copy(work / file.name)
-        leaves = {
-            path: StreamedArray(leaf.shape, dtypes[path], functools.partial(pieces, adapter, leaf, dtypes[path]))
-            for path, leaf in adapter.leaves.items()
-        }
-        save_streamed(work / PARAMS, leaves)
+        save_streamed(work / PARAMS, streamed_parameters(adapter, dtypes))
 
 
 def _open_adapter(location: Location, config: MossAudioConfig) -> OrbaxCheckpoint | PeftAdapter:

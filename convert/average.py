@@ -1,25 +1,24 @@
-"""The mean of several checkpoints of a run, written as a checkpoint that everything reads."""
+"""Averages several checkpoints of a run into a new checkpoint."""
 
 from collections.abc import Sequence
-from functools import partial
 
 import numpy as np
 
-from convert.orbax_files import OrbaxCheckpoint, StreamedArray, save_streamed
+from convert.orbax_files import OrbaxCheckpoint, save_streamed
 from convert.staging import check_target, staged
 from convert.tensor_source import copy_companions
-from convert.to_orbax import leaf_dtypes, pieces
+from convert.to_orbax import leaf_dtypes, streamed_parameters
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.storage.paths import AnyPath, children, to_path
 from moss_audio_jax.weights.locate import PARAMS, RUN_CHECKPOINTS, locate
 
 
 def average(run: AnyPath, out: AnyPath, *, last: int | None = None, steps: Sequence[int] = ()) -> list[int]:
-    """Writes `out`, a new directory on a disk, from the run's newest `last` checkpoints or those of `steps`.
+    """Writes `out`, a new directory on a disk: the mean of the run's newest `last` checkpoints, or those of `steps`.
 
-    Means are taken in float32, and stored in the type of the checkpoints' parameters. A few pieces of
-    `convert.blocks.PIECE_BYTES` are in memory at a time. Returns the steps.
-    Raises MossAudioError for an adapter of LoRA, and for steps that are not there.
+    Means are computed in float32 and stored in the parameters' own type. A few pieces of `convert.blocks.PIECE_BYTES`
+    are in memory at a time. Returns the steps.
+    Raises MossAudioError for an adapter of LoRA, and for steps without a checkpoint.
     """
     target = check_target(out)
     chosen = _chosen(to_path(run), last, steps)
@@ -30,11 +29,7 @@ def average(run: AnyPath, out: AnyPath, *, last: int | None = None, steps: Seque
             "`python -m convert to-hf`, or give a run that trains the model itself"
         )
     mean = _Mean([OrbaxCheckpoint(directory) for directory in directories])
-    dtypes = leaf_dtypes(mean, None)
-    arrays = {
-        path: StreamedArray(leaf.shape, dtypes[path], partial(pieces, mean, leaf, dtypes[path]))
-        for path, leaf in mean.leaves.items()
-    }
+    arrays = streamed_parameters(mean, leaf_dtypes(mean, None))
     with staged(target, sum(array.nbytes for array in arrays.values())) as work:
         copy_companions(mean, work, None)
         save_streamed(work / PARAMS, arrays)
@@ -42,7 +37,7 @@ def average(run: AnyPath, out: AnyPath, *, last: int | None = None, steps: Seque
 
 
 def _chosen(run: AnyPath, last: int | None, steps: Sequence[int]) -> list[int]:
-    """Oldest first."""
+    """Selects steps, oldest first."""
     there = sorted(int(entry.name) for entry in children(to_path(run) / RUN_CHECKPOINTS) if entry.name.isdecimal())
     if (last is None) == (not steps):
         raise MossAudioError("average needs --last N or --steps A B ..., one of them: which checkpoints to take")
@@ -58,7 +53,7 @@ def _chosen(run: AnyPath, last: int | None, steps: Sequence[int]) -> list[int]:
 
 
 class _Mean:
-    """Checkpoints of one configuration, seen as one whose tensors are their means."""
+    """The mean of checkpoints of one configuration: a `Checkpoint` whose tensors are means."""
 
     def __init__(self, checkpoints: Sequence[OrbaxCheckpoint]):
         self._checkpoints, first = checkpoints, checkpoints[0]

@@ -1,4 +1,4 @@
-"""How a checkpoint is cut for streaming: the chunks Orbax stores, and the pieces that are in memory at a time."""
+"""Splits tensors for streaming: chunks that Orbax stores, and blocks of rows that are in memory at a time."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -9,12 +9,15 @@ from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.weights.names import ReleasedLeaf
 
 PIECE_BYTES = 64 << 20  # one read, and one commit of an Orbax checkpoint
-# A shard narrower than a chunk has to read the whole chunk, so small chunks bound what a sharded restore reads in vain.
+# A shard narrower than a chunk reads the whole chunk, so small chunks limit the excess of a sharded restore.
 CHUNK_BYTES = 2 << 20
 
 
 def chunk_shape(shape: Sequence[int], itemsize: int) -> tuple[int, ...]:
-    """The chunks an array is stored in: one layer of a stack, halved on its least cut even axis until small enough."""
+    """Returns the shape of an array's chunks: one layer of a stack, halved until it is at most CHUNK_BYTES.
+
+    Each time the even axis that has been halved least is halved.
+    """
     chunk = list(shape)
     if len(chunk) >= 3 and math.prod(chunk) * itemsize > CHUNK_BYTES:
         chunk[0] = 1
@@ -28,7 +31,7 @@ def chunk_shape(shape: Sequence[int], itemsize: int) -> tuple[int, ...]:
 
 
 def row_blocks(leaf: ReleasedLeaf, itemsize: int) -> Iterator[tuple[int, int]]:
-    """Rows [start, stop) of each released tensor of `leaf`, PIECE_BYTES at most and, where possible, whole chunks."""
+    """Yields rows [start, stop) of each released tensor of `leaf`: at most PIECE_BYTES, whole chunks if possible."""
     rows = leaf.tensor_shape[0]
     most = PIECE_BYTES // (itemsize * math.prod(leaf.tensor_shape[1:]))
     chunk = chunk_shape(leaf.shape, itemsize)[leaf.rows_axis]
@@ -38,7 +41,7 @@ def row_blocks(leaf: ReleasedLeaf, itemsize: int) -> Iterator[tuple[int, int]]:
 
 
 def cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
-    """`array` in another floating-point type, rounded to nearest even; a value too large for it is an error."""
+    """Casts to another floating-point type, rounding to nearest even; raises MossAudioError if a value overflows."""
     if array.dtype == dtype:
         return array
     with np.errstate(over="ignore"):

@@ -1,4 +1,4 @@
-"""Does the JAX model compute what PyTorch computes? One sound through both, compared stage by stage."""
+"""Compares the JAX model with the PyTorch model: one sound through both, stage by stage."""
 
 import dataclasses
 import functools
@@ -22,7 +22,7 @@ from moss_audio_jax.tokens import Tokenizer, audio_span, build_prompt
 from moss_audio_jax.weights.checkpoint import load_model
 from moss_audio_jax.weights.locate import locate
 
-SYNTHETIC_SECONDS = 9.3  # three chunks, the last of them partly empty, and four time markers
+SYNTHETIC_SECONDS = 9.3  # three chunks, the last with padding, and four time markers
 QUESTION = "Transcribe the audio."
 PLAIN_IDS = 24  # text tokens around the audio where there is no tokenizer
 TOP_K = 5
@@ -43,7 +43,7 @@ class Sound:
 
 @dataclasses.dataclass(frozen=True)
 class StageError:
-    """The largest difference of a stage, and that divided by the reference's largest magnitude."""
+    """The largest absolute error of a stage, and the same relative to the reference's largest magnitude."""
 
     stage: str
     max_abs_error: float
@@ -52,7 +52,7 @@ class StageError:
 
 @dataclasses.dataclass(frozen=True)
 class ModelComparison:
-    """Errors of the JAX model's stages, and how its next-token distributions differ from PyTorch's.
+    """Errors of the JAX model's stages, and the differences of its next-token distributions from PyTorch's.
 
     kl: Kullback-Leibler divergence from PyTorch's distribution to JAX's, in nats. top_1_agreement: the share of
     positions with the same likeliest token. top_k_overlap: the mean share of PyTorch's TOP_K tokens among JAX's.
@@ -69,7 +69,7 @@ class ModelComparison:
 
 
 def compare_models(released: Path, checkpoint: AnyPath, sound: Sound, dtype: str) -> ModelComparison:
-    """PyTorch on `released` against JAX on `checkpoint`, one after the other so that one model is in memory.
+    """Compares PyTorch on `released` with JAX on `checkpoint`, one after the other: one model is in memory at a time.
 
     dtype: of both models' weights and computations.
     """
@@ -88,7 +88,7 @@ def compare_models(released: Path, checkpoint: AnyPath, sound: Sound, dtype: str
 
 
 def synthetic_clip() -> np.ndarray:
-    """A sound like no other, always the same: rising harmonics, bursts of noise, and silence."""
+    """Makes a varied sound, always the same: rising harmonics, bursts of noise, and silence."""
     time = np.arange(int(SYNTHETIC_SECONDS * SAMPLE_RATE)) / SAMPLE_RATE
     phase = 2 * np.pi * (110 * time + 25 * time**2)
     harmonics = sum(np.sin(k * phase) / k for k in range(1, 9))
@@ -98,7 +98,7 @@ def synthetic_clip() -> np.ndarray:
 
 
 def prompt_ids(directory: Path, config: MossAudioConfig, clip_tokens: int) -> list[int]:
-    """A question about one clip or, without a tokenizer, ids from all over the vocabulary around it."""
+    """Encodes a question about one clip; without a tokenizer, ids from the whole vocabulary around the clip."""
     processor = config.processor
     location = locate(directory)
     if location.tokenizer_files():
@@ -113,7 +113,7 @@ def prompt_ids(directory: Path, config: MossAudioConfig, clip_tokens: int) -> li
 def jax_stages(
     checkpoint: AnyPath, config: MossAudioConfig, ids: list[int], mel: np.ndarray, dtype: str
 ) -> dict[str, np.ndarray]:
-    """Stage -> its values at audio tokens or, for the logits, at all positions: float32 [tokens, width]."""
+    """Runs the JAX model: stage -> values at audio tokens, for the logits at all positions; float32 [tokens, width]."""
     inputs = make_inputs([ids], [[mel]], config=config)
     slots = inputs.audio_slots[0][inputs.audio_slots[0] >= 0]
     graphdef, state = nnx.split(load_model(checkpoint, dtype=dtype))
@@ -129,7 +129,7 @@ def _compiled_stages(
     model: MossAudio = nnx.merge(graphdef, state)
     encoded, taps = model.audio_encoder(inputs.audio_chunks, inputs.chunk_frames, inputs.stem_frames)
     adapted, merged = model.encode_audio(inputs)
-    # As in generation, where layers are read in place; the pass for training copies most of a stack.
+    # The pass of generation reads layers in place; the pass of training copies most of a stack.
     x, deepstack = model.embed(inputs)
     cache = KVCache.empty(model.config.language_config, x.shape[0], x.shape[1], x.dtype)
     hidden, _ = model.language_model.extend(x, inputs.positions, inputs.segment_ids, cache, deepstack)

@@ -1,4 +1,4 @@
-"""Are two checkpoints the same on disk? Configuration, tokenizer and every tensor, bit by bit, without PyTorch."""
+"""Compares two checkpoints on disk: configuration, tokenizer and every tensor, bit by bit, without PyTorch."""
 
 import dataclasses
 import json
@@ -36,8 +36,9 @@ class TensorComparison:
 
 
 def companion_differences(source: AnyPath, target: AnyPath) -> list[str]:
-    """How configuration and tokenizer files differ; the type of the weights in config.json may, and whether
-    its rotary base stands where transformers 4 reads it too.
+    """Lists the differences between configuration and tokenizer files.
+
+    In config.json the type of the weights may differ, and the place of the rotary base (transformers 4 and 5).
     """
     files = [{file.name: file for file in locate(directory).companion_files()} for directory in (source, target)]
     problems = []
@@ -51,7 +52,7 @@ def companion_differences(source: AnyPath, target: AnyPath) -> list[str]:
 
 
 def _content(file: Path) -> Any:
-    """What counts in a file: of JSON the values, not how they are written."""
+    """Returns the content to compare: the values of JSON, without their formatting, and the bytes of other files."""
     if file.suffix != ".json":
         return file.read_bytes()
     content = read_json(file)
@@ -61,7 +62,7 @@ def _content(file: Path) -> Any:
 
 
 def tensor_set_differences(source: Checkpoint, target: Checkpoint) -> list[str]:
-    """Tensors that only one side has, or that differ in shape."""
+    """Lists tensors that only one side has, or that differ in shape."""
     sides = by_released_name(source.leaves), by_released_name(target.leaves)
     problems = []
     for name in sides[0] | sides[1]:
@@ -75,7 +76,7 @@ def tensor_set_differences(source: Checkpoint, target: Checkpoint) -> list[str]:
 
 
 def compare_tensors(source: Checkpoint, target: Checkpoint) -> Iterator[TensorComparison]:
-    """Every tensor that both sides have in the same shape, read in blocks of rows."""
+    """Compares every tensor that both sides have in the same shape, in blocks of rows."""
     theirs = by_released_name(target.leaves)
     common = {
         name: leaf
@@ -103,7 +104,7 @@ def same_bits(expected: np.ndarray, found: np.ndarray) -> bool:
 
 
 def largest_errors(expected: np.ndarray, found: np.ndarray) -> tuple[float, float]:
-    """Largest absolute difference, and largest relative one where `expected` is not 0."""
+    """Returns the largest absolute difference, and the largest relative one where `expected` is not 0."""
     max_abs = max_relative = 0.0
     expected, found = expected.reshape(-1), found.reshape(-1)
     for start in range(0, expected.size, STATISTICS_BLOCK):
@@ -111,7 +112,7 @@ def largest_errors(expected: np.ndarray, found: np.ndarray) -> tuple[float, floa
         with np.errstate(invalid="ignore", divide="ignore"):
             difference = np.abs(found[start : start + STATISTICS_BLOCK].astype(np.float64) - x)
             relative = np.where(x == 0, 0.0, difference / np.abs(x))
-        # fmax passes over NaN; two that are not equal in their bits are reported as such anyway.
+        # fmax ignores NaN; NaN with different bits are reported as a difference anyway.
         max_abs = max(max_abs, float(np.fmax.reduce(difference, initial=0.0)))
         max_relative = max(max_relative, float(np.fmax.reduce(relative, initial=0.0)))
     return max_abs, max_relative

@@ -1,15 +1,15 @@
-"""What Linux tells about memory; None elsewhere."""
+"""Reads the memory of this machine and process; None except on Linux."""
 
 from pathlib import Path
 
 
 def available_memory() -> int | None:
-    """Bytes that could be had without swapping."""
+    """Returns the bytes that are available without swapping."""
     return _field("/proc/meminfo", "MemAvailable:")
 
 
 def peak_memory() -> int | None:
-    """The most bytes this program has held. (getrusage would count what started it, too.)"""
+    """Returns the peak bytes of this process. (getrusage would include its parent's.)"""
     return _field("/proc/self/status", "VmHWM:")
 
 

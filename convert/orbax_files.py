@@ -1,7 +1,7 @@
-"""Orbax checkpoints written and read piece by piece, each piece as large as memory is meant to be.
+"""Writes and reads Orbax checkpoints in pieces, so that little is in memory.
 
-Orbax itself saves and restores whole leaves, and the largest leaf of the 8B model has 3.6 GB. A handler for a type of
-our own writes the same plain checkpoint from pieces, and opens a leaf without reading it.
+Orbax itself saves and restores whole leaves, and the largest leaf of the 8B model has 3.6 GB. Here a type handler for
+`StreamedArray` writes the same plain checkpoint from pieces, and opens a leaf without reading it.
 """
 
 import dataclasses
@@ -27,12 +27,12 @@ from moss_audio_jax.weights.names import adapter_leaves, released_leaves
 from moss_audio_jax.weights.orbax import check_stored, stored_shapes
 from moss_audio_jax.weights.peft import adapted_config
 
-Piece = tuple[Any, np.ndarray]  # where in the array, as an index, and what
+Piece = tuple[Any, np.ndarray]  # an index into the array, and the values there
 
 
 @dataclasses.dataclass(frozen=True)
 class StreamedArray:
-    """An array that exists only piece by piece; together the pieces cover it."""
+    """An array that is produced in pieces, which together cover it."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -44,9 +44,9 @@ class StreamedArray:
 
 
 class StreamedArrayHandler(ocp.type_handlers.NumpyHandler):
-    """Saves `StreamedArray`s as plain array leaves; restores leaves as TensorStores, of which nothing is read yet.
+    """Saves `StreamedArray`s as plain array leaves; restores leaves as TensorStores, without reading values.
 
-    stop: once set, saving ends before the next piece. progress: counts the bytes that are written.
+    stop: once set, saving ends before the next piece. progress: counts the written bytes.
     """
 
     def __init__(self, stop: threading.Event, progress: tqdm):
@@ -83,7 +83,7 @@ class StreamedArrayHandler(ocp.type_handlers.NumpyHandler):
 
 
 def _checkpointer(handler: StreamedArrayHandler) -> ocp.Checkpointer:
-    # Without an entry for jax.Array Orbax warns.
+    # Orbax warns without an entry for jax.Array.
     registry = ocp.type_handlers.create_type_handler_registry(
         (StreamedArray, handler), (jax.Array, ocp.type_handlers.ArrayHandler())
     )
@@ -91,10 +91,10 @@ def _checkpointer(handler: StreamedArrayHandler) -> ocp.Checkpointer:
 
 
 def save_streamed(params: AnyPath, leaves: dict[str, StreamedArray]) -> None:
-    """Writes a checkpoint of `leaves` by path, in the stacked tree that `load_model` restores.
+    """Writes a checkpoint of `leaves` by path, the stacked tree that `load_model` restores.
 
-    An interrupt takes effect after the piece that is being written, so that nothing is written after it: signals only
-    reach the main thread, and the work is done in another.
+    After an interrupt the current piece is completed and nothing else is written. Signals reach only the main thread,
+    so another thread writes.
     """
     stop = threading.Event()
     total = sum(leaf.nbytes for leaf in leaves.values())
@@ -111,17 +111,17 @@ def save_streamed(params: AnyPath, leaves: dict[str, StreamedArray]) -> None:
             worker.submit(save).result()
         except MossAudioError:
             raise
-        except ValueError as error:  # how TensorStore reports everything, a full disk included
+        except ValueError as error:  # TensorStore's type for every error, also a full disk
             raise OSError(f"Orbax: {error}") from error
         finally:
             stop.set()
 
 
 class OrbaxCheckpoint:
-    """An Orbax directory seen as released tensors, read in rows; the same face as `ReleasedCheckpoint`.
+    """An Orbax directory as released tensors that are read in rows: a `Checkpoint`, like `ReleasedCheckpoint`.
 
-    One of an adapter is seen as tensors of PEFT, like `PeftAdapter`.
-    Raises MossAudioError if what is stored does not fit the directory's configuration.
+    An adapter's directory gives PEFT's tensors, like `PeftAdapter`.
+    Raises MossAudioError if the stored tree does not fit the directory's configuration.
     """
 
     def __init__(self, directory: AnyPath):
@@ -145,7 +145,7 @@ class OrbaxCheckpoint:
         return self._stores[leaf.path].dtype.numpy_dtype
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Rows [start, stop) of what a released file would hold under `name`, all by default."""
+        """Reads rows [start, stop) of the released tensor `name`, all by default."""
         leaf, index = self._places[name]
         start, stop, _ = slice(start, stop).indices(leaf.tensor_shape[0])
         try:

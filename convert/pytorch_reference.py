@@ -1,4 +1,4 @@
-"""MOSS-Audio in PyTorch, one prompt at a time: what the JAX port is compared with.
+"""MOSS-Audio in PyTorch, one prompt at a time: the reference of the JAX port.
 
 The only module here that needs PyTorch; `compare_models` imports it when it is asked to compare. The transformer
 layers are those of transformers 4.57.1 (Whisper's encoder layer, Qwen3); the glue around them is our own, written for
@@ -40,7 +40,7 @@ DEFAULT_N_WINDOW = 200  # released config.json files leave it out
 
 @dataclass(frozen=True)
 class AudioStages:
-    """What becomes of a prompt's audio; the tokens of all clips follow each other, in order."""
+    """Audio features of a prompt; the tokens of all clips follow each other, in order."""
 
     encoder_last_hidden_state: Tensor  # [tokens, output_dim]
     deepstack: list[Tensor]  # one [tokens, output_dim] per tap, in the config's order
@@ -55,19 +55,19 @@ class Stages:
 
 
 def sinusoids(length: int, width: int) -> Tensor:
-    """Whisper's positions, float32 [length, width]: sines in the first half, cosines in the second."""
+    """Computes Whisper's positions, float32 [length, width]: sines in the first half, cosines in the second."""
     step = math.log(10000.0) / (width // 2 - 1)
     phases = torch.arange(length).float()[:, None] * torch.exp(-step * torch.arange(width // 2).float())
     return torch.cat([phases.sin(), phases.cos()], dim=1)
 
 
 def token_count(frames: int) -> int:
-    """Audio tokens of this many mel frames: three convolutions of stride 2 make ceil(frames / 8)."""
+    """Returns the audio tokens of `frames` mel frames: three convolutions of stride 2 give ceil(frames / 8)."""
     return -(-frames // 8)
 
 
 class Encoder(nn.Module):
-    """Conv stem and Whisper layers over one clip, cut into chunks that know nothing of each other.
+    """Conv stem and Whisper layers over one clip, split into chunks that are encoded independently.
 
     chunk_frames: mel frames in a chunk. None encodes the clip whole, as the first public MOSS-Audio did;
     a config asks for it with `"n_window": null`.
@@ -84,7 +84,7 @@ class Encoder(nn.Module):
         self.conv2 = nn.Conv2d(channels, channels, kernel_size=3, stride=2, padding=1)
         self.conv3 = nn.Conv2d(channels, channels, kernel_size=3, stride=2, padding=1)
         self.stem_proj = nn.Linear(channels * config.num_mel_bins // 8, width)
-        # A Whisper layer's own norms keep eps 1e-5, whatever layer_norm_eps says.
+        # The norms inside a Whisper layer have eps 1e-5 for any layer_norm_eps.
         self.layers = nn.ModuleList(WhisperEncoderLayer(config) for _ in range(config.encoder_layers))
         self.layer_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         same_width = config.output_dim == width
@@ -94,12 +94,12 @@ class Encoder(nn.Module):
         """One clip's mel [num_mel_bins, frames] -> last hidden state and taps, each [tokens, output_dim]."""
         chunks = mel.T.split(self.chunk_frames or mel.shape[1])
         tokens = torch.tensor([token_count(len(chunk)) for chunk in chunks])
-        # Pads a longer clip's last chunk to a whole one; a clip shorter than a chunk stays as short as it is.
+        # Pads the last chunk of a longer clip; a clip shorter than a chunk is not padded.
         padded = nn.utils.rnn.pad_sequence(list(chunks), batch_first=True).transpose(1, 2)
 
         x = self.stem(padded)
         is_token = torch.arange(x.shape[1]) < tokens[:, None]
-        # Added to the attention scores [chunks, heads, queries, keys]: padded tokens are no keys.
+        # Added to the attention scores [chunks, heads, queries, keys]: masks padding as keys.
         bias = torch.zeros(is_token.shape, dtype=x.dtype).masked_fill(~is_token, torch.finfo(x.dtype).min)
 
         outputs = []
@@ -155,20 +155,20 @@ class ReferenceModel(nn.Module):
         self.eval()
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False):
-        """Takes the tensors of released files: MOSS-Music's have a buffer more, tied heads have none."""
+        """Loads the tensors of released files: MOSS-Music's have one more buffer, tied heads have none."""
         tensors = {name: tensor for name, tensor in state_dict.items() if name not in IGNORED_TENSORS}
         if self.tied:
             tensors["lm_head.weight"] = tensors["language_model.embed_tokens.weight"]
         result = super().load_state_dict(tensors, strict, assign)
-        if self.tied:  # assigned, they would have become two parameters
+        if self.tied:  # otherwise the assignment makes two parameters of them
             self.lm_head.weight = self.language_model.embed_tokens.weight
         return result
 
     def forward(self, input_ids: Tensor, mels: Sequence[Tensor], audio_token_id: int) -> Stages:
-        """A prompt [1, S] and the mels [num_mel_bins, frames] of its clips -> every stage up to the logits.
+        """Computes every stage up to the logits, of a prompt [1, S] and the mels [num_mel_bins, frames] of its clips.
 
         `input_ids` holds `audio_token_id` once for each audio token of the clips, in order (else ValueError).
-        The mels are as the MOSS-Audio processor makes them: rounded to bfloat16.
+        The mels are rounded to bfloat16, as by the MOSS-Audio processor.
         """
         return self._prefill(input_ids, mels, audio_token_id, cache=None)
 
@@ -176,7 +176,7 @@ class ReferenceModel(nn.Module):
     def generate_greedy(
         self, input_ids: Tensor, mels: Sequence[Tensor], audio_token_id: int, max_new_tokens: int
     ) -> list[int]:
-        """The likeliest continuation, token by token: `max_new_tokens` ids, whatever they are (no stop)."""
+        """Generates the likeliest continuation: always `max_new_tokens` ids, without a stop."""
         cache = DynamicCache(config=self.language_model.config)
         logits = self._prefill(input_ids, mels, audio_token_id, cache).logits
         ids = [int(logits[0, -1].argmax())]
@@ -186,7 +186,7 @@ class ReferenceModel(nn.Module):
         return ids
 
     def encode_audio(self, mels: Sequence[Tensor]) -> AudioStages:
-        """The audio stages of one or more clips, each encoded on its own."""
+        """Computes the audio stages of one or more clips, each encoded on its own."""
         last_states, taps = zip(*(self.audio_encoder(mel) for mel in mels), strict=True)
         last, deepstack = torch.cat(last_states), [torch.cat(tap) for tap in zip(*taps, strict=True)]
         # deepstack_num_inject_layers may leave fewer mergers than taps.
@@ -215,7 +215,7 @@ class ReferenceModel(nn.Module):
 
     @contextmanager
     def _deepstack(self, is_audio: Tensor, merged: Sequence[Tensor]) -> Iterator[None]:
-        """Meanwhile the k-th language layer's output has `merged[k]` added to it at audio positions."""
+        """Adds `merged[k]` to the output of the k-th language layer at audio positions, while the context is open."""
 
         def add(features: Tensor) -> Any:
             return lambda _layer, _inputs, output: output.index_put((is_audio,), features, accumulate=True)
@@ -230,7 +230,7 @@ class ReferenceModel(nn.Module):
 
 
 def load_reference(directory: Path, dtype: torch.dtype = torch.float32) -> ReferenceModel:
-    """The model of a released directory in `dtype`, whatever the files' own, ready to run; held in memory once."""
+    """Loads the model of a released directory, cast to `dtype`; it is in memory once."""
     index = directory / INDEX_FILE
     files = [SINGLE_FILE]
     if index.exists():
@@ -239,10 +239,10 @@ def load_reference(directory: Path, dtype: torch.dtype = torch.float32) -> Refer
     for name in files:
         with safe_open(directory / name, framework="pt") as file:
             tensors |= {key: file.get_tensor(key).to(dtype) for key in file.keys()}  # noqa: SIM118
-    with torch.device("meta"):  # weights without memory, until the loaded ones take their places
+    with torch.device("meta"):  # takes no memory for weights that the loaded ones replace
         model = ReferenceModel(json.loads((directory / "config.json").read_text("utf-8")))
     model.load_state_dict(tensors, assign=True)
-    # Its frequencies are in no file.
+    # The frequencies of its rotary embedding are in no file.
     model.language_model.rotary_emb = Qwen3RotaryEmbedding(model.language_model.config)
     return model
 
@@ -250,7 +250,7 @@ def load_reference(directory: Path, dtype: torch.dtype = torch.float32) -> Refer
 def reference_stages(
     directory: Path, ids: Sequence[int], mels: Sequence[np.ndarray], audio_token_id: int, dtype: str
 ) -> dict[str, np.ndarray]:
-    """Stage -> its values for one prompt: float32 [audio tokens, width], logits [positions, vocabulary]."""
+    """Computes stage -> values for one prompt: float32 [audio tokens, width], logits [positions, vocabulary]."""
     model = load_reference(directory, getattr(torch, dtype))
     clips = [torch.from_numpy(mel).to(getattr(torch, dtype)) for mel in mels]
     with torch.no_grad():

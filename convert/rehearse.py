@@ -1,4 +1,4 @@
-"""Random weights in the released layout: a conversion, a demo or a pod can be tried before anything is downloaded."""
+"""Writes random weights in the released layout, to try a conversion, a demo or a pod before a download."""
 
 import math
 import zlib
@@ -23,7 +23,7 @@ EMBEDDING_STD = 0.02
 
 
 def rehearse(preset: str, target: AnyPath, seed: int = 0) -> None:
-    """Writes `target`, a new directory: random weights of a preset and, for `tiny`, a tokenizer to go with them."""
+    """Writes `target`, a new directory: random weights of a preset and, for `tiny`, a tokenizer."""
     config = MossAudioConfig.preset(preset)
     target = check_target(target)
     parameters = sum(math.prod(leaf.shape) for leaf in released_leaves(config).values())
@@ -36,9 +36,9 @@ def rehearse(preset: str, target: AnyPath, seed: int = 0) -> None:
 def write_random_checkpoint(
     config: MossAudioConfig, directory: AnyPath, seed: int = 0, shard_bytes: int = SHARD_BYTES
 ) -> None:
-    """Writes configuration and bfloat16 weights, scaled like an initialisation, into a new or empty directory.
+    """Writes configuration and bfloat16 weights, scaled like an initialization, into a new or empty directory.
 
-    Equal seeds give equal weights: each tensor draws from a generator of its own name.
+    Equal seeds give equal weights: each tensor has a generator seeded with its name.
     """
     directory = Path(directory)
     require_empty(directory)
@@ -62,7 +62,7 @@ def _random_rows(name: str, leaf: ReleasedLeaf, seed: int) -> Iterator[np.ndarra
 
 
 def _moments(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
-    """Mean and standard deviation: matrices keep the size of what they multiply; norms and biases vary a little."""
+    """Returns mean and standard deviation: matrices keep the scale of their inputs; norms and biases vary a little."""
     if name.endswith(".bias"):
         return 0.0, 0.02
     if len(shape) == 1:  # the scale of a norm

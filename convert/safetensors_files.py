@@ -1,4 +1,4 @@
-"""safetensors files written block by block, in the layout and with the names that transformers gives its shards."""
+"""Writes safetensors files in blocks of rows, with transformers' layout and names of shards."""
 
 import dataclasses
 import json
@@ -19,7 +19,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 @dataclasses.dataclass(frozen=True)
 class TensorBlocks:
-    """A tensor to be written; `blocks` gives its rows in order."""
+    """A tensor to write. blocks: returns its rows, in order."""
 
     name: str
     shape: tuple[int, ...]
@@ -32,7 +32,7 @@ class TensorBlocks:
 
 
 def write_safetensors(directory: Path, tensors: list[TensorBlocks], shard_bytes: int = SHARD_BYTES) -> None:
-    """Writes one file if `shard_bytes` suffice, else shards in the given order and their index."""
+    """Writes one file if `shard_bytes` are enough, else shards in the given order and their index."""
     shards = plan_shards(tensors, shard_bytes)
     total = sum(tensor.nbytes for tensor in tensors)
     with tqdm(total=total, unit="B", unit_scale=True, disable=None) as progress:
@@ -49,7 +49,7 @@ def write_safetensors(directory: Path, tensors: list[TensorBlocks], shard_bytes:
 
 
 def plan_shards(tensors: list[TensorBlocks], shard_bytes: int) -> list[list[TensorBlocks]]:
-    """Tensors in order, as many in a shard as fit; one that is larger than a shard has one of its own."""
+    """Distributes tensors over shards, in order, as many as fit; a larger tensor has a shard of its own."""
     shards: list[list[TensorBlocks]] = []
     size = 0
     for tensor in tensors:
@@ -62,8 +62,8 @@ def plan_shards(tensors: list[TensorBlocks], shard_bytes: int) -> list[list[Tens
 
 
 def write_file(path: Path, tensors: list[TensorBlocks], progress: tqdm) -> None:
-    """One file, the bytes that safetensors itself would write if the tensors come sorted by name."""
-    # Wide types first, as safetensors itself does: every tensor is then aligned for its type.
+    """Writes one file, with the bytes that safetensors itself would write if the tensors are sorted by name."""
+    # Wide types first, as in safetensors itself, so that every tensor is aligned for its type.
     tensors = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     end = 0

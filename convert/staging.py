@@ -1,4 +1,4 @@
-"""A directory that is there whole or not at all."""
+"""Writes a directory that appears complete, or not at all."""
 
 import contextlib
 import os
@@ -10,12 +10,12 @@ from pathlib import Path
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.storage.paths import AnyPath, require_empty, require_local
 
-# Conversions hold a few pieces of `blocks.PIECE_BYTES`, whatever the model's size. Measured at 4B: 0.43 to 0.80.
+# Conversions hold a few pieces of `blocks.PIECE_BYTES`, for a model of any size. Measured at 4B: 0.43 to 0.80.
 PEAK_MEMORY_GB = 0.8
 
 
 def check_target(target: AnyPath) -> Path:
-    """The absolute path of a directory that may be written: it must be new or empty."""
+    """Returns the absolute path of a directory to write; raises MossAudioError unless it is new or empty."""
     target = require_local(target, "converted weights are written to").resolve()
     require_empty(target)
     if os.path.ismount(target):
@@ -25,9 +25,9 @@ def check_target(target: AnyPath) -> Path:
 
 @contextlib.contextmanager
 def staged(target: Path, required_bytes: int) -> Iterator[Path]:
-    """A new directory beside `target`, which becomes `target` at the end; after any error nothing is left of it.
+    """Yields a new directory beside `target`, which is renamed to `target` at the end, or removed after an error.
 
-    Says what will be needed and refuses if the disk has not that much room.
+    Prints the disk space and memory that are needed; raises MossAudioError if the disk has too little.
     """
     existing = next(parent for parent in target.parents if os.path.exists(parent))
     free = shutil.disk_usage(existing).free

@@ -1,4 +1,4 @@
-"""What the two layouts have in common: configuration and tokenizer files beside tensors with released names."""
+"""Opens a checkpoint of either layout as released tensors, with configuration and tokenizer files beside them."""
 
 import json
 import re
@@ -15,12 +15,12 @@ from moss_audio_jax.weights.locate import locate
 from moss_audio_jax.weights.names import ReleasedLeaf
 from moss_audio_jax.weights.safetensors_reader import ReleasedCheckpoint
 
-# Where config.json says what type the weights have; the older name is still met.
+# Keys of config.json for the type of the weights; older files have the second.
 DTYPE_KEYS = ("dtype", "torch_dtype")
 
 
 class Checkpoint(Protocol):
-    """Released tensors, whatever they are read from."""
+    """Released tensors, read in rows from a checkpoint of any layout."""
 
     config: MossAudioConfig
     leaves: dict[str, ReleasedLeaf]
@@ -34,12 +34,12 @@ class Checkpoint(Protocol):
 
 
 def open_checkpoint(path: AnyPath) -> Checkpoint:
-    """A checkpoint of either layout, checked against its configuration; its tensors are not read yet."""
+    """Opens a checkpoint of either layout and checks it against its configuration; reads no tensor."""
     return OrbaxCheckpoint(path) if locate(path).layout() == "orbax" else ReleasedCheckpoint(path)
 
 
 def by_released_name(leaves: dict[str, ReleasedLeaf]) -> dict[str, ReleasedLeaf]:
-    """Released name -> the parameter it belongs to, layer by layer."""
+    """Returns released name -> parameter, in the order of the layers."""
     named = {name: leaf for leaf in leaves.values() for name in leaf.names}
 
     def numerically(name: str) -> list[int | str]:
@@ -49,7 +49,7 @@ def by_released_name(leaves: dict[str, ReleasedLeaf]) -> dict[str, ReleasedLeaf]
 
 
 def with_rope_theta(config: dict[str, Any]) -> dict[str, Any]:
-    """config.json's content with the rotary base where transformers 4 reads it: 5 writes rope_parameters alone."""
+    """Returns config.json's content with the rotary base where transformers 4 reads it; 5 writes rope_parameters."""
     language = config.get("language_config", {})
     theta = (language.get("rope_parameters") or {}).get("rope_theta")
     if theta is None or "rope_theta" in language:
@@ -58,9 +58,9 @@ def with_rope_theta(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def copy_companions(source: Checkpoint, target: Path, dtype: np.dtype | None, *, export: bool = False) -> None:
-    """Copies configuration and tokenizer files byte for byte, except that config.json tells of a changed type.
+    """Copies configuration and tokenizer files byte for byte; config.json gets the new type if it changes.
 
-    export: config.json also says what transformers 4 would not find in one of 5.
+    export: config.json also gets the rotary base where transformers 4 reads it.
     """
     for file in locate(source.directory).companion_files():
         file.copy(target / file.name, overwrite=True)

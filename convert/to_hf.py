@@ -1,4 +1,4 @@
-"""An Orbax checkpoint, or a model with an adapter merged into it -> released safetensors files, streamed."""
+"""Converts an Orbax checkpoint, or a model and its adapter, to released safetensors files, streamed."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -25,9 +25,8 @@ def convert_to_hf(
 ) -> None:
     """Writes `target`, a new directory, from the Orbax directory `source`.
 
-    dtype: of all tensors; None keeps each as it is stored. shard_bytes: of tensors in a file, at most, unless a
-    single tensor is larger. base: where `source` is an adapter, the model that it is merged into; None takes the one
-    that it names.
+    dtype: of all tensors; None keeps the stored type of each. shard_bytes: the most bytes of tensors in a file, unless
+    one tensor is larger. base: the model that an adapter is merged into; None takes the one that it names.
     """
     target = check_target(target)
     location = locate(source)

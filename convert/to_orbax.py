@@ -1,4 +1,4 @@
-"""Released safetensors files -> an Orbax checkpoint of the stacked tree, streamed."""
+"""Converts released safetensors files to an Orbax checkpoint of the stacked tree, streamed."""
 
 import math
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ from moss_audio_jax.weights.safetensors_reader import ReleasedCheckpoint, Safete
 def convert_to_orbax(source: AnyPath, target: AnyPath, dtype: np.dtype | None = None) -> None:
     """Writes `target`, a new directory, from the released directory `source`.
 
-    dtype: of all parameters; None keeps each as it is stored.
+    dtype: of all parameters; None keeps the stored type of each.
     """
     target = check_target(target)
     if locate(source).layout() == "orbax":
@@ -30,15 +30,11 @@ def convert_to_orbax(source: AnyPath, target: AnyPath, dtype: np.dtype | None = 
     size = sum(math.prod(leaf.shape) * dtypes[path].itemsize for path, leaf in released.leaves.items())
     with staged(target, size) as work:
         copy_companions(released, work, dtype)
-        leaves = {
-            path: StreamedArray(leaf.shape, dtypes[path], partial(pieces, released, leaf, dtypes[path]))
-            for path, leaf in released.leaves.items()
-        }
-        save_streamed(work / PARAMS, leaves)
+        save_streamed(work / PARAMS, streamed_parameters(released, dtypes))
 
 
 def leaf_dtypes(released: Checkpoint | SafetensorsCheckpoint, dtype: np.dtype | None) -> dict[str, np.dtype]:
-    """Path -> the type a parameter gets; layers that are to be stacked but differ in type are an error."""
+    """Returns path -> type of each parameter; raises MossAudioError if the layers of a stack differ in type."""
     if dtype is not None:
         return dict.fromkeys(released.leaves, dtype)
     dtypes, problems = {}, []
@@ -55,8 +51,18 @@ def leaf_dtypes(released: Checkpoint | SafetensorsCheckpoint, dtype: np.dtype | 
     return dtypes
 
 
-def pieces(released: Checkpoint | SafetensorsCheckpoint, leaf: ReleasedLeaf, dtype: np.dtype) -> Iterator[Piece]:
-    """Our array in blocks of whole layers or, where a layer is larger than a piece, of its released rows."""
+def streamed_parameters(
+    source: Checkpoint | SafetensorsCheckpoint, dtypes: dict[str, np.dtype]
+) -> dict[str, StreamedArray]:
+    """Returns path -> our array of every parameter, whose pieces are read from `source` while they are written."""
+    return {
+        path: StreamedArray(leaf.shape, dtypes[path], partial(_pieces, source, leaf, dtypes[path]))
+        for path, leaf in source.leaves.items()
+    }
+
+
+def _pieces(released: Checkpoint | SafetensorsCheckpoint, leaf: ReleasedLeaf, dtype: np.dtype) -> Iterator[Piece]:
+    """Yields our array in pieces of whole layers or, if a layer is larger than a piece, of its released rows."""
 
     def block(name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         return leaf.layout.from_released(cast(released.read(name, start, stop), dtype, name))

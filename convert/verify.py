@@ -1,4 +1,4 @@
-"""Are two checkpoints the same? The tensors are compared always, the models' computations where PyTorch is at hand."""
+"""Verifies that two checkpoints are equal: their tensors, and with PyTorch also the models' computations."""
 
 import dataclasses
 import importlib.metadata
@@ -27,7 +27,7 @@ Dtype = Literal["float32", "bfloat16"]
 
 @dataclasses.dataclass(frozen=True)
 class Thresholds:
-    """What the models may differ by: relative errors of stages, KL in nats, shares of positions."""
+    """Limits of the differences between two models: relative errors of stages, KL in nats, shares of positions."""
 
     relative_error: float
     kl: float
@@ -41,13 +41,13 @@ THRESHOLDS: dict[str, Thresholds] = {
     "float32": Thresholds(relative_error=1e-4, kl=1e-6, top_1_agreement=0.99, top_k_overlap=0.99),
     "bfloat16": Thresholds(relative_error=0.1, kl=0.05, top_1_agreement=0.9, top_k_overlap=0.9),
 }
-# Not by an extra: those leave PyTorch out for versions of Python that its tested release has no wheel for.
+# The extras lack PyTorch on versions of Python for which its tested release has no wheel.
 INSTALL = "pip install torch 'transformers==4.57.1'"
 
 
 @dataclasses.dataclass(frozen=True)
 class Verification:
-    """What `verify` found. differences: in files and sets of tensors. note: why the models were not compared."""
+    """The result of `verify`. differences: in files and sets of tensors. note: the reason for comparing no models."""
 
     source: str
     target: str
@@ -74,8 +74,8 @@ def verify(
 ) -> Verification:
     """Compares two checkpoints of either layout.
 
-    pytorch: also runs both models on a sound, where that is possible. dtype: of those runs. audio: the sound file, by
-    default a synthetic clip. limits: thresholds by name that are to be other than THRESHOLDS.
+    pytorch: also run both models on a sound, if possible. dtype: of those runs. audio: the sound file, by default a
+    synthetic clip. limits: thresholds by name that replace those of THRESHOLDS.
     """
     sound = Sound.load(audio)
     sides = open_checkpoint(source), open_checkpoint(target)
@@ -102,14 +102,14 @@ def verify(
 
 
 def pytorch_pair(source: AnyPath, target: AnyPath) -> tuple[Path, AnyPath] | None:
-    """Which of the two PyTorch reads, and which JAX: PyTorch needs a released directory."""
+    """Returns the checkpoint for PyTorch and the one for JAX: PyTorch needs a released directory. None without one."""
     if locate(source).layout() == "released":
         return Path(source), target
     return (Path(target), source) if locate(target).layout() == "released" else None
 
 
 def unavailable_pytorch(has_released: bool) -> str:
-    """Why the models can't be compared; empty if they can."""
+    """Says why the models can't be compared; empty if they can."""
     if not has_released:
         return "PyTorch reads released directories, and neither is one"
     missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
@@ -121,9 +121,9 @@ def unavailable_pytorch(has_released: bool) -> str:
 
 
 def require_memory(checkpoint: Checkpoint, dtype: Dtype) -> None:
-    """Says what running a model takes, and refuses where there is less."""
+    """Prints the memory that a run of the model needs; raises MossAudioError if less is available."""
     parameters = sum(math.prod(leaf.shape) for leaf in checkpoint.leaves.values())
-    # Beside the weights: activations, logits, and the slices of the encoder's stacks. 4B in bfloat16: 14.3 GB measured.
+    # Beside the weights: activations, logits, and slices of the encoder's stacks. 4B in bfloat16: 14.3 GB measured.
     needed = parameters * {"float32": 4, "bfloat16": 2}[dtype] * 1.1 + 3e9
     available = available_memory()
     known = "" if available is None else f" ({available / 1e9:.1f} GB are available)"
@@ -136,7 +136,7 @@ def require_memory(checkpoint: Checkpoint, dtype: Dtype) -> None:
 
 
 def beyond(models: ModelComparison, thresholds: Thresholds) -> list[str]:
-    """What is past its threshold; NaN is past every one."""
+    """Lists the values beyond their thresholds; NaN is beyond every threshold."""
     errors = {f"relative error of {stage.stage}": stage.relative_error for stage in models.stages}
     at_most = {name: (error, thresholds.relative_error) for name, error in errors.items()}
     at_most["KL"] = (models.max_kl, thresholds.kl)
@@ -151,7 +151,7 @@ def beyond(models: ModelComparison, thresholds: Thresholds) -> list[str]:
 
 
 def as_json(report: Verification) -> dict[str, Any]:
-    """The report for JSON, which has no infinity."""
+    """Returns the report as JSON, with infinity and NaN as text."""
 
     def finite(value: Any) -> Any:
         if isinstance(value, dict):
@@ -164,7 +164,7 @@ def as_json(report: Verification) -> dict[str, Any]:
 
 
 def report_table(report: Verification) -> str:
-    """The report for the eye: what differs, sums of what does not."""
+    """Returns the report as text: tensors that differ, and the number of those that don't."""
     lines = [f"{report.source} -> {report.target}"]
     lines += [f"  {difference}" for difference in report.differences]
     differing = [tensor for tensor in report.tensors if not tensor.equal]

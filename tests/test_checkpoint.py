@@ -12,6 +12,8 @@ from flax import nnx
 from moss_audio_jax import MossAudio, MossAudioConfig, MossAudioError, load_model, load_processor, save_model
 from moss_audio_jax.compilation import jit
 from moss_audio_jax.model import _compiled_logits
+from moss_audio_jax.storage.paths import to_path
+from moss_audio_jax.weights import locate
 from moss_audio_jax.weights.finite import first_nonfinite
 from moss_audio_jax.weights.parameters import build_model, parameters_of
 from tests.conftest import question
@@ -32,6 +34,17 @@ def test_a_saved_model_has_the_tokenizer_of_the_one_that_was_loaded(model: MossA
     assert load_processor(tmp_path / "saved").tokenizer.encode("12") == [16, 17]
     save_model(build_model(MossAudioConfig.preset("tiny"), expected), tmp_path / "named", tokenizer=released)
     assert load_processor(tmp_path / "named").tokenizer.encode("12") == [16, 17]
+
+
+def test_a_run_that_saves_meanwhile_is_read_at_one_checkpoint(model: MossAudio, tmp_path: Path, monkeypatch):
+    """Its newest checkpoint is looked up once: here each look-up finds another one."""
+    steps = iter((1, 2))
+    save_model(model, tmp_path / "run" / "checkpoints" / "1")
+    (tmp_path / "run" / "model").mkdir()
+    model.config.save_hf(tmp_path / "run" / "model")
+    monkeypatch.setattr(locate, "_newest_checkpoint", lambda run: to_path(run) / "checkpoints" / str(next(steps)))
+    load_model(tmp_path / "run")
+    assert next(steps) == 2
 
 
 def test_a_model_that_could_not_be_loaded_is_not_saved(model: MossAudio, tmp_path: Path):

@@ -1,0 +1,7 @@
+"""Files on a disk of this machine or on Google Cloud Storage.
+
+paths           gs:// and local paths, files written whole, files that grow
+retries         tries again while storage fails for a moment
+json_files      reads JSON that others wrote
+foreign_files   recognizes files that were given by mistake
+"""
