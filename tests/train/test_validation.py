@@ -340,7 +340,7 @@ def test_a_class_that_nobody_expects_is_no_curve():
 
 def test_objectives_that_ask_nothing(config: RunConfig, corpus: Path):  # noqa: F811
     asking = {"every": 2, "objectives": ("events", "caption")}
-    with pytest.raises(MossAudioError, match="--validation.objectives needs --validation.data: give both"):
+    with pytest.raises(MossAudioError, match=r"--validation.objectives needs --validation.data: give both"):
         questions_and_texts(until(config, 5, **asking))
     with pytest.raises(
         MossAudioError, match=r"clips.jsonl has no labels for --validation.objectives events, caption: "
@@ -349,7 +349,7 @@ def test_objectives_that_ask_nothing(config: RunConfig, corpus: Path):  # noqa: 
 
 
 def test_options_that_need_others():
-    with pytest.raises(MossAudioError, match="--best-metric needs --validation.every"):
+    with pytest.raises(MossAudioError, match=r"--best-metric needs --validation.every"):
         dataclasses.replace(RECIPES["finetune"], loop=LoopConfig(best_metric="loss"))
     with pytest.raises(MossAudioError, match="--patience needs --best-metric"):
         LoopConfig(patience=3)
