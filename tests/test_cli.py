@@ -195,7 +195,7 @@ def test_an_answer_that_was_cut_off_and_several_clips_in_one_prompt_are_said(rel
 def test_the_help_says_that_clips_are_of_one_prompt():
     shown = " ".join(door("generate", "--help").stdout.replace("│", " ").split())
     assert "CLIP_OF_ONE_PROMPT" in shown.split("Answers one question")[0]
-    assert "For an answer a file, call it for each file, or give a manifest of them to" in shown
+    assert "For an answer per file, call it for each file, or give a manifest of them to" in shown
 
 
 @pytest.mark.parametrize(

@@ -473,7 +473,7 @@ _PICTURE = Path("training.png")
 
 @app.command
 def plot(
-    runs: tyro.conf.Positional[tuple[PathArgument, ...]],
+    runs: Annotated[tuple[PathArgument, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN ...")],
     /,
     *,
     plot: PathArgument = _PICTURE,

@@ -25,7 +25,12 @@ def mistakes_in_one_sentence(arguments: Sequence[str], options: Callable[[], lis
             raise MossAudioError(sentence) from None
 
     with _errors.on_parse_error(refuse):
-        yield
+        try:
+            yield
+        except MossAudioError as error:  # of options without a prefix, which tyro leaves as they are
+            if (sentence := _spelled(str(error), arguments)) == str(error):
+                raise
+            raise type(error)(sentence) from error
 
 
 def _sentence(event: _errors.ParseErrorEvent, arguments: Sequence[str], options: Callable[[], list[str]]) -> str | None:
@@ -35,7 +40,9 @@ def _sentence(event: _errors.ParseErrorEvent, arguments: Sequence[str], options:
             return _unrecognized(event.tokens, options())
         case _errors.MissingArgs():
             missing = [_name(context.arg) for context in event.missing_arguments]
-            return f"{', '.join(missing)} must be given: `{event.prog} --help` lists all options"
+            return (
+                f"{', '.join(missing)} must be given: `{event.prog.split()[0]} {arguments[0]} --help` lists all options"
+            )
         case _errors.InvalidChoice():
             return f"{_name(event.argument)} must be one of {', '.join(event.choices)}, not {event.value!r}"
         case _errors.BadValue():
@@ -89,7 +96,7 @@ def _unrecognized(tokens: Sequence[str], options: Sequence[str]) -> str:
 
 def _spelled(message: str, arguments: Sequence[str]) -> str:
     """Replaces a field's name at the beginning of a message by the option that was given for it, with its prefix."""
-    match = re.match(r"(--)?([a-z0-9_.-]+) ", message)
+    match = re.match(r"(--)?([a-z0-9_.-]+) (?=must )", message)
     if match is None:
         return message
     field = match[2].replace("_", "-")
