@@ -6,7 +6,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moss_audio_jax.splash import serves, splash_attend
 
-# Longer queries are cut into blocks of this many, so that scores never take [heads, tokens, tokens] of memory.
+# Queries in a block. Scores take [heads, block, tokens] of memory instead of [heads, tokens, tokens].
 QUERY_BLOCK = 512
 
 
@@ -19,12 +19,13 @@ def attend(
     dropout_rate: float = 0.0,
     dropout_key: jax.Array | None = None,
 ) -> Float[Array, "b t heads d"]:
-    """softmax(q k^T / sqrt(d)) v, with `heads // kv` query heads sharing each key-value head. Softmax in float32.
+    """Computes softmax(q k^T / sqrt(d)) v. `heads // kv` query heads share each key-value head; softmax in float32.
 
-    A query whose mask is all False gets a finite value that nobody reads. Dropout is applied to the weights where a
-    key is given.
+    mask: True where a query attends to a key. A query with no key gets a finite value, which must not be used.
+    dropout_key: applies dropout to the attention weights.
     """
     batch, queries, _, head_dim = query.shape
+    # [b, t, heads, d] -> [b, t, kv, g, d]: the g query heads of each key-value head
     grouped = query.reshape(batch, queries, key.shape[2], -1, head_dim)
     scores = jnp.einsum("btkgd,bskd->bkgts", grouped, key, preferred_element_type=jnp.float32)
     scores = jnp.where(mask[:, None, None], scores * head_dim**-0.5, jnp.finfo(jnp.float32).min)
@@ -38,10 +39,10 @@ def self_attend(
     value: Float[Array, "b t kv d"],
     segment_ids: Int[Array, "b t"],
 ) -> Float[Array, "b t heads d"]:
-    """Causal attention of whole sequences, within their segments: in training and scoring, and to read a prompt.
+    """Computes causal attention within the segments of whole sequences: for training, scoring and prefill.
 
-    A TPU runs splash attention where that serves (`splash.serves`), all else is `causal_attend`. Segment 0 is
-    padding: what its queries get is finite, and nobody reads it.
+    Runs splash attention if `splash.serves`, else `causal_attend`. Segment 0 is padding; the outputs of its queries are
+    finite and must not be used.
     """
     if serves(query):
         return splash_attend(query, key, value, segment_ids)
@@ -56,15 +57,15 @@ def causal_attend(
     query_segments: Int[Array, "b t"],
     key_segments: Int[Array, "b s"],
 ) -> Float[Array, "b t heads d"]:
-    """Attention of each query to the keys of its own segment in slots up to its own, in blocks of queries.
+    """Computes attention of each query to the keys of its segment in slots up to its own, in blocks of queries.
 
-    query_slots: where the queries stand among the keys (slot i is key i). Segment 0 is padding.
+    query_slots: slot of each query; slot i is that of key i. Segment 0 is padding.
     """
 
     def block(inputs):
         query, slots, segments = inputs  # [b, t', ...], [t'], [b, t']
-        causal = slots[:, None] >= jnp.arange(key.shape[1])
-        same_segment = segments[:, :, None] == key_segments[:, None, :]
+        causal = slots[:, None] >= jnp.arange(key.shape[1])  # [t', s]
+        same_segment = segments[:, :, None] == key_segments[:, None, :]  # [b, t', s]
         return attend(query, key, value, causal & same_segment)
 
     tokens = query.shape[1]
@@ -73,11 +74,12 @@ def causal_attend(
     padding = -tokens % QUERY_BLOCK
 
     def blocks(x, axis):
+        """Cuts an axis into blocks and moves the axis of blocks to the front: [..., t, ...] -> [n, ..., t', ...]."""
         x = jnp.pad(x, [(0, padding if i == axis else 0) for i in range(x.ndim)])
         x = x.reshape(*x.shape[:axis], -1, QUERY_BLOCK, *x.shape[axis + 1 :])
         return jnp.moveaxis(x, axis, 0)
 
-    # Recomputed in the backward pass: else every block's scores would be kept.
+    # The backward pass recomputes each block: otherwise the scores of all blocks would be stored.
     out = jax.lax.map(jax.checkpoint(block), (blocks(query, 1), blocks(query_slots, 0), blocks(query_segments, 1)))
     return jnp.moveaxis(out, 0, 1).reshape(query.shape[0], -1, *query.shape[2:])[:, :tokens]
 
@@ -85,7 +87,7 @@ def causal_attend(
 def rotary_phases(
     positions: Int[Array, "b t"], head_dim: int, theta: float
 ) -> tuple[Float[Array, "b t 1 d/2"], Float[Array, "b t 1 d/2"]]:
-    """cos and sin of position * theta^(-2i/d), in float32."""
+    """Computes cos and sin of position * theta^(-2i/d), in float32."""
     frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
     return jnp.cos(angles), jnp.sin(angles)
@@ -94,14 +96,14 @@ def rotary_phases(
 def rotate(
     x: Float[Array, "b t heads d"], phases: tuple[Float[Array, "b t 1 d/2"], Float[Array, "b t 1 d/2"]]
 ) -> Float[Array, "b t heads d"]:
-    """Rotary embedding with the two halves of a head paired (Llama's and Qwen's convention), in float32."""
+    """Applies rotary embedding in float32, with the two halves of a head paired, as in Llama and Qwen."""
     cos, sin = phases
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(x.dtype)
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Zeroes a share `rate` of `x` and scales up the rest; without a key, `x` unchanged."""
+    """Zeroes a share `rate` of `x` and scales up the rest; without a key, returns `x` unchanged."""
     if key is None or rate == 0.0:
         return x
     kept = jax.random.bernoulli(key, 1.0 - rate, x.shape)

@@ -1,4 +1,4 @@
-"""`jax.jit` for programs that read a model's weights in loops over its layers."""
+"""`jax.jit` for programs that scan over a model's stacked layers."""
 
 import functools
 from collections.abc import Callable
@@ -9,15 +9,15 @@ import jax.numpy as jnp
 
 from moss_audio_jax.sharding import in_a_trace
 
-# On the CPU bfloat16 is computed in float32, and this pass would convert all layers' weights before the loop: a copy of
-# twice their size. Without it each layer is converted as it is read.
+# The CPU computes bfloat16 in float32, and this pass would cast the weights of all layers before the loop: a copy of
+# twice their size. Without it each layer is cast when it is read.
 _FOR_BFLOAT16 = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
 
 
 class jit:
-    """`jax.jit(function, **options)`, which on the CPU holds no float32 copy of bfloat16 weights.
+    """`jax.jit(function, **options)` without a float32 copy of all bfloat16 weights on the CPU.
 
-    Inside of another jit, and compiled ahead by `trace` or `lower`, it is jax.jit's own program.
+    Inside another jit, and through `trace` and `lower`, it is the same as `jax.jit`.
     """
 
     def __init__(self, function: Callable[..., Any], **options: Any):
@@ -31,7 +31,7 @@ class jit:
         sparing = (
             jax.default_backend() == "cpu"
             and any(getattr(leaf, "dtype", None) == jnp.bfloat16 for leaf in leaves)
-            and not in_a_trace()  # where compiler options are refused
+            and not in_a_trace()  # an inner jit can't have compiler options
         )
         return (self._sparing if sparing else self._plain)(*arguments, **keywords)
 

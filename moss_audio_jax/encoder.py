@@ -1,7 +1,11 @@
 """The audio encoder: mel chunks -> audio features at 12.5 tokens a second, with taps for DeepStack.
 
-A clip is cut into chunks of 400 mel frames (4 s, 50 tokens), and every chunk is encoded on its own: positions restart
-at 0 and attention stays inside. Encoding any number of clips is therefore one batch of equal chunks.
+A clip is cut into chunks of 400 mel frames (4 s, 50 tokens). Each chunk is encoded independently: positions restart at
+0, and attention stays within the chunk. So any number of clips is one batch of equal chunks:
+
+    mel [b, c, frames, mel] -> convolutions, stem_proj [b*c, t, d] -> layers [b*c, t, d] -> features [b, c*t, out]
+
+for b sequences of c chunks, with t = frames / 8 tokens each.
 """
 
 import math
@@ -16,7 +20,8 @@ from moss_audio_jax.config import EncoderConfig, downsampled_length
 from moss_audio_jax.layers import LayerNorm, Linear, parameter, scan_layers, take_layers, weighted
 from moss_audio_jax.sharding import constrain
 
-# The stem's activations are its memory, about 100 MB a chunk in float32 at 480 channels: it runs on so many at a time.
+# Chunks of each sequence that the stem encodes at a time: its activations take about 100 MB a chunk (float32, 480
+# channels).
 STEM_CHUNKS = 8
 
 
@@ -72,7 +77,7 @@ class EncoderAttention(nnx.Module):
     ) -> Float[Array, "n t d"]:
         heads = (*x.shape[:2], self.config.encoder_attention_heads, self.config.head_dim)
         query, key, value = (proj(x).reshape(heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        valid = jnp.arange(x.shape[1]) < num_tokens[:, None, None]
+        valid = jnp.arange(x.shape[1]) < num_tokens[:, None, None]  # [n, 1, t]
         mask = jnp.broadcast_to(valid, (x.shape[0], x.shape[1], x.shape[1]))
         rate = self.config.attention_dropout
         return self.out_proj(
@@ -105,7 +110,7 @@ class EncoderLayer(nnx.Module):
 
 
 class AudioEncoder(nnx.Module):
-    """Mel chunks -> features and taps; see the module's docstring."""
+    """Mel chunks -> features and taps: see the module's docstring."""
 
     def __init__(self, config: EncoderConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -135,11 +140,11 @@ class AudioEncoder(nnx.Module):
         dropout_key: jax.Array | None = None,
         remat: str = "none",
     ) -> tuple[Float[Array, "b c*t out"], Float[Array, "taps b c*t out"]]:
-        """Features after the final norm, and the raw outputs of the tapped layers in the order the config lists them.
+        """Returns features after the final norm, and outputs of the tapped layers in the order of the configuration.
 
-        chunk_frames: how many frames of a chunk are audio (0: an empty chunk, whose features nobody reads).
-        stem_frames: how many frames the convolutions may see: all, except for a clip shorter than one chunk, which
-            the reference encodes unpadded. (The padding of a longer clip's last chunk does reach its last tokens,
+        chunk_frames: number of frames of a chunk that are audio; 0 for an empty chunk, whose features are not used.
+        stem_frames: number of frames that the convolutions see: all, except in a clip shorter than one chunk, which the
+            reference encodes unpadded. (In a longer clip, the padding of the last chunk does affect its last tokens,
             since gelu(bias) is not 0.)
         """
         batch = chunks.shape[0]
@@ -149,7 +154,7 @@ class AudioEncoder(nnx.Module):
 
         x, taps = self._layers_with_taps(x, num_tokens, dropout_key, remat)
         x = self.layer_norm(x)
-        features = jnp.stack([x, *taps])
+        features = jnp.stack([x, *taps])  # [1 + taps, b*c, t, d]
         if hasattr(self, "out_proj"):
             features = self.out_proj(features)
         features = features.reshape(features.shape[0], batch, -1, features.shape[-1])
@@ -158,11 +163,12 @@ class AudioEncoder(nnx.Module):
     def _stem_in_groups(
         self, chunks: Float[Array, "b c frames mel"], stem_frames: Int[Array, "b c"], remat: str
     ) -> Float[Array, "b*c t d"]:
-        """`_stem`, on STEM_CHUNKS chunks of each sequence at a time. The batch, which is sharded, is never cut."""
+        """Runs `_stem` on STEM_CHUNKS chunks of each sequence at a time; the sharded batch axis stays whole."""
         batch, count = stem_frames.shape
         size = min(count, STEM_CHUNKS)
 
         def grouped(x):
+            """[b, c, ...] -> [groups, b * size, ...], padded with empty chunks."""
             x = jnp.pad(x, [(0, 0), (0, -count % size)] + [(0, 0)] * (x.ndim - 2))
             groups = x.reshape(batch, -1, size, *x.shape[2:]).swapaxes(0, 1)
             return groups.reshape(groups.shape[0], batch * size, *x.shape[2:])
@@ -173,7 +179,7 @@ class AudioEncoder(nnx.Module):
         return x.reshape(batch, -1, *x.shape[3:])[:, :count].reshape(batch * count, *x.shape[3:])
 
     def _stem(self, mel: Float[Array, "n frames mel"], frames: Int[Array, " n"]) -> Float[Array, "n t d"]:
-        """Three convolutions, each with the exact (erf) GELU and zeroed past the clip's end; then `stem_proj`."""
+        """Applies three convolutions, each with exact (erf) GELU and zeros after the clip's end, then `stem_proj`."""
         x = _shard_with_batch(mel[..., None])
         for convolutions, conv in enumerate((self.conv1, self.conv2, self.conv3), start=1):
             x = jax.nn.gelu(conv(x), approximate=False)
@@ -182,7 +188,7 @@ class AudioEncoder(nnx.Module):
         return self.stem_proj(x.reshape(*x.shape[:2], -1))
 
     def _layers_with_taps(self, x, num_tokens, dropout_key, remat):
-        """One scan up to and including each tapped layer, and one for the rest."""
+        """Runs all layers: one scan up to and including each tapped layer, and one for the rest."""
         config = self.config
 
         def body(layer, x, key):
@@ -199,12 +205,12 @@ class AudioEncoder(nnx.Module):
 
 
 def _shard_with_batch(x: Float[Array, "n ..."]) -> Float[Array, "n ..."]:
-    """Keeps chunks on the devices of their sequences: left to itself, XLA may give every device all of them."""
+    """Shards chunks with their sequences: without this constraint, XLA may replicate all chunks on every device."""
     return constrain(x, "batch", *[None] * (x.ndim - 1))
 
 
 def sinusoids(length: int, width: int) -> Float[Array, "length width"]:
-    """[sin | cos] positions, in float32: in bfloat16 they would be off by up to 0.2 within one chunk."""
+    """Computes [sin | cos] positions in float32: in bfloat16 they would be off by up to 0.2 within one chunk."""
     half = width // 2
     inverse = jnp.exp(-math.log(10000.0) / (half - 1) * jnp.arange(half, dtype=jnp.float32))
     angles = jnp.arange(length, dtype=jnp.float32)[:, None] * inverse

@@ -1,9 +1,9 @@
-"""Frozen kernels in int8, a byte a parameter: y = (x Q) * s, Q int8 [in, out] and s one scale for each output.
+"""Frozen kernels in int8, one byte per parameter: y = (x Q) * s, with Q int8 [in, out] and a scale s per output.
 
-Q = round(W / s) and s = max |W| / 127 over the inputs, itself rounded to the compute dtype first. Since s belongs to an
-output it is applied to the product, and Q is exact in bfloat16: the forward pass is that of the kernel Q * s.
+s = max |W| / 127 over the inputs, rounded to the compute dtype, and then Q = round(W / s). The scale of an output can
+be applied to the product, and Q is exact in bfloat16: the forward pass is that of the kernel Q * s.
 
-(The library qwix works at a layer's call, which here is inside a scan: `lora` says why that fails.)
+(The library qwix works at a layer's call, which here is inside a scan: see `lora`.)
 """
 
 from collections.abc import Collection, Sequence
@@ -20,7 +20,7 @@ _KERNEL, _SCALE = ".kernel", ".kernel_scale"
 
 
 def declare_scales(linears: dict[str, Linear], patterns: Sequence[str]) -> None:
-    """Gives the linear layers that the patterns name a scale for each output, so that their kernels may be int8."""
+    """Declares a scale per output at the linear layers that the patterns name, so that their kernels may be int8."""
     require_matches("lora.int8", patterns, linears, what="linear layer whose kernel can be int8")
     for path, layer in linears.items():
         if matches(path, patterns):
@@ -30,15 +30,15 @@ def declare_scales(linears: dict[str, Linear], patterns: Sequence[str]) -> None:
 
 
 def int8_kernels(paths: Collection[str]) -> dict[str, str]:
-    """Path of each kernel that is int8 -> that of its scales, among a model's parameters."""
+    """Returns path of each int8 kernel -> path of its scales, among the paths of a model's parameters."""
     scales = (path for path in paths if path.endswith(_SCALE))
     return {scale.removesuffix(_SCALE) + _KERNEL: scale for scale in scales}
 
 
 def quantize(kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Q and s of kernels [..., in, out]; s, [..., out], in their dtype."""
+    """Computes Q [..., in, out], int8, and s [..., out], in the kernel's dtype, of kernels [..., in, out]."""
     wide = kernel.astype(jnp.float32)
     largest = jnp.abs(wide).max(-2, keepdims=True)
     scale = jnp.where(largest > 0, largest / LARGEST, 1).astype(kernel.dtype)
-    steps = jnp.round(wide / scale.astype(jnp.float32))  # the scale may have been rounded down
+    steps = jnp.round(wide / scale.astype(jnp.float32))  # beyond 127 if the scale was rounded down
     return jnp.clip(steps, -LARGEST, LARGEST).astype(jnp.int8), scale.squeeze(-2)

@@ -1,4 +1,4 @@
-"""Qwen3, with DeepStack: the outputs of its first layers receive features of the audio encoder's early layers."""
+"""Qwen3 with DeepStack: features of the audio encoder's early layers are added to the outputs of its first layers."""
 
 import dataclasses
 import functools
@@ -16,20 +16,20 @@ from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.layers import GatedMLP, Linear, RMSNorm, layer_at, parameter, scan_layers, take_layers, weighted
 from moss_audio_jax.sharding import constrain, num_parts
 
-# Orders of the cache's axes b (0), slots (1) and kv (2). With one sequence a device, XLA's loop of decoding on a TPU
-# wants the second; with the first it copies the whole cache before the loop and after it, as it does for more
-# sequences. For those it wants slots, kv, b; but then the program that reads the prompts, the larger one, takes more
-# memory: 5.97 GB a chip for 5.34 GB (4B, v5e:2x2, 8 prompts of 4,096 tokens).
+# Orders of the cache's axes b (0), slots (1) and kv (2). With one sequence per device, a TPU's decoding loop uses the
+# second order; with the first, XLA copies the whole cache before and after the loop. With more sequences it copies too:
+# there the loop uses (slots, kv, b). But that order makes the prefill program, which is the larger one, take 5.97
+# instead of 5.34 GB a chip (4B, v5e:2x2, 8 prompts of 4,096 tokens).
 BATCH_SLOTS_KV, BATCH_KV_SLOTS = (0, 1, 2), (0, 2, 1)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """Keys (rotated) and values of what was read so far. Slot i of every sequence is filled in the same step.
+    """Rotated keys, and values, of the tokens so far. Slot i of every sequence is filled in the same step.
 
-    order: of their axes between the layers and the head's. BATCH_KV_SLOTS where a device has one sequence, or else
-        BATCH_SLOTS_KV, in which shapes are written here.
+    order: of the three axes between the layer's and the head's: BATCH_KV_SLOTS if a device has one sequence, else
+        BATCH_SLOTS_KV, which the shapes here are written in.
     """
 
     keys: Float[Array, "layers b slots kv d"]
@@ -52,14 +52,14 @@ class KVCache:
     def written(
         self, stack: Float[Array, "layers b slots kv d"], layer: jax.Array, new: Float[Array, "b t kv d"]
     ) -> Float[Array, "layers b slots kv d"]:
-        """`stack`, keys or values, with those of a layer's next tokens."""
+        """Returns `stack`, keys or values, with those of a layer's next tokens written into it."""
         start = [jnp.int32(0)] * 3
         start[self.order.index(1)] = self.filled
         new = new.transpose(*self.order, 3)[None]
         return jax.lax.dynamic_update_slice(stack, new, (layer, *start, jnp.int32(0)))
 
     def read(self, stack: Float[Array, "layers b slots kv d"], layer: jax.Array) -> Float[Array, "b slots kv d"]:
-        """A layer's keys or values."""
+        """Returns a layer's keys or values."""
         of_layer = jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False)
         return of_layer.transpose(*(self.order.index(axis) for axis in range(3)), 3)
 
@@ -77,7 +77,7 @@ def _rows(tokens: Int[Array, "b s"], embedding: Float[Array, "vocab d"]) -> Floa
 
 
 class SelfAttention(nnx.Module):
-    """Grouped-query attention with normed queries and keys; what is between `project` and `o_proj` is the caller's."""
+    """Projections of grouped-query attention with normed queries and keys; the caller attends between them."""
 
     def __init__(self, config: LanguageConfig, *, layers: int, rngs: nnx.Rngs):
         self.config = config
@@ -95,7 +95,7 @@ class SelfAttention(nnx.Module):
     def project(
         self, x: Float[Array, "b t hidden"], phases: tuple[jax.Array, jax.Array]
     ) -> tuple[Float[Array, "b t heads d"], Float[Array, "b t kv d"], Float[Array, "b t kv d"]]:
-        """Rotated queries and keys, and values."""
+        """Returns rotated queries, rotated keys, and values."""
         query, key, value = (
             proj(x).reshape(*x.shape[:2], -1, self.config.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
@@ -103,7 +103,7 @@ class SelfAttention(nnx.Module):
 
 
 class DecoderLayer(nnx.Module):
-    """x += attention(norm(x)); x += mlp(norm(x)). Split at the attention, so that a cache can stand in between."""
+    """x += attention(norm(x)); x += mlp(norm(x)). Split at the attention, so that decoding can use a cache."""
 
     def __init__(self, config: LanguageConfig, *, layers: int, rngs: nnx.Rngs):
         width, eps = config.hidden_size, config.rms_norm_eps
@@ -220,9 +220,9 @@ class LanguageModel(nnx.Module):
         cache: KVCache,
         deepstack: Float[Array, "injected b t hidden"] | None = None,
     ) -> tuple[Float[Array, "b t hidden"], KVCache]:
-        """Reads `t` tokens: a whole prompt into an empty cache, or one more token into any.
+        """Runs all layers on `t` new tokens: a whole prompt with an empty cache, or one more token.
 
-        Raises MossAudioError where the cache has no slots left, if that can be known: not while `filled` is traced.
+        Raises MossAudioError if the cache has too few free slots, unless `filled` is traced.
         """
         slots = cache.segment_ids.shape[1]
         filled = 0 if isinstance(cache.filled, Tracer) else int(cache.filled)
@@ -235,7 +235,7 @@ class LanguageModel(nnx.Module):
         filled_segments = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, (jnp.int32(0), cache.filled))
 
         def body(carry, index, injected):
-            # The cache is carried and written in place: scanned over, it would be copied for every token.
+            # The cache is carried and updated in place. As xs of the scan it would be copied for every token.
             x, keys, values = carry
             layer = layer_at(self.layers, index)
             query, key, value = layer.project(x, phases)

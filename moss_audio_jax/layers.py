@@ -1,8 +1,8 @@
-"""The small parts that the encoder and the language model share, and how a stack of equal layers is stored and run.
+"""Layers that the encoder and the language model share, and stacks of equal layers.
 
 Every parameter is declared once, by `parameter`: shape, logical axes and initialiser. Initialisation, sharding,
-conversion and restoring all derive from that declaration. Modules compute in the dtype of their weights; norms and
-softmax compute in float32 whatever that dtype is.
+conversion and restoring derive from that declaration. Modules compute in the dtype of their weights; norms and softmax
+always compute in float32.
 """
 
 import functools
@@ -25,16 +25,16 @@ Carry = TypeVar("Carry")
 Module = TypeVar("Module", bound=nnx.Module)
 
 MASTER = "_master"  # ends the name under which a module has a parameter's master
-LAYER_INPUT = "layer_input"  # the checkpoint name of what a layer of a stack is given
+LAYER_INPUT = "layer_input"  # the checkpoint name of the input of a stack's layer
 
 _policies = jax.checkpoint_policies
 REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
-    # What the backward pass of a layer finds stored, beside the layer's input.
-    "none": None,  # everything: the fastest, and the most memory
-    "dots": _policies.dots_with_no_batch_dims_saveable,  # the outputs of the weight matmuls
-    "attention": _policies.save_only_these_names(RESIDUALS),  # what splash attention keeps; where it isn't run, nothing
-    "full": _policies.nothing_saveable,  # nothing: one more forward pass
-    # Nothing, and the input waits in the memory of the TPU's host.
+    # Activations of a layer that are stored for the backward pass, beside the layer's input.
+    "none": None,  # all: fastest, and most memory
+    "dots": _policies.dots_with_no_batch_dims_saveable,  # outputs of the weight matmuls
+    "attention": _policies.save_only_these_names(RESIDUALS),  # residuals of splash attention; without it, none
+    "full": _policies.nothing_saveable,  # none: one more forward pass
+    # None, and the input is stored in host memory.
     "offload": _policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[],
         names_which_can_be_offloaded=[LAYER_INPUT],
@@ -51,18 +51,17 @@ def parameter(
     init: Initializer,
     layers: int | None = None,
 ) -> nnx.Param:
-    """The one declaration of a parameter; with `layers`, that many are stored stacked on a new first axis."""
+    """Declares a parameter; with `layers`, that many are stacked on a new first axis."""
     if layers is not None:
         shape, axes = (layers, *shape), ("layers", *axes)
     return nnx.Param(init(rngs.params(), shape, jnp.float32), logical_axes=axes)
 
 
 def weighted(module: nnx.Module, name: str, function: Callable[..., jax.Array], x: jax.Array) -> jax.Array:
-    """function(x, weight) by the module's parameter of that name.
+    """Computes function(x, weight) with the module's parameter of that name.
 
-    Where the module also has the weight's master (`with_masters`), the weight's gradient is computed in float32 and is
-    the master's: so it is float32 as well when it is summed over devices. The value and the gradient by x stay as they
-    are without.
+    If the module has the weight's float32 master too (`with_masters`), the master gets the gradient, in float32, so
+    that it is also summed over devices in float32. The value and the gradient with respect to x do not change.
     """
     weight, master = getattr(module, name)[...], getattr(module, name + MASTER, None)
     return function(x, weight) if master is None else _with_float32_gradient(function, x, weight, master[...])
@@ -106,10 +105,10 @@ _with_float32_gradient.defvjp(_forward, _backward)
 
 
 class Linear(nnx.Module):
-    """y = x W + b, the kernel stored [in, out]; where `lora.add_adapters` added a pair (A, B), also + scale (x A) B.
+    """y = x W + b, with the kernel stored [in, out]; plus scale (x A) B if `lora.add_adapters` declared A and B.
 
-    kernel_scale: of each output, where the kernel is int8 (`int8`).
-    lora_keys: set where the adapter's dropout applies, a key for each layer of a stack.
+    kernel_scale: a scale per output, if the kernel is int8 (`int8`).
+    lora_keys: a key per layer of a stack, if the adapter's dropout is on (`lora.with_adapter_dropout`).
     """
 
     kernel_scale: nnx.Param
@@ -176,7 +175,7 @@ class RMSNorm(nnx.Module):
 
 
 class GatedMLP(nnx.Module):
-    """down(silu(gate(x)) * up(x)): the LLM's MLP, the audio adapter and the DeepStack mergers."""
+    """down(silu(gate(x)) * up(x)): the MLP of the LLM, the audio adapter and the DeepStack mergers."""
 
     def __init__(
         self,
@@ -198,19 +197,19 @@ class GatedMLP(nnx.Module):
 
 
 def take_layers(stack: nnx.Module, first: int, last: int) -> Any:
-    """Layers first..last-1 of a stack, themselves a stack."""
+    """Returns layers first..last-1 of a stack, as a stack."""
     graphdef, state = nnx.split(stack)
     return nnx.merge(graphdef, jax.tree.map(lambda p: p[first:last], state))
 
 
 def map_layers(stack: nnx.Module, x: Float[Array, "layers ..."]) -> Float[Array, "layers ..."]:
-    """Each layer of a stack applied to its own entry of `x`."""
+    """Applies each layer of a stack to its own entry of `x`."""
     graphdef, state = nnx.split(stack)
     return jax.vmap(lambda layer, x: nnx.merge(graphdef, layer)(x))(state, x)
 
 
 def layer_at(stack: nnx.Module, index: jax.Array) -> Any:
-    """One layer of a stack, read where it lies: inside a loop nothing else of the stack is copied."""
+    """Returns one layer of a stack; in a loop, only this layer is read and nothing else of the stack is copied."""
     graphdef, state = nnx.split(stack)
     return nnx.merge(graphdef, jax.tree.map(lambda p: jax.lax.dynamic_index_in_dim(p, index, keepdims=False), state))
 
@@ -223,7 +222,7 @@ def scan_layers(
     *,
     remat: str = "none",
 ) -> Carry:
-    """carry = body(layer, carry, x) through every layer of a stack; `xs` holds a leaf entry for each layer.
+    """Computes carry = body(layer, carry, x) for every layer of a stack; leaves of `xs` have an entry per layer.
 
     remat: a key of REMAT_POLICIES.
     """

@@ -1,11 +1,10 @@
-"""LoRA: pairs of low rank beside the kernels of linear layers, declared like every other parameter.
+"""LoRA: pairs of low-rank matrices beside the kernels of linear layers, declared like every other parameter.
 
-So initialisation, sharding, freezing, checkpoints and export derive from the declaration, stacked layers included. The
-kernels stay as they are: the sum W + scale A B exists only where it is asked for (`merge_adapter`).
+Initialisation, sharding, freezing, checkpoints and export derive from the declaration, also for stacked layers. The
+kernels do not change: only `merge_adapter` computes W + scale A B.
 
-(The library qwix makes its adapters at the first call of a layer. Here that call is inside a scan, on a layer put
-together from slices of a stack, which is gone when the scan ends; so qwix fails on it, and would need more code around
-it than is here.)
+(The library qwix makes its adapters at the first call of a layer. Here that call is inside a scan, on a temporary layer
+made of slices of a stack. qwix fails on it, and would need more code around it than is here.)
 """
 
 import jax
@@ -21,10 +20,10 @@ from moss_audio_jax.tree import dotted
 
 
 def add_adapters(model: nnx.Module, config: LoraConfig, rngs: nnx.Rngs) -> None:
-    """Declares A and B at every linear layer that the configuration names; A as `peft` draws it, B zero.
+    """Declares A and B at every linear layer that the configuration names; A is drawn as `peft` does, B is zero.
 
-    Kernels that it names for int8 get their scales. Raises MossAudioError for a pattern that matches nothing, and for
-    a layer that is trained whole and adapted or in int8 as well.
+    Kernels that it names for int8 get scales. Raises MossAudioError for a pattern that matches nothing, and for a layer
+    that is to be trained whole and also adapted or in int8.
     """
     linears = adaptable_layers(model)
     parameters = [dotted(path) for path, _ in nnx.to_flat_state(nnx.state(model, nnx.Param))]
@@ -49,7 +48,7 @@ def add_adapters(model: nnx.Module, config: LoraConfig, rngs: nnx.Rngs) -> None:
 
 
 def adaptable_layers(model: nnx.Module) -> dict[str, Linear]:
-    """Path -> linear layer; without the head, whose kernel the loss reads by itself."""
+    """Returns path -> linear layer, without the head, whose kernel the loss reads directly."""
     modules = {dotted(path): module for path, module in nnx.iter_modules(model)}
     return {path: module for path, module in modules.items() if isinstance(module, Linear) and path != "lm_head"}
 

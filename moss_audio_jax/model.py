@@ -1,4 +1,4 @@
-"""MOSS-Audio: the encoder's features stand at the audio positions of a text that Qwen3 reads.
+"""MOSS-Audio: Qwen3 on text tokens with the audio encoder's features at audio positions.
 
     features, taps = audio_encoder(chunks)
     x = tokens' embeddings, audio_adapter(features) at audio positions
@@ -33,7 +33,7 @@ ADAPTER_DROPOUT = 1  # folded into a dropout key, to draw for the adapters indep
 
 
 class MossAudio(nnx.Module):
-    """The whole network. `model(inputs)` gives logits; see `generate` for text and `hidden_states` for training."""
+    """The whole network. `model(inputs)` returns logits; see `generate` for text and `hidden_states` for training."""
 
     def __init__(self, config: MossAudioConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -50,7 +50,7 @@ class MossAudio(nnx.Module):
             add_adapters(self, config.lora, rngs)
 
     def __call__(self, inputs: ModelInputs) -> Float[Array, "b s vocab"]:
-        """Logits in float32, compiled once for each shape of `inputs`; those at padding mean nothing.
+        """Computes logits in float32, compiled once for each shape of `inputs`; at padding they have no meaning.
 
         Raises MossAudioError for a sequence longer than the model's positions.
         """
@@ -93,19 +93,19 @@ class MossAudio(nnx.Module):
 
     @property
     def head(self) -> Float[Array, "hidden vocab"]:
-        """The kernel that makes logits of hidden states; with tied weights it is the embedding's."""
+        """Kernel from hidden states to logits; with tied weights, the transposed embedding."""
         if self.config.tie_word_embeddings:
             return self.language_model.embed_tokens.embedding[...].T
         return self.lm_head.kernel[...]
 
     def logits(self, hidden: Float[Array, "... hidden"]) -> Float[Array, "... vocab"]:
-        """float32, accumulated in float32 from weights of any dtype."""
+        """Computes logits in float32, accumulated in float32 from weights of any dtype."""
         return jnp.matmul(hidden, self.head, preferred_element_type=jnp.float32)
 
     def embed(
         self, inputs: ModelInputs, *, dropout_key: jax.Array | None = None, remat: str = "none"
     ) -> tuple[Float[Array, "b s hidden"], Float[Array, "injected b s hidden"]]:
-        """The LLM's input with audio in place, and what DeepStack adds after its first layers (0 at text)."""
+        """Returns the LLM's input with audio in place, and the DeepStack features for its first layers (0 at text)."""
         x = constrain(self.language_model.embed_tokens(inputs.tokens), "batch", "sequence", "features")
         if inputs.audio_chunks.shape[1] == 0:
             return x, jnp.zeros((0, *x.shape), x.dtype)
@@ -120,7 +120,7 @@ class MossAudio(nnx.Module):
     def encode_audio(
         self, inputs: ModelInputs, *, dropout_key: jax.Array | None = None, remat: str = "none"
     ) -> tuple[Float[Array, "b audio hidden"], Float[Array, "injected b audio hidden"]]:
-        """Adapter output and merged DeepStack features of all chunks, padding of the chunks included."""
+        """Returns adapter outputs and merged DeepStack features of all chunks, with the chunks' padding."""
         features, taps = self.audio_encoder(
             inputs.audio_chunks, inputs.chunk_frames, inputs.stem_frames, dropout_key=dropout_key, remat=remat
         )
@@ -132,7 +132,7 @@ class MossAudio(nnx.Module):
         return adapted, constrain(merged, None, "batch")
 
     def prefill(self, inputs: ModelInputs, slots: int) -> tuple[Float[Array, "b hidden"], KVCache]:
-        """Reads the prompts into a new cache of `slots` slots; gives the hidden state of each one's last token."""
+        """Fills a new cache of `slots` slots with the prompts; returns the hidden state of each one's last token."""
         x, deepstack = self.embed(inputs)
         cache = KVCache.empty(self.config.language_config, x.shape[0], slots, x.dtype)
         hidden, cache = self.language_model.extend(x, inputs.positions, inputs.segment_ids, cache, deepstack)
@@ -142,7 +142,7 @@ class MossAudio(nnx.Module):
     def decode(
         self, tokens: jax.Array, positions: jax.Array, cache: KVCache
     ) -> tuple[Float[Array, "b hidden"], KVCache]:
-        """Reads one more token of each sequence ([b]), at its position ([b]); gives its hidden state."""
+        """Runs one more token of each sequence, [b], at its position, [b]; returns its hidden state."""
         x = self.language_model.embed_tokens(tokens[:, None])
         ones = jnp.ones_like(tokens)[:, None]
         hidden, cache = self.language_model.extend(x, positions[:, None], ones, cache)
@@ -156,9 +156,9 @@ def _compiled_logits(graphdef: nnx.GraphDef, state: nnx.State, inputs: ModelInpu
 
 
 def check_positions(inputs: ModelInputs, config: MossAudioConfig, new_tokens: int = 0) -> None:
-    """Raises MossAudioError where prompts and `new_tokens` after them take more positions than the model has.
+    """Raises MossAudioError if prompts and `new_tokens` after them take more positions than the model has.
 
-    Not for inputs on devices or traced, which would have to be waited for.
+    Checks NumPy inputs only: reading arrays on devices would wait for them.
     """
     if not isinstance(inputs.positions, np.ndarray) or not inputs.positions.size:
         return
@@ -180,12 +180,12 @@ def check_positions(inputs: ModelInputs, config: MossAudioConfig, new_tokens: in
 
 
 def parameter_specs(config: MossAudioConfig) -> dict[str, nnx.Variable]:
-    """Path, such as `language_model.norm.scale` -> the declared parameter, without its values."""
+    """Returns path, such as `language_model.norm.scale` -> declared parameter, without its values."""
     model = nnx.eval_shape(lambda: MossAudio(config, rngs=nnx.Rngs(0)))
     return {dotted(path): spec for path, spec in nnx.to_flat_state(nnx.state(model, nnx.Param))}
 
 
 def adapter_specs(config: MossAudioConfig) -> dict[str, nnx.Variable]:
-    """Those of them that belong to the adapter: all that LoRA trains, and saves."""
+    """Returns the `parameter_specs` of the adapter: all that LoRA trains and saves."""
     lora = config.lora
     return {} if lora is None else {path: spec for path, spec in parameter_specs(config).items() if lora.trains(path)}

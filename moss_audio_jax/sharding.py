@@ -1,6 +1,6 @@
-"""Mesh axes, and the one table that maps a logical axis of a parameter or an activation to them.
+"""Mesh axes, and the one table from logical axes of parameters and activations to them.
 
-A parameter declares logical axes ("embed", "mlp"); where those live is decided here and nowhere else.
+A parameter declares logical axes ("embed", "mlp"); only `RULES` maps them to mesh axes.
 """
 
 import contextlib
@@ -20,7 +20,8 @@ from moss_audio_jax.errors import MossAudioError
 
 Tree = TypeVar("Tree")
 
-# replica: whole copies, for slices; fsdp: data parallel, parameters cut; tensor: parallel within a layer.
+# replica: data parallel with whole copies, over slices; fsdp: data parallel with sharded parameters; tensor: parallel
+# within a layer.
 MESH_AXES = ("replica", "fsdp", "tensor")
 
 RULES: dict[str | None, str | tuple[str, ...] | None] = {
@@ -31,7 +32,7 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
     "mlp": "tensor",
     "vocab": "tensor",
     "channels": None,
-    "adapter": ("fsdp", "tensor"),  # the long side of an adapter of LoRA: its short side, the rank, is never cut
+    "adapter": ("fsdp", "tensor"),  # the long side of a LoRA matrix; its short side, the rank, is not sharded
     # activations
     "batch": ("replica", "fsdp"),
     "sequence": None,
@@ -41,9 +42,9 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
 
 
 def make_mesh(*, replica: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence | None = None) -> Mesh:
-    """A mesh over all devices; one of the sizes may be -1 and takes the devices that are left.
+    """Makes a mesh over all devices; one of the sizes may be -1 and takes the remaining devices.
 
-    Of several TPU slices each holds whole replicas, so that between them gradients alone are exchanged.
+    Each of several TPU slices holds whole replicas, so that slices exchange only gradients.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = {"replica": replica, "fsdp": fsdp, "tensor": tensor}
@@ -63,7 +64,7 @@ def make_mesh(*, replica: int = 1, fsdp: int = -1, tensor: int = 1, devices: Seq
     if sizes["replica"] % slices:
         raise MossAudioError(
             f"replica={sizes['replica']} does not fit {slices} TPU slices: it must be a multiple of them, since only "
-            "whole copies may lie across the network between slices"
+            "whole copies may be placed across the network between slices"
         )
     # An axis may take a part of one of the torus's, as tensor=2 does on 4x4x4.
     if slices == 1:
@@ -75,7 +76,7 @@ def make_mesh(*, replica: int = 1, fsdp: int = -1, tensor: int = 1, devices: Seq
 
 
 def partition_spec(logical_axes: Sequence[str | None], mesh: Mesh | Any) -> PartitionSpec:
-    """Logical axes to the mesh's axes; those the mesh lacks are left out."""
+    """Maps logical axes to the mesh's axes, without those that the mesh does not have."""
 
     def present(rule):
         axes = (rule,) if isinstance(rule, str) else rule or ()
@@ -86,7 +87,7 @@ def partition_spec(logical_axes: Sequence[str | None], mesh: Mesh | Any) -> Part
 
 
 def num_parts(logical_axis: str | None, mesh: Mesh | Any) -> int:
-    """Into how many parts the mesh cuts a dimension of that logical axis."""
+    """Number of parts that the mesh cuts a dimension of that logical axis into."""
     (entry,) = partition_spec((logical_axis,), mesh)
     return math.prod(mesh.shape[axis] for axis in ((entry,) if isinstance(entry, str) else entry or ()))
 
@@ -94,7 +95,7 @@ def num_parts(logical_axis: str | None, mesh: Mesh | Any) -> int:
 def named_sharding(
     name: str, shape: Sequence[int], logical_axes: Sequence[str | None], mesh: Mesh | Any
 ) -> NamedSharding:
-    """The sharding of tensor `name` on `mesh`; a dimension that the mesh does not divide is an error naming both."""
+    """Returns the sharding of tensor `name`; raises MossAudioError for a dimension that the mesh does not divide."""
     spec = partition_spec(logical_axes, mesh)
     for size, axis, entry in zip(shape, logical_axes, spec, strict=True):
         parts = num_parts(axis, mesh)
@@ -107,7 +108,7 @@ def named_sharding(
 
 
 def check_heads(mesh: Mesh | Any, **heads: int) -> None:
-    """Raises MossAudioError unless every device gets whole attention heads. heads: how many there are of each kind."""
+    """Raises MossAudioError unless every device gets whole attention heads. heads: number of each kind."""
     parts = num_parts("heads", mesh)
     cut = [f"{count} {kind.replace('_', ' ')}" for kind, count in heads.items() if count % parts]
     if cut:
@@ -118,7 +119,7 @@ def check_heads(mesh: Mesh | Any, **heads: int) -> None:
 
 
 def constrain(array: jax.Array, *logical_axes: str | None) -> jax.Array:
-    """Pins an activation to its place on the mesh that `jax.set_mesh` made current; without a mesh it does nothing."""
+    """Applies with_sharding_constraint on the current mesh (`jax.set_mesh`); no-op without one."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return array
@@ -126,14 +127,14 @@ def constrain(array: jax.Array, *logical_axes: str | None) -> jax.Array:
 
 
 def automatic(mesh: Mesh) -> Mesh:
-    """The mesh with automatic axes, which all programs here are written for; `jax.make_mesh` makes explicit ones."""
+    """Returns the mesh with automatic axes, which all programs here need; `jax.make_mesh` makes explicit ones."""
     if set(mesh.axis_types) <= {AxisType.Auto}:
         return mesh
     return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
 
 
 def mesh_of(parameters: Any) -> Mesh | None:
-    """The mesh, with automatic axes, that the arrays of a tree are sharded over, if there is one."""
+    """Returns the mesh, with automatic axes, that the arrays of a tree are sharded over, or None."""
     sharding = _sharding_of(parameters)
     if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
         return automatic(sharding.mesh)
@@ -141,10 +142,10 @@ def mesh_of(parameters: Any) -> Mesh | None:
 
 
 def on_mesh_of(parameters: Any, inputs: Any = None) -> contextlib.AbstractContextManager:
-    """Makes the mesh that parameters are sharded over the current one, so that activations are placed on it too.
+    """Sets the mesh that parameters are sharded over as the current one, so that activations are sharded over it too.
 
-    For parameters on one device that is a mesh of that device alone. While they or the inputs are traced, by a caller's
-    own `jax.jit`, the current mesh stays: there the caller sets it.
+    For parameters on one device it is a mesh of that device. In a caller's own `jax.jit`, where parameters or inputs
+    are traced, the current mesh stays: the caller sets it.
     """
     if in_a_trace() or any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((parameters, inputs))):
         return contextlib.nullcontext()
@@ -156,12 +157,12 @@ def on_mesh_of(parameters: Any, inputs: Any = None) -> contextlib.AbstractContex
 
 
 def in_a_trace() -> bool:
-    """True while another program is traced: its new arrays are tracers, also beside arrays that it closes over."""
+    """Returns True while a program is traced, even if all arguments are arrays that it closes over."""
     return isinstance(jnp.zeros(()), Tracer)
 
 
 def on_automatic_mesh(parameters: Tree) -> Tree:
-    """The same arrays, in place, where their mesh has explicit axes described with automatic ones."""
+    """Returns the same arrays, without a copy, with automatic axes in place of explicit ones in their shardings."""
 
     def described(leaf: Any) -> Any:
         sharding = _sharding_of(leaf)
@@ -174,12 +175,12 @@ def on_automatic_mesh(parameters: Tree) -> Tree:
 
 
 def _sharding_of(tree: Any) -> Any:
-    """That of the first array; None for one that is traced, or NumPy's."""
+    """Returns the sharding of the first array; None for a traced or NumPy array."""
     leaf = next(iter(jax.tree.leaves(tree)), None)
     return None if isinstance(leaf, Tracer) else getattr(leaf, "sharding", None)
 
 
 def on_host(array: jax.Array) -> np.ndarray:
-    """All of an array; each of several processes gets it, also what lies with the others."""
+    """Returns a whole array as NumPy, on every process; shards of other processes are gathered."""
     whole = array.is_fully_addressable or array.is_fully_replicated
     return np.asarray(array if whole else multihost_utils.process_allgather(array, tiled=True))

@@ -1,8 +1,8 @@
 """Splash attention, JAX's Pallas kernel for TPUs: causal attention of packed sequences that stores no scores.
 
-The kernel walks over tiles of [queries, keys] and keeps a running softmax, so memory is linear in the length. Tiles
-above the diagonal are skipped; key-value heads are read by the query heads that share them, not repeated; one fused
-kernel computes all three gradients.
+The kernel walks over tiles of [queries, keys] with a running softmax, so memory is linear in the length. It skips tiles
+above the diagonal, reads key-value heads without repeating them for each query head, and computes all three gradients
+in one fused kernel.
 """
 
 import dataclasses
@@ -28,22 +28,21 @@ RESIDUALS = "attention"  # the checkpoint name of the kernel's output and log-su
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """The largest tiles, in tokens.
+    """Sides of the largest tiles, in tokens.
 
-    The fused backward kernel writes a gradient of the queries for every tile of keys, summed after it: the wider those
-    tiles, the less memory. The narrower the tiles of the forward pass, the less of the square above the diagonal is
-    computed.
+    The fused backward kernel writes a gradient of the queries for every tile of keys, and these are summed after it:
+    wider tiles of keys take less memory. In the forward pass, narrower tiles compute less above the diagonal.
     """
 
     queries: int
     keys: int
-    keys_multiplied: int  # at a time, of the `keys` that were fetched
+    keys_multiplied: int  # keys in one matmul, of the `keys` that were fetched
     queries_backward: int
     keys_backward: int
     keys_multiplied_backward: int
 
     def for_length(self, length: int) -> BlockSizes:
-        """The largest that divide `length`, itself a multiple of LANES."""
+        """Returns the largest tiles that divide `length`, a multiple of LANES."""
         keys, keys_backward = _divisor(length, self.keys), _divisor(length, self.keys_backward)
         return BlockSizes(
             block_q=_divisor(length, self.queries),
@@ -56,17 +55,17 @@ class Tiles:
         )
 
 
-# They fit in the VMEM that XLA gives a kernel on every chip since v4, in a training step of several sequences too: on a
-# v6e tiles of 2048 fit with one sequence, and not with four. Their speed has not been measured.
+# These fit in the VMEM that XLA gives a kernel on every chip since v4, also in a training step of several sequences: on
+# a v6e, tiles of 2048 fit with one sequence and not with four. Their speed has not been measured.
 TILES = Tiles(1024, 1024, 512, 1024, 2048, 512)
 
 
 def serves(query: Float[Array, "b t heads d"]) -> bool:
-    """Whether the kernel is to compute this attention, on the chip that is being traced for.
+    """Returns True if the kernel should compute this attention on the device that the program is traced for.
 
-    Not off TPUs, for fewer tokens than the smallest tile, nor in float32 or with `jax_default_matmul_precision`
-    raised: whoever sets these wants exact sums, which the kernel does not make. Nor, of several devices, without a
-    mesh: XLA can't cut a kernel, and which arrays are cut is not known while tracing (`jax.set_mesh` says it).
+    It needs a TPU and at least as many tokens as the smallest tile. float32 and a raised `jax_default_matmul_precision`
+    ask for exact sums, which the kernel does not compute. With several devices it needs a current mesh
+    (`jax.set_mesh`): XLA can't partition a kernel, and the shardings of arrays are not known while tracing.
     """
     if jax.sharding.get_abstract_mesh().empty and jax.device_count() > 1:
         return False
@@ -76,9 +75,9 @@ def serves(query: Float[Array, "b t heads d"]) -> bool:
 
 
 def device_kind() -> str:
-    """Of the devices that a program is being traced for: the current mesh's, or else the default one's.
+    """Returns the kind of the devices that a program is traced for: the current mesh's, else the default device's.
 
-    The mesh may be of a topology that this machine hasn't got, to compile for ahead of time.
+    The mesh may be of a topology that this machine does not have, to compile ahead of time.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.abstract_device is not None:
@@ -96,12 +95,12 @@ def splash_attend(
     tiles: Tiles = TILES,
     interpret: bool = False,
 ) -> Float[Array, "b t heads d"]:
-    """What `attention.causal_attend` computes for whole sequences. Segment 0 is padding.
+    """Computes `attention.causal_attend` for whole sequences. Segment 0 is padding.
 
-    On a mesh each device attends with its sequences and its heads; nothing is communicated. A batch that the mesh does
-    not divide is attended to whole on every device; key-value heads that it does not divide are an error.
+    On a mesh each device computes its sequences and heads, without communication. If the mesh does not divide the
+    batch, every device computes the whole batch; key-value heads must be divisible, or it is an error.
 
-    interpret: runs the kernel's program step by step with JAX operations, on any device.
+    interpret: runs the kernel step by step with JAX operations, on any device.
     """
     attend = functools.partial(_attend, tiles=tiles, interpret=interpret)
     mesh = jax.sharding.get_abstract_mesh()
@@ -110,16 +109,16 @@ def splash_attend(
     batch = "batch" if query.shape[0] % num_parts("batch", mesh) == 0 else None
     heads = named_sharding("keys of attention", key.shape, (batch, None, "heads", None), mesh).spec
     segments = named_sharding("segment ids", segment_ids.shape, (batch, None), mesh).spec
-    # A Pallas call does not say how its outputs vary over the mesh, which check_vma would ask.
+    # check_vma needs to know how outputs vary over the mesh, which a Pallas call does not declare.
     specs = (heads, heads, heads, segments)
     return jax.shard_map(attend, in_specs=specs, out_specs=heads, check_vma=False)(query, key, value, segment_ids)
 
 
 def _attend(query, key, value, segment_ids, *, tiles: Tiles, interpret: bool):
-    """On one device. Short lengths are padded to whole lanes, longer ones to a multiple that has large tiles."""
+    """Computes attention on one device, padded to whole lanes, or for long sequences to a multiple of larger tiles."""
     tokens, heads = query.shape[1:3]
     padding = -tokens % (LANES if tokens <= 1024 else 4 * LANES)
-    # The kernel does not scale: the scaled query is rounded to its dtype once more.
+    # The kernel does not scale scores. Scaling the query rounds it to its dtype once more.
     query = query * query.shape[-1] ** -0.5
     query, key, value = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))).swapaxes(1, 2) for x in (query, key, value))
     segment_ids = jnp.pad(segment_ids, ((0, 0), (0, padding)))
@@ -137,5 +136,5 @@ def _attend(query, key, value, segment_ids, *, tiles: Tiles, interpret: bool):
 
 
 def _divisor(length: int, largest: int) -> int:
-    """The largest multiple of LANES that divides `length` and is at most `largest`."""
+    """Returns the largest multiple of LANES that divides `length` and is at most `largest`."""
     return next(size for size in range(largest, 0, -LANES) if length % size == 0)

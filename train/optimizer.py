@@ -1,8 +1,8 @@
-"""What is trained, how fast, and how AdamW, Adafactor or Muon moves it.
+"""Freezing, the learning-rate schedule, and the optimizers AdamW, Adafactor and Muon.
 
-Parameters are dicts by path, such as `language_model.layers.mlp.up_proj.kernel`. Which ones are frozen, how fast one
-learns and whether it decays follows from its path alone. Only trainable parameters ever reach the functions here, so a
-frozen one has no gradient and no moments, and adds nothing to the norm that clipping looks at.
+Parameters are dicts by path, such as `language_model.layers.mlp.up_proj.kernel`. The path alone decides if a parameter
+is frozen, its learning rate and its weight decay. The optimizers get trainable parameters only: a frozen one has no
+gradient and no moments, and does not count in the norm of clipping.
 """
 
 import math
@@ -20,7 +20,7 @@ from train.config import OptimizerConfig
 
 Parameters = dict[str, Any]
 
-# The part of the model that a path belongs to, by its first name -> the field of OptimizerConfig that scales it.
+# First name of a path, its part of the model -> the field of OptimizerConfig that scales its learning rate.
 RATE_FIELDS = {
     "audio_encoder": "encoder_rate",
     "audio_adapter": "adapter_rate",
@@ -28,7 +28,7 @@ RATE_FIELDS = {
     "language_model": "language_model_rate",
     "lm_head": "language_model_rate",
 }
-# And under what name its gradient's norm is a metric.
+# First name of a path -> name of its part in the metrics of gradient norms.
 PART_NAMES = {
     "audio_encoder": "encoder",
     "audio_adapter": "adapter",
@@ -38,14 +38,17 @@ PART_NAMES = {
 }
 # RMS of Muon's updates: AdamW's as measured in "Muon is Scalable for LLM Training" (arXiv 2502.16982).
 MUON_RMS = 0.2
-# Last names of the parameters that do not decay: norms' scales and all biases.
+# Last names of the paths without weight decay: norm scales and all biases.
 UNDECAYED = ("scale", "bias")
 
 
 def split_frozen(
     parameters: Parameters, freeze: Sequence[str], lora: LoraConfig | None = None
 ) -> tuple[Parameters, Parameters]:
-    """The trainable and the frozen parameters; every pattern must match some, and some must be left to train."""
+    """Returns the trainable and the frozen parameters.
+
+    Raises MossAudioError for a pattern that matches nothing, and if nothing is left to train.
+    """
     require_matches("freeze", freeze, parameters)
     frozen = {path: leaf for path, leaf in parameters.items() if is_frozen(path, freeze, lora)}
     trainable = {path: leaf for path, leaf in parameters.items() if path not in frozen}
@@ -55,14 +58,14 @@ def split_frozen(
 
 
 def is_frozen(path: str, freeze: Sequence[str], lora: LoraConfig | None = None) -> bool:
-    """With LoRA, also all that its adapter does not hold."""
+    """Returns True for a path that matches `freeze`, and with LoRA for every path that the adapter does not train."""
     return matches(path, freeze) or (lora is not None and not lora.trains(path))
 
 
 def learning_rate(config: OptimizerConfig, step: jax.Array, total_steps: jax.Array | int | None = None) -> jax.Array:
-    """The schedule at a step, counted from 0: the first step learns at peak / warmup_steps, not at 0.
+    """Computes the schedule at a step, counted from 0: the first step's rate is peak / warmup_steps, not 0.
 
-    total_steps: as far as they are known, of a run that ends with its data; None takes the configured ones.
+    total_steps: an estimate, for a run that ends with its data; None takes the configured number.
     """
     total = config.total_steps if total_steps is None else total_steps
     warmup = jnp.minimum(1.0, (step + 1) / max(config.warmup_steps, 1))
@@ -73,7 +76,7 @@ def learning_rate(config: OptimizerConfig, step: jax.Array, total_steps: jax.Arr
 
 
 def rate_of(config: OptimizerConfig, path: str) -> float:
-    """The multiplier of the learning rate for the part of the model that a parameter belongs to."""
+    """Returns the factor of the learning rate for a parameter's part of the model."""
     return getattr(config, RATE_FIELDS[path.partition(".")[0]])
 
 
@@ -82,7 +85,7 @@ def decays(path: str) -> bool:
 
 
 def by_part(parameters: Parameters) -> dict[str, Parameters]:
-    """Parameters, or what there is one of for each, by the name of their part of the model."""
+    """Groups parameters, or values of each, by the name of their part of the model."""
     parts: dict[str, Parameters] = {}
     for path, leaf in parameters.items():
         parts.setdefault(PART_NAMES[path.partition(".")[0]], {})[path] = leaf
@@ -90,7 +93,7 @@ def by_part(parameters: Parameters) -> dict[str, Parameters]:
 
 
 def gradient_transformation(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Gradients by path -> updates at a learning rate of 1; `apply_gradients` brings in the rates."""
+    """Returns the optimizer: gradients by path -> updates at a learning rate of 1, which `apply_gradients` scales."""
 
     def decaying(parameters: Any) -> dict[str, bool]:
         return {path: decays(path) for path in parameters}
@@ -115,7 +118,7 @@ def _muon(config: OptimizerConfig) -> list[optax.GradientTransformation]:
         return {path: "muon" if is_hidden_kernel(path, leaf.ndim) else "adam" for path, leaf in parameters.items()}
 
     def matrices(updates: Any) -> dict[str, Any]:
-        # Layers of a stack are matrices of their own. What is AdamW's is masked here, and stays so.
+        # Each layer of a stack is a matrix of its own. AdamW's parameters are masked here, and stay so.
         last_two = optax.contrib.MuonDimensionNumbers(-2, -1)
         return {path: leaf if isinstance(leaf, optax.MaskedNode) else last_two for path, leaf in updates.items()}
 
@@ -137,14 +140,14 @@ _SCALES = {"adamw": _adam, "adafactor": _adafactor, "muon": _muon}
 
 
 def is_hidden_kernel(path: str, ndim: int) -> bool:
-    """Whether a parameter is a matrix between hidden layers, or a stack of them: what Muon is made for."""
+    """Returns True for a matrix between hidden layers, or a stack of such matrices: the parameters Muon is for."""
     return path.endswith(".kernel") and ndim in (2, 3) and not path.startswith("lm_head.")
 
 
 def moving_average(
     config: OptimizerConfig, average: Parameters, parameters: Parameters, count: jax.Array
 ) -> Parameters:
-    """The average with these parameters in it. count: accepted steps before the one that made them."""
+    """Returns the moving average updated with `parameters`. count: accepted steps before the one that made them."""
     share = 1 - jnp.minimum(config.ema_decay, (1 + count) / (10 + count))
     return {path: leaf + share * (parameters[path] - leaf) for path, leaf in average.items()}
 
@@ -156,7 +159,7 @@ def apply_gradients(
     gradients: Parameters,
     rate: jax.Array,
 ) -> tuple[Parameters, optax.OptState]:
-    """Parameters and moments after a step at the schedule's rate, each part of the model at its own multiple of it."""
+    """Returns parameters and moments after a step. rate: the schedule's, which each part of the model multiplies."""
     updates: Any
     updates, moments = gradient_transformation(config).update(gradients, moments, parameters)
     moved = {path: leaf - rate * rate_of(config, path) * updates[path] for path, leaf in parameters.items()}

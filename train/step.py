@@ -225,6 +225,7 @@ def microbatch_loss(
         assert hidden.middle is not None  # it was asked for
         is_labelled = (batch.audio_labels >= 0).astype(jnp.float32)
         for states in (hidden.embedded, hidden.middle):
+            assert states is not None  # as `middle` was given
             # The sums that are kept, for the metrics, are those of the middle layer.
             label_total, label_sums = cross_entropy(states, targets=batch.audio_labels, loss_mask=is_labelled)
             total += config.audio_label_weight * label_total / counts.labelled
