@@ -482,8 +482,6 @@ class RunConfig:
                 "--lora adapts one checkpoint: leave --model.encoder and --model.language-model out, and put the parts "
                 "together in a run without LoRA first"
             )
-        if self.loop.best_metric is not None and self.validation.every is None:
-            raise MossAudioError("--best-metric needs --validation.every: give both, or leave --best-metric out")
 
     def model_config(self) -> MossAudioConfig:
         """Returns the configuration of the trained model, with its LoRA adapters if it has any."""

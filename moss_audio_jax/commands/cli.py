@@ -84,11 +84,17 @@ _REMEDIES = {
 }
 
 
+_DENIED = re.compile(r"Forbidden\b|Unauthorized\b|Anonymous caller|.*does not have storage\.")
 _PATH = re.compile(r"(?<![\w./])/[^\s\"';,]+")
 
 
 def storage_refusal(error: Exception) -> str | None:
-    """Returns a sentence about a file or disk that can't be used; None for other errors."""
+    """Returns a sentence about a file, disk or bucket that can't be used; None for other errors."""
+    if _DENIED.match(str(error)):  # gcsfs raises an OSError without a number
+        return (
+            f"Google Cloud Storage denied access ({summary(error)}): give this account the role Storage Admin on the "
+            "bucket, or log in with `gcloud auth application-default login`"
+        )
     if isinstance(error, OSError) and error.errno is not None:
         number, place = error.errno, error.filename2 or error.filename
     else:  # errors of C++ libraries have no number

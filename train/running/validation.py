@@ -64,6 +64,8 @@ class Validation:
         self._every = config.validation.every
         self.has_asked = False
         if self._every is None:
+            if config.loop.best_metric is not None:
+                raise MossAudioError("--best-metric needs --validation.every or --eval-data: give one, or leave it out")
             return
         self._answers = AnswerConfig(config.validation.batch_size, config.validation.max_new_tokens, maker.time_markers)
         self._items, texts = questions_and_texts(config)
