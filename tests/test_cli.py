@@ -158,7 +158,7 @@ def test_a_bucket_without_gcsfs_names_the_extra(monkeypatch, capsys):
         (NotADirectoryError(errno.ENOTDIR, "no", "/a/b/c"), "/a/b/c can't be used (Not a directory): a file stands"),
         (RuntimeError("write() failed: No space left on device; writing /a/b.x; at byte 3"), "/a/b.x can't be used"),
         (ValueError('RESOURCE_EXHAUSTED: "s/0" in "/a/b/": No space left on device [28]'), "/a/b/ can't be used"),
-        (OSError("Forbidden: bucket/model"), r"denied access \(Forbidden: bucket/model\): give this account the role"),
+        (OSError("Forbidden: b/model"), "Google Cloud Storage denied access (Forbidden: b/model): give this account"),
     ],
 )
 def test_what_the_disk_refuses_is_one_sentence(error, sentence, capsys):
