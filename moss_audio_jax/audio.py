@@ -66,8 +66,8 @@ def load_audio(
       MossAudioError: the source cannot be read or decoded; its sample rate is outside 100 Hz to 384 kHz; it has more
         than ten hours; or the cut holds no sample, or one that is not finite.
     """
-    pieces = decode.read(source, start, end, name or _name(source))
-    waves = [resample(piece.wave, piece.rate, sample_rate) for piece in pieces]
+    sections = decode.read(source, start, end, name or _name(source))
+    waves = [resample(section.wave, section.rate, sample_rate) for section in sections]
     return waves[0] if len(waves) == 1 else np.concatenate(waves)
 
 
@@ -84,8 +84,8 @@ def num_samples(
     A file that was cut short has fewer. Arguments and errors are those of `load_audio`; only decoding finds samples
     that are missing or not finite.
     """
-    pieces = decode.lengths(source, start, end, name or _name(source))
-    return sum(resampled_length(samples, rate, sample_rate) for samples, rate in pieces)
+    sections = decode.lengths(source, start, end, name or _name(source))
+    return sum(resampled_length(samples, rate, sample_rate) for samples, rate in sections)
 
 
 def _name(source: AnyPath | bytes) -> str:

@@ -16,7 +16,7 @@ from moss_audio_jax.tokens import DEFAULT_SYSTEM_PROMPT, Tokenizer, build_prompt
 from moss_audio_jax.weights.locate import processor_directories
 
 # A path, bytes, a file, an array or tensor, (array, rate), {"array": ..., "sampling_rate": ...}: see Processor.mel.
-Clip = Any
+ClipLike = Any
 
 
 class Processor:
@@ -39,7 +39,7 @@ class Processor:
     def __call__(
         self,
         texts: str | Sequence[str],
-        audio: Clip | Sequence[Clip] | Sequence[Sequence[Clip]] | None = None,
+        audio: ClipLike | Sequence[ClipLike] | Sequence[Sequence[ClipLike]] | None = None,
         *,
         system_prompt: str = DEFAULT_SYSTEM_PROMPT,
         time_markers: bool | None = None,
@@ -69,7 +69,7 @@ class Processor:
         ]
         return make_inputs(token_ids, mels, config=self.config)
 
-    def mel(self, clip: Clip) -> np.ndarray:
+    def mel(self, clip: ClipLike) -> np.ndarray:
         """Computes the log-mel [mel bins, frames], rounded to bfloat16 like the reference's, for any model dtype.
 
         clip: an audio file as a path (str, PathLike), as bytes, or opened to read bytes; a mono float wave [samples] at
@@ -89,7 +89,7 @@ def load_processor(path: AnyPath) -> Processor:
     return Processor(Tokenizer.from_dir(tokenizer), MossAudioConfig.from_hf(config))
 
 
-def _clips_of_texts(audio: Any, texts: int, one: bool) -> list[list[Clip]]:
+def _clips_of_texts(audio: Any, texts: int, one: bool) -> list[list[ClipLike]]:
     """Returns a list of clips for each text. one: the text was given without a list."""
     if audio is None:
         return [[] for _ in range(texts)]
@@ -109,7 +109,7 @@ def _clips_of_texts(audio: Any, texts: int, one: bool) -> list[list[Clip]]:
     return lists
 
 
-def _clips_of_text(clips: Any) -> list[Clip]:
+def _clips_of_text(clips: Any) -> list[ClipLike]:
     if clips is None:
         return []
     if _is_clip(clips):
@@ -151,7 +151,7 @@ def _is_wave_with_rate(thing: Any) -> bool:
     )
 
 
-def _wave(clip: Clip) -> tuple[np.ndarray, str]:
+def _wave(clip: ClipLike) -> tuple[np.ndarray, str]:
     """Returns the wave, float [samples] at 16 kHz, and a name of the clip for errors."""
     if isinstance(clip, Mapping) and clip.get("array") is None and "sampling_rate" not in clip:
         clip, name = clip.get("bytes") or clip.get("path"), clip.get("path")

@@ -15,22 +15,22 @@ _SILENT_MIX = 0.01  # of the channels' peak: 40 dB below it
 
 
 @dataclass(frozen=True)
-class Piece:
+class Section:
     """Samples of one rate. wave: float32 [samples], the mean of the channels. rate: in Hz."""
 
     wave: np.ndarray
     rate: int
 
 
-def read(source: Source, start: float | None, end: float | None, name: str) -> list[Piece]:
-    """Decodes the samples between two times in seconds; a file whose rate changes gives several pieces.
+def read(source: Source, start: float | None, end: float | None, name: str) -> list[Section]:
+    """Decodes the samples between two times in seconds; a file whose rate changes gives several sections.
 
     start, end: None takes the file's own. name: of the file, in errors and the log.
     Logs how much is missing if the file was cut short or is damaged. Raises MossAudioError if the file can't be read or
     decoded, or if the cut holds no sample or one that is not finite.
     """
 
-    def work(file: OpenedFile) -> list[Piece]:
+    def work(file: OpenedFile) -> list[Section]:
         cuts = _cuts(file, start, end, name)
         hours = sum((cut.last - cut.first) / cut.stream.samplerate for cut in cuts) / 3600
         if hours > LONGEST_HOURS:
@@ -48,13 +48,13 @@ def read(source: Source, start: float | None, end: float | None, name: str) -> l
         if file.error is None:
             _warn_of_loss(name, cuts, [len(wave) for wave in waves])
         mix.warn_if_silent(name)
-        return _merged([Piece(wave, cut.stream.samplerate) for cut, wave in zip(cuts, waves, strict=True)])
+        return _merged([Section(wave, cut.stream.samplerate) for cut, wave in zip(cuts, waves, strict=True)])
 
     return with_opened(source, name, work)
 
 
 def lengths(source: Source, start: float | None, end: float | None, name: str) -> list[tuple[int, int]]:
-    """Returns (samples, rate) of each piece that `read` gives, from the headers; decodes only where they don't say."""
+    """Returns (samples, rate) of the sections that `read` gives, from the headers; decodes only without them."""
 
     def work(file: OpenedFile) -> list[tuple[int, int]]:
         cuts = _cuts(file, start, end, name)
@@ -168,7 +168,7 @@ class _Mix:
         if self.mean < _SILENT_MIX * self.channels:
             warn_once(
                 f"{name}: the mean of its channels is silent (peak {self.mean:.1g}) while they are not (peak "
-                f"{self.channels:.1g}), as if one were the other's opposite: the model hears the mean, so give one of "
+                f"{self.channels:.1g}), as if one were the other's opposite: the model gets the mean, so give one of "
                 "them, for example by `ffmpeg -i INPUT -af pan=mono|c0=c0 OUTPUT.wav`"
             )
 
@@ -192,11 +192,11 @@ def _warn_of_loss(name: str, cuts: list[_Cut], found: list[int]) -> None:
         )
 
 
-def _merged(pieces: list[Piece]) -> list[Piece]:
-    """Joins neighbouring pieces of the same rate, so that they are resampled as one."""
-    merged: list[Piece] = []
-    for piece in pieces:
-        if merged and merged[-1].rate == piece.rate:
-            piece = Piece(np.concatenate([merged.pop().wave, piece.wave]), piece.rate)
-        merged.append(piece)
+def _merged(sections: list[Section]) -> list[Section]:
+    """Joins neighbouring sections of the same rate, so that they are resampled as one."""
+    merged: list[Section] = []
+    for section in sections:
+        if merged and merged[-1].rate == section.rate:
+            section = Section(np.concatenate([merged.pop().wave, section.wave]), section.rate)
+        merged.append(section)
     return merged
