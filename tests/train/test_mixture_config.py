@@ -94,12 +94,12 @@ def test_a_run_older_than_named_groups_and_augmentation_resumes(tmp_path: Path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"speach.paths": ("four.jsonl",)}, r"speach\.share: give it, or name one of the groups speech, captions"),
-        ({"speach.share": (1,)}, r"a new group without mixture\.speach\.paths"),
+        ({"speach.paths": ("four.jsonl",)}, r"speach\.share: give it, or name one of speech, captions"),
+        ({"speach.share": (1,)}, r"a new group without --mixture\.speach\.paths"),
         ({"Big.share": (1,), "Big.paths": ("four.jsonl",)}, r"mixture\.Big must be named with a-z, 0-9 and _"),
         (
             {"text.paths": ("four.jsonl",), "text.weights": (1, 2)},
-            r"text\.weights must be as many as its 1 paths, found 2",
+            r"text\.weights must be one for each of its 1 paths, not 2",
         ),
         ({"text.paths": ("four.jsonl",), "text.weights": (0,)}, r"four\.jsonl: expected a weight above 0, found 0"),
         ({"text.paths": ("four.jsonl",), "text.objectives": ("caption=x",)}, r"text\.objectives must be .*'caption=x'"),
