@@ -578,7 +578,7 @@ class AblationConfig:
     """Generation of the answers."""
 
     def __post_init__(self):
-        chosen = f"one or more of {', '.join(ARMS)}"
+        chosen = f"some of {', '.join(ARMS)}"
         require(self, "", ("arms",), lambda arms: bool(arms) and set(arms) <= set(ARMS), chosen)
         require_positive(self, "", "steps", "seeds", "questions")
         require(self, "", ("learning_rates",), bool, "one rate or more")

@@ -25,9 +25,9 @@ from test_loop import (  # noqa: F401 - some are fixtures
 
 import train.__main__ as command_line
 from moss_audio_jax import LoraConfig, MossAudioError
-from train.config import ModelSource, OptimizerConfig, RunConfig, with_paths
+from train.config import ModelSource, OptimizerConfig, RunConfig, ValidationConfig, with_paths
 from train.loop import train
-from train.recipes import RECIPES
+from train.recipes import RECIPES, read_recipe
 from train.running.config import ResumeConfig
 from train.running.config_file import stored_config
 from train.running.directory import is_begun
@@ -195,7 +195,9 @@ def test_another_recipe_than_the_run_was_begun_with_is_refused(tmp_path: Path, s
     run = shutil.copytree(straight, tmp_path / "run")
     written = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps(written | {"recipe": "finetune"}))
-    with pytest.raises(MossAudioError, match="--recipe is finetune_lora, and the run was begun with finetune"):
+    with pytest.raises(
+        MossAudioError, match="--recipe must be finetune, with which the run was begun, not finetune_lora"
+    ):
         parsed(["--out", str(run), "--recipe", "finetune_lora"], monkeypatch)
 
 

@@ -174,7 +174,7 @@ class SceneConfig:
         pairs = ("seconds", "events", "event_seconds", "level_db", "background_db")
         require(self, None, pairs, lambda pair: pair[0] <= pair[1], "a lower and an upper bound")
         for name, known in (("labels", SOUND_NAMES), ("backgrounds", BACKGROUNDS), ("tasks", TASK_NAMES)):
-            chosen = f"one or more of {', '.join(known)}"
+            chosen = f"some of {', '.join(known)}"
             require(self, None, (name,), lambda found, known=known: bool(found) and set(found) <= set(known), chosen)
         require(self, None, ("events",), lambda events: events[0] >= 1, "1 or more")
         require_positive(self, None, "questions")

@@ -325,7 +325,7 @@ def test_as_an_example():
         ({"backgrounds": ("blue",)}, "backgrounds must be one or more of white"),
         ({"events": (0, 2)}, "events must be 1 or more"),
         ({"event_seconds": (0.05, 1)}, "event_seconds must be 0.1 or more"),
-        ({"seconds": (1.8, 8)}, "seconds must be .* for the longest event"),
+        ({"seconds": (1.8, 8)}, "seconds must be 1.9 s or more, for the longest event"),
         ({"gap": -0.1}, "gap must be 0 or more"),
         ({"level_db": (-6, 1)}, "level_db must be 0 or less"),
         ({"level_db": (float("nan"), 0)}, "level_db must be a lower and an upper bound"),
