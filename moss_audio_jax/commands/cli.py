@@ -1,6 +1,5 @@
 """Shared by the commands: a user's mistake is one sentence and exit code 2, never a traceback."""
 
-import argparse
 import difflib
 import errno
 import importlib.metadata
@@ -49,7 +48,7 @@ class Commands(tyro.extras.SubcommandApp):
         """Returns the options of a command, for suggestions."""
         return [name for action in self.parser(command, markers)._actions for name in action.option_strings]
 
-    def parser(self, command: str, markers: Sequence[Any]) -> argparse.ArgumentParser:
+    def parser(self, command: str, markers: Sequence[Any]) -> Any:
         """Returns an argparse parser with the options of a command."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
