@@ -65,7 +65,7 @@ def test_a_model_without_deepstack_can_be_read_back(order: ExampleOrder, tmp_pat
 
 
 def test_a_tokenizer_is_needed(order: ExampleOrder, tmp_path: Path):
-    with pytest.raises(MossAudioError, match="must name a directory of tokenizer files, or be learned"):
+    with pytest.raises(MossAudioError, match="must be a directory of tokenizer files, or learned"):
         write_model_files(ModelSource(preset="tiny"), MossAudioConfig.preset("tiny"), order, tmp_path / "model")
     assert not (tmp_path / "model").exists()
 

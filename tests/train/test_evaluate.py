@@ -347,7 +347,7 @@ def test_the_command_names_a_mistake_before_it_loads_the_model(corpus, tmp_path)
         ({"benchmark": ("mmau",)}, "benchmark must be NAME=FILE"),
         ({"benchmark": ("mmxx=a.json",)}, "'mmxx' is unknown"),
         ({"data": (Path("absent.jsonl"),)}, r"absent\.jsonl: expected a readable manifest"),
-        ({"limit": 0}, "limit 1 or more"),
+        ({"limit": 0}, "limit must be 1 or more"),
         ({"answers": {"batch_size": 0}}, "batch_size must be 1 or more, not 0"),
         ({"answers": {"max_new_tokens": 0}}, "max_new_tokens must be 1 or more, not 0"),
     ],

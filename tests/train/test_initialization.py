@@ -356,6 +356,8 @@ def test_what_a_checkpoint_gives_may_be_frozen(tmp_path: Path):
 def test_deepstack_is_the_presets_or_the_checkpoints():
     with pytest.raises(MossAudioError, match=r"model\.deepstack must be 0 to 2, the taps of small, not 3"):
         ModelSource(preset="small", deepstack=3)
-    with pytest.raises(MossAudioError, match=r"model\.deepstack is for a model of a preset; anywhere says itself"):
+    with pytest.raises(
+        MossAudioError, match=r"model\.deepstack is for a model of a preset: leave it out, as anywhere has its own taps"
+    ):
         ModelSource(checkpoint="anywhere", deepstack=0)
     assert model_config(ModelSource(preset="small", deepstack=1)).num_deepstack == 1

@@ -116,17 +116,17 @@ def test_a_run_that_ends_with_its_data_has_a_rate_from_the_first_step_on(schedul
     ("changes", "message"),
     [
         ({"schedule": "linear"}, "schedule must be one of cosine, wsd, not 'linear'"),
-        ({"warmup_steps": 50, "total_steps": 20}, "warmup_steps 50"),
+        ({"warmup_steps": 50, "total_steps": 20}, "the warm-up of 50 steps"),
         (
             {"schedule": "wsd", "decay_steps": 30, "total_steps": 20},
-            "30 steps of decay do not fit into total_steps 20",
+            "a decay of 30, not 20",
         ),
-        ({"first_moment_dtype": "float16"}, "first_moment_dtype must be float32 or bfloat16, not 'float16'"),
-        ({"learning_rate": 0.0}, "learning_rate must be above 0"),
-        ({"clip_norm": float("nan")}, "clip_norm must be above 0"),
-        ({"encoder_rate": -1.0}, "encoder_rate must be 0 or more"),
+        ({"first_moment_dtype": "float16"}, "first-moment-dtype must be one of float32, bfloat16, not 'float16'"),
+        ({"learning_rate": 0.0}, "learning-rate must be above 0"),
+        ({"clip_norm": float("nan")}, "clip-norm must be above 0"),
+        ({"encoder_rate": -1.0}, "encoder-rate must be 0 or more"),
         ({"name": "lion"}, "name must be one of adamw, adafactor, muon, not 'lion'"),
-        ({"ema_decay": 1.0}, "ema_decay must be 0 or more and below 1, not 1.0"),
+        ({"ema_decay": 1.0}, "ema-decay must be 0 or more and below 1, not 1.0"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(changes, message):

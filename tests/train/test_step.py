@@ -524,12 +524,12 @@ def test_a_step_never_holds_the_logits_of_the_whole_batch(parameters, graphdef):
     ("changes", "message"),
     [
         ({"remat": "some"}, "remat must be one of none, dots, attention, full, offload, not 'some'"),
-        ({"compute_dtype": "float16"}, "compute_dtype must be bfloat16 or float32, not 'float16'"),
-        ({"gradient_dtype": "float16"}, "gradient_dtype must be bfloat16 or float32, not 'float16'"),
-        ({"loss_chunk": 0}, "loss_chunk must be at least 1"),
-        ({"reduce_dtype": "float16"}, "reduce_dtype must be bfloat16 or float32, not 'float16'"),
-        ({"spike_patience": 0}, "spike_patience must be at least 1, not 0"),
-        ({"spike_sigma": -1.0}, "spike_sigma must be 0 or more"),
+        ({"compute_dtype": "float16"}, "compute-dtype must be one of bfloat16, float32, not 'float16'"),
+        ({"gradient_dtype": "float16"}, "gradient-dtype must be one of bfloat16, float32, not 'float16'"),
+        ({"loss_chunk": 0}, "loss-chunk must be 1 or more"),
+        ({"reduce_dtype": "float16"}, "reduce-dtype must be one of bfloat16, float32, not 'float16'"),
+        ({"spike_patience": 0}, "spike-patience must be 1 or more, not 0"),
+        ({"spike_sigma": -1.0}, "spike-sigma must be 0 or more"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(changes, message):

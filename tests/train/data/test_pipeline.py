@@ -264,7 +264,7 @@ def turn(role: str, text: str) -> dict:
 
 def test_options_are_checked(order: ExampleOrder, maker: SampleMaker):
     for options in ({"oversize": "cut"}, {"max_skip_rate": 2.0}, {"open_bins": 0}):
-        with pytest.raises(MossAudioError, match="expected"):
+        with pytest.raises(MossAudioError, match=r"--data\..* must be "):
             DataConfig(8, 64, 1, **options)
     for grow in (("5",), ("5=0",), ("9=2", "5=4")):
         with pytest.raises(MossAudioError, match=r"data\.grow must"):
