@@ -88,7 +88,8 @@ def rotary_phases(
     positions: Int[Array, "b t"], head_dim: int, theta: float
 ) -> tuple[Float[Array, "b t 1 d/2"], Float[Array, "b t 1 d/2"]]:
     """Computes cos and sin of position * theta^(-2i/d), in float32."""
-    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    # JAX reads a Python integer as int32, which a large theta exceeds.
+    frequencies = float(theta) ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
     return jnp.cos(angles), jnp.sin(angles)
 

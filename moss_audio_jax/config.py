@@ -97,7 +97,7 @@ class EncoderConfig:
         _require(
             len(set(taps)) == len(taps) and all(0 <= tap < self.encoder_layers for tap in taps),
             f"deepstack_encoder_layer_indexes must be different layers of 0..{self.encoder_layers - 1}, "
-            f"not {list(taps)}",
+            f"not {shown(list(taps))}",
         )
 
     @property

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from moss_audio_jax import MossAudio, MossAudioConfig, MossAudioError
 from moss_audio_jax import model as model_module
 from moss_audio_jax import splash as splash_module
-from moss_audio_jax.attention import causal_attend, self_attend
+from moss_audio_jax.attention import causal_attend, rotary_phases, self_attend
 from moss_audio_jax.generation import decode_until, make_drawing, prefill_prompts
 from moss_audio_jax.language_model import LanguageModel
 from moss_audio_jax.sampling_config import Sampling
@@ -56,6 +56,13 @@ def packed(batch: int, tokens: int, heads: int, kv_heads: int, head_dim: int):
         segment_ids[row, cut:] = 2
         segment_ids[row, end if row else tokens :] = 0
     return query, key, value, jnp.asarray(segment_ids), cotangent
+
+
+def test_a_rotary_base_may_be_an_integer_beyond_int32():
+    positions = jnp.arange(5)[None]
+    cos, sin = rotary_phases(positions, 8, 10**10)
+    expected_cos, expected_sin = rotary_phases(positions, 8, 1e10)
+    assert (cos == expected_cos).all() and (sin == expected_sin).all()
 
 
 def assert_close(found, expected, segment_ids):
