@@ -222,7 +222,6 @@ def microbatch_loss(
     )
     total, label_sums = total / counts.supervised, LossSums.zero()
     if counts.labelled is not None:
-        assert hidden.middle is not None  # it was asked for
         is_labelled = (batch.audio_labels >= 0).astype(jnp.float32)
         for states in (hidden.embedded, hidden.middle):
             assert states is not None  # as `middle` was given
