@@ -85,6 +85,12 @@ class Tokenizer:
                 f"the tokenizer of {source} lacks {absent[0]!r}, which every Qwen tokenizer has: "
                 "fetch its files again from the released model"
             )
+        unknown = getattr(core.model, "unk_token", None)
+        if unknown is not None and unknown not in vocabulary:
+            raise MossAudioError(
+                f"the unk_token of {source} must be one of its tokens, not {shown(unknown)}: fetch its files again from "
+                "the released model"
+            )
         added = core.get_added_tokens_decoder()
         self._core = core
         self._special_ids = {token_id for token_id, token in added.items() if token.special}
