@@ -1,8 +1,8 @@
 """One run by several processes, mostly one a host: how they find each other, agree, and end if one of them is gone.
 
-    first host:   python -m train run ... --coordinator first-host:1234 --num-processes 2 --process-id 0
-    second host:  python -m train run ... --coordinator first-host:1234 --num-processes 2 --process-id 1
-    TPU pods:     python -m train run ... --distributed      on every host; the pod says the rest
+    first host:   moss-audio-train run ... --coordinator first-host:1234 --num-processes 2 --process-id 0
+    second host:  moss-audio-train run ... --coordinator first-host:1234 --num-processes 2 --process-id 1
+    TPU pods:     moss-audio-train run ... --distributed      on every host; the pod says the rest
 
 The directory of the run and the data are on a file system that all of them see.
 """

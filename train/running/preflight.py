@@ -220,7 +220,7 @@ def _require_usable(check: Check) -> None:
     if count:
         raise MossAudioError(
             f"{count} of {check.examples} examples can't be trained on, and nothing was begun: {'; '.join(shown)}. "
-            f"`python -m train check {check.path} --group {check.group}` lists all; repair the data."
+            f"`moss-audio-train check {check.path} --group {check.group}` lists all; repair the data."
         )
     if check.too_long == check.examples:
         raise MossAudioError(f"every example is too long: {check.summary()}; raise the budget.")

@@ -437,7 +437,7 @@ class _WeightsAndBiases(_Sink):
         except ImportError as error:
             raise MossAudioError(
                 f"the project {project!r} asks for Weights & Biases, which is not installed: "
-                "pip install 'moss-audio-jax[wandb]', or leave loop.wandb out"
+                "pip install 'moss-audio-jax[wandb]', or leave --wandb out"
             ) from error
         id_file = out / WANDB_FILE
         known = read_text(id_file).strip() if exists(id_file) else None
