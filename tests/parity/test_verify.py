@@ -15,9 +15,14 @@ from convert import verify as module  # noqa: E402
 from convert.rehearse import rehearse  # noqa: E402
 from convert.to_hf import convert_to_hf  # noqa: E402
 from convert.to_orbax import convert_to_orbax  # noqa: E402
-from convert.verify import THRESHOLDS, as_json, beyond, verify  # noqa: E402
+from convert.verify import (  # noqa: E402
+    THRESHOLDS,
+    as_json,
+    beyond,
+    report_table,
+    verify,
+)
 from moss_audio_jax import MossAudioError  # noqa: E402
-from train.ablation import table  # noqa: E402
 
 STAGES = ["encoder", "tap 0", "tap 1", "tap 2", "adapter", "merged 0", "merged 1", "merged 2", "logits"]
 
@@ -33,7 +38,7 @@ def pair(tmp_path_factory) -> tuple[Path, Path]:
 
 def test_equal_models_agree_at_every_stage(pair):
     report = verify(*pair)
-    assert report.passed, table(report)
+    assert report.passed, report_table(report)
     assert report.models is not None
     assert [stage.stage for stage in report.models.stages] == STAGES
     # Measured: 1.3e-6 at most, KL 1e-12.
@@ -41,13 +46,13 @@ def test_equal_models_agree_at_every_stage(pair):
     assert 0 <= report.models.max_kl < 1e-9
     assert (report.models.top_1_agreement, report.models.top_k_overlap) == (1.0, 1.0)
     assert json.loads(json.dumps(as_json(report), allow_nan=False))["models"]["positions"] > 100
-    assert "PyTorch and JAX in float32 on a synthetic clip" in table(report)
+    assert "PyTorch and JAX in float32 on a synthetic clip" in report_table(report)
 
 
 def test_real_tokenizer_and_recording(goldens_dir):
     source = goldens_dir / "tiny-hf"
     report = verify(source, source, audio=goldens_dir.parent / "audio" / "test_en.mp3")
-    assert report.passed, table(report)
+    assert report.passed, report_table(report)
     assert report.models is not None
     assert report.models.positions == 158
     assert max(stage.relative_error for stage in report.models.stages) < 1e-5
@@ -64,7 +69,7 @@ def test_without_a_tokenizer(pair, tmp_path):
 
 def test_bfloat16_takes_wider_thresholds(pair):
     report = verify(*pair, dtype="bfloat16")
-    assert report.passed, table(report)
+    assert report.passed, report_table(report)
     assert report.models is not None
     errors = [stage.relative_error for stage in report.models.stages]
     assert 1e-4 < max(errors) < 0.1
@@ -78,7 +83,7 @@ def test_rounded_weights_take_wider_thresholds(data_dir, tmp_path):
     )
     convert_to_orbax(source, tmp_path / "orbax", np.dtype("bfloat16"))
     report = verify(source, tmp_path / "orbax")
-    assert report.passed, table(report)
+    assert report.passed, report_table(report)
     assert report.models is not None
     assert max(stage.relative_error for stage in report.models.stages) > 1e-4
 
@@ -96,7 +101,7 @@ def test_models_that_compute_something_else_fail(pair, tmp_path):
     assert "relative error of tap 0" in "\n".join(report.exceeded)
     assert "relative error of encoder" not in "\n".join(report.exceeded)
     assert not report.passed
-    assert "past its threshold: relative error of tap 0" in table(report)
+    assert "past its threshold: relative error of tap 0" in report_table(report)
 
 
 def test_a_config_of_transformers_5_keeps_its_rotary_base(pair, tmp_path):
@@ -111,26 +116,26 @@ def test_a_config_of_transformers_5_keeps_its_rotary_base(pair, tmp_path):
     exported = json.loads((tmp_path / "back" / "config.json").read_text())["language_config"]
     assert exported["rope_theta"] == exported["rope_parameters"]["rope_theta"] == theta != 10_000
     report = verify(source, tmp_path / "back")
-    assert report.passed and report.models is not None, table(report)
+    assert report.passed and report.models is not None, report_table(report)
 
 
 def test_two_orbax_directories_are_compared_by_tensors_alone(pair, tmp_path):
     report = verify(pair[1], pair[1])
     assert report.passed
     assert report.models is None
-    assert "neither is one" in table(report)
+    assert "neither is one" in report_table(report)
 
 
 def test_missing_pytorch_is_said_with_the_install_line(pair, monkeypatch):
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
     report = verify(*pair)
     assert report.passed
-    assert "torch and transformers not installed: pip install torch 'transformers==4.57.1'" in table(report)
+    assert "torch and transformers not installed: pip install torch 'transformers==4.57.1'" in report_table(report)
 
 
 def test_other_transformers_are_said_with_the_install_line(pair, monkeypatch):
     monkeypatch.setattr(module.importlib.metadata, "version", lambda name: "5.1.0")
-    assert "transformers 5.1.0 is installed, 4.57.1 is needed" in table(verify(*pair))
+    assert "transformers 5.1.0 is installed, 4.57.1 is needed" in report_table(verify(*pair))
 
 
 def test_too_little_memory_is_refused_beforehand(pair, monkeypatch):
