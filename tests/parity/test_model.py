@@ -231,7 +231,7 @@ def language_stages(graphdef, state, inputs, x, deepstack, hidden):
     model = nnx.merge(graphdef, state)
     return {
         "embeddings": model.language_model.embed_tokens(inputs.tokens),
-        "hidden": model.language_model(x, inputs.positions, inputs.segment_ids, deepstack),
+        "hidden": model.language_model(x, inputs.positions, inputs.segment_ids, deepstack).last,
         "logits": model.logits(hidden),
     }
 
