@@ -88,8 +88,8 @@ class Tokenizer:
         unknown = getattr(core.model, "unk_token", None)
         if unknown is not None and unknown not in vocabulary:
             raise MossAudioError(
-                f"the unk_token of {source} must be one of its tokens, not {shown(unknown)}: fetch its files again from "
-                "the released model"
+                f"the unk_token of {source} must be one of its tokens, not {shown(unknown)}: fetch its files again "
+                "from the released model"
             )
         added = core.get_added_tokens_decoder()
         self._core = core

@@ -176,7 +176,8 @@ def _open_moss_audio(option: str, directory: str, prefixes: tuple[str, ...]) -> 
     checkpoint = locate(directory)
     if checkpoint.is_adapter:
         raise MossAudioError(
-            f"--model.{option.replace('_', '-')} {directory} holds an adapter, not a model: merge it with `moss-audio-convert to-hf`"
+            f"--model.{option.replace('_', '-')} {directory} holds an adapter, not a model: merge it with "
+            "`moss-audio-convert to-hf`"
         )
     if checkpoint.layout() == "orbax":
         config = MossAudioConfig.from_hf(checkpoint.files)

@@ -63,7 +63,7 @@ def _name(argument: Any) -> str:
 
 
 def _expected(argument: Any) -> str:
-    """What a value must be: `INT` is a whole number, `None|INT` None or a whole number."""
+    """Description of a valid value: `INT` is a whole number, `None|INT` None or a whole number."""
     metavar = str(argument.lowered.metavar or "a value").replace("{", "").replace("}", "")
     words = [_KINDS.get(word, word) for word in metavar.split("|")]
     return " or ".join(words) if metavar not in _KINDS else _KINDS[metavar]
