@@ -27,7 +27,7 @@ import tyro
 from fake_gcs import FakeGcs
 
 from moss_audio_jax.tokens import Tokenizer
-from tests.train.test_loop import MODEL, write_corpus
+from tests.train.training_runs import MODEL, write_corpus
 from train.data import DataConfig, ExampleOrder, Group, Manifest, SampleMaker, Source, TrainingData
 
 BY_THE_CLOCK = ("step_seconds", "data_wait", "mfu", "time", "tokens_per_second", "restarts")

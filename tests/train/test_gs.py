@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fake_gcs import FAULTS, FakeGcs
-from test_loop import assert_same_numbers, config, corpus, one_device, restored, straight, until  # noqa: F401 - fixtures
 
 from moss_audio_jax import MossAudioError, load_model
 from moss_audio_jax.storage import paths
 from moss_audio_jax.storage.paths import to_path
 from moss_audio_jax.weights.locate import locate
 from moss_audio_jax.weights.parameters import parameters_of
+from tests.train.training_runs import assert_same_numbers, one_device, restored, until
 from train.__main__ import main
 from train.config import RunConfig
 from train.data.manifest import Manifest
@@ -25,7 +25,7 @@ from train.running.checkpoints import Checkpoints
 
 
 @pytest.fixture(scope="module")
-def data(corpus: Path, storage: FakeGcs) -> str:  # noqa: F811
+def data(corpus: Path, storage: FakeGcs) -> str:
     """The corpus, on gs://."""
     local = paths.local_directory("gs://corpus/data")
     shutil.copytree(corpus, local, dirs_exist_ok=True)
@@ -34,7 +34,7 @@ def data(corpus: Path, storage: FakeGcs) -> str:  # noqa: F811
 
 
 @pytest.fixture(scope="module")
-def run(config: RunConfig, data: str) -> paths.Path:  # noqa: F811
+def run(config: RunConfig, data: str) -> paths.Path:
     """A run on gs:// that was stopped once; its configuration is that of `straight` apart from where things are."""
     moved = moved_to(config, data)
     out = to_path("gs://corpus/run")
@@ -44,7 +44,7 @@ def run(config: RunConfig, data: str) -> paths.Path:  # noqa: F811
     return out
 
 
-def moved_to(config: RunConfig, data: str) -> RunConfig:  # noqa: F811
+def moved_to(config: RunConfig, data: str) -> RunConfig:
     mixture = config.mixture
     return dataclasses.replace(
         config,
@@ -57,7 +57,7 @@ def moved_to(config: RunConfig, data: str) -> RunConfig:  # noqa: F811
     )
 
 
-def test_a_run_that_went_on_ends_like_one_on_a_disk(run: paths.Path, straight: Path, config: RunConfig):  # noqa: F811
+def test_a_run_that_went_on_ends_like_one_on_a_disk(run: paths.Path, straight: Path, config: RunConfig):
     assert_same_numbers(run, straight, config)  # the data's state has the names of its sources, which differ
     found = {path.name for path in paths.children(run)}
     assert found >= {path.name for path in straight.iterdir()} and "profile" in found
@@ -70,8 +70,8 @@ def test_a_run_that_went_on_ends_like_one_on_a_disk(run: paths.Path, straight: P
 
 def test_storage_that_fails_changes_nothing(
     run: paths.Path,
-    straight: Path,  # noqa: F811
-    config: RunConfig,  # noqa: F811
+    straight: Path,
+    config: RunConfig,
     storage: FakeGcs,
     hasty: None,
 ):
@@ -88,7 +88,7 @@ def test_storage_that_fails_changes_nothing(
     assert [path.name for path in paths.children(out) if path.name.endswith(".piece")] == []
 
 
-def test_what_is_not_whole_is_not_taken(run: paths.Path, straight: Path, storage: FakeGcs):  # noqa: F811
+def test_what_is_not_whole_is_not_taken(run: paths.Path, straight: Path, storage: FakeGcs):
     storage.put("corpus", "run/checkpoints/7/params/manifest.ocdbt", b"being written")
     found = locate(run)
     assert found.params == run / "checkpoints" / "6" / "params"
@@ -100,7 +100,7 @@ def test_what_is_not_whole_is_not_taken(run: paths.Path, straight: Path, storage
     assert not (run / "checkpoints" / "7").exists()
 
 
-def test_a_damaged_checkpoint_is_put_aside(run: paths.Path, config: RunConfig, storage: FakeGcs):  # noqa: F811
+def test_a_damaged_checkpoint_is_put_aside(run: paths.Path, config: RunConfig, storage: FakeGcs):
     copy = to_path("gs://corpus/copy")
     for (bucket, name), stored in list(storage.objects.items()):
         if bucket == "corpus" and name.startswith("run/"):
@@ -112,7 +112,7 @@ def test_a_damaged_checkpoint_is_put_aside(run: paths.Path, config: RunConfig, s
     assert not (copy / "checkpoints" / "6").exists()
 
 
-def test_a_manifest_and_its_shards(corpus: Path, data: str, config: RunConfig):  # noqa: F811
+def test_a_manifest_and_its_shards(corpus: Path, data: str, config: RunConfig):
     manifest = Manifest(f"{data}/clips.jsonl")
     first = manifest[0].clip
     assert first is not None and first.audio == f"{data}/0.wav"

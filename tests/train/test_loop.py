@@ -17,144 +17,36 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-import soundfile
 
 from convert.average import average
 from convert.to_hf import convert_to_hf
 from moss_audio_jax import LoraConfig, MossAudioConfig, MossAudioError, load_model
 from moss_audio_jax.errors import StorageError
 from moss_audio_jax.sharding import make_mesh
-from moss_audio_jax.small_tokenizer import write_small_tokenizer
 from moss_audio_jax.sound import files
-from moss_audio_jax.weights.checkpoint import save_model
-from moss_audio_jax.weights.parameters import build_model, parameters_of
+from moss_audio_jax.weights.parameters import parameters_of
+from tests.train.training_runs import (
+    ENVIRONMENT,
+    MODEL,
+    STEPS,
+    assert_same_end,
+    lines,
+    one_device,
+    restored,
+    until,
+)
 from train.config import (
     LoopConfig,
     MixtureConfig,
     ModelSource,
-    OptimizerConfig,
     RunConfig,
-    StepConfig,
-    ValidationConfig,
 )
-from train.data import DataConfig
-from train.initialization import first_parameters
-from train.loop import Outcome, train
+from train.loop import train
 from train.recipes import RECIPES
 from train.running.checkpoints import Checkpoints, _parts
 from train.running.resume import write_or_check_config
 from train.running.validation import Validation
-from train.state import TrainState, abstract_state
-
-STEPS = 6
-MEASURED = ("time", "step_seconds", "tokens_per_second", "data_wait", "mfu", "restarts")  # by the clock, and starts
-TINY = MossAudioConfig.preset("tiny")
-MODEL = dataclasses.replace(
-    TINY,
-    audio_config=dataclasses.replace(TINY.audio_config, encoder_layers=2, deepstack_encoder_layer_indexes=(0,)),
-    language_config=dataclasses.replace(TINY.language_config, num_hidden_layers=2),
-)
-# A subprocess has one device, and compiles quickly.
-ENVIRONMENT = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"}
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """clips.jsonl, texts.jsonl, and in model/ a checkpoint with its tokenizer."""
-    return write_corpus(tmp_path_factory.mktemp("corpus"), clips=12, texts=8)
-
-
-def write_corpus(directory: Path, *, clips: int, texts: int) -> Path:
-    """clips.jsonl, texts.jsonl, and in model/ a checkpoint with its tokenizer."""
-    rng = np.random.default_rng(0)
-    lines: dict[str, list[dict]] = {"clips": [], "texts": [{"text": f"text {number} " * 3} for number in range(texts)]}
-    for number in range(clips):
-        soundfile.write(directory / f"{number}.wav", rng.normal(0, 0.1, int(rng.uniform(3000, 20000))), 16000)
-        lines["clips"].append({"audio": f"{number}.wav", "text": f"number {number}"})
-    for name, content in lines.items():
-        (directory / f"{name}.jsonl").write_text("\n".join(map(json.dumps, content)))
-    mesh = one_device()
-    save_model(build_model(MODEL, first_parameters(ModelSource(), MODEL, mesh=mesh)), directory / "model")
-    write_small_tokenizer(directory / "model")
-    return directory
-
-
-def one_device() -> jax.sharding.Mesh:
-    return make_mesh(devices=jax.devices()[:1])
-
-
-@pytest.fixture(scope="module")
-def config(corpus: Path) -> RunConfig:
-    """A part of everything: speech and text, accumulation, frozen parameters, dropout, bfloat16."""
-    mixture = MixtureConfig()
-    return RunConfig(
-        data=DataConfig(batch_size=2, tokens=160, chunks=2, open_bins=2),
-        optimizer=OptimizerConfig(
-            learning_rate=1e-3, warmup_steps=2, total_steps=20, freeze=("audio_encoder.stem_proj.*",)
-        ),
-        loop=LoopConfig(steps=STEPS, checkpoint_every=2, keep_last=2, log_every=1),
-        model=ModelSource(checkpoint=str(corpus / "model")),
-        mixture=dataclasses.replace(
-            mixture,
-            speech=dataclasses.replace(mixture.speech, paths=(str(corpus / "clips.jsonl"),)),
-            text=dataclasses.replace(mixture.text, paths=(str(corpus / "texts.jsonl"),)),
-        ),
-        step=StepConfig(remat="none", loss_chunk=160),
-        microbatches=2,
-    )
-
-
-def until(config: RunConfig, steps: int, **changes) -> RunConfig:
-    """changes: fields of LoopConfig and of ValidationConfig, which have no name in common."""
-    names = [field.name for field in dataclasses.fields(ValidationConfig) if field.name in changes]
-    validation = dataclasses.replace(config.validation, **{name: changes.pop(name) for name in names})
-    loop = dataclasses.replace(config.loop, steps=steps, **changes)
-    return dataclasses.replace(config, loop=loop, validation=validation)
-
-
-@pytest.fixture(scope="module")
-def straight(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that was never stopped."""
-    out = tmp_path_factory.mktemp("straight")
-    assert train(config, out, mesh=one_device()) == Outcome(STEPS, preempted=False)
-    return out
-
-
-@pytest.fixture
-def copy(straight: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(straight, tmp_path / "copy")
-
-
-def restored(out: Path, config: RunConfig, mesh: jax.sharding.Mesh | None = None) -> tuple[TrainState, dict]:
-    frozen = {"audio_encoder.stem_proj.kernel": "bfloat16"}
-    target = abstract_state(MODEL, config.optimizer, frozen_dtypes=frozen, mesh=mesh or one_device())
-    with Checkpoints(out) as checkpoints:
-        found = checkpoints.restore(target)
-    assert found is not None
-    return found
-
-
-def assert_same_end(found: Path, expected: Path, config: RunConfig) -> None:
-    """Every array of the state, the data's position, and the numbers of every step."""
-    assert restored(found, config)[1] == restored(expected, config)[1]
-    assert_same_numbers(found, expected, config)
-
-
-def assert_same_numbers(found: Path, expected: Path, config: RunConfig) -> None:
-    """Every array of the state, and the numbers of every step."""
-    (state, _), (expected_state, _) = restored(found, config), restored(expected, config)
-    leaves, expected_leaves = (jax.tree_util.tree_leaves_with_path(tree) for tree in (state, expected_state))
-    for (path, leaf), (expected_path, other) in zip(leaves, expected_leaves, strict=True):
-        assert path == expected_path and leaf.dtype == other.dtype
-        np.testing.assert_array_equal(leaf, other, err_msg=jax.tree_util.keystr(path))
-    timeless = [{k: v for k, v in line.items() if k not in MEASURED} for line in lines(found)]
-    for line, other in zip(timeless, lines(expected), strict=True):
-        of_all = {name: value for name, value in line.items() if not name.startswith("epoch/")}  # by the data's path
-        assert of_all == {name: other[name] for name in of_all}
-
-
-def lines(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+from train.state import abstract_state
 
 
 def test_a_run_leaves_checkpoints_metrics_and_its_configuration(straight: Path, config: RunConfig):

@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from test_loop import ENVIRONMENT, corpus, lines  # noqa: F401 - a fixture
 
 from moss_audio_jax import MossAudioError
 from moss_audio_jax.storage.paths import AnyPath, to_path
 from moss_audio_jax.weights.locate import locate
+from tests.train.training_runs import ENVIRONMENT, lines
 from train.running.config import DistributedConfig
 from train.running.rendezvous import rendezvous
 
@@ -68,7 +68,7 @@ class Run:
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Iterator[Callable[..., Run]]:  # noqa: F811
+def start(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Iterator[Callable[..., Run]]:
     """Starts `count` processes of a run of so many steps, each with one device."""
     cache = {
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
@@ -109,7 +109,7 @@ def start(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Iterator[Ca
 
 
 @pytest.fixture(scope="module")
-def evaluated(corpus: Path) -> dict[str, object]:  # noqa: F811
+def evaluated(corpus: Path) -> dict[str, object]:
     """Options of an evaluation after the fourth step and after the last."""
     options = {"every": 4, "data": corpus / "clips.jsonl", "count": 3, "tokens": 4}
     return {f"evaluate-{name}": value for name, value in options.items()} | {"best-metric": "loss"}
@@ -203,7 +203,7 @@ def test_processes_end_their_epochs_together(start: Callable[..., Run], tmp_path
     assert found[1][-1]["epoch"] >= 2
 
 
-def test_processes_share_an_evaluation(corpus: Path, tmp_path: Path):  # noqa: F811
+def test_processes_share_an_evaluation(corpus: Path, tmp_path: Path):
     """Three clips, two at once, so that one row of the last batch is filled up."""
     environment = os.environ | ENVIRONMENT | {"JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo"}
     question = ["--data", str(corpus / "clips.jsonl"), "--limit", "3", "--batch-size", "2", "--max-new-tokens", "4"]
@@ -224,7 +224,7 @@ def test_processes_share_an_evaluation(corpus: Path, tmp_path: Path):  # noqa: F
     assert "transcribe" not in run.log(1)
 
 
-def test_a_clip_that_one_process_can_t_read_ends_the_evaluation(corpus: Path, tmp_path: Path):  # noqa: F811
+def test_a_clip_that_one_process_can_t_read_ends_the_evaluation(corpus: Path, tmp_path: Path):
     """Its header is whole; only the process that decodes it meets the mistake, and all end at once."""
     shutil.copytree(corpus, tmp_path / "corpus")
     clip = tmp_path / "corpus" / "0.wav"

@@ -10,21 +10,10 @@ from typing import Any
 
 import pytest
 import tyro
-from test_loop import (  # noqa: F401 - some are fixtures
-    STEPS,
-    assert_same_end,
-    config,
-    copy,
-    corpus,
-    lines,
-    one_device,
-    restored,
-    straight,
-    until,
-)
 
 import train.__main__ as command_line
 from moss_audio_jax import LoraConfig, MossAudioError
+from tests.train.training_runs import STEPS, assert_same_end, lines, one_device, restored, until
 from train.config import ModelSource, OptimizerConfig, RunConfig, ValidationConfig, with_paths
 from train.loop import train
 from train.recipes import RECIPES, read_recipe
@@ -36,7 +25,7 @@ from train.running.resume import RULES, Record, rule_of, write_or_check_config
 ROOT = Path(__file__).parents[2]
 
 
-def changed(config: Any, **fields: Any) -> Any:  # noqa: F811
+def changed(config: Any, **fields: Any) -> Any:
     """With other fields, nested ones by `__`."""
     for name, value in fields.items():
         first, _, rest = name.partition("__")
@@ -45,7 +34,7 @@ def changed(config: Any, **fields: Any) -> Any:  # noqa: F811
     return config
 
 
-def options(config: Any, prefix: str = "") -> Iterator[str]:  # noqa: F811
+def options(config: Any, prefix: str = "") -> Iterator[str]:
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
@@ -180,7 +169,7 @@ def parsed(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> tuple[RunCo
     return taken[0]
 
 
-def test_a_resumed_command_keeps_what_the_run_was_begun_with(straight: Path, monkeypatch, config: RunConfig):  # noqa: F811
+def test_a_resumed_command_keeps_what_the_run_was_begun_with(straight: Path, monkeypatch, config: RunConfig):
     found, _ = parsed(["--out", str(straight)], monkeypatch)
     assert found == config
     found, _ = parsed(["--out", str(straight), "--seed", "4", "--recipe", "finetune"], monkeypatch)
@@ -191,7 +180,7 @@ def test_a_resumed_command_keeps_what_the_run_was_begun_with(straight: Path, mon
         parsed(["--out", "nowhere"], monkeypatch)
 
 
-def test_another_recipe_than_the_run_was_begun_with_is_refused(tmp_path: Path, straight: Path, monkeypatch):  # noqa: F811
+def test_another_recipe_than_the_run_was_begun_with_is_refused(tmp_path: Path, straight: Path, monkeypatch):
     run = shutil.copytree(straight, tmp_path / "run")
     written = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps(written | {"recipe": "finetune"}))
@@ -202,9 +191,9 @@ def test_another_recipe_than_the_run_was_begun_with_is_refused(tmp_path: Path, s
 
 
 def test_goes_back_to_an_earlier_checkpoint_once_and_without_the_first_one(
-    copy: Path,  # noqa: F811
-    straight: Path,  # noqa: F811
-    config: RunConfig,  # noqa: F811
+    copy: Path,
+    straight: Path,
+    config: RunConfig,
 ):
     """The checkpoint that the run began with is gone: nothing of it is needed any more."""
     moved = changed(config, model=ModelSource(checkpoint="gone"))
@@ -219,7 +208,7 @@ def test_goes_back_to_an_earlier_checkpoint_once_and_without_the_first_one(
         train(moved, copy, mesh=one_device(), resume=ResumeConfig(from_step=3))
 
 
-def test_passes_over_steps_and_keeps_to_it(copy: Path, straight: Path, config: RunConfig):  # noqa: F811
+def test_passes_over_steps_and_keeps_to_it(copy: Path, straight: Path, config: RunConfig):
     with pytest.raises(MossAudioError, match=r"--skip-steps 5:5: the run resumes after step 6.*before step 5"):
         train(config, copy, mesh=one_device(), resume=ResumeConfig(skip_steps="5:5"))
     skip = ResumeConfig(from_step=4, skip_steps="5:5")
@@ -234,7 +223,7 @@ def test_passes_over_steps_and_keeps_to_it(copy: Path, straight: Path, config: R
     assert last["loss"] != expected["loss"]
 
 
-def test_a_branch_resumes_another_run(straight: Path, tmp_path: Path, config: RunConfig):  # noqa: F811
+def test_a_branch_resumes_another_run(straight: Path, tmp_path: Path, config: RunConfig):
     before = sorted(path for path in straight.rglob("*"))
     same, other = tmp_path / "same", tmp_path / "other"
     branch = ResumeConfig(branch=f"{straight}@4")
@@ -261,7 +250,7 @@ def test_a_branch_resumes_another_run(straight: Path, tmp_path: Path, config: Ru
         train(thawed, tmp_path / "third", mesh=one_device(), resume=branch)
 
 
-def test_checkpoints_by_time_and_a_profile_on_request(tmp_path: Path, config: RunConfig):  # noqa: F811
+def test_checkpoints_by_time_and_a_profile_on_request(tmp_path: Path, config: RunConfig):
     out = tmp_path / "run"
     out.mkdir()
     (out / "profile_now").touch()
@@ -273,7 +262,7 @@ def test_checkpoints_by_time_and_a_profile_on_request(tmp_path: Path, config: Ru
     assert before == sorted(before) and all(line["tokens_per_second"] > 0 for line in lines(out))
 
 
-def test_other_data_begin_at_their_beginning(copy: Path, straight: Path, config: RunConfig):  # noqa: F811
+def test_other_data_begin_at_their_beginning(copy: Path, straight: Path, config: RunConfig):
     spoken = changed(until(config, STEPS + 1), mixture__text__paths=())
     with pytest.raises(MossAudioError, match=r"give --allow-change mixture.text.paths"):
         train(spoken, copy, mesh=one_device())

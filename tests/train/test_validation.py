@@ -10,11 +10,11 @@ import jax
 import numpy as np
 import pytest
 from scipy.special import logsumexp
-from test_loop import assert_same_end, config, copy, corpus, lines, one_device, straight, until  # noqa: F401 - fixtures
 
 from moss_audio_jax import MossAudio, MossAudioError, load_model, load_processor
 from moss_audio_jax.sharding import make_mesh
 from moss_audio_jax.weights.parameters import parameters_of
+from tests.train.training_runs import assert_same_end, lines, one_device, until
 from train.config import LoopConfig, RunConfig
 from train.data import Manifest, Message, SampleMaker, TimedText
 from train.data.samples import Sample
@@ -31,9 +31,9 @@ def written(out: Path, name: str) -> list[dict]:
 
 
 def test_the_best_is_kept_and_a_run_ends_that_gets_no_better(
-    straight: Path,  # noqa: F811
-    config: RunConfig,  # noqa: F811
-    corpus: Path,  # noqa: F811
+    straight: Path,
+    config: RunConfig,
+    corpus: Path,
     tmp_path: Path,
 ):
     """It ends after step 5, and is told to go on further than its patience lasts. Nothing else is changed by it.
@@ -88,7 +88,7 @@ def test_the_best_is_kept_and_a_run_ends_that_gets_no_better(
 
 
 @pytest.fixture(scope="module")
-def evaluated(config: RunConfig, corpus: Path) -> RunConfig:  # noqa: F811
+def evaluated(config: RunConfig, corpus: Path) -> RunConfig:
     """A run whose loss falls from one evaluation to the next."""
     asked = {"every": 2, "data": (str(corpus / "clips.jsonl"),), "count": 3}
     return until(config, 5, **asked, max_new_tokens=4, best_metric="loss", keep_last=1, checkpoint_every=10)
@@ -187,7 +187,7 @@ def test_what_an_evaluation_found_survives(
     assert_same_outcome(out, unstopped[0], evaluated)
 
 
-def test_the_shapes_of_an_evaluation(config: RunConfig, corpus: Path):  # noqa: F811
+def test_the_shapes_of_an_evaluation(config: RunConfig, corpus: Path):
     asking = until(config, 5, every=1, batch_size=3, max_new_tokens=20)
     assert evaluation_shapes(asking, parts=2) == (4, 192, 2, 24, 1)
     items = manifest_questions(corpus / "clips.jsonl", limit=2)
@@ -195,18 +195,18 @@ def test_the_shapes_of_an_evaluation(config: RunConfig, corpus: Path):  # noqa: 
     assert (prompts, chunks, new_tokens) == (2, 1, 24) and 64 <= tokens < 160
 
 
-def test_a_run_that_looks_for_no_best_has_none(straight: Path):  # noqa: F811
+def test_a_run_that_looks_for_no_best_has_none(straight: Path):
     with pytest.raises(MossAudioError, match="does not know its best checkpoint"):
         load_model(straight / "best")
 
 
-def validation(config: RunConfig, mesh: jax.sharding.Mesh, out: Path, **loop) -> Validation:  # noqa: F811
+def validation(config: RunConfig, mesh: jax.sharding.Mesh, out: Path, **loop) -> Validation:
     config = until(config, 1, **{"every": 1, **loop})
     processor = load_processor(str(config.model.checkpoint))
     return Validation(config, processor, SampleMaker(processor.tokenizer, processor.config), mesh, out)
 
 
-def test_the_loss_is_of_all_of_a_long_text(config: RunConfig, tmp_path: Path):  # noqa: F811
+def test_the_loss_is_of_all_of_a_long_text(config: RunConfig, tmp_path: Path):
     text, path = "a word " * 100, tmp_path / "long.jsonl"
     path.write_text(json.dumps({"text": text}))
     batches = validation(config, one_device(), tmp_path, data=(str(path),))._batches
@@ -217,8 +217,8 @@ def test_the_loss_is_of_all_of_a_long_text(config: RunConfig, tmp_path: Path):  
 
 @pytest.mark.alone
 def test_the_loss_is_of_all_tokens_and_the_same_on_a_mesh(
-    config: RunConfig,  # noqa: F811
-    corpus: Path,  # noqa: F811
+    config: RunConfig,
+    corpus: Path,
     tmp_path: Path,
 ):
     """Against log-probabilities one sample at a time; packed, it takes several batches, of one shape."""
@@ -272,8 +272,8 @@ def by_hand(model: MossAudio, sample: Sample) -> tuple[float, int, int]:
 def test_what_can_not_be_evaluated_is_refused_before_training(
     loop: dict,
     message: str,
-    config: RunConfig,  # noqa: F811
-    corpus: Path,  # noqa: F811
+    config: RunConfig,
+    corpus: Path,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ):
@@ -284,7 +284,7 @@ def test_what_can_not_be_evaluated_is_refused_before_training(
     assert ("left out of eval/loss" in caplog.text) == ("data" in loop)
 
 
-def test_what_is_too_long_is_cut_as_in_training(config: RunConfig, tmp_path: Path):  # noqa: F811
+def test_what_is_too_long_is_cut_as_in_training(config: RunConfig, tmp_path: Path):
     write_conversation(tmp_path / "long.jsonl", "Say it.", "far too long " * 100)
     truncating = dataclasses.replace(config, data=dataclasses.replace(config.data, oversize="truncate"))
     cut = validation(truncating, one_device(), tmp_path, data=(str(tmp_path / "long.jsonl"),))
@@ -338,7 +338,7 @@ def test_a_class_that_nobody_expects_is_no_curve():
     assert found["eval/a/events/predicted_events"] == 2
 
 
-def test_objectives_that_ask_nothing(config: RunConfig, corpus: Path):  # noqa: F811
+def test_objectives_that_ask_nothing(config: RunConfig, corpus: Path):
     asking = {"every": 2, "objectives": ("events", "caption")}
     with pytest.raises(MossAudioError, match=r"--validation\.objectives needs --validation\.data: give both"):
         questions_and_texts(until(config, 5, **asking))
