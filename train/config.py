@@ -116,7 +116,7 @@ class StepConfig:
     z_loss: float = 0.0
     """Weight of log(Z)^2 in the loss. 0: off."""
     loss_chunk: int = 512
-    """Tokens of a chunk of the loss; the logits of one chunk are live at a time."""
+    """Tokens of a block of the loss. The logits of one block are in memory at a time."""
     audio_label_weight: float = 0.0
     """Weight of an auxiliary cross-entropy at audio tokens that predicts the event label, or a digit of the time, from
     the adapter output and from the hidden states after half of the language model's layers. Speeds up training from
