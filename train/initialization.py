@@ -185,7 +185,8 @@ def _open_language_model(directory: str) -> Part:
 def _open_moss_audio(option: str, directory: str, prefixes: tuple[str, ...]) -> Part:
     if is_adapter(directory):
         raise MossAudioError(
-            f"--model.{option.replace('_', '-')} {directory} holds an adapter, not a model: merge it with `moss-audio-convert to-hf`"
+            f"--model.{option.replace('_', '-')} {directory} holds an adapter, not a model: merge it with "
+            "`moss-audio-convert to-hf`"
         )
     if layout_of(directory) == "orbax":
         config = MossAudioConfig.from_hf(files_directory(directory))
