@@ -26,7 +26,7 @@ def average(run: AnyPath, out: AnyPath, *, last: int | None = None, steps: Seque
     if locate(directories[0]).is_adapter:
         raise MossAudioError(
             f"{run} trains an adapter of LoRA, whose factors have no meaningful mean: merge adapters with "
-            "`python -m convert to-hf`, or give a run that trains the model itself"
+            "`moss-audio-convert to-hf`, or give a run that trains the model itself"
         )
     mean = _Mean([OrbaxCheckpoint(directory) for directory in directories])
     arrays = streamed_parameters(mean, leaf_dtypes(mean, None))

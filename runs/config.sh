@@ -17,8 +17,8 @@ need BUCKET gs://my-bucket "of Cloud Storage, in the zone's region: data, checkp
 
 NAME=${NAME:-moss}              # of what is rented, and of the run
 RECIPE=${RECIPE:-finetune_lora} # docs/training.md has them all
-MODEL=${MODEL:-$BUCKET/moss-8b} # what `python -m convert to-orbax` wrote, copied there
-DATA=${DATA:-$BUCKET/shards}    # what `python -m train prepare` wrote, or a manifest
+MODEL=${MODEL:-$BUCKET/moss-8b} # what `moss-audio-convert to-orbax` wrote, copied there
+DATA=${DATA:-$BUCKET/shards}    # what `moss-audio-train prepare` wrote, or a manifest
 SLICES=${SLICES:-1}             # TPUs in one run, each with a whole copy of the parameters: tpu_multislice.sh, gke_xpk.sh
 SPOT=${SPOT:-}                  # yes: spare capacity, which costs less and may be taken away at any time
 REPO=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

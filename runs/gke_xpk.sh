@@ -24,7 +24,7 @@ run)
     shift
     committed=$(mktemp -d)
     git -C "$REPO" archive HEAD | tar -x -C "$committed"
-    # Exit code 75 is `python -m train run` preempted, or another host lost: begin again, from the newest checkpoint.
+    # Exit code 75 is `moss-audio-train run` preempted, or another host lost: begin again, from the newest checkpoint.
     # xpk sends SIGTERM to the shell of the command, which `exec` makes the run itself.
     xpk workload create "${place[@]}" --workload="$NAME" --tpu-type="$TPU" --num-slices="$SLICES" \
         --base-docker-image=python:3.12 --script-dir="$committed" \

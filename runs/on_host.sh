@@ -8,7 +8,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-AGAIN=75                   # exit code of `python -m train run`: preempted, or another host was lost
+AGAIN=75                   # exit code of `moss-audio-train run`: preempted, or another host was lost
 MISTAKE=2                  # what the message names and no repetition mends: an option, the data, a full disk
 LONG=${LONG:-600}          # seconds after which any other end is taken for an interruption, such as JAX's own
 TRIES=${TRIES:-5}          # ends in a row before LONG seconds, after which it is left

@@ -30,7 +30,7 @@ def load_model(path: AnyPath, *, dtype: Any = None, mesh: Mesh | None = None) ->
 
     path: one of
         a released PyTorch directory, on a disk of this machine; the others may be on gs://;
-        an Orbax directory that `python -m convert to-orbax` or `save_model` wrote;
+        an Orbax directory that `moss-audio-convert to-orbax` or `save_model` wrote;
         a training run (its newest checkpoint), one of its checkpoints, or RUN/best, RUN/ema (see `locate`);
         an adapter of LoRA: the model that it names is loaded, then the adapter.
     dtype: of the parameters, and so of the computation; None takes bfloat16 on accelerators, and float32 on the CPU,

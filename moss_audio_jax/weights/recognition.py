@@ -11,8 +11,8 @@ from moss_audio_jax.storage.paths import AnyPath, Path, children, exists, reason
 RELEASED_NAMES = tuple(f"MOSS-Audio-{size}-{kind}" for size in ("4B", "8B") for kind in ("Instruct", "Thinking"))
 OWNER = "OpenMOSS-Team"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w-]*/[A-Za-z0-9][\w.-]*", re.ASCII)  # one slash, as no path of a file's has it
-MODEL = "a released MOSS-Audio directory, one that `python -m convert to-orbax` wrote, or a training run"
-ADAPTER = "the directory of an adapter: PEFT's, one of `python -m convert from-peft`, or a training run of LoRA"
+MODEL = "a released MOSS-Audio directory, one that `moss-audio-convert to-orbax` wrote, or a training run"
+ADAPTER = "the directory of an adapter: PEFT's, one of `moss-audio-convert from-peft`, or a training run of LoRA"
 
 # Pattern of a file -> what to do about a directory that holds one; the first match counts.
 _PICKLE = "a pickle of PyTorch, which is never read here: load it in PyTorch and save it with "
@@ -94,7 +94,7 @@ def _a_directory(path: Path, wanted: str) -> str:
     if "adapter_config.json" in names:
         return (
             f"{path} holds an adapter of LoRA and no model: give its model, and the adapter as --adapter; or merge the "
-            f"two first with `python -m convert to-hf {shlex.quote(str(path))} MERGED --base MODEL`"
+            f"two first with `moss-audio-convert to-hf {shlex.quote(str(path))} MERGED --base MODEL`"
         )
     if "snapshots" in names and (snapshots := children(path / "snapshots")):
         return f"{path} is a repository of the Hugging Face cache: give its snapshot {snapshots[-1]}"

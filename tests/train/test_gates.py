@@ -1,6 +1,6 @@
 """Programs of the released sizes, compiled for TPUs: they fit, need no more than they did, and gather no whole head.
 
-`gates.json` names them, each by the options of `python -m train plan`, with the figures last measured. `make gates`
+`gates.json` names them, each by the options of `moss-audio-train plan`, with the figures last measured. `make gates`
 compiles all of them, `make test` those that name `ci`. With UPDATE_GATES=1 the figures are written instead of compared.
 """
 

@@ -1,4 +1,4 @@
-"""`python -m train prepare` and `check`, as a person runs them."""
+"""`moss-audio-train prepare` and `check`, as a person runs them."""
 
 import json
 import subprocess
