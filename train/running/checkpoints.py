@@ -199,8 +199,8 @@ class Checkpoints:
                 if not _is_damage(error):
                     raise MossAudioError(
                         f"{self._directory}: checkpoint {step} can't be restored, and not because it is damaged "
-                        f"({summary(error)}): repair that and run the same command again, or move the checkpoint out of "
-                        "that directory to resume from the previous one"
+                        f"({summary(error)}): repair that and run the same command again, or move the checkpoint "
+                        "out of that directory to resume from the previous one"
                     ) from error
                 if last or jax.process_count() > 1:
                     raise _Damaged(error) from error
