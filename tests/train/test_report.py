@@ -348,7 +348,9 @@ def test_a_profile(tmp_path: Path):
             profile.before(4)
             profile.after(4, step(x))
     assert not (tmp_path / "none").exists()
-    with pytest.raises(MossAudioError, match="starts at step 1 or later and has 0 steps or more, not 0 and 2"):
+    with pytest.raises(
+        MossAudioError, match="--profile-first must be 1 or more and --profile-steps 0 or more, not 0 and 2"
+    ):
         Profile(tmp_path, 0, 2)
 
 
