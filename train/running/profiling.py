@@ -1,4 +1,4 @@
-"""Traces of a few steps of a run, for TensorBoard's profiler or XProf, planned by options or requested during the run."""
+"""Traces of a few steps of a run, for TensorBoard's profiler or XProf, planned or requested during the run."""
 
 import contextlib
 import signal
