@@ -150,7 +150,7 @@ class Check:
         return replace(example, clip=example.clip and self._silence(example.clip))
 
     def _silence(self, clip: Clip) -> Clip:
-        """Returns silence of the clip's length, or of one mel frame if its header may not be read. Adds to the total."""
+        """Returns silence of the clip's length, or of one mel frame if its header may not be read."""
         assert isinstance(clip.audio, str)  # a manifest holds paths
         samples = clip.num_samples() if self._is_known(clip) else RELEASED_MEL.mel_hop_length
         self.audio_seconds += samples / SAMPLE_RATE
