@@ -1,13 +1,13 @@
-"""A run of training: from its configuration to checkpoints and metrics, resumed where it stopped.
+"""Training loop of a run, from its configuration to checkpoints and metrics. Resumes from the newest checkpoint.
 
-    out/config.json      the configuration and what became of it: see `resume`
-    out/metrics.jsonl    a line for every step, and more for people: see `report`
+    out/config.json      configuration and history: see `resume`
+    out/metrics.jsonl    one line per step, and further records: see `report`
     out/checkpoints/     see `checkpoints`
 
-A run that was killed and is started again ends with the same parameters, bit for bit, as one that never stopped: a
-step depends on the state and its batch alone, the data's iterator continues exactly, and both are saved together. The
-checkpoint of a step comes before its evaluation, which a resumed run makes if `scores.jsonl` does not hold it.
-Several processes (`distributed`) make the same batches as one, and may be others in number each time it is resumed.
+A run that was killed and started again ends with bit-identical parameters to one that never stopped: a step depends
+only on the state and its batch, the data iterator resumes exactly, and both are saved together. The checkpoint of a
+step comes before its evaluation; a resumed run evaluates if `scores.jsonl` has no scores of that step. Several
+processes (`distributed`) make the same batches as one. Their number may change whenever the run resumes.
 """
 
 import dataclasses
@@ -67,17 +67,19 @@ from train.running.watchdog import Watchdog
 from train.state import TrainState, abstract_state, new_state, with_new_data
 from train.step import train_step
 
-AGREE_EVERY = 10  # steps, on what the first process decides by its clock
+AGREE_EVERY = 10  # steps between decisions of process 0 by its clock
 
 Scores = Mapping[str, float | None]
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """How a run ended. step: the last one, which has a checkpoint.
+    """Result of a run.
 
-    preempted: by SIGTERM or Ctrl-C, before the last step.
-    best: of its evaluations, where it looks for one. stopped_early: since that was not beaten any more.
+    step: its last step, which has a checkpoint.
+    preempted: ended before the last step by SIGTERM or Ctrl-C.
+    best: its best evaluation, if it has a `best_metric`. stopped_early: ended because `patience` evaluations did not
+        improve on it.
     """
 
     step: int
@@ -87,9 +89,9 @@ class Outcome:
 
 
 class Termination:
-    """Says whether to stop after a step since there was a SIGTERM, the notice of a preemption, or Ctrl-C.
+    """Returns True after a step if the run must stop: after SIGTERM, which announces a preemption, or Ctrl-C.
 
-    Several processes stop after the same step, whichever of them was told: JAX has its own handler of SIGTERM then.
+    With several processes JAX handles SIGTERM: all stop after the same step, whichever got the signal.
     """
 
     def __init__(self):
@@ -112,23 +114,23 @@ class Termination:
         return self._requested.is_set()
 
     def is_requested(self) -> bool:
-        """Whether to stop at once, while nothing is computed. Several processes only stop after a step."""
+        """Returns True if the run may stop at once, while it waits for data. Several processes stop only after a step."""
         return self._requested.is_set()
 
     def save_on_ctrl_c(self) -> None:
-        """From now on Ctrl-C does what SIGTERM does; before the first step it ends the run, with nothing to save."""
+        """Makes Ctrl-C act like SIGTERM. Before the first step there is nothing to save, and it ends the run."""
         if not self._saves_on_ctrl_c:
             self._saves_on_ctrl_c = True
             self._stack.enter_context(stops_on_ctrl_c(lambda: os.kill(os.getpid(), signal.SIGTERM)))
 
 
 def train(config: RunConfig, out: AnyPath, *, mesh: Mesh | None = None, resume: ResumeConfig | None = None) -> Outcome:
-    """Trains until `config.last_step`, from the newest checkpoint in `out` if there is one. For the main thread.
+    """Trains until `config.last_step`, from the newest checkpoint in `out` if there is one. Needs the main thread.
 
-    mesh: over the devices to use; None lays out all of them as the configuration says.
-    resume: which options may be others than the run was begun with, and where it resumes.
-    Raises MossAudioError for a configuration other than the one the run was begun with, too many skipped steps in a
-    row, data that can't be used and checkpoints that can't be written or read.
+    mesh: devices to use; None makes a mesh of all devices by `config.mesh`.
+    resume: options that may differ from the run's configuration, and the step to resume from.
+    Raises MossAudioError if another option differs from the run's configuration, if too many steps in a row are
+    skipped, for unusable data, and for checkpoints that can't be written or read.
     """
     out, resume = to_path(out), resume or ResumeConfig()
     source = _source(config, out, resume)
@@ -162,7 +164,7 @@ def train(config: RunConfig, out: AnyPath, *, mesh: Mesh | None = None, resume: 
         report.say(overview(config, groups, mesh, state, start))
         profile = stack.enter_context(Profile(out, config.loop.profile_first, config.loop.profile_steps))
         stack.enter_context(jax.set_mesh(mesh))
-        stack.enter_context(exit_if_peer_lost())  # last in, first out: closing checkpoints waits for the others
+        stack.enter_context(exit_if_peer_lost())  # exits first: closing checkpoints would wait for the lost process
         between_steps = (checkpoints, report, profile, validation, stop, watchdog)
         run = _Run(config, model, data, HostSums(mesh), *between_steps, num_groups=len(order.groups))
         keep()
@@ -170,19 +172,19 @@ def train(config: RunConfig, out: AnyPath, *, mesh: Mesh | None = None, resume: 
 
 
 def _nothing_left(out: Path) -> AbstractContextManager[Callable[[], None]]:
-    """Removes what a start that is refused has put into the directory of its run; what has begun stays."""
+    """Removes the files of a start that fails before training begins. Keeps those of a run with a checkpoint."""
     if jax.process_index() or is_begun(out):
         return nullcontext(lambda: None)
     return nothing_left(out, (CONFIG_FILE, RUN_MODEL, RUN_CHECKPOINTS, *RECORDS))
 
 
 def _source(config: RunConfig, out: Path, resume: ResumeConfig) -> ModelSource:
-    """Where the model's configuration and tokenizer are; a run that has begun keeps them in its own directory."""
+    """Source of the model's configuration and tokenizer. A run with a checkpoint has them in its own directory."""
     if is_begun(out):
         return ModelSource(checkpoint=str(out))
     if resume.from_step is not None:
         raise MossAudioError(
-            f"--from-step {resume.from_step}: {out} holds no run with a checkpoint; name another --out"
+            f"--from-step {resume.from_step}: {out} holds no run with a checkpoint: name another --out"
         )
     if resume.origin is not None:
         run, step = resume.origin
@@ -190,7 +192,7 @@ def _source(config: RunConfig, out: Path, resume: ResumeConfig) -> ModelSource:
         if step not in there:
             raise MossAudioError(
                 f"--branch {resume.branch}: {run} has no checkpoint of step {step}, only of "
-                f"{', '.join(map(str, there)) or 'none'}; name one of these"
+                f"{', '.join(map(str, there)) or 'none'}: name one of these"
             )
         return ModelSource(checkpoint=str(run))
     return config.model
@@ -204,7 +206,7 @@ def _write_files(
     checkpoints: Checkpoints,
     out: Path,
 ) -> None:
-    """The run's configuration and what goes with all checkpoints; puts those aside that come after `from_step`."""
+    """Writes config.json and model/ of the run. With `from_step` first moves later checkpoints aside."""
     begun, step = is_begun(out), max(checkpoints.steps, default=0)
     if begun and resume.from_step is not None and rewinds(Record.read(out), resume):
         step = resume.from_step
@@ -213,25 +215,25 @@ def _write_files(
     _require_ahead(resume, step, Record.read(out) if begun else None)
     write_or_check_config(config, out, begun=begun, step=step, resume=resume)
     if not begun:
-        (out / RUN_MODEL).rmtree(missing_ok=True)  # of a start that came to no checkpoint, perhaps of another model
+        (out / RUN_MODEL).rmtree(missing_ok=True)  # left by a start without a checkpoint, perhaps of another model
         if resume.origin is not None:
             copy_model_files(resume.origin[0] / RUN_MODEL, out / RUN_MODEL)
     write_model_files(config.model, model, order, out / RUN_MODEL)
 
 
 def _require_ahead(resume: ResumeConfig, step: int, record: Record | None) -> None:
-    """Raises MossAudioError for steps to skip that were trained; those that the run has in its record are done."""
+    """Raises MossAudioError if steps to skip were already trained, unless the run's record has them as skipped."""
     behind = [skipped for skipped in resume.skipped if skipped <= step]
     if behind and not (record and record.skipped_steps.issuperset(resume.skipped)):
         raise MossAudioError(
-            f"--skip-steps {resume.skip_steps}: the run resumes after step {step}, which has trained on them; give "
-            f"--from-step with a checkpoint before step {behind[0]}, or later steps"
+            f"--skip-steps {resume.skip_steps}: the run resumes after step {step} and has already trained on steps "
+            f"of this range: give --from-step with a checkpoint before step {behind[0]}, or later steps"
         )
 
 
 @dataclasses.dataclass
 class _Run:
-    """The steps of a run, with all that happens between them."""
+    """Training loop: steps, and between them checkpoints, evaluations and reports."""
 
     config: RunConfig
     model: MossAudioConfig
@@ -246,7 +248,7 @@ class _Run:
     num_groups: int
 
     def __call__(self, state: TrainState, start: int, passed_over: Set[int]) -> Outcome:
-        """From step `start` to the end; passed_over: steps that read their batch and do not train on it."""
+        """Trains from step `start` to the end. passed_over: steps that read their batch but do not train on it."""
         config, last_step = self.config, self.config.last_step
         graphdef = nnx.split(build_model(self.model, dict(abstract_parameters(self.model, jnp.float32))))[0]
         self.step = self.saved = start
@@ -259,6 +261,7 @@ class _Run:
                 break
             batch, sums, waited = taken
             self.step += 1
+            # A step of --skip-steps counts its data and advances the step, nothing else.
             if self.step in passed_over:
                 self.report.pass_over(functools.partial(self.host_sums.now, sums, waited))
                 state = dataclasses.replace(state, step=state.step + 1)
@@ -266,12 +269,14 @@ class _Run:
             self.watchdog.reached(f"step {self.step}", long=self.step == start + 1)
             self.profile.before(self.step)
             host_figures = self.host_sums.place(sums, waited)
+            # Asynchronous: the report fetches these metrics while the next step runs.
             state, metrics = train_step(
                 graphdef, config.step, config.optimizer, state, batch, self.num_groups, host_figures
             )
             self.stop.save_on_ctrl_c()
             self.profile.after(self.step, metrics)
             self.report.add(self.step, metrics, self.host_sums.of_step(metrics, sums, waited))
+            # A checkpoint comes before the evaluation of its step.
             evaluates = self.validation.is_due(self.step)
             if self._saves(evaluates):
                 self._save(state)
@@ -280,7 +285,7 @@ class _Run:
         return self._end(state)
 
     def _next_batch(self) -> tuple[TrainingBatch, dict[str, float], dict[str, float]] | None:
-        """A batch, this host's sums of it and its wait; None at the end of the data, and where the run is to stop."""
+        """Returns a batch, this host's sums of it, and its waiting time. None at the end of data or to stop."""
         self.watchdog.reached(f"the reading of batch {self.step + 1}")
         began = time.perf_counter()
         try:
@@ -293,8 +298,8 @@ class _Run:
         return batch, self.data.sums, {"data_wait": time.perf_counter() - began}
 
     def _saves(self, evaluates: bool) -> bool:
-        """Whether a checkpoint is due after this step; `evaluates`: before its evaluation."""
-        # The first evaluation may find too little memory: what was trained until then is saved before.
+        """Returns True if a checkpoint is due after this step. evaluates: an evaluation follows this step."""
+        # The first evaluation may run out of memory, so the training until then is saved first.
         before_evaluation = evaluates and (self.best is not None or not self.validation.has_asked)
         is_last = self.step == self.config.last_step
         by_step = self.step % self.config.loop.checkpoint_every == 0
@@ -310,14 +315,14 @@ class _Run:
         self.clock.restart()
 
     def _evaluate_again(self, state: TrainState) -> None:
-        """Makes up for the evaluation of the step that the run resumes from, if that was not made or not counted."""
+        """Completes the evaluation of the step that the run resumes from: makes it if missing, counts it in `best`."""
         if self.best is not None and self.best.evaluated is not None:
-            self.checkpoints.publish(self.best)  # as of this step, which the run may have gone beyond
+            self.checkpoints.publish(self.best)  # as of this step: best.json may be of a later step
         if self.validation.is_due(self.step) and (self.best is None or self.best.evaluated != self.step):
             self._evaluate(state, self.report.scores_of(self.step))
 
     def _evaluate(self, state: TrainState, recorded: Scores | None = None) -> None:
-        """Takes what is recorded of an evaluation, or makes it and records it; and decides whether it is the best."""
+        """Evaluates and records the scores, or takes the `recorded` ones; then updates the best evaluation."""
         with self.watchdog.long(f"the evaluation after step {self.step}"):
             scores = recorded or self._scores(state)
         if self.best is not None:
@@ -325,7 +330,7 @@ class _Run:
             self.checkpoints.publish(self.best)
 
     def _scores(self, state: TrainState) -> Scores:
-        """Makes and records an evaluation; the scores last, by which a resumed run knows that it was made."""
+        """Evaluates and records the results. Scores come last: they tell a resumed run that the rest is complete."""
         with self.report.paused():
             scores, answers = self.validation.ask(self.step, (state.ema or state.trainable) | state.frozen)
             self.report.add_samples(self.step, answers[: self.config.validation.show_samples])
@@ -335,6 +340,7 @@ class _Run:
         return scores
 
     def _end(self, state: TrainState) -> Outcome:
+        """Saves the last step if it is not saved, and evaluates at the end of the data."""
         self.watchdog.reached("the end", long=True)
         self.report.commit()
         if self.step > self.saved:
@@ -347,7 +353,7 @@ class _Run:
 
 
 class _Clock:
-    """Says when a checkpoint is due by the time since the last one; None never."""
+    """Clock for checkpoints every N minutes. None: never."""
 
     def __init__(self, minutes: float | None):
         self._seconds = None if minutes is None else 60 * minutes
@@ -357,7 +363,7 @@ class _Clock:
         self._last = time.monotonic()
 
     def is_due(self, step: int) -> bool:
-        """The same in all processes, by the clock of the first."""
+        """Returns True if the time is over. All processes get the answer of process 0's clock."""
         seconds = self._seconds
         if seconds is None or (jax.process_count() > 1 and step % AGREE_EVERY):
             return False
@@ -365,7 +371,7 @@ class _Clock:
 
 
 def _best_so_far(config: RunConfig, checkpoints: Checkpoints) -> Best | None:
-    """Of the evaluations before the restored step; None if the run looks for no best."""
+    """Returns the best evaluation before the restored step; None without a `best_metric`."""
     metric, known = config.loop.best_metric, checkpoints.best
     if metric is None:
         return None
@@ -373,7 +379,7 @@ def _best_so_far(config: RunConfig, checkpoints: Checkpoints) -> Best | None:
 
 
 def _is_exhausted(best: Best | None, config: RunConfig) -> bool:
-    """Whether the last evaluations were so many without a better one that the run ends."""
+    """Returns True if the last `patience` evaluations did not improve on the best one."""
     return best is not None and config.loop.patience is not None and best.since >= config.loop.patience
 
 
@@ -394,7 +400,7 @@ def _report(config: RunConfig, out: Path, start: int, mesh: Mesh, figures: DataF
 
 
 def _saved(state: TrainState, model: MossAudioConfig) -> TrainState:
-    """What a checkpoint holds: with LoRA no frozen parameters, which are the base's and are read from there."""
+    """Returns the part of a state that checkpoints hold. With LoRA the frozen parameters are read from the base."""
     return state if model.lora is None else dataclasses.replace(state, frozen={})
 
 
@@ -408,10 +414,11 @@ def _first_or_restored_state(
     record: Record,
     resume: ResumeConfig,
 ) -> tuple[TrainState, int]:
-    """The state to resume from, the data set to match it, and how many steps it has behind it.
+    """Returns the initial or restored state and its step. Sets the position of `data` to match.
 
-    source: as the configuration says, but for an adapter's base, of which the run keeps the one that it began with.
+    source: source of the first parameters. With LoRA it is the base that the run began with.
     """
+    # 1. Restore from the run's own checkpoints, or for a new branch from the other run.
     dtypes = frozen_dtypes(config, abstract_parameters(model, jnp.float32))
     target = abstract_state(model, config.optimizer, frozen_dtypes=dtypes, mesh=mesh)
     saved = _saved(target, model)
@@ -421,6 +428,7 @@ def _first_or_restored_state(
     if restored is None and resume.origin is not None:
         with Checkpoints(resume.origin[0], read_only=True) as others:
             restored = others.restore_step(resume.origin[1], saved)
+    # 2. A new run begins at step 0 with its first parameters.
     if restored is None:
         return new_state(first(source, model), model, config.optimizer, seed=config.seed, mesh=mesh), 0
     state, data_state = restored
@@ -429,17 +437,18 @@ def _first_or_restored_state(
         state = dataclasses.replace(state, frozen={path: parameters[path] for path in target.frozen})
     if is_branch and not resume.branch_optimizer:
         parameters = state.trainable | state.frozen
-        del restored, state  # and with them the moments
+        del restored, state  # frees the moments
         return new_state(parameters, model, config.optimizer, seed=config.seed, mesh=mesh), 0
+    # 3. Resume the data where the checkpoint was saved, unless options of the data have changed.
     step = int(state.step)
     if not data.set_state(data_state, allow_other_data=is_branch or record.has_other_data_since(step)):
-        state = with_new_data(state)  # what is usual for the other data is not known yet
+        state = with_new_data(state)  # forgets statistics of the old data
     return state, step
 
 
 @contextmanager
 def _data(config: RunConfig, mesh: Mesh, order: ExampleOrder, maker: SampleMaker) -> Iterator[Prefetched]:
-    """Batches in microbatches, on their devices; every process reads its share of each."""
+    """Yields batches, split into microbatches and placed on devices. Every process reads its share of each."""
     require_even_batch(config.data.batch_size, config.microbatches, mesh)
     host, hosts = share_of_batch(mesh)
     batches = TrainingData(
@@ -455,7 +464,7 @@ def _data(config: RunConfig, mesh: Mesh, order: ExampleOrder, maker: SampleMaker
     sharding, sequences = batch_sharding(mesh), config.data.batch_size // config.microbatches // hosts
 
     def put(batch: TrainingBatch) -> TrainingBatch:
-        microbatches = len(batch.targets) // sequences  # more than configured where the batch has grown
+        microbatches = len(batch.targets) // sequences  # more than configured once the batch has grown
         dealt = split_microbatches(_deal(batch, microbatches), microbatches)
         return jax.make_array_from_process_local_data(sharding, dealt)
 
@@ -467,5 +476,8 @@ def _data(config: RunConfig, mesh: Mesh, order: ExampleOrder, maker: SampleMaker
 
 
 def _deal(batch: TrainingBatch, hands: int) -> TrainingBatch:
-    """Rows dealt out in turn, so that each microbatch has the same ones however many processes share its rows."""
+    """Deals rows to microbatches in turn, so that their rows do not depend on the number of processes.
+
+    [rows, ...] -> [rows, ...]: rows 0, hands, 2 hands ... come first, then rows 1, hands + 1 ...
+    """
     return jax.tree.map(lambda x: x.reshape(-1, hands, *x.shape[1:]).swapaxes(0, 1).reshape(x.shape), batch)

@@ -294,7 +294,7 @@ def test_a_damaged_checkpoint_is_put_aside(copy: Path, straight: Path, config: R
         if file.is_file() and "params" in file.parts and file.stat().st_size > 1000:
             file.write_bytes(file.read_bytes()[:100])
     assert train(config, copy, mesh=one_device()).step == STEPS
-    assert "checkpoint 6 can't be read, 4 is taken" in capfd.readouterr().err
+    assert "checkpoint 6 can't be read, 4 is restored instead" in capfd.readouterr().err
     assert (copy / "damaged_checkpoints" / "6").is_dir()
     assert_same_end(copy, straight, config)
 

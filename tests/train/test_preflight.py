@@ -160,7 +160,7 @@ def test_what_is_too_long_may_be_truncated(directory: Path):
     # Without a tokenizer, clips alone count; and a later clip is not cut out of an answer that must be the last.
     silent = dataclasses.replace(config_of(directory), model=ModelSource(preset="tiny"))
     check = check_of(silent, path)
-    assert len(list(check.problems())) == 3 and "by their audio alone" in check.summary()
+    assert len(list(check.problems())) == 3 and "counting audio only" in check.summary()
     check = check_of(config_of(directory, oversize="truncate", answers="last"), path)
     assert len(list(check.problems())) == 3 and check.truncated == 1
 
@@ -289,7 +289,7 @@ def test_ignored_keys_are_counted_once(
     path = write(directory, "keys.jsonl", [timed | {"dataset": "mine"}, timed, line("a.wav")])
     monkeypatch.setattr("sys.argv", ["moss-audio-train", "check", str(path)])
     main()
-    noted = f"{path}: keys that mean nothing here are ignored: 'dataset' in the line (1 times), "
+    noted = f"{path}: unknown keys are ignored: 'dataset' in the line (1 times), "
     noted += "'duration' in message (2 times)"
     assert capsys.readouterr().out.splitlines()[0] == noted
     require_usable(with_paths(config_of(directory), data=(str(path),)))

@@ -132,7 +132,7 @@ def test_progress(tmp_path: Path, clock, capsys: pytest.CaptureFixture):
     run(tmp_path / "unknown", clock, range(1, 3), log_every=1)
     assert capsys.readouterr().err.splitlines() == [
         "FLOP/s: model FLOPs, forward and backward, with causal attention halved and no recomputation; "
-        "no peak is known for these devices",
+        "the peak of these devices is unknown",
         "step 1/6  loss 1.0000  skipped 0  62.0 s with compilation",
         "step 2/6  loss 2.0000  skipped 0  250 tokens/s  500.0 GFLOP/s  data wait 25%  0:00:08 left",
     ]
@@ -147,9 +147,8 @@ def test_a_group_that_joins_and_the_time_a_run_takes(tmp_path: Path, clock, caps
             clock.now += 2
     assert capsys.readouterr().err.splitlines()[1:] == [
         "a run of nothing",
-        "step 3: from here on group hard takes part (from example 48 on): other examples, and if they are harder, the "
-        "loss rises for a while",
-        "2 s a step: about 0:03:08 for the steps that are left",
+        "step 3: group hard joins, from example 48 on: if its examples are harder, the loss rises for a while",
+        "2 s per step: about 0:03:08 left",
     ]
 
 
@@ -257,7 +256,7 @@ def test_an_evaluation_between_steps(tmp_path: Path, clock, capsys: pytest.Captu
     assert "  expected  hello <b>" in printed and "  answer    jello  [31m" + "x" * 86 + "..." in printed
 
 
-@pytest.mark.parametrize(("content", "message"), [(b"JPEG", "expected a PNG image"), (None, "can't be read")])
+@pytest.mark.parametrize(("content", "message"), [(b"JPEG", "must be a PNG image"), (None, "can't be read")])
 def test_a_figure_that_is_none_is_named(tmp_path: Path, content: bytes | None, message: str):
     figure = tmp_path / "figure.png"
     if content is not None:
@@ -348,7 +347,9 @@ def test_a_profile(tmp_path: Path):
             profile.before(4)
             profile.after(4, step(x))
     assert not (tmp_path / "none").exists()
-    with pytest.raises(MossAudioError, match="starts at step 1 or later and has 0 steps or more, not 0 and 2"):
+    with pytest.raises(
+        MossAudioError, match="--profile-first must be 1 or more and --profile-steps 0 or more, not 0 and 2"
+    ):
         Profile(tmp_path, 0, 2)
 
 

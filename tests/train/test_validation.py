@@ -263,9 +263,12 @@ def by_hand(model: MossAudio, sample: Sample) -> tuple[float, int, int]:
 @pytest.mark.parametrize(
     ("loop", "message"),
     [
-        ({"best_metric": "f1"}, "the evaluation's data have, which are loss, token_accuracy, wer, cer, not 'f1'"),
+        (
+            {"best_metric": "f1"},
+            "--best-metric must be a metric of the evaluation's data, one of loss, token_accuracy, wer, cer, not 'f1'",
+        ),
         ({"best_metric": "loss", "every": None}, "--best-metric needs --validation.every or --eval-data"),
-        ({"best_metric": "bleu"}, "which are loss, token_accuracy, wer, cer, not 'bleu'"),
+        ({"best_metric": "bleu"}, "one of loss, token_accuracy, wer, cer, not 'bleu'"),
         ({"data": ("long.jsonl",)}, "nothing in .*long.jsonl to evaluate on that fits into 160 tokens and 2"),
     ],
 )

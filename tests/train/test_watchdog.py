@@ -25,7 +25,7 @@ with Watchdog(1.0) as watchdog:
 def test_a_process_that_gets_nowhere_ends_with_its_stacks():
     end = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=50)
     assert (end.returncode, end.stdout) == (75, "so far\n"), end.stderr
-    said, _, stacks = end.stderr.partition("what its threads are doing:")
+    said, _, stacks = end.stderr.partition("Stacks of its threads:")
     assert "process 0 of 1, on " in said and "progress for 1 s (--stuck-after), doing the reading of batch 9" in said
     assert "in get_nowhere" in stacks
 

@@ -1,4 +1,4 @@
-"""By what a run's evaluations are compared: the metrics that can say which is best, and the best so far."""
+"""Metrics that compare the evaluations of a run, and the best evaluation so far."""
 
 import dataclasses
 import math
@@ -12,10 +12,10 @@ Measures = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """One number about all that was measured.
+    """A metric that can be averaged over tasks.
 
-    field: its name where a task is measured (`measures.measure`; `Validation` for the loss).
-    total: what it was divided by there. Weighted by that, the rates of several tasks make the rate of all of them.
+    field: its name in the measures of a task (`measures.measure`; `Validation` for the loss).
+    total: its denominator in these measures, which is the task's weight in the average.
     """
 
     field: str
@@ -37,7 +37,7 @@ METRICS = {
 
 
 def overall(measured: Iterable[Measures]) -> dict[str, float | None]:
-    """Every metric that any of the tasks has, over all that have it; None where there is nothing to divide by."""
+    """Averages each metric over the tasks that have it, weighted by `Metric.total`; None if the weights sum to 0."""
     tasks = list(measured)
     found: dict[str, float | None] = {}
     for name, metric in METRICS.items():
@@ -51,20 +51,21 @@ def overall(measured: Iterable[Measures]) -> dict[str, float | None]:
 
 
 def require_metric(name: str, available: Iterable[str]) -> None:
+    """Raises MossAudioError if the metric is not available."""
     there = list(available)
     if name not in there:
         raise MossAudioError(
-            f"best_metric must be one that the evaluation's data have, which are {', '.join(there)}, not {name!r}"
+            f"--best-metric must be a metric of the evaluation's data, one of {', '.join(there)}, not {name!r}"
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class Best:
-    """The best evaluation so far, which is the first one of its value.
+    """The best evaluation so far. Of equal evaluations the first is the best.
 
-    value, step: None before there was one; a metric that is not finite, or of nothing, is none.
-    since: how many evaluations came after it.
-    evaluated: the step of the last evaluation that is counted here.
+    value, step: None until an evaluation has a finite value of the metric.
+    since: number of evaluations after the best one.
+    evaluated: step of the last evaluation that was counted.
     """
 
     metric: str
@@ -74,7 +75,7 @@ class Best:
     evaluated: int | None = None
 
     def after(self, step: int, value: float | None) -> "Best":
-        """The best when one more evaluation has found this value."""
+        """Returns the best after one more evaluation, at `step`, with this value of the metric."""
         if value is not None and math.isfinite(value) and self._is_beaten_by(value):
             return Best(self.metric, value, step, evaluated=step)
         return dataclasses.replace(self, since=self.since + 1, evaluated=step)

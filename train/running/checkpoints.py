@@ -1,14 +1,14 @@
-"""Checkpoints of a run: parameters, everything else of the state, and where the data stood, in one commit.
+"""Checkpoints of a run: parameters, the rest of the state and the position in the data, committed together.
 
-    checkpoints/<step>/params   the parameters as a tree, laid out as `load_model` reads them
+    checkpoints/<step>/params   parameters as a tree, as `load_model` reads them
     checkpoints/<step>/state    step, moments, dropout key, counts of skipped steps
-    checkpoints/<step>/ema      the moving averages of the trained parameters as a tree, where the run keeps them
-    checkpoints/<step>/data     JSON of the data's iterator, of all processes
-    checkpoints/<step>/best     JSON of the best evaluation before it, where the run looks for one
+    checkpoints/<step>/ema      moving averages of the trained parameters as a tree, if the run keeps them
+    checkpoints/<step>/data     JSON: state of the data iterators of all processes
+    checkpoints/<step>/best     JSON: best evaluation before this checkpoint, if the run has a `best_metric`
     best.json                   the same after the last evaluation, which follows the checkpoint of its step
 
-A checkpoint appears under its name only when all of it is whole, so a killed run leaves none that is half written. On
-gs://, where nothing can be renamed at once, it counts only when `commit_success.txt` is in it, which is written last.
+A checkpoint gets its name when it is complete, so a killed run leaves no partial checkpoint. gs:// has no atomic
+rename: a checkpoint there is complete once it contains `commit_success.txt`, which is written last.
 """
 
 import dataclasses
@@ -33,18 +33,18 @@ from train.running.best import Best
 from train.running.directory import DAMAGED, DATA, LATER, STATE
 from train.state import TrainState
 
-# What a state has now and checkpoints of older runs lack: it starts at 0 then.
+# Fields of the state that checkpoints of older runs lack. They then start at 0.
 NEWER = ("phase", "spikes_in_a_row")
-# What TensorStore says of files that are missing, cut short or hold something else.
+# TensorStore's errors for files that are missing, truncated or hold something else.
 _DAMAGE = re.compile(r"\b(?:NOT_FOUND|DATA_LOSS|OUT_OF_RANGE)\b|Error decoding|blosc|corrupt|checksum", re.IGNORECASE)
 
 
 class Checkpoints:
-    """The checkpoints in a run's directory. Saving goes on in the background; `close` waits for it.
+    """Checkpoints in a run's directory. They are written in the background; `close` waits for that.
 
-    read_only: of a run that may be training meanwhile.
-    best: the best evaluation before the checkpoint that was saved or restored last, which no rule deletes. It travels
-        in every checkpoint, so that a run that goes on from any of them knows what one that never stopped knew there.
+    read_only: changes nothing, so the run may be training at the same time.
+    best: best evaluation before the checkpoint that was saved or restored last. The checkpoint of its step is never
+        deleted. Every checkpoint contains it, so a run resumed from any checkpoint continues with the same best.
     """
 
     def __init__(self, run: AnyPath, *, keep_last: int = 3, keep_every: int | None = None, read_only: bool = False):
@@ -54,7 +54,7 @@ class Checkpoints:
         self._policies: list[Any] = [preservation_policy.LatestN(keep_last), _KeepBest(self)]
         if keep_every is not None:
             self._policies.append(preservation_policy.EveryNSteps(keep_every))
-        self._saved: tuple[int, ocp.args.Composite] | None = None  # last, and perhaps not whole so far
+        self._saved: tuple[int, ocp.args.Composite] | None = None  # last one, perhaps still being written
         self._manager = retried(self._directory, self._opened)
 
     def _opened(self) -> ocp.CheckpointManager:
@@ -82,14 +82,14 @@ class Checkpoints:
 
     @property
     def steps(self) -> list[int]:
-        """Oldest first."""
+        """Steps of the checkpoints, oldest first."""
         return sorted(self._manager.all_steps())
 
     def save(self, step: int, state: TrainState, data: dict[str, Any], best: Best | None = None) -> None:
-        """Returns when the arrays are copied to the host, so the state may be donated; the rest happens meanwhile.
+        """Saves a checkpoint. Returns once the arrays are copied to the host, so the state may be donated.
 
-        If storage failed for a moment in the save before, this one is in its place. Raises MossAudioError if this or
-        the save before can't be written.
+        A previous save that failed with a transient storage error is not repeated: this one replaces it. Raises
+        MossAudioError if this or the previous save can't be written.
         """
         parameters, rest = _parts(state)
         items = {
@@ -111,7 +111,7 @@ class Checkpoints:
                 work()
             except Exception as error:
                 if is_transient(error) and jax.process_count() == 1:
-                    self._manager = self._opened()  # which knows what is whole, and clears away what isn't
+                    self._manager = self._opened()  # lists complete checkpoints, deletes partial ones
                 raise
 
         try:
@@ -122,7 +122,7 @@ class Checkpoints:
             raise self._unwritable(error) from error
 
     def publish(self, best: Best) -> None:
-        """Writes which checkpoint `RUN/best` stands for after an evaluation; raises MossAudioError if it can't."""
+        """Writes best.json, which names the checkpoint of `RUN/best`; raises MossAudioError if it can't be written."""
         if jax.process_index() == 0:
             try:
                 atomic_write(self._run / RUN_BEST_FILE, json.dumps(dataclasses.asdict(best), allow_nan=False) + "\n")
@@ -130,12 +130,13 @@ class Checkpoints:
                 raise self._unwritable(error) from error
 
     def restore(self, target: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
-        """The newest state and the data's; None if there is no checkpoint.
+        """Restores the newest state and its data state; None if there is no checkpoint.
 
-        target: shapes, dtypes and shardings (`step.abstract_state`), on any mesh. A checkpoint whose files are damaged,
-        and are so when they are read again, is named and put aside into `damaged_checkpoints`, and the one before is
-        taken. Damage to all is an error, as is any to several processes, each of which reads but its own part and knows
-        nothing of the others. What says nothing about the files, such as missing access, is an error that leaves them.
+        target: shapes, dtypes and shardings (`state.abstract_state`), on any mesh.
+        A checkpoint is damaged if two reads fail because of its files. It is then reported, moved to
+        `damaged_checkpoints`, and the previous one is restored. Raises MossAudioError if all are damaged. With several
+        processes any damage raises MossAudioError, since each process reads only its own shards. Errors that do not
+        prove damage, such as missing access, raise MossAudioError and move nothing.
         """
         steps = self.steps
         if not steps:
@@ -148,38 +149,38 @@ class Checkpoints:
                 error = found.error
                 if jax.process_count() > 1:
                     raise MossAudioError(
-                        f"{self._directory}: checkpoint {step} can't be read ({summary(error)}); move it out of "
-                        "that directory and run the same command again, which goes on from the one before"
+                        f"{self._directory}: checkpoint {step} can't be read ({summary(error)}): move it out of "
+                        "that directory and run the same command again, which resumes from the previous checkpoint"
                     ) from error
                 damaged[step] = summary(error)
                 continue
             for newer, reason in damaged.items():
-                print(f"checkpoint {newer} can't be read, {step} is taken; {reason}", file=sys.stderr)
+                print(f"checkpoint {newer} can't be read, {step} is restored instead: {reason}", file=sys.stderr)
                 self._put_aside(newer, reason)
             return restored
         raise MossAudioError(
             f"{self._directory}: none of the checkpoints {', '.join(map(str, steps))} can be read "
-            f"({damaged[steps[-1]]}); restore one from a copy, or begin anew with another --out"
+            f"({damaged[steps[-1]]}): restore one from a copy, or start a new run with another --out"
         )
 
     def restore_step(self, step: int, target: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """The state of one step and the data's; raises MossAudioError if there is no such checkpoint to read."""
+        """Restores the state and the data state of one step; raises MossAudioError if that can't be read."""
         self._require(step)
         try:
             return self._restored_or_damaged(step, target)
         except _Damaged as error:
             raise MossAudioError(
-                f"{self._directory}: checkpoint {step} can't be read ({error}); name another one"
+                f"{self._directory}: checkpoint {step} can't be read ({error}): name another one"
             ) from error
 
     def rewind(self, step: int) -> None:
-        """Puts the checkpoints after this step into `later_checkpoints`; raises MossAudioError if it has none."""
+        """Moves the checkpoints after this step to `later_checkpoints`; raises MossAudioError if it has none itself."""
         self._require(step)
         for later in [found for found in self.steps if found > step]:
             self._move(later, self._run / LATER, f"the run was resumed from the checkpoint of step {step}")
 
     def reload(self) -> None:
-        """Looks again which checkpoints there are, which another process may have moved."""
+        """Lists the checkpoints again: another process may have moved some."""
         self._manager.reload()
 
     def _require(self, step: int) -> None:
@@ -188,7 +189,7 @@ class Checkpoints:
             raise MossAudioError(f"{self._directory} has no checkpoint of step {step}: there are {there}")
 
     def _restored_or_damaged(self, step: int, target: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """Raises _Damaged, or MossAudioError for what says nothing about the checkpoint's files."""
+        """Restores a checkpoint. Raises _Damaged, or MossAudioError for an error that does not prove damage."""
         for last in (False, True):
             try:
                 return retried_alone(self._directory, lambda: self._restore(step, target))
@@ -198,8 +199,8 @@ class Checkpoints:
                 if not _is_damage(error):
                     raise MossAudioError(
                         f"{self._directory}: checkpoint {step} can't be restored, and not because it is damaged "
-                        f"({summary(error)}); mend that and run the same command again, or move the checkpoint out of "
-                        "that directory to resume from the one before"
+                        f"({summary(error)}): repair that and run the same command again, or move the checkpoint "
+                        "out of that directory to resume from the previous one"
                     ) from error
                 if last or jax.process_count() > 1:
                     raise _Damaged(error) from error
@@ -218,7 +219,7 @@ class Checkpoints:
         if exists(self._directory / str(step) / RUN_BEST):
             items[RUN_BEST] = ocp.args.JsonRestore()
         restored = self._manager.restore(step, args=ocp.args.Composite(**items))
-        # In runs of older versions an evaluation came before the checkpoint of its step, and was counted in it.
+        # Older versions evaluated before the checkpoint of a step, so their `best` counts that evaluation.
         self.best = Best(**({"evaluated": step} | restored[RUN_BEST])) if RUN_BEST in items else None
         flat = flatten(restored[PARAMS])
         found = restored[STATE] | {name: _zero(rest[name]) for name in older}
@@ -227,12 +228,12 @@ class Checkpoints:
         trainable = {path: flat[path] for path in target.trainable}
         frozen = {path: flat[path] for path in target.frozen}
         ema = flatten(restored[RUN_EMA]) if RUN_EMA in items else None
-        if target.ema is not None and ema is None:  # they begin with the parameters
+        if target.ema is not None and ema is None:  # averages start as a copy of the parameters
             ema = {path: jnp.copy(leaf) for path, leaf in trainable.items()}
         return dataclasses.replace(state, trainable=trainable, frozen=frozen, ema=ema), restored[DATA]
 
     def _lacks(self, step: int) -> set[str]:
-        """What of NEWER a checkpoint was written without."""
+        """Returns the fields of NEWER that a checkpoint lacks."""
         stored = self._manager.item_metadata(step)[STATE]
         return set() if stored is None else {name for name in NEWER if name not in stored}
 
@@ -241,15 +242,15 @@ class Checkpoints:
         self._manager.reload()
 
     def _move(self, step: int, aside: Path, reason: str) -> None:
-        """Into another directory, under a name that is free there, with a file that says why."""
+        """Moves a checkpoint to the directory `aside` under an unused name, and writes the reason to NAME.txt there."""
         taken = sum(path.name.startswith(str(step)) and path.is_dir() for path in children(aside))
         name = f"{step}-{taken}" if taken else str(step)
         retried(aside, lambda: aside.mkdir(exist_ok=True))
-        atomic_write(aside / f"{name}.txt", reason + "\n")  # first: on gs:// the directory is only there with a file
+        atomic_write(aside / f"{name}.txt", reason + "\n")  # first: on gs:// a directory exists only with a file
         (self._directory / str(step)).rename(aside / name)
 
     def close(self) -> None:
-        """Waits until the last save is whole; raises MossAudioError if it can't be written."""
+        """Waits for the last save; raises MossAudioError if it can't be written."""
         try:
             self._write(self._finish)
         finally:
@@ -257,28 +258,28 @@ class Checkpoints:
             self._manager.close()
 
     def _finish(self) -> None:
-        """Waits for the last save, and makes it again if storage failed for a moment."""
+        """Waits for the last save; repeats it if it failed with a transient storage error."""
         self._manager.wait_until_finished()
         if self._saved is None or self._saved[0] in self._manager.all_steps():
             return
         step, items = self._saved
         if any(leaf.is_deleted() for leaf in jax.tree.leaves(items[PARAMS].item) if isinstance(leaf, jax.Array)):
             raise StorageError(
-                f"{self._directory}: storage failed while checkpoint {step} was written; run the same command again, "
-                "which resumes from the one before"
+                f"{self._directory}: storage failed while checkpoint {step} was written: run the same command again, "
+                "which resumes from the previous checkpoint"
             )
         self._manager.save(step, args=items)
         self._manager.wait_until_finished()
 
     def _unwritable(self, error: Exception) -> MossAudioError:
         return MossAudioError(
-            f"{self._directory}: a checkpoint can't be written ({summary(error)}); make room and run again, "
-            "which resumes from the newest whole one"
+            f"{self._directory}: a checkpoint can't be written ({summary(error)}): free disk space and run the same "
+            "command again, which resumes from the newest complete checkpoint"
         )
 
 
 class _Damaged(Exception):
-    """A checkpoint's files are missing, cut short or hold something else; `error` says which."""
+    """A checkpoint's files are missing, truncated or hold something else. error: the reason."""
 
     def __init__(self, error: Exception):
         super().__init__(summary(error))
@@ -286,7 +287,7 @@ class _Damaged(Exception):
 
 
 def _is_damage(error: Exception) -> bool:
-    """Whether an error proves that files are damaged: of all others it is not known."""
+    """Returns True if an error proves that files are damaged. Other errors leave that open."""
     if isinstance(
         error, (FileNotFoundError, NotADirectoryError, LookupError, json.JSONDecodeError, UnicodeDecodeError)
     ):
@@ -295,7 +296,10 @@ def _is_damage(error: Exception) -> bool:
 
 
 class _KeepBest(preservation_policy.PreservationPolicy):
-    """Orbax's BestN takes the last of equals, trips over NaN, and forgets evaluations whose checkpoint is gone."""
+    """Keeps the checkpoint of the best evaluation.
+
+    Orbax's BestN prefers the last of equals, fails on NaN, and forgets evaluations whose checkpoint was deleted.
+    """
 
     def __init__(self, checkpoints: Checkpoints):
         self._checkpoints = checkpoints
@@ -306,7 +310,7 @@ class _KeepBest(preservation_policy.PreservationPolicy):
 
 
 def _parts(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The parameters as a tree, and all else by name."""
+    """Splits a state into its parameters as a tree and everything else by name."""
     rest, _ = jax.tree_util.tree_flatten_with_path(_without_parameters(state))
     by_name = {jax.tree_util.keystr(keys, simple=True, separator="/"): leaf for keys, leaf in rest}
     return unflatten(state.trainable | state.frozen), by_name

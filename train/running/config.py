@@ -1,4 +1,4 @@
-"""Options of a start of a run: where it resumes, and its processes. Imports nothing heavy: `--help` needs them."""
+"""Options of a start of a run: where it resumes, and its processes. Imports nothing heavy, so `--help` is fast."""
 
 import dataclasses
 import re
@@ -13,7 +13,7 @@ class ResumeConfig:
     """Options of one start of a run, which are not part of its configuration."""
 
     allow_change: tuple[str, ...] = ()
-    """Options that may differ from those the run was begun with, such as optimizer.learning_rate, or a group of them,
+    """Options that may differ from the run's configuration, such as optimizer.learning_rate, or a group of options,
     such as mixture. The run records each change. docs/training.md lists which need this and which can't change."""
     from_step: int | None = None
     """Resume from the checkpoint of this step. Later ones are moved to later_checkpoints/ and their metrics are cut
@@ -32,7 +32,7 @@ class ResumeConfig:
             raise MossAudioError(f"--from-step must be the step of a checkpoint, 1 or more, not {self.from_step}")
         if self.from_step is not None and self.branch is not None:
             raise MossAudioError("--branch begins a new run and --from-step resumes one: give one of them")
-        _ = self.skipped, self.origin  # are checked
+        _ = self.skipped, self.origin  # raise MossAudioError if malformed
 
     @property
     def skipped(self) -> range:

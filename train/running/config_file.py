@@ -14,7 +14,7 @@ from moss_audio_jax.storage.paths import AnyPath, to_path
 from train.config import RunConfig
 from train.running.directory import CONFIG_FILE
 
-NAMED = "named"  # the field of a mixture that holds its named groups
+NAMED = "named"  # field of a mixture that holds its named groups
 RECORD = ("starts", "versions", "history")  # keys of config.json beside the configuration
 
 
@@ -44,7 +44,7 @@ def options_of(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def by_path(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flattens nested dicts to one by dotted path, as options are named: named groups are beside the others."""
+    """Flattens nested dicts to one by dotted path. Drops NAMED from paths, as in names of options."""
     flat: dict[str, Any] = {}
     for name, value in content.items():
         path = prefix + ("" if name == NAMED else f"{name}.")
@@ -53,14 +53,14 @@ def by_path(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def read_back(kind: Any, content: Mapping[str, Any]) -> Any:
-    """Builds a configuration from the content of a config.json; options that are newer have their defaults."""
+    """Builds a configuration from the content of a config.json. Options that it lacks get their defaults."""
     return _from_json(kind, {name: value for name, value in content.items() if name not in RECORD})
 
 
 def _from_json(hint: Any, value: Any, default: Any = dataclasses.MISSING) -> Any:
-    """Builds a value of this type from what `dataclasses.asdict` and JSON made of it. Drops unknown fields.
+    """Builds a value of this type from its JSON, the inverse of `dataclasses.asdict`. Drops unknown fields.
 
-    default: gives the values of missing fields, if there is one.
+    default: an instance with the values of missing fields; otherwise the dataclass gives them.
     """
     kind, arguments = _dataclass_of(hint), get_args(_plain(hint))
     if kind is not None and isinstance(value, dict):
@@ -94,7 +94,7 @@ def _hints(kind: type) -> dict[str, Any]:
 
 
 def _plain(hint: Any) -> Any:
-    """Removes None from a type: of `tuple[str, ...] | None` the tuple is left."""
+    """Removes None from a type: `tuple[str, ...] | None` becomes `tuple[str, ...]`."""
     if get_origin(hint) in (typing.Union, types.UnionType):
         rest = [arm for arm in get_args(hint) if arm is not type(None)]
         return rest[0] if len(rest) == 1 else hint
@@ -124,5 +124,5 @@ def is_option(kind: Any, name: str) -> bool:
 
 
 def is_group(kind: Any, name: str) -> bool:
-    """Returns True if that field is a dataclass itself."""
+    """Returns True if a dataclass has a field at this dotted path and that is a dataclass itself."""
     return _dataclass_of(_option_type(kind, name)) is not None

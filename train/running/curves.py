@@ -1,4 +1,4 @@
-"""A picture of how training runs went, from what `report` has written into their directories."""
+"""Plots of the metrics of training runs, from the files that `report` writes."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_SMOOTHED_OVER = 50  # a run's steps are averaged over a window of one in so many of them
-_LOG_ABOVE = 8.0  # the highest over the lowest loss, from which on the axis is logarithmic
-_MOST_SCORES = 4  # panels
+_SMOOTHED_OVER = 50  # the smoothing window is 1/50 of a run's steps
+_LOG_ABOVE = 8.0  # the loss axis is logarithmic if the highest loss is more than this times the lowest
+_MOST_SCORES = 4  # panels of scores, at most
 _TOKENS = "tokens/"
 
 
 @dataclass
 class Curves:
-    """Of a run. By name, steps and values of what was recorded.
+    """Records of a run: name -> steps and values.
 
-    joins: group -> the first step that has tokens of it, if it is not the run's first one.
+    joins: group -> first step with tokens of the group, for groups that join after the run's first step.
     """
 
     name: str
@@ -36,9 +36,9 @@ class Curves:
 
 
 def plot_curves(path: AnyPath, runs: Sequence[AnyPath]) -> None:
-    """Writes a PNG of the runs in these directories, drawn over each other.
+    """Writes a PNG with the curves of all runs in the same axes.
 
-    Raises MossAudioError without matplotlib, for no runs, for a directory without metrics, and for a file that can't be
+    Raises MossAudioError without matplotlib, without runs, for a directory without metrics, and if the file can't be
     written.
     """
     require_matplotlib()
@@ -49,7 +49,7 @@ def plot_curves(path: AnyPath, runs: Sequence[AnyPath]) -> None:
 
 
 def read_curves(run: AnyPath, name: str) -> Curves:
-    """What a run has recorded so far; raises MossAudioError if that is nothing."""
+    """Reads the records of a run; raises MossAudioError if it has no metrics."""
     file = to_path(run) / METRICS_FILE
     steps = _lines(file)
     if not steps:
@@ -65,7 +65,7 @@ def read_curves(run: AnyPath, name: str) -> Curves:
 
 
 def _names(paths: Sequence[str]) -> list[str]:
-    """The shortest ends of paths that are different, in whole parts."""
+    """Shortens paths to their last parts, as few as keep different paths distinct."""
     parts = [path.split("/") for path in paths]
     for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(part[-length:]) for part in parts]
@@ -75,7 +75,7 @@ def _names(paths: Sequence[str]) -> list[str]:
 
 
 def _lines(file: AnyPath) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines, without a last one that is not whole; none if there is no file."""
+    """Reads a file of JSON lines, without an incomplete last line; an empty list if there is no file."""
     if not exists(file):
         return []
     lines = read_bytes(file).split(b"\n")[:-1]
@@ -87,7 +87,7 @@ def _lines(file: AnyPath) -> list[dict[str, Any]]:
 
 
 def _by_name(lines: Iterable[Mapping[str, Any]]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Name -> the steps at which it was recorded, and its values; null is not finite."""
+    """Returns name -> steps at which it was recorded, and its values; null becomes NaN."""
     found: dict[str, tuple[list[int], list[float]]] = {}
     for line in lines:
         for name, value in line.items():
@@ -99,7 +99,7 @@ def _by_name(lines: Iterable[Mapping[str, Any]]) -> dict[str, tuple[np.ndarray, 
 
 
 def _smooth_loss(run: Curves) -> np.ndarray:
-    """The losses of a run, smoothed between the steps at which groups join."""
+    """Smooths the loss of a run, separately between the steps at which groups join."""
     steps, values = run.metrics["loss"]
     window = max(len(values) // _SMOOTHED_OVER // 2, 1)
     borders = sorted({int(np.searchsorted(steps, step)) for step in run.joins.values()})
@@ -107,7 +107,8 @@ def _smooth_loss(run: Curves) -> np.ndarray:
 
 
 def _smoothed(values: np.ndarray, half: int) -> np.ndarray:
-    """The mean of the finite values among each one and `half` on either side."""
+    """Moving average: the mean of the finite values among each value and `half` neighbours on either side."""
+    # Window sums are differences of cumulative sums; windows are cut at both ends.
     finite = np.isfinite(values)
     sums, counts = (np.cumsum(np.concatenate([[0], part])) for part in (np.where(finite, values, 0), finite))
     last = np.minimum(np.arange(len(values)) + half + 1, len(values))
@@ -143,11 +144,11 @@ def _draw(runs: Sequence[Curves]) -> "Figure":
     return figure
 
 
-_ORDER = (4, 5, 2, 3, 0, 1, 6, 8, 7, 9)  # of the colours: dark ones first, for thin lines
+_ORDER = (4, 5, 2, 3, 0, 1, 6, 8, 7, 9)  # indices of COLORS, dark ones first: lines are thin
 
 
 def _shown_scores(runs: Sequence[Curves]) -> list[str]:
-    """The scores that the runs share most, the overall ones first: eval/loss, then those of fewest parts."""
+    """Names of the overall scores to plot: those that most runs have first, then eval/loss, then by name."""
     names = {name for run in runs for name in run.scores if name.startswith("eval/")}
     counts = {name: sum(name in run.scores for run in runs) for name in names}
     overall = [name for name in names if name.count("/") == 1 and name not in ("eval/tokens", "eval/items")]
@@ -169,7 +170,7 @@ def _draw_run(axes: Sequence["Axes"], run: Curves, scores: Sequence[str], color:
 
 
 def _draw_joins(axes: Sequence["Axes"], runs: Sequence[Curves]) -> None:
-    """The borders of a curriculum; those that runs share once."""
+    """Draws a vertical line where a group joins, once for all runs that share it."""
     for group, step in sorted({border for run in runs for border in run.joins.items()}):
         for panel in axes:
             panel.axvline(step, color="0.4", linestyle="--", linewidth=1)
@@ -178,7 +179,7 @@ def _draw_joins(axes: Sequence["Axes"], runs: Sequence[Curves]) -> None:
 
 
 def _scale(axes: "Axes", runs: Sequence[Curves]) -> None:
-    """A logarithmic axis where the losses differ by far."""
+    """Makes the axis logarithmic if the losses span a wide range (_LOG_ABOVE)."""
     from matplotlib.ticker import LogLocator
 
     smooth = np.concatenate([_smooth_loss(run) for run in runs])

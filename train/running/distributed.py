@@ -1,10 +1,10 @@
-"""One run by several processes, mostly one a host: how they find each other, agree, and end if one of them is gone.
+"""Runs of several processes, usually one per host: initialization, communication, and the exit if a process is lost.
 
     first host:   moss-audio-train run ... --coordinator first-host:1234 --num-processes 2 --process-id 0
     second host:  moss-audio-train run ... --coordinator first-host:1234 --num-processes 2 --process-id 1
-    TPU pods:     moss-audio-train run ... --distributed      on every host; the pod says the rest
+    TPU pods:     moss-audio-train run ... --distributed      on every host; JAX detects the rest
 
-The directory of the run and the data are on a file system that all of them see.
+The run's directory and the data must be on a file system that all processes share.
 """
 
 import json
@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax._src.clusters import ClusterEnv  # what `jax.distributed.initialize` asks, which does not tell
+from jax._src.clusters import ClusterEnv  # detects the cluster in `jax.distributed.initialize`
 from jax._src.distributed import global_state  # its key-value store has no public name
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -28,18 +28,18 @@ from train.data.pipeline import merge_states
 from train.running.config import DistributedConfig
 from train.running.rendezvous import rendezvous
 
-BATCH_SECONDS = 1800  # for another process to read a batch
-BATCHES_KEPT = 64  # in the processes' store: none is so far behind another
-LOST = 75  # exit code, EX_TEMPFAIL: run it again
-DECISION_MILLISECONDS = 86_400_000  # a process that is gone is found out before
-# What JAX's errors say of a process that can't be reached any more.
+BATCH_SECONDS = 1800  # time limit for another process to read a batch
+BATCHES_KEPT = 64  # in the key-value store; no process is that many batches behind another
+LOST = 75  # exit code EX_TEMPFAIL: run the same command again
+DECISION_MILLISECONDS = 86_400_000  # a day: a lost process is detected earlier
+# Words in JAX's errors about a process that can't be reached any more.
 UNREACHABLE = re.compile(r"gloo|connection|heartbeat|unavailable|coordination service|deadline_exceeded", re.IGNORECASE)
 
 
 def join(config: DistributedConfig) -> None:
-    """Meets the other processes, if the run has any. Before anything else of JAX: no device may be in use yet.
+    """Connects to the other processes, if the run has any. Must be called before JAX uses a device.
 
-    Raises MossAudioError, with the numbers of those that are missing, if they don't all come in time.
+    Raises MossAudioError with the numbers of missing processes if not all join in time.
     """
     if not config.distributed and config.coordinator is None:
         return
@@ -47,7 +47,9 @@ def join(config: DistributedConfig) -> None:
         coordinator, count, number, devices = ClusterEnv.auto_detect_unset_distributed_params(
             config.coordinator, config.num_processes, config.process_id, None, None, config.join_within
         )
-        if coordinator is not None and count is not None and number is not None:  # else JAX says what is not known
+        if (
+            coordinator is not None and count is not None and number is not None
+        ):  # else JAX raises and names what is unknown
             rendezvous(coordinator, count, number, config.join_within)
         jax.distributed.initialize(
             coordinator,
@@ -68,10 +70,10 @@ def join(config: DistributedConfig) -> None:
 
 
 class HostSums:
-    """Figures of this host -> those of all hosts, summed, or the greatest of them; the training step adds them up.
+    """Sums and maxima over all hosts of each host's figures. The training step computes them.
 
-    A program of its own would run beside the step, in another order on each host, and mix up what they send.
-    Hosts that read the same share of the batch count as one.
+    A separate program could run before the step on one host and after it on another, and their collectives would be
+    mixed up. Hosts that read the same share of the batch count as one.
     """
 
     def __init__(self, mesh: Mesh):
@@ -79,7 +81,7 @@ class HostSums:
         self._sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
 
     def place(self, sums: Mapping[str, float], greatest: Mapping[str, float]) -> tuple[jax.Array, jax.Array] | None:
-        """The `host_figures` of `train_step`; None for a single process. No value is negative."""
+        """Makes the argument `host_figures` of `train_step`; None for a single process. Values must be 0 or more."""
         if jax.process_count() == 1:
             return None
         return self._put([value * self._weight for value in sums.values()]), self._put(list(greatest.values()))
@@ -87,7 +89,7 @@ class HostSums:
     def of_step(
         self, metrics: dict[str, jax.Array], sums: Mapping[str, float], greatest: Mapping[str, float]
     ) -> Callable[[], dict[str, float]]:
-        """A function that waits for a step's figures and gives them. They are taken out of its metrics."""
+        """Removes a step's figures from its metrics. Returns a function that waits for the step and returns them."""
         if jax.process_count() == 1:
             return lambda: {**sums, **greatest}
         arrays = metrics.pop("host_sums"), metrics.pop("host_greatest")
@@ -95,7 +97,10 @@ class HostSums:
         return lambda: dict(zip(names, np.concatenate(jax.device_get(arrays)).tolist(), strict=True))
 
     def now(self, sums: Mapping[str, float], own: Mapping[str, float]) -> dict[str, float]:
-        """The sums over all hosts, which wait for each other, and this host's own figures. No step may be running."""
+        """Returns the sums over all hosts and this host's `own` figures. Hosts wait for each other.
+
+        No step may be running.
+        """
         if jax.process_count() == 1:
             return {**sums, **own}
         mine = np.array([value * self._weight for value in sums.values()])
@@ -103,16 +108,16 @@ class HostSums:
         return {**dict(zip(sums, found.tolist(), strict=True)), **own}
 
     def _put(self, values: Sequence[float]) -> jax.Array:
-        """[devices, values]: this host's in one row, zeros in its others."""
+        """Makes an array [devices, values] over all hosts. Each host fills one of its rows; its others are 0."""
         rows = np.zeros((jax.local_device_count(), len(values)), np.float32)
         rows[0] = values
         return jax.make_array_from_process_local_data(self._sharding, rows)
 
 
 def any_host_has(batch: int, here: bool) -> bool:
-    """Whether any process has data for a batch of this number; each says so for itself, in the order of the batches.
+    """Returns True if any process has data for this batch. Each process calls this for every batch in order.
 
-    A process that has some does not wait for the others.
+    here: this process has data; it then does not wait for the others.
     """
     if jax.process_count() == 1:
         return here
@@ -133,7 +138,10 @@ def _batch_key(process: int, batch: int) -> str:
 
 
 def on_first_process(work: Callable[[], None]) -> None:
-    """Process 0 does it, mostly writing files, while the others wait; if it fails, all do."""
+    """Calls `work`, which usually writes files, in process 0 while the others wait.
+
+    If it raises MossAudioError there, all processes raise one of the same kind.
+    """
     error = None
     if jax.process_index() == 0:
         try:
@@ -147,13 +155,14 @@ def on_first_process(work: Callable[[], None]) -> None:
     if error is not None:
         raise error
     if (failed := kinds[kind]) is not None:
-        raise failed("process 0 of the run has refused: its message says why")
+        raise failed("process 0 of the run has failed: see its message")
 
 
 def from_first_process(value: Any) -> Any:
-    """What process 0 gives, which is JSON, handed to all; every process has to call it."""
+    """Broadcasts a JSON value from process 0 to all. Every process must call it."""
     if jax.process_count() == 1:
         return value
+    # Broadcast needs equal shapes: first the size, then a buffer of that size, whose content counts in process 0 only.
     mine = np.frombuffer(json.dumps(value).encode(), np.uint8)
     size = int(multihost_utils.broadcast_one_to_all(np.int32(mine.size)))
     text = multihost_utils.broadcast_one_to_all(np.resize(mine, size))
@@ -161,9 +170,9 @@ def from_first_process(value: Any) -> Any:
 
 
 def first_process_decides(name: str, decide: Callable[[], bool]) -> bool:
-    """What process 0 decides, in all of them. It takes no work of devices, for which steps would be waited for.
+    """Returns the decision of process 0 in all processes. Uses no device, so it does not wait for running steps.
 
-    name: of this one decision in the whole run.
+    name: unique in the whole run.
     """
     if jax.process_count() == 1:
         return decide()
@@ -175,12 +184,12 @@ def first_process_decides(name: str, decide: Callable[[], bool]) -> bool:
 
 
 def gather_data_state(state: dict[str, Any]) -> dict[str, Any]:
-    """The data's states of all processes, merged; every process has to call it, with one of the same step."""
+    """Merges the data states of all processes. Every process must call it at the same step."""
     if jax.process_count() == 1:
         return state
     mine = np.frombuffer(json.dumps(state).encode(), np.uint8)
     lengths = np.asarray(multihost_utils.process_allgather(np.int32(mine.size))).reshape(-1)
-    padded = np.zeros(lengths.max(), np.uint8)
+    padded = np.zeros(lengths.max(), np.uint8)  # all-gather needs equal shapes
     padded[: mine.size] = mine
     rows = np.asarray(multihost_utils.process_allgather(padded))
     return merge_states([json.loads(row[:size].tobytes()) for row, size in zip(rows, lengths, strict=True)])
@@ -188,10 +197,10 @@ def gather_data_state(state: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def exit_if_peer_lost() -> Iterator[None]:
-    """Ends this process at once when work on all devices fails since another one is gone.
+    """Ends this process at once when a computation fails because another process is lost.
 
-    There is nothing it could still save: an orderly end would wait for the lost one. Where a device only waits and
-    nothing fails, as on TPU, JAX ends the process after `DistributedConfig.lost_after`, with a message of its own.
+    It can't save a checkpoint, since a regular shutdown would wait for the lost process. On TPU a collective waits
+    instead of failing: there JAX ends the process after `DistributedConfig.lost_after`, with its own message.
     """
     try:
         yield
@@ -200,8 +209,8 @@ def exit_if_peer_lost() -> Iterator[None]:
             raise
         print(
             f"error: another process of the run has died or can't be reached, found by process {jax.process_index()} "
-            f"of {jax.process_count()} ({str(error).splitlines()[0][:300]}): see what the others say, and run the "
-            "same command on all of them, which goes on from the newest checkpoint",
+            f"of {jax.process_count()} ({str(error).splitlines()[0][:300]}): see the messages of the others, and run "
+            "the same command on all of them, which resumes from the newest checkpoint",
             file=sys.stderr,
             flush=True,
         )

@@ -1,4 +1,4 @@
-"""Figures of a run's data: from sums over all hosts to what metrics.jsonl says of a step and of the run so far."""
+"""Figures of a run's data in metrics.jsonl, of a step and of the run so far, from sums over all hosts."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -13,13 +13,13 @@ SECONDS_PER_HOUR = 3600
 
 
 class DataFigures:
-    """Takes the sums of every batch in turn (`TrainingData.sums`, over all hosts), and keeps the run's counts.
+    """Computes figures from the sums of each batch in turn (`TrainingData.sums`, over all hosts). Keeps run totals.
 
-    Of a batch: data_wait (seconds, of the slowest host), packed_tokens, token_fill and chunk_fill (shares of the budget
-    in use), segment_length (the mean over tokens of the length of a token's segment), examples, audio_seconds,
+    Per batch: data_wait (seconds, of the slowest host), packed_tokens, token_fill and chunk_fill (used shares of the
+    budget), segment_length (mean over tokens of the length of the token's segment), examples, audio_seconds,
     tokens/<group>, model_flops.
-    Since the start of the run: read, unreadable, unlabelled, too_long, truncated (examples), audio_hours, and
-    epoch/<source>: how often its examples were in batches, or skipped; epoch is the least of these.
+    Since the start of the run: read, unreadable, unlabelled, too_long, truncated (numbers of examples), audio_hours,
+    epoch/<source> (passes over the source, counting examples in batches and skipped ones) and epoch (their minimum).
     """
 
     def __init__(
@@ -34,10 +34,11 @@ class DataFigures:
         self._order, self._config, self._model, self._trainable = order, config, model, tuple(trainable)
         self.groups = order.groups
         self._counts = total_counts(data_state)
-        # Groups that take part later, and from which example on.
+        # Groups that join later -> number of their first example.
         self.joining = {name: begin for name, begin in order.begins.items() if begin > self._counts["read"]}
 
     def __call__(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """Adds the sums of a batch to the totals and returns all figures by name."""
         for name in COUNTS:
             self._counts[name] += sums[name]
         content = Content.of_sums(sums)

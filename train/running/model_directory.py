@@ -39,14 +39,14 @@ def write_model_files(source: ModelSource, config: MossAudioConfig, order: Examp
             file.copy(directory / file.name, overwrite=True)
     if config.lora is not None:
         write_adapter_config(directory, config, str(_fixed_directory(source.checkpoint)))
-    else:  # masters are float32, whatever the dtype of the first checkpoint
+    else:  # the run's parameters are float32, whatever the dtype of the first checkpoint
         of_masters = {"config.json": config.raw["config.json"] | {"dtype": "float32"}}
         config = dataclasses.replace(config, raw={**config.raw, **of_masters})
     config.save_hf(directory)
 
 
 def copy_model_files(run_model: AnyPath, directory: AnyPath) -> None:
-    """Copies the files of another run, for a branch of it, config.json last."""
+    """Copies model/ of another run to that of its branch, config.json last."""
     directory = to_path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     for file in sorted(children(run_model), key=lambda file: file.name == "config.json"):

@@ -1,4 +1,4 @@
-"""What a run is, in a line: what it trains, on what data and devices, and how long."""
+"""Summary of a run in one line: parameters, devices, data and length."""
 
 from collections.abc import Mapping, Sequence
 
@@ -11,7 +11,7 @@ from train.state import TrainState
 
 
 def overview(config: RunConfig, groups: Sequence[Group], mesh: Mesh, state: TrainState, start: int) -> str:
-    """One line about a run that begins, or resumes after step `start`."""
+    """Returns the line for a run that begins (`start` 0) or resumes after step `start`."""
     trained, frozen = _size(state.trainable), _size(state.frozen)
     parameters = f"{trained:,} parameters" if not frozen else f"{trained:,} of {trained + frozen:,} parameters"
     devices = list(mesh.devices.flat)

@@ -1,9 +1,9 @@
-"""What can be said against training data before it is trained on: everything but what decoding audio would show.
+"""Checks of training data before training, without decoding audio.
 
-Of each line of a manifest: whether it is valid and has something for the objectives of its group, whether its audio is
-there and has a header that makes sense, and, by that header and the tokens of its texts, whether its labels are within
-the clip and all of it within a run's budget. A file that is damaged after its header,
-or cut short, is found when it is decoded: training skips it and counts it.
+Each line of a manifest must be valid and have labels for an objective of its group. Its audio file must exist and have
+a valid header. By that header, labels must be within the clip. By the header and the tokens of its texts, the example
+must be within the run's budget. A file that is damaged after its header or truncated is found when it is decoded:
+training skips and counts it.
 """
 
 import logging
@@ -29,21 +29,24 @@ from train.data.samples import SampleMaker, truncate_turns
 
 log = logging.getLogger(__name__)
 
-SHOWN = 5  # problems in the refusal of a run
-DATA_GROUP = "conversations"  # of `--data`
+SHOWN = 5  # problems listed in the error message
+DATA_GROUP = "conversations"  # the group of `--data`
 
 
 @dataclass
 class Check:
-    """Of one manifest; `problems` does the work, and the counts are complete when it is at its end.
+    """Check of one manifest. The counts are complete once `problems` is exhausted.
 
-    group: of the mixture, that the manifest is for. objectives: of every group; each of this one's that applies to an
-        example has to be within the budget.
-    maker: makes samples as the run does; None counts clips alone, where there is no tokenizer.
-    fetch: also look at audio on gs://, whose files are fetched whole for it.
-    unusable: lines that are invalid, have nothing for the objectives, or whose audio or labels can't be used.
-    too_long, truncated: what becomes of examples beyond the budget. split: texts that become several sequences.
-    audio_seconds: of all clips, as cut. ignored: how often each key that means nothing here is there, by its place.
+    group: group of the mixture that the manifest belongs to.
+    objectives: group -> objective -> share. Every objective of `group` that applies to an example must be within the
+        budget.
+    maker: makes samples as the run does; None without a tokenizer, which counts clips only.
+    fetch: also check audio on gs://, which downloads the files.
+    unusable: number of lines that are invalid, have no labels for the objectives, or have unusable audio or labels.
+    too_long, truncated: numbers of examples beyond the budget that are left out or lose their end.
+    split: number of texts that become several sequences.
+    audio_seconds: length of all clips, as cut.
+    ignored: unknown key and its place -> number of times.
     """
 
     path: AnyPath
@@ -62,7 +65,7 @@ class Check:
     ignored: Counter[str] = field(default_factory=Counter, init=False)
 
     def problems(self) -> Iterator[str]:
-        """A sentence for every example that could not be trained on, beginning with its file and line."""
+        """Yields a sentence for every example that can't be trained on, which begins with its file and line."""
         path = to_path(self.path)
         for _, _, read in checked_lines(path, local_copy(path)):
             self.examples += 1
@@ -77,15 +80,16 @@ class Check:
             except TooLong as error:
                 self.too_long += 1
                 yield str(error)
-            except StorageError:  # no fault of the line
+            except StorageError:  # not the fault of the line
                 raise
             except MossAudioError as error:
                 self.unusable += 1
                 yield str(error)
 
     def summary(self) -> str:
+        """Returns the counts as one sentence."""
         beyond = {"skip": "skipped", "truncate": "skipped", "refuse": "refused"}[self.data.oversize]
-        counted = "" if self.maker else " (by their audio alone, without the tokens of texts)"
+        counted = "" if self.maker else " (counting audio only, without the tokens of texts)"
         return (
             f"{self.path}: {self.examples} examples, {self.audio_seconds / 3600:.2f} hours of audio; {self.unusable} "
             f"can't be used, {self.too_long} are too long and would be {beyond}, {self.truncated} truncated, "
@@ -93,13 +97,13 @@ class Check:
         )
 
     def notes(self) -> Iterator[str]:
-        """What is no fault: keys that are not read."""
+        """Yields remarks that are no problems: unknown keys, which are ignored."""
         if self.ignored:
             counts = ", ".join(f"{key} ({count} times)" for key, count in sorted(self.ignored.items()))
-            yield f"{self.path}: keys that mean nothing here are ignored: {counts}"
+            yield f"{self.path}: unknown keys are ignored: {counts}"
 
     def _objectives(self, example: Example) -> list[str]:
-        """The objectives of the group that apply; raises NothingToAsk, which names the groups that have others."""
+        """Returns the group's objectives that apply; raises NothingToAsk, which names groups whose objectives apply."""
         shares = self.objectives[self.group]
         found = list(applying(example, shares))
         if not found:
@@ -109,7 +113,10 @@ class Check:
         return found
 
     def _is_truncated(self, example: Example, objectives: list[str]) -> bool:
-        """Whether an example loses its end in one of the objectives; raises TooLong if it can't be trained on."""
+        """Returns True if an example is truncated in any of the objectives. Raises TooLong if it can't be trained on.
+
+        Also counts texts that are split.
+        """
         budget, truncate, truncated = self.data.budget, self.data.oversize == "truncate", False
         for name in objectives:
             whole = OBJECTIVES[name].render(example, np.random.default_rng(0))
@@ -132,7 +139,7 @@ class Check:
         return truncated
 
     def _without_audio(self, example: Example) -> Example:
-        """The example with silence for its clips, as long as their headers say, which takes no memory."""
+        """Replaces the clips of an example by silence of the lengths in their headers, which takes no memory."""
         if example.conversation:
             turns = tuple(
                 Message(turn.role, tuple(self._silence(p) if isinstance(p, Clip) else p for p in turn.content))
@@ -143,13 +150,14 @@ class Check:
         return replace(example, clip=example.clip and self._silence(example.clip))
 
     def _silence(self, clip: Clip) -> Clip:
+        """Returns silence of the clip's length, or of one mel frame if its header may not be read."""
         assert isinstance(clip.audio, str)  # a manifest holds paths
         samples = clip.num_samples() if self._is_known(clip) else RELEASED_MEL.mel_hop_length
         self.audio_seconds += samples / SAMPLE_RATE
         return Clip(np.broadcast_to(np.float32(0), samples), name=clip.name)
 
     def _is_known(self, clip: Clip | None) -> bool:
-        """Whether the clip's header may be read."""
+        """Returns True if the clip's header may be read."""
         return clip is not None and (self.fetch or not is_remote(str(clip.audio)))
 
 
@@ -158,9 +166,9 @@ def _option(group: str) -> str:
 
 
 def check_of(config: RunConfig, path: AnyPath, group: str | None = None) -> Check:
-    """The check of a manifest for a run: its budget, its model's chunks and, if it names one, its tokenizer.
+    """Makes the check of a manifest for a run, with the run's budget, model and tokenizer (if it names one).
 
-    group: by default the one that names the manifest among its paths, or else that of `--data`.
+    group: by default the group that has the manifest in its paths, or else the group of `--data`.
     """
     groups = config.mixture.manifest_groups()
     named = [name for name, their in groups.items() if to_path(path) in map(to_path, their.paths)]
@@ -170,12 +178,13 @@ def check_of(config: RunConfig, path: AnyPath, group: str | None = None) -> Chec
     model = config.model_config()
     chunk_frames = model.audio_config.chunk_frames
     if chunk_frames is None:
-        raise MossAudioError(f"{path} can't be checked for a model without chunks, which does not train")
+        raise MossAudioError(f"{path} can't be checked for a model without audio chunks, which can't be trained")
     objectives = {name: their.shares(name) for name, their in groups.items()}
     return Check(path, config.data, chunk_frames, group, objectives, _maker(config, model))
 
 
 def _maker(config: RunConfig, model: MossAudioConfig) -> SampleMaker | None:
+    """Makes samples as the run does; None if its tokenizer does not exist yet."""
     source = config.model.tokenizer_source
     if source in (None, LEARNED):
         return None
@@ -186,7 +195,7 @@ def _maker(config: RunConfig, model: MossAudioConfig) -> SampleMaker | None:
 def sample_maker(
     config: RunConfig, tokenizer: Tokenizer, model: MossAudioConfig, augmentation: Augmentation | None = None
 ) -> SampleMaker:
-    """Makes samples as a run with this configuration does."""
+    """Creates the `SampleMaker` of a run with this configuration."""
     return SampleMaker(
         tokenizer,
         model,
@@ -198,10 +207,10 @@ def sample_maker(
 
 
 def require_usable(config: RunConfig) -> None:
-    """Raises MossAudioError if a manifest of the mixture has an example that can't be used, or none that can.
+    """Raises MossAudioError if a manifest of the mixture has an unusable example, or only examples that are too long.
 
-    That an example is too long is a reason where the run would be stopped by it, and else a line in the log, for which
-    texts are not tokenised.
+    With `oversize` "refuse" any example that is too long is an error too. Otherwise these are counted in the log by
+    their audio only: texts are not tokenised.
     """
     for name, group in config.mixture.manifest_groups().items():
         for path in group.paths:
@@ -219,11 +228,11 @@ def _require_usable(check: Check) -> None:
     count = check.unusable + stops * check.too_long
     if count:
         raise MossAudioError(
-            f"{count} of {check.examples} examples can't be trained on, and nothing was begun: {'; '.join(shown)}. "
-            f"`moss-audio-train check {check.path} --group {check.group}` lists all; repair the data."
+            f"{count} of {check.examples} examples can't be trained on: {'; '.join(shown)}: repair the data; "
+            f"`moss-audio-train check {check.path} --group {check.group}` lists all problems"
         )
     if check.too_long == check.examples:
-        raise MossAudioError(f"every example is too long: {check.summary()}; raise the budget.")
+        raise MossAudioError(f"every example is too long: {check.summary()}: raise --data.tokens or --data.chunks")
     notes = [check.summary()] if check.too_long or check.truncated else []
     for note in (*notes, *check.notes()):
         log.warning("%s", note)

@@ -1,4 +1,4 @@
-"""Traces of a few steps of a run, for TensorBoard's profiler or XProf: planned, or asked for while the run trains."""
+"""Traces of a few steps of a run, for TensorBoard's profiler or XProf, planned or requested during the run."""
 
 import contextlib
 import signal
@@ -11,26 +11,26 @@ from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.storage.paths import AnyPath, local_directory, to_path, upload
 from train.running.directory import PROFILE, PROFILE_NOW
 
-LOOK_SECONDS = 10.0  # between two looks for PROFILE_NOW
-PROFILED_ON_REQUEST = 3  # steps, where no option says how many
+LOOK_SECONDS = 10.0  # time between checks for PROFILE_NOW
+PROFILED_ON_REQUEST = 3  # steps of a requested trace if --profile-steps is 0
 
 
 class Profile:
-    """Records a trace of the steps first..first+count-1 into out/profile, for TensorBoard's profiler or XProf.
+    """Records a trace of steps first to first + count - 1 into out/profile.
 
         with Profile(out, first, count) as profile:
             profile.before(step)
             ... start the step ...
             profile.after(step, metrics)
 
-    It waits for the last of them, and for no other step. A run that ends earlier has a trace of what there was; no
-    trace is made of 0 steps. A file `profile_now` in the run's directory, and SIGUSR1, ask for one of the next steps.
+    It waits for the last traced step, for no other. If the run ends earlier, the trace has the steps until then. A
+    count of 0 plans no trace. A file `profile_now` in the run's directory, or SIGUSR1, requests one of the next steps.
     """
 
     def __init__(self, out: AnyPath, first: int, count: int):
         if first < 1 or count < 0:
             raise MossAudioError(
-                f"a profile starts at step 1 or later and has 0 steps or more, not {first} and {count}"
+                f"--profile-first must be 1 or more and --profile-steps 0 or more, not {first} and {count}"
             )
         self._directory, self._steps = to_path(out) / PROFILE, range(first, first + count)
         self._request, self._count = to_path(out) / PROFILE_NOW, count or PROFILED_ON_REQUEST
@@ -53,17 +53,18 @@ class Profile:
         self._stop()
 
     def _keep_looking(self) -> None:
-        """In a thread: on gs:// each look is a request, for which no step should wait."""
+        """Checks for requests in a thread: on gs:// a check is a network request, and no step should wait for it."""
         while not self._closed.wait(LOOK_SECONDS):
             self._look()
 
     def _look(self) -> None:
-        with contextlib.suppress(OSError):  # it is looked for again; a run doesn't end for a profile
+        with contextlib.suppress(OSError):  # checked again later; a run must not fail because of a profile
             if self._request.exists():
                 self._request.unlink()
                 self._requested.set()
 
     def before(self, step: int) -> None:
+        """Starts the trace if it begins with this step."""
         if not self._is_first_process or self._recording:
             return
         if self._requested.is_set():
@@ -74,7 +75,7 @@ class Profile:
             self._recording = True
 
     def after(self, step: int, result: Any) -> None:
-        """result: arrays that the step computes."""
+        """Stops the trace if this is its last step. result: arrays that the step computes."""
         if self._recording and step >= self._steps[-1]:
             jax.block_until_ready(result)
             self._stop()

@@ -1,7 +1,7 @@
-"""How the processes of a run find out at the start that all of them are there, or who isn't.
+"""Waits at the start of a run until all processes have joined, or names the missing ones.
 
-JAX ends a process that has waited too long for the others by an abort that names nobody. So they meet here first, on
-the coordinator's port: process 0 listens, each of the others says its number and its host, and all hear at the end that
+When JAX waits too long for other processes it aborts and does not name them. So they meet here first, on the
+coordinator's port. Process 0 listens. Each other process sends its number and its host. Process 0 then tells all that
 they are complete, or which numbers are missing and on which hosts the others are.
 """
 
@@ -16,14 +16,16 @@ from typing import Any
 from moss_audio_jax.errors import MossAudioError
 
 RETRY_SECONDS = 0.5
-LINE_SECONDS = 5  # in which a process that has connected says who it is
-HEARD_SECONDS = 10  # beyond the time to wait, to hear from process 0 who is missing
+LINE_SECONDS = 5  # time limit to connect, and for a connected process to send its line
+HEARD_SECONDS = 10  # extra time to wait for the answer of process 0
 
 
 def rendezvous(coordinator: str, count: int, number: int, seconds: float) -> None:
-    """Returns in all processes once all are there; raises MossAudioError in all that came if some don't in time.
+    """Waits until all processes have joined. Raises MossAudioError in those that joined if others don't in time.
 
-    coordinator: HOST:PORT of process 0. number: of this process, from 0 to `count` - 1.
+    coordinator: HOST:PORT of process 0.
+    count: number of processes.
+    number: number of this process, from 0 to `count` - 1.
     """
     host, _, port = coordinator.rpartition(":")
     deadline = time.monotonic() + seconds
@@ -39,7 +41,7 @@ def rendezvous(coordinator: str, count: int, number: int, seconds: float) -> Non
 
 
 def _receive(port: int, count: int, deadline: float) -> str:
-    """Process 0: waits for the others and tells them the problem, which is empty if there is none."""
+    """Waits for the others, in process 0, and sends them the problem, which it returns. Empty: no problem."""
     here = socket.gethostname()
     there = {0: (here, os.getpid())}
     guests: list[socket.socket] = []
@@ -59,7 +61,7 @@ def _receive(port: int, count: int, deadline: float) -> str:
                 problem = _missing({number: host for number, (host, _) in there.items()}, count)
                 break
             said = _read_line(guest, LINE_SECONDS)
-            if said is None or said.keys() != _who(0, 1).keys():  # none of ours
+            if said is None or said.keys() != _who(0, 1).keys():  # not a process of a run
                 guest.close()
                 continue
             guests.append(guest)
@@ -68,8 +70,8 @@ def _receive(port: int, count: int, deadline: float) -> str:
                 problem = f"process {number} on {place[0]} expects {said['of']} processes, the one on {here} {count}"
             elif there.setdefault(number, place) != place:
                 problem = f"two have the number {number}, one on {there[number][0]} and one on {place[0]}"
-    for guest in guests:  # JAX can have the port now
-        with guest, contextlib.suppress(OSError):  # one that is gone needs no answer
+    for guest in guests:  # the server is closed: JAX can use the port
+        with guest, contextlib.suppress(OSError):  # a process that is gone needs no answer
             _write_line(guest, {"problem": problem})
     return problem
 
@@ -79,7 +81,7 @@ def _who(number: int, count: int) -> dict[str, Any]:
 
 
 def _report(host: str, port: int, who: dict[str, Any], deadline: float) -> str:
-    """The others: says who this is and returns what process 0 found."""
+    """Sends `who` to process 0, in every other process, and returns the problem that process 0 found."""
     while True:
         try:
             with socket.create_connection((host, port), timeout=LINE_SECONDS) as server:
@@ -111,7 +113,7 @@ def _write_line(connection: socket.socket, content: dict) -> None:
 
 
 def _read_line(connection: socket.socket, seconds: float) -> dict | None:
-    """A JSON object; None if none comes in time."""
+    """Reads a line with a JSON object; None if none comes in time."""
     connection.settimeout(seconds)
     try:
         with connection.makefile("rb") as file:

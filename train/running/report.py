@@ -1,16 +1,16 @@
-"""What a person sees of a run, on stderr and in its directory:
+"""Records of a run for people, on stderr and in its directory:
 
-    out/metrics.jsonl    a line for every step; JSON has no NaN, so what is not finite is null
-    out/scores.jsonl     a line for every evaluation
-    out/samples.jsonl    a line for every sample that an evaluation shows
-    out/answers/         a table in Markdown for every evaluation, by its step: all that was asked, expected, answered
-    out/tensorboard/     all of it, for TensorBoard
-    out/wandb_run.txt    on request: the id of the run in Weights & Biases, which a resumed run goes on with
-    out/profile/         on request: a trace of a few steps, for TensorBoard or XProf
-    out/profile_now      requests one while the run goes on
+    out/metrics.jsonl    one line per step; JSON has no NaN, so values that are not finite are null
+    out/scores.jsonl     one line per evaluation
+    out/samples.jsonl    one line per sample that an evaluation shows
+    out/answers/         one Markdown table per evaluation, named by its step: all questions, references and answers
+    out/tensorboard/     metrics, scores and samples for TensorBoard
+    out/wandb_run.txt    on request: id of the run in Weights & Biases, which a resumed run continues
+    out/profile/         on request: trace of a few steps, for TensorBoard or XProf
+    out/profile_now      requests a trace during the run
 
-Only the first process prints and writes. A run that was killed made steps after its last checkpoint, which are run
-again: their lines are cut off, and TensorBoard is told to forget them.
+Only process 0 prints and writes. If a run was killed, the steps after its last checkpoint run again: their lines are
+removed, and TensorBoard is told to drop them.
 """
 
 import datetime
@@ -62,13 +62,13 @@ from train.running.directory import (
 )
 from train.running.distributed import from_first_process
 
-ESTIMATED_AFTER = 5  # steps, how long a run will take
+ESTIMATED_AFTER = 5  # steps until the time that is left is estimated
 
 Values = Mapping[str, float]
 
 
 class ShownSample(NamedTuple):
-    """An answer of the model beside what was asked and expected. figure: a PNG file that goes with it."""
+    """Answer of the model with its question and reference. figure: a PNG file of it."""
 
     name: str
     question: str
@@ -78,14 +78,14 @@ class ShownSample(NamedTuple):
 
 
 class RunReport:
-    """Takes the metrics of every step. They are fetched while the next step runs, so no step waits for them.
+    """Records the metrics of every step. They are fetched while the next step runs, so no step waits for them.
 
-    figures: of a step's sums, what its line says (`figures.DataFigures`).
-    start: the step that the run resumes from. last_step: None if it ends with its data.
-    peak_flops: bfloat16 FLOP/s of all devices (`chips.peak_flops`); None shows FLOP/s rather than MFU.
-    restarts: how often the run was started again so far. wandb: a project in Weights & Biases.
-    groups: the names of the mixture's, in the order of the step's metrics. joining: those that take part later, and
-        from which example on.
+    figures: computes the data figures of a step's line from its sums (`figures.DataFigures`).
+    start: step that the run resumes from. last_step: None if the run ends with its data.
+    peak_flops: bfloat16 FLOP/s of all devices (`chips.peak_flops`); None shows FLOP/s instead of MFU.
+    restarts: number of starts after the first. wandb: project in Weights & Biases.
+    groups: names of the mixture's groups, in the order of the step's metrics. joining: group that joins later ->
+        number of its first example.
     """
 
     def __init__(
@@ -129,25 +129,25 @@ class RunReport:
                     sink.close()
 
     def say(self, line: str) -> None:
-        """Shows a line to whoever watches the run."""
+        """Shows a line on stderr."""
         for sink in self._sinks:
             sink.say(line)
 
     def add(self, step: int, metrics: Mapping[str, jax.Array], sums: Callable[[], Values]) -> None:
-        """Takes a step that was started, and writes the one before.
+        """Takes a step that was started, and writes the previous one.
 
-        metrics: of `train_step`. sums: gives those over all hosts (`distributed.HostSums`).
+        metrics: returned by `train_step`. sums: returns the step's sums over all hosts (`distributed.HostSums`).
         """
         self.flush()
         self._pending = step, metrics, sums
 
     def pass_over(self, sums: Callable[[], Values]) -> None:
-        """Takes the sums of a batch that is read and not trained on: its data count, and its time is no step's."""
-        with self.paused():  # after all steps
+        """Counts the data of a batch that is read but not trained on. Its time is not part of a step."""
+        with self.paused():  # waits for all steps
             self._figures(sums())
 
     def flush(self) -> None:
-        """Waits for the last step that was added; raises MossAudioError if too many in a row were skipped."""
+        """Waits for the last added step and writes it; raises MossAudioError if too many in a row were skipped."""
         if self._pending is None:
             return
         step, metrics, sums = self._pending
@@ -167,12 +167,12 @@ class RunReport:
         if values["skipped_in_a_row"] >= self._max_skipped:
             raise MossAudioError(
                 f"step {step}: {values['skipped_in_a_row']} steps in a row were skipped (loss {values['loss']}, "
-                f"gradient norm {values['grad_norm']}); look at {self._out / METRICS_FILE}, and lower the learning "
-                "rate or mend the data in a new run"
+                f"gradient norm {values['grad_norm']}): see {self._out / METRICS_FILE}, and lower the learning rate or "
+                "repair the data in a new run"
             )
 
     def commit(self) -> None:
-        """`flush`, and puts all lines where a kill can't reach them, as before a checkpoint that goes on after them."""
+        """Flushes, and makes all lines durable. Called before a checkpoint, so that it never precedes its lines."""
         self.flush()
         with _writing_into(self._out):
             for sink in self._sinks:
@@ -180,22 +180,22 @@ class RunReport:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """For what is done between steps, such as an evaluation: its time is no step's."""
+        """Excludes the time inside the context from the next step's time, for example that of an evaluation."""
         self.flush()
         began = time.perf_counter()
         yield
         self._last += time.perf_counter() - began
 
     def add_scores(self, step: int, scores: Values) -> None:
-        """Shows what an evaluation after this step found, by names such as `eval/loss`."""
+        """Records the scores of an evaluation after this step, by names such as `eval/loss`."""
         with _writing_into(self._out):
             for sink in self._sinks:
                 sink.write_scores(step, scores)
 
     def scores_of(self, step: int) -> Mapping[str, float | None] | None:
-        """What `add_scores` has recorded of this step, perhaps before the run was resumed; None if it has not.
+        """Returns the scores recorded for this step, perhaps by an earlier start of the run; None if there are none.
 
-        Every process has to call it, and gets the same.
+        Every process must call it; all get the same.
         """
         return from_first_process(_scores_of(self._out, step) if jax.process_index() == 0 else None)
 
@@ -206,16 +206,16 @@ class RunReport:
                 sink.write_samples(step, samples)
 
     def add_answers(self, step: int, answers: Sequence[ShownSample]) -> None:
-        """Keeps a table of all answers of an evaluation after this step."""
+        """Writes a table of all answers of an evaluation after this step."""
         with _writing_into(self._out):
             for sink in self._sinks:
                 sink.write_answers(step, answers)
 
 
 def by_name(metrics: Mapping[str, np.ndarray], groups: Sequence[str]) -> dict[str, float]:
-    """Metrics of a step as numbers: those by group become `loss/<group>` and `learned_tokens/<group>`.
+    """Converts metrics of a step to numbers. Those by group become `loss/<group>` and `learned_tokens/<group>`.
 
-    A group of which a batch has no tokens to learn has no loss in it.
+    A group without supervised tokens in the batch has no loss.
     """
     values = {name: value.item() for name, value in metrics.items() if value.ndim == 0}
     if "loss_of_group" in metrics:
@@ -233,13 +233,13 @@ def _writing_into(out: Path) -> Iterator[None]:
         if is_transient(error):
             raise
         raise MossAudioError(
-            f"the run's records can't be written into {out} ({error}): make room or give access, and run the same "
-            "command to go on"
+            f"the run's records can't be written into {out} ({error}): free disk space or give access, and run the "
+            "same command to resume"
         ) from error
 
 
 class _Sink:
-    """Where a run's figures go, at once. What a sink has no use for, it ignores."""
+    """Destination of a run's records, which are written at once. By default a method ignores its arguments."""
 
     def say(self, line: str) -> None: ...
 
@@ -257,11 +257,11 @@ class _Sink:
 
 
 class _Lines(_Sink):
-    """The files of lines."""
+    """JSON lines of metrics, scores and samples, and the tables of answers."""
 
     def __init__(self, out: Path, start: int):
         self._out = out
-        # An evaluation writes its scores last: without them it is made again, and its samples are not its own.
+        # An evaluation writes its scores last. Without them it runs again, so its samples are removed.
         of_samples = start if _scores_of(out, start) else start - 1
         last = {METRICS_FILE: start, SCORES_FILE: start, SAMPLES_FILE: of_samples}
         self._files = {name: _open_after(out / name, step) for name, step in last.items()}
@@ -298,7 +298,7 @@ class _Lines(_Sink):
             file.close()
 
 
-_COLUMNS = ("name", "question", "reference", "prediction")  # of a table of answers
+_COLUMNS = ("name", "question", "reference", "prediction")  # columns of a table of answers
 
 
 def _row(answer: ShownSample) -> list[str]:
@@ -306,7 +306,7 @@ def _row(answer: ShownSample) -> list[str]:
 
 
 def _markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A row a line, each cell as it is: what Markdown or HTML would obey is escaped."""
+    """Writes one row per line. Cells are shown literally: Markdown and HTML in them are escaped."""
 
     def line(cells: Iterable[str]) -> str:
         return f"| {' | '.join(cells)} |\n"
@@ -325,7 +325,7 @@ def _finite(values: Values) -> dict[str, float | None]:
 
 
 def _open_after(path: Path, step: int) -> GrowingFile:
-    """Opens a file of lines to append to, without those of later steps and one that was cut off."""
+    """Opens a file of JSON lines for appending. First removes lines of later steps and an incomplete last line."""
     if exists(path):
         whole = io.BytesIO(read_bytes(path))
         with atomic_file(path) as partial, partial.open("wb") as kept:
@@ -334,6 +334,7 @@ def _open_after(path: Path, step: int) -> GrowingFile:
 
 
 def _scores_of(out: Path, step: int) -> dict[str, float | None] | None:
+    """Reads the scores of a step; None if there are none."""
     path = out / SCORES_FILE
     if not path.exists():
         return None
@@ -344,15 +345,16 @@ def _scores_of(out: Path, step: int) -> dict[str, float | None] | None:
 
 
 def _lines_until(file: Iterable[bytes], step: int, path: Path) -> Iterator[bytes]:
+    """Yields the complete lines up to this step; raises MossAudioError for a line that is not a record of a step."""
     for number, line in enumerate(file, start=1):
-        if not line.endswith(b"\n"):  # the last one, as a kill leaves it
+        if not line.endswith(b"\n"):  # the last one, incomplete after a kill
             return
         try:
             later = json.loads(line)["step"] > step
         except (ValueError, KeyError, TypeError) as error:
             found = line[:80].decode(errors="replace").rstrip()
             raise MossAudioError(
-                f"{path}, line {number}: expected a JSON object with a step, found {found!r}; "
+                f"{path}, line {number}: expected a JSON object with a step, found {found!r}: "
                 "move the file away or remove the line"
             ) from error
         if later:
@@ -361,7 +363,7 @@ def _lines_until(file: Iterable[bytes], step: int, path: Path) -> Iterator[bytes
 
 
 class _EventFiles:
-    """How the writer opens a file on gs://; its own way would upload all of it at every step."""
+    """Opens event files on gs://. The writer's own class would upload the whole file at every step."""
 
     open = staticmethod(GrowingFile)
 
@@ -370,13 +372,13 @@ register_writer_factory("gs", _EventFiles())
 
 
 class _TensorBoard(_Sink):
-    """An event file, written at once: the writer in a thread of its own would block for good if the disk were full."""
+    """TensorBoard event file, written in this thread: tensorboardX's writer thread would hang if the disk is full."""
 
     def __init__(self, out: Path, start: int):
         directory = out / TENSORBOARD
         retried(directory, lambda: directory.mkdir(parents=True, exist_ok=True))
         self._writer = EventsWriter(str(directory / "events"), f".{os.getpid()}.{start}")
-        # TensorBoard drops what other event files of the directory hold from this step on.
+        # Makes TensorBoard drop events from this step on in older event files of the directory.
         self._write(Event(step=start + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def _write(self, event: Event) -> None:
@@ -407,12 +409,12 @@ class _TensorBoard(_Sink):
 
 
 def _tag(name: str) -> str:
-    """TensorBoard groups by what is before the first slash."""
+    """Adds a prefix to names without one: TensorBoard groups by the part before the first slash."""
     return name if "/" in name else f"train/{name}"
 
 
 def _as_code(text: str) -> str:
-    """Markdown that shows a text as it is."""
+    """Returns Markdown that shows a text literally."""
     return "\n".join(f"    {line}" for line in text.splitlines()) or "    "
 
 
@@ -422,14 +424,15 @@ def _png(path: Path) -> Summary.Image:
     except OSError as error:
         raise MossAudioError(f"{path} can't be read ({error}): give the PNG file of a figure") from error
     if content[:8] != b"\x89PNG\r\n\x1a\n" or len(content) < 26:
-        raise MossAudioError(f"{path}: expected a PNG image, found something else; give the file of one")
+        raise MossAudioError(f"{path} must be a PNG image, not another file: give the PNG file of a figure")
+    # The IHDR chunk: width, height, bits per channel, colour type (0 grey, 4 grey and alpha, 2 RGB, 6 RGBA).
     width, height, _, kind = struct.unpack(">IIBB", content[16:26])
     channels = {0: 1, 4: 2, 6: 4}.get(kind, 3)
     return Summary.Image(height=height, width=width, colorspace=channels, encoded_image_string=content)
 
 
 class _WeightsAndBiases(_Sink):
-    """A run in Weights & Biases. It ignores steps it has already; those that are run again have the same numbers."""
+    """Run in Weights & Biases. It ignores steps that it already has; repeated steps have the same numbers."""
 
     def __init__(self, out: Path, project: str):
         try:
@@ -461,7 +464,7 @@ class _WeightsAndBiases(_Sink):
 
 
 class _Progress(_Sink):
-    """Lines on stderr. Rates are over the steps since the line before; the first step, which compiles, is left out."""
+    """Lines on stderr. Rates are over the steps since the previous line, without the first step, which compiles."""
 
     def __init__(
         self,
@@ -475,10 +478,10 @@ class _Progress(_Sink):
         self._peak_flops = peak_flops
         self._unprinted: list[Values] = []
         self._joining = dict(joining)
-        # Lines that come soon say themselves how long the rest takes.
+        # No separate estimate if the first lines, which have one, come soon.
         self._estimated = last_step is None or log_every <= 2 * ESTIMATED_AFTER
         if peak_flops is None:
-            self._print(f"FLOP/s: {CONVENTION}; no peak is known for these devices")
+            self._print(f"FLOP/s: {CONVENTION}; the peak of these devices is unknown")
         else:
             self._print(f"MFU: {CONVENTION}, over the bf16 peak of {peak_flops / 1e12:,.0f} TFLOP/s")
 
@@ -493,13 +496,13 @@ class _Progress(_Sink):
             self._unprinted.append(line)
         for group in [name for name in self._joining if line.get(f"tokens/{name}")]:
             self._print(
-                f"step {step}: from here on group {group} takes part (from example {self._joining.pop(group):,} on): "
-                "other examples, and if they are harder, the loss rises for a while"
+                f"step {step}: group {group} joins, from example {self._joining.pop(group):,} on: if its examples are "
+                "harder, the loss rises for a while"
             )
         if not self._estimated and len(self._unprinted) == ESTIMATED_AFTER:
             self._estimated = True
             seconds = sum(line["step_seconds"] for line in self._unprinted) / len(self._unprinted)
-            self._print(f"{seconds:.3g} s a step: about {self._left(step, seconds)} for the steps that are left")
+            self._print(f"{seconds:.3g} s per step: about {self._left(step, seconds)} left")
         if step % self._log_every == 0 or step == self._last_step:
             figures = self._rates(step) if self._unprinted else [f"{line['step_seconds']:.1f} s with compilation"]
             place = f"step {step}" if self._last_step is None else f"step {step}/{self._last_step}"
@@ -510,6 +513,7 @@ class _Progress(_Sink):
             self._unprinted = []
 
     def _rates(self, step: int) -> list[str]:
+        """Returns rates over the unprinted steps: tokens/s, MFU or FLOP/s, data wait, and the time that is left."""
         seconds, wait, tokens, flops = (
             sum(line.get(name, 0.0) for line in self._unprinted)
             for name in ("step_seconds", "data_wait", "packed_tokens", "model_flops")
@@ -525,12 +529,12 @@ class _Progress(_Sink):
         return rates
 
     def _left(self, step: int, seconds: float) -> datetime.timedelta:
-        """Time of the steps after this one, `seconds` each."""
+        """Returns the time that the steps after this one take at `seconds` each."""
         assert self._last_step is not None
         return datetime.timedelta(seconds=round((self._last_step - step) * seconds))
 
     def write_scores(self, step: int, scores: Values) -> None:
-        # Those of each task and class, dozens, are in the file.
+        # Only overall scores: dozens of each task and class are in the file.
         overall = [f"{name} {value:.4g}" for name, value in scores.items() if name.count("/") == 1]
         self._print("  ".join([f"step {step}", *overall]))
 
@@ -542,6 +546,6 @@ class _Progress(_Sink):
 
 
 def _short(text: str, width: int = 100) -> str:
-    """One line of a text that may have several, without what a terminal would obey."""
+    """Shortens a text to one line of at most `width` characters, without control characters."""
     line = "".join(letter if letter.isprintable() else " " for letter in " ".join(text.split()))
     return line if len(line) <= width else line[: width - 3] + "..."

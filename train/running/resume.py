@@ -1,13 +1,13 @@
-"""A run's `config.json`: the configuration it has, what made it so, and what may change when it resumes.
+"""A run's config.json: its configuration, the record of its starts, and the options that may change when it resumes.
 
-    {..., the configuration,
-     "starts":   how often the run was started
-     "versions": of this package, Python and the libraries
-     "history":  [{"step": 0, "time": ..., "versions": {...}},               the start of the run
-                  {"step": 500, "time": ..., "changes": {"loop.steps": [500, 900]}}]   an entry a start since
+    {...,        the configuration
+     "starts":   number of starts of the run
+     "versions": versions of this package, Python and the libraries
+     "history":  [{"step": 0, "time": ..., "versions": {...}},                          first start
+                  {"step": 500, "time": ..., "changes": {"loop.steps": [500, 900]}}]    one entry per later start
     }
 
-`RULES` says of every option whether it may change. Only the configuration is compared.
+`RULES` defines which options may change. Only the configuration is compared.
 """
 
 import dataclasses
@@ -31,9 +31,10 @@ from train.running.config_file import is_group, is_option, options_of, read_back
 from train.running.directory import CONFIG_FILE
 
 Rule = Literal["free", "asked", "never"]
-# Patterns of options; the first that matches holds. docs/training.md has the same table.
+# Patterns of options; the first match applies. docs/training.md has the same table.
+# free: may change. asked: may change if --allow-change names it. never: can't change.
 RULES: tuple[tuple[str, Rule], ...] = (
-    # How far and where a run goes, and what it leaves behind.
+    # Length of the run, its devices, and its output.
     ("recipe", "free"),
     ("loop.epochs", "asked"),
     ("loop.*", "free"),
@@ -41,18 +42,18 @@ RULES: tuple[tuple[str, Rule], ...] = (
     ("mesh.*", "free"),
     ("data.max_*", "free"),
     ("data.grow", "free"),
-    # What changes no more than rounding, and which values dropout draws.
+    # Changes rounding and the random values of dropout only.
     ("microbatches", "free"),
     ("step.remat", "free"),
     ("step.loss_chunk", "free"),
-    # When a step is left out.
+    # Condition to skip a step.
     ("step.spike_*", "free"),
-    # Where the first parameters came from: none of it is read again.
+    # Source of the first parameters, which is not read again.
     ("model.allow_random_frozen", "free"),
     ("model.checkpoint", "free"),
     ("model.encoder", "free"),
     ("model.language_model", "free"),
-    # What is trained, and what its checkpoints hold.
+    # Trained parameters and the contents of checkpoints.
     ("model.*", "never"),
     ("lora.dropout", "asked"),
     ("lora.int8", "asked"),
@@ -60,7 +61,7 @@ RULES: tuple[tuple[str, Rule], ...] = (
     ("lora.*", "never"),
     ("optimizer.freeze", "never"),
     ("optimizer.name", "never"),
-    # All else.
+    # Everything else.
     ("optimizer.*", "asked"),
     ("step.*", "asked"),
     ("data.*", "asked"),
@@ -68,7 +69,7 @@ RULES: tuple[tuple[str, Rule], ...] = (
     ("augment.*", "asked"),
     ("seed", "asked"),
 )
-# Options that other examples, or another order of them, follow from.
+# Options that determine the examples and their order.
 DATA_OPTIONS = ("data.*", "mixture.*", "augment.*", "seed")
 LIBRARIES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -78,7 +79,7 @@ LIBRARIES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "gr
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """What config.json says beside the configuration."""
+    """Contents of config.json beside the configuration."""
 
     starts: int
     versions: dict[str, str]
@@ -86,23 +87,24 @@ class Record:
 
     @classmethod
     def read(cls, out: AnyPath) -> "Record":
+        """Reads the record of the run in this directory."""
         return cls.of(read_content(to_path(out) / CONFIG_FILE))
 
     @classmethod
     def of(cls, content: Mapping[str, Any]) -> "Record":
-        """Of a run that is older than the record: one start, of which no more is known."""
+        """Takes the record from the content of config.json. Runs older than the record have one start, at step 0."""
         return cls(content.get("starts", 1), content.get("versions", {}), content.get("history", [{"step": 0}]))
 
     @property
     def skipped_steps(self) -> set[int]:
-        """Those that the run passes over."""
+        """Steps whose batches the run reads but does not train on."""
         stretches = (
             ResumeConfig(skip_steps=entry["skip_steps"]).skipped for entry in self.history if "skip_steps" in entry
         )
         return {step for stretch in stretches for step in stretch}
 
     def has_other_data_since(self, step: int) -> bool:
-        """Whether the data became others after the checkpoint of this step was made."""
+        """Returns True if options of the data changed after the checkpoint of this step."""
         return any(
             entry["step"] >= step and any(_matches(name, DATA_OPTIONS) for name in entry.get("changes", ()))
             for entry in self.history
@@ -117,10 +119,10 @@ def write_or_check_config(
     step: int = 0,
     resume: ResumeConfig | None = None,
 ) -> Record:
-    """Writes a configuration, a dataclass, into a run's directory, compared first with that of a run that has begun.
+    """Writes a configuration, a dataclass, to a run's config.json; first compares it with that of a run that has begun.
 
-    step: of the checkpoint that the run resumes from.
-    Raises MossAudioError, naming what differs and may not, before anything is written.
+    begun: the run has a checkpoint. step: step of the checkpoint that it resumes from.
+    Raises MossAudioError, which names the options that may not differ, before anything is written.
     """
     path, resume = to_path(out) / CONFIG_FILE, resume or ResumeConfig()
     then = read_content(path) if path.exists() else {}
@@ -128,7 +130,7 @@ def write_or_check_config(
     record = Record.of(then)
     if begun:
         if gone := _gone(config, then):
-            print(f"{path}: {', '.join(gone)} are no options any more and are ignored", file=sys.stderr)
+            print(f"{path}: {', '.join(gone)} are ignored: these options no longer exist", file=sys.stderr)
         differences = compare(config, out, step, resume)
         entry |= {"changes": differences} if differences else {}
         record = Record(record.starts + 1, versions(), [*record.history, entry])
@@ -145,13 +147,13 @@ def write_or_check_config(
 
 
 def compare(config: Any, out: AnyPath, step: int, resume: ResumeConfig) -> dict[str, list[Any]]:
-    """What differs from the configuration of the run, by option; raises MossAudioError if it may not."""
+    """Returns option -> [old, new] for options that differ from the run's; raises MossAudioError if they may not."""
     _require_options(config, resume.allow_change)
     then = read_content(to_path(out) / CONFIG_FILE)
     begun_from = Record.of(then).history[0].get("branch")
     if resume.branch not in (None, begun_from):
         raise MossAudioError(
-            f"--branch {resume.branch}: {out} holds a run that was begun from {begun_from or 'no other'}; name a new "
+            f"--branch {resume.branch}: {out} holds a run that was begun from {begun_from or 'no other'}: name a new "
             "--out"
         )
     differences = _differences(config, then)
@@ -160,7 +162,7 @@ def compare(config: Any, out: AnyPath, step: int, resume: ResumeConfig) -> dict[
 
 
 def _branched(config: Any, resume: ResumeConfig) -> dict[str, Any]:
-    """The entry of a run that begins as a branch of another."""
+    """Makes the entry in the history of a run that begins as a branch of another."""
     assert resume.origin is not None
     run, step = resume.origin
     differences = _differences(config, read_content(run / CONFIG_FILE))
@@ -170,7 +172,7 @@ def _branched(config: Any, resume: ResumeConfig) -> dict[str, Any]:
 
 
 def rewinds(record: Record, resume: ResumeConfig) -> bool:
-    """Whether `from_step` is to be done; the same command that is started again has done it."""
+    """Returns True if `from_step` is still to be done. The same command, started again, does not repeat it."""
     return resume.from_step is not None and record.history[-1].get("from_step") != resume.from_step
 
 
@@ -178,7 +180,7 @@ def rewinds(record: Record, resume: ResumeConfig) -> bool:
 
 
 def rule_of(name: str, config: Any) -> Rule:
-    """Of an option by its dotted path; one that no pattern knows can't change."""
+    """Returns the rule of an option by its dotted path. "never" if no pattern matches."""
     if name == "model.checkpoint" and getattr(config, "lora", None) is not None:
         return "never"  # an adapter's base is read again at each start
     for pattern, rule in RULES:
@@ -188,9 +190,9 @@ def rule_of(name: str, config: Any) -> Rule:
 
 
 def _differences(config: Any, then: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """Option -> what it was and what it is, where that differs."""
+    """Returns option -> [old value, new value] for options that differ."""
     before, after = options_of(then), options_of(_as_json(config))
-    # An option that is newer than the run is off, or has its default.
+    # An option that is newer than the run counts as unchanged if it is off or has its default.
     newer = options_of(_as_json(read_back(type(config), then))) if after.keys() - before.keys() else {}
     gone = _gone(config, then)
     return {
@@ -203,7 +205,7 @@ def _differences(config: Any, then: Mapping[str, Any]) -> dict[str, list[Any]]:
 
 
 def _gone(config: Any, then: Mapping[str, Any]) -> list[str]:
-    """Options of a stored configuration that there are no more."""
+    """Names of options in a stored configuration that no longer exist."""
     return [name for name in options_of(then) if not is_option(type(config), name)]
 
 
@@ -214,6 +216,10 @@ def _as_json(config: Any) -> dict[str, Any]:
 def _require_allowed(
     config: Any, differences: Mapping[str, Sequence[Any]], allowed: Iterable[str], step: int, problem: str
 ) -> None:
+    """Raises MossAudioError if an option differs that may not change, or only with --allow-change.
+
+    differences: of `_differences`. allowed: options or groups of --allow-change. problem: start of the message.
+    """
     allowed = [current_path(name.replace("-", "_")) for name in allowed]
     free = ("optimizer.total_steps", "optimizer.decay_steps") if _decays_later(config, differences, step) else ()
     refused, asked = [], []
@@ -237,7 +243,10 @@ def _never(differences: Iterable[str], config: Any) -> list[str]:
 
 
 def _decays_later(config: Any, differences: Mapping[str, Sequence[Any]], step: int) -> bool:
-    """Whether a wsd schedule is prolonged, or decays otherwise, and has not begun to decay: no rate so far changes."""
+    """Returns True if a wsd schedule has not begun to decay at `step`, neither as it was nor as it is now.
+
+    A new end or length of the decay then changes no learning rate of a finished step.
+    """
     optimizer = getattr(config, "optimizer", None)
     if optimizer is None or optimizer.schedule != "wsd" or "optimizer.schedule" in differences:
         return False
@@ -247,15 +256,13 @@ def _decays_later(config: Any, differences: Mapping[str, Sequence[Any]], step: i
 
 
 def _require_options(config: Any, allowed: Iterable[str]) -> None:
-    """Raises MossAudioError for a name of `allow_change` that is no option, or one that can't change."""
+    """Raises MossAudioError for a name of `allow_change` that is not an option, or one that can't change."""
     for name in allowed:
         option = current_path(name.replace("-", "_"))
         if not is_option(type(config), option):
-            raise MossAudioError(f"--allow-change {name}: there is no such option; name one such as optimizer.b1")
+            raise MossAudioError(f"--allow-change {name}: there is no such option: name one such as optimizer.b1")
         if not is_group(type(config), option) and rule_of(option, config) == "never":
-            raise MossAudioError(
-                f"--allow-change {name}: it can't change in a run; begin another one with another --out"
-            )
+            raise MossAudioError(f"--allow-change {name}: it can't change in a run: start a new run with another --out")
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:
@@ -267,7 +274,7 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """Of Python, of the libraries that are installed, and of this package, with its commit if it is in a repository."""
+    """Versions of Python, of the installed libraries and of this package, with its commit if it is in a repository."""
     found = {"python": platform.python_version(), "moss-audio-jax": _version("moss-audio-jax") or "not installed"}
     commit = _commit()
     found |= {"commit": commit} if commit else {}
@@ -282,14 +289,14 @@ def _version(name: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """Of the repository that holds this file, `-dirty` if its files are not those of the commit."""
+    """Returns the commit of the repository with this file, plus `-dirty` if files differ from it; None without one."""
     here = pathlib.Path(__file__)
     for command in (["ls-files", "--error-unmatch", here.name], ["describe", "--always", "--dirty", "--abbrev=12"]):
         try:
             git = ["git", "-C", str(here.parent), *command]
             done = subprocess.run(git, capture_output=True, text=True, timeout=10)
         except (OSError, subprocess.TimeoutExpired):
-            return None  # there is no git, or it hangs on a slow disk
+            return None  # git is not installed, or hangs on a slow disk
         if done.returncode != 0:
             return None
     return done.stdout.strip()

@@ -1,10 +1,10 @@
-"""Evaluation while a run trains: every so many steps its model reads held-out data, and answers questions about them.
+"""Validation of a run: every N steps it computes the loss on validation data and answers questions about them.
 
-eval/loss, eval/token_accuracy   of the right answers' tokens, all of them: as in a step, without its dropout
-eval/<source>/loss, ...          the same of one manifest
-eval/wer, eval/f1, ...           of its own answers, over all tasks that are measured so (`best.METRICS`)
-eval/unfinished                  answers that were cut off after --validation.max-new-tokens
-eval/<source>/<task>/...         everything about one task (docs/evaluation.md)
+eval/loss, eval/token_accuracy   over the tokens of all reference answers, as in a training step but without dropout
+eval/<source>/loss, ...          the same for one manifest
+eval/wer, eval/f1, ...           of the generated answers, over all tasks with this metric (`best.METRICS`)
+eval/unfinished                  number of answers cut off after --validation.max-new-tokens
+eval/<source>/<task>/...         all measures of one task (docs/evaluation.md)
 """
 
 import importlib.util
@@ -47,16 +47,16 @@ from train.step import in_compute_dtype, validation_sums
 
 log = logging.getLogger(__name__)
 
-HELD_OUT_SEED = 2**31  # of scenes: added to the run's own seed, which makes those it trains on
+HELD_OUT_SEED = 2**31  # added to the run's seed for validation scenes, so that they differ from training scenes
 
 
 class Validation:
-    """What a run's evaluations ask, the same each time; the packed sequences of the loss stay in the host's memory.
+    """Evaluations of a run, with the same questions each time. Packed sequences for the loss stay in host memory.
 
-    Of several processes each reads all of it for the loss and holds its share of the sequences; of the questions it
-    decodes its share at each evaluation. All of them get all results.
-    Raises MossAudioError, before anything is trained, for audio that can't be read, where there is nothing to evaluate
-    on, and for a `best_metric` that the data can't be measured by.
+    With several processes, each reads all validation data for the loss but keeps only its share of the sequences, and
+    decodes its share of the questions at each evaluation. All processes get all results.
+    Raises MossAudioError before training for audio that can't be read, without validation data, and for a
+    `best_metric` that the data do not have.
     """
 
     def __init__(self, config: RunConfig, processor: Processor, maker: SampleMaker, mesh: Mesh, out: Path):
@@ -76,19 +76,19 @@ class Validation:
 
     @property
     def is_on(self) -> bool:
-        """Whether the run evaluates at all."""
+        """True if the run evaluates."""
         return self._every is not None
 
     def is_due(self, step: int) -> bool:
-        """Whether an evaluation follows this step: every so many do, and the last."""
+        """Returns True if an evaluation follows this step: every `validation.every` steps and after the last."""
         if self._every is None or step == 0:
             return False
         return step % self._every == 0 or step == self._config.last_step
 
     def ask(self, step: int, parameters: Parameters) -> tuple[dict[str, float], list[ShownSample]]:
-        """Scores by name, and an answer to each question; the first of them have a picture.
+        """Evaluates: returns scores by name, and an answer to each question; the first few answers have a figure.
 
-        parameters: of the step; they are read only. Raises MossAudioError if the devices have too little memory.
+        parameters: those after `step`; they are not modified. Raises MossAudioError if device memory is too small.
         """
         self.has_asked = True
         with _fitting_into_memory(step, self._config.validation.batch_size):
@@ -107,7 +107,7 @@ class Validation:
         return dict(scores), [self._sample(step, item, answer, index < shown) for index, (item, answer) in pairs]
 
     def _loss_sums(self, model: MossAudio, parameters: Parameters) -> dict[str, np.ndarray]:
-        """Of each source: the sums of losses, right tokens, and tokens."""
+        """Returns source -> [3]: sum of losses, number of correct tokens, number of tokens."""
         graphdef, sums = nnx.split(model)[0], defaultdict(lambda: np.zeros(3))
         sharding = NamedSharding(self._mesh, partition_spec(("batch",), self._mesh))
         for source, batch in self._batches:
@@ -118,7 +118,7 @@ class Validation:
 
     def _sample(self, step: int, item: Question, answer: str, shown: bool) -> ShownSample:
         figure = None
-        # Pictures are an extra; a run doesn't end for want of them.
+        # Figures are optional: without matplotlib the run continues without them.
         if shown and has_events(item) and importlib.util.find_spec("matplotlib") and jax.process_index() == 0:
             figure = self._figures / f"step {step} {item.name.replace('/', '_')}.png"
             figure.parent.mkdir(parents=True, exist_ok=True)
@@ -128,6 +128,7 @@ class Validation:
 
 @contextmanager
 def _fitting_into_memory(step: int, batch: int) -> Iterator[None]:
+    """Turns an out-of-memory error of a device into a MossAudioError."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
@@ -140,10 +141,11 @@ def _fitting_into_memory(step: int, batch: int) -> Iterator[None]:
 
 
 class EvaluationShapes(NamedTuple):
-    """What an evaluation compiles for.
+    """Largest shapes of an evaluation.
 
-    prompts, prompt_tokens, prompt_chunks: questions answered at once, and the longest of them. new_tokens: of an
-    answer. sequences: of a batch of eval/loss, each of `data.tokens` tokens and `data.chunks` chunks.
+    prompts: questions in a batch. prompt_tokens, prompt_chunks: length of the longest question.
+    new_tokens: length of an answer.
+    sequences: sequences in a batch of eval/loss, each of `data.tokens` tokens and `data.chunks` chunks.
     """
 
     prompts: int
@@ -154,18 +156,18 @@ class EvaluationShapes(NamedTuple):
 
 
 def evaluation_shapes(config: RunConfig, parts: int, items: Sequence[Question] | None = None) -> EvaluationShapes:
-    """The largest shapes of a run's evaluations, for which memory can be planned.
+    """Computes the largest shapes of a run's evaluations, to plan memory.
 
-    parts: that a batch is cut into (`num_parts("batch", mesh)`). items: the questions (`questions_and_texts`), whose
-    lengths are told by the headers of their clips and estimated for their texts; None takes the longest sequence of
-    training for the longest question.
+    parts: number of shards of a batch (`num_parts("batch", mesh)`).
+    items: questions (`questions_and_texts`). The length of their audio is read from headers, that of their texts is
+        estimated. None: the longest question is as long as a training sequence.
     """
     prompts = whole_batch(config.validation.batch_size, parts)
     tokens, chunks = config.data.tokens, config.data.chunks
     if items is not None:
         prompts = min(prompts, whole_batch(len(items), parts))
         chunk_frames = config.model_config().audio_config.chunk_frames
-        assert chunk_frames is not None  # as `SampleMaker` makes sure
+        assert chunk_frames is not None  # `SampleMaker` requires it
         lengths = [prompt_length(item, chunk_frames) for item in items]
         tokens, chunks = (max(counts) for counts in zip(*lengths, strict=True))
     return EvaluationShapes(
@@ -178,21 +180,21 @@ def evaluation_shapes(config: RunConfig, parts: int, items: Sequence[Question] |
 
 
 def _sequences(config: RunConfig, parts: int) -> int:
-    """Of a batch of the loss: no more than of a microbatch of training, which fits."""
+    """Returns the sequences in a batch of eval/loss: at most those of a training microbatch, which fits in memory."""
     return min(config.data.batch_size // config.microbatches, whole_batch(config.validation.batch_size, parts))
 
 
 def _per_token(sums: np.ndarray) -> dict[str, float | None]:
-    """Of the sums of losses, right tokens, and tokens; None of none."""
+    """Computes the mean loss and accuracy; None without tokens. sums: [3], as `_loss_sums` returns for a source."""
     loss, correct, tokens = sums.tolist()
     loss_per_token, share_correct = (loss / tokens, correct / tokens) if tokens else (None, None)
     return {"loss": loss_per_token, "token_accuracy": share_correct, "tokens": tokens}
 
 
 def questions_and_texts(config: RunConfig) -> tuple[list[Question], list[tuple[str, str, str]]]:
-    """What is asked; and the source, the name and the text of texts of which only the loss is taken.
+    """Reads the validation data: questions to answer, and (source, name, text) of texts, which only have a loss.
 
-    The thoughts of earlier turns are shown where the run's training shows them.
+    Thoughts of earlier turns are in the prompt if the run trains with them.
     """
     paths, count, objectives = config.validation.data, config.validation.count, config.validation.objectives
     if objectives and not paths:
@@ -217,7 +219,7 @@ def questions_and_texts(config: RunConfig) -> tuple[list[Question], list[tuple[s
 def _samples(
     maker: SampleMaker, items: Sequence[Question], texts: Sequence[tuple[str, str, str]], budget: Budget
 ) -> Iterator[tuple[str, Sample]]:
-    """Samples, each with its source."""
+    """Yields (source, sample) of every question with its reference answer, and of every text."""
     for item in items:
         yield item.source, maker.sample(item.name, (*item.turns, Message("assistant", (item.reference,))))
     for source, name, text in texts:
@@ -226,12 +228,13 @@ def _samples(
 
 
 def _batches(config: RunConfig, samples: Iterable[tuple[str, Sample]], mesh: Mesh) -> list[tuple[str, TrainingBatch]]:
-    """This process's rows of batches, each of one source, and all of one shape.
+    """Packs samples into batches, each of one source and all of one shape; returns this process's rows of each.
 
-    Samples longer than a sequence of training are cut as there, or left out and named. The last rows may repeat the
-    first one, of which nothing is to be learned then.
+    Samples longer than a training sequence are truncated as in training, or left out with a warning. The last batch of
+    a source is padded with copies of its first row that have an empty loss mask.
     """
     budget, rows = config.data.budget, _sequences(config, num_parts("batch", mesh))
+    # 1. Pack the samples of each source into bins of one sequence.
     packers: defaultdict[str, Packer[Sample]] = defaultdict(lambda: Packer(budget))
     bins: defaultdict[str, list[Bin[Sample]]] = defaultdict(list)
     for source, sample in samples:
@@ -250,6 +253,7 @@ def _batches(config: RunConfig, samples: Iterable[tuple[str, Sample]], mesh: Mes
             f"there is nothing in {paths} to evaluate on that fits into {budget.tokens} tokens and {budget.chunks} "
             "chunks of audio: give other --validation.data, or leave --validation.every out"
         )
+    # 2. Cut the bins into batches of `rows` sequences, of which this host has `share`.
     host, hosts = share_of_batch(mesh)
     share = rows // hosts
     batches = []
@@ -264,15 +268,16 @@ def _batches(config: RunConfig, samples: Iterable[tuple[str, Sample]], mesh: Mes
 
 
 def _tasks(measures: Mapping[str, Mapping[str, Measures]]) -> list[Measures]:
+    """Flattens source -> task -> measures."""
     return [measured for tasks in measures.values() for measured in tasks.values()]
 
 
 def scalars(prefix: str, measures: Mapping[str, Any]) -> list[tuple[str, float]]:
-    """Nested dicts to numbers by path; what there was nothing to measure of has no number."""
+    """Flattens nested dicts to (path, number) pairs. Values that are not numbers, such as None, are left out."""
     found = []
     for name, value in measures.items():
         path = f"{prefix}/{name}"
-        if name == "by_class":  # a class that only the model has named would be a curve of one point
+        if name == "by_class":  # leaves out classes that only answers name: their curves would have few points
             value = {label: counts for label, counts in value.items() if counts["reference_events"]}
         if isinstance(value, Mapping):
             found += scalars(path, value)

@@ -1,4 +1,4 @@
-"""Ends a process that lives and gets nowhere: a read that hangs, a collective that not all take part in."""
+"""Ends a process that hangs, for example in a read or in a collective that another process does not enter."""
 
 import faulthandler
 import os
@@ -14,18 +14,18 @@ import jax
 
 from train.running.distributed import LOST
 
-LONG = 4  # times as long as a step may take the start, the first step, which compiles, an evaluation and a checkpoint
+LONG = 4  # factor of the time limit for the start, the first step (compilation), evaluations and checkpoints
 
 
 class Watchdog:
-    """A thread that ends the process, with all threads' stacks and code 75, when nothing was reached for some time.
+    """Thread that prints all stacks and ends the process with code 75 if `reached` is not called in time.
 
         with Watchdog(1800) as watchdog:
-            watchdog.reached("step 7")                      # again and again
+            watchdog.reached("step 7")                      # at every step
             with watchdog.long("the evaluation of step 7"):
                 ...
 
-    seconds: None watches nothing.
+    seconds: time limit; None never ends the process.
     """
 
     def __init__(self, seconds: float | None):
@@ -45,12 +45,13 @@ class Watchdog:
             self._thread.join()
 
     def reached(self, what: str, *, long: bool = False) -> None:
-        """what: begins now, and should not take longer than `seconds`, or `LONG` times that."""
+        """Restarts the clock: `what` begins now and may take `seconds`, or `LONG` times that if `long`."""
         limit = (self._seconds or 0) * (LONG if long else 1)
         self._doing = what, time.monotonic(), limit
 
     @contextmanager
     def long(self, what: str) -> Iterator[None]:
+        """Allows `LONG` times the time limit inside the context."""
         before = self._doing[0]
         self.reached(what, long=True)
         yield
@@ -66,8 +67,8 @@ class Watchdog:
     def _end(self, what: str, limit: float) -> None:
         print(
             f"error: process {jax.process_index()} of {jax.process_count()}, on {socket.gethostname()}, has made no "
-            f"progress for {limit:g} s (--stuck-after), doing {what}: it ends with code {LOST}, to be started again "
-            "and resume from the newest checkpoint; what its threads are doing:",
+            f"progress for {limit:g} s (--stuck-after), doing {what}: it ends with code {LOST}, and the same command "
+            "resumes from the newest checkpoint. Stacks of its threads:",
             file=sys.stderr,
             flush=True,
         )
