@@ -6,3 +6,5 @@ orbax_files, safetensors_files, blocks    streaming: one piece in memory at a ti
 compare_tensors, compare_models, pytorch_reference      the comparisons of verify
 staging, memory      directories that appear whole; memory of this process
 """
+
+PYTORCH_INSTALL = "pip install torch 'transformers==4.57.1'"

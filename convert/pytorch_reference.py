@@ -31,9 +31,9 @@ try:
     from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
     from transformers.models.whisper.modeling_whisper import WhisperEncoderLayer
 except ImportError as error:
-    from convert.verify import INSTALL
+    from convert import PYTORCH_INSTALL
 
-    raise MossAudioError(f"comparing with PyTorch needs torch and transformers ({error}): {INSTALL}") from error
+    raise MossAudioError(f"comparing with PyTorch needs torch and transformers ({error}): {PYTORCH_INSTALL}") from error
 
 DEFAULT_N_WINDOW = 200  # released config.json files leave it out
 

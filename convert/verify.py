@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
+from convert import PYTORCH_INSTALL
 from convert.compare_models import TOP_K, ModelComparison, Sound, compare_models
 from convert.compare_tensors import (
     TensorComparison,
@@ -42,7 +43,6 @@ THRESHOLDS: dict[str, Thresholds] = {
     "bfloat16": Thresholds(relative_error=0.1, kl=0.05, top_1_agreement=0.9, top_k_overlap=0.9),
 }
 # The extras lack PyTorch on versions of Python for which its tested release has no wheel.
-INSTALL = "pip install torch 'transformers==4.57.1'"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,10 +114,12 @@ def unavailable_pytorch(has_released: bool) -> str:
         return "PyTorch reads released directories, and neither is one"
     missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
     if missing:
-        return f"{' and '.join(missing)} not installed: {INSTALL}"
+        return f"{' and '.join(missing)} not installed: {PYTORCH_INSTALL}"
     version = importlib.metadata.version("transformers")
     # Later major versions call Whisper's layers differently.
-    return "" if version.startswith("4.") else f"transformers {version} is installed, 4.57.1 is needed: {INSTALL}"
+    return (
+        "" if version.startswith("4.") else f"transformers {version} is installed, 4.57.1 is needed: {PYTORCH_INSTALL}"
+    )
 
 
 def require_memory(checkpoint: Checkpoint, dtype: Dtype) -> None:

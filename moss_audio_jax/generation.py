@@ -53,7 +53,7 @@ def make_drawing(
     """Makes NumPy arrays whose shapes come from a few buckets."""
     padding = bucket(len(eos_ids), _MIN_EOS_IDS) - len(eos_ids)
     return Drawing(
-        sampling.arrays(),
+        SamplingArrays.of(sampling),
         row_seeds(batch, seed, seeds),
         np.array([*eos_ids, *[-1] * padding], np.int32),
         np.int32(eos_ids[0] if eos_ids else 0),

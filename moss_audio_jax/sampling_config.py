@@ -2,12 +2,8 @@
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING
 
 from moss_audio_jax.commands.options import require
-
-if TYPE_CHECKING:
-    from moss_audio_jax.sampling import SamplingArrays
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,9 +29,3 @@ class Sampling:
         require(self, None, ("top_k",), lambda value: value >= 0 and float(value).is_integer(), whole)
         require(self, None, ("top_p",), lambda value: 0 < value <= 1, "above 0 and at most 1")
         require(self, None, ("repetition_penalty",), lambda value: 0 < value < math.inf, "above 0, and finite")
-
-    def arrays(self) -> "SamplingArrays":
-        """Returns the numbers in float32; what is too small or too large becomes the nearest normal number."""
-        from moss_audio_jax.sampling import SamplingArrays
-
-        return SamplingArrays.of(self)

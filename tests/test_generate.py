@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 from moss_audio_jax import MossAudio, MossAudioError, generate, make_inputs, stream
 from moss_audio_jax import generate as generate_function
 from moss_audio_jax.generation import decode_until, prefill_prompts
-from moss_audio_jax.sampling import row_keys, row_seeds
+from moss_audio_jax.sampling import SamplingArrays, row_keys, row_seeds
 from moss_audio_jax.sampling_config import Sampling
 from moss_audio_jax.sharding import make_mesh
 from moss_audio_jax.tree import dotted
@@ -145,7 +145,9 @@ def test_what_float32_cannot_hold_is_drawn_from_all_the_same():
 def test_all_tokens_stay_at_a_top_p_of_one():
     """The cumulative sum of these probabilities reaches 1 in float32 before the last."""
     logits = np.array([0.0, -20, -21, -22, -23, -24])
-    weights = np.asarray(Sampling(1.0, 5, 1.0).arrays().log_weights(jnp.float32([logits]), jnp.zeros((1, 6), bool)))
+    weights = np.asarray(
+        SamplingArrays.of(Sampling(1.0, 5, 1.0)).log_weights(jnp.float32([logits]), jnp.zeros((1, 6), bool))
+    )
     np.testing.assert_array_equal(np.isfinite(weights[0]), [True] * 5 + [False])
 
 
@@ -221,7 +223,7 @@ def sample(sampling: Sampling, logits: np.ndarray, draws: int = 4000, seen: np.n
     """How often each token is drawn from one row of logits."""
     batch = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (draws, len(logits)))
     marked = jnp.zeros(batch.shape, bool) if seen is None else jnp.broadcast_to(jnp.asarray(seen), batch.shape)
-    tokens = sampling.arrays()(batch, marked, jax.random.split(jax.random.key(0), draws))
+    tokens = SamplingArrays.of(sampling)(batch, marked, jax.random.split(jax.random.key(0), draws))
     return np.bincount(np.asarray(tokens), minlength=len(logits)) / draws
 
 

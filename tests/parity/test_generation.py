@@ -14,6 +14,7 @@ from scipy.special import softmax  # noqa: E402
 from transformers import Qwen3ForCausalLM  # noqa: E402
 
 from moss_audio_jax import generate, make_inputs  # noqa: E402
+from moss_audio_jax.sampling import SamplingArrays  # noqa: E402
 from moss_audio_jax.sampling_config import Sampling  # noqa: E402
 
 from .pairs import CONFIG, TEXT_IDS, Pair, make_pair  # noqa: E402
@@ -68,7 +69,7 @@ def test_probabilities_equal_transformers(qwen3: Any, options: dict[str, Any]):
     new = 8
     options = PLAIN | options
     answer = transformers_answer(qwen3, ids.tolist(), do_sample=True, max_new_tokens=new, **options)
-    sampling, sequences = Sampling(**options).arrays(), answer.sequences.numpy()
+    sampling, sequences = SamplingArrays.of(Sampling(**options)), answer.sequences.numpy()
     for step in range(new):
         logits = answer.logits[step].numpy()
         seen = np.zeros(logits.shape, bool)
