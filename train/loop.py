@@ -114,7 +114,7 @@ class Termination:
         return self._requested.is_set()
 
     def is_requested(self) -> bool:
-        """Returns True if the run may stop at once, while it waits for data; several processes stop after a step."""
+        """Returns True if the run may stop while it waits for data. Several processes stop only after a step."""
         return self._requested.is_set()
 
     def save_on_ctrl_c(self) -> None:

@@ -82,7 +82,7 @@ BAD = {
         "expected the path of a file or gs://bucket/file (nothing is fetched from elsewhere: download it first), "
         "found the URL 'https://example.com/0.wav'",
     ),
-    "text alone": ({"text": "fine"}, "found only 'text'; give the manifest as --mixture.text.paths."),
+    "text alone": ({"text": "fine"}, "found only 'text'; give the manifest as --mixture.text.paths"),
     "half a placeholder": (line("a.wav", question="<|AUDIO|>What?"), "found 1 clips, 1 placeholders"),
 }
 TOO_LONG = {
