@@ -17,6 +17,7 @@ import soundfile
 from flax import nnx
 
 from moss_audio_jax import MossAudioConfig, MossAudioError, load_model, load_processor
+from moss_audio_jax.commands.options import MeshConfig
 from moss_audio_jax.generation import decode_until, generate, prefill_prompts
 from moss_audio_jax.sampling_config import Sampling
 from moss_audio_jax.sharding import make_mesh
@@ -166,8 +167,7 @@ def test_a_mesh_gives_the_same_answers(corpus, model, processor):
         objectives=("transcribe",),
         limit=3,
         answers=AnswerConfig(batch_size=3, max_new_tokens=12),
-        fsdp=4,
-        tensor=2,
+        mesh=MeshConfig(fsdp=4, tensor=2),
     )
     items = read_questions(config)
     evaluation = evaluate(corpus / "model", items, config)

@@ -235,7 +235,7 @@ def test_merging_is_exact_to_the_rounding_of_the_dtype(dtype: str, base: Path):
         half_unit = np.exp2(np.floor(np.log2(np.abs(exact)))) * (2.0**-8 if dtype == "bfloat16" else 2.0**-24)
         assert (np.abs(np.asarray(leaf, np.float64) - exact) <= half_unit + 4e-7 * np.abs(exact).max()).all(), path
     # And so are the outputs, to that rounding.
-    inputs = question(plain, [237])
+    inputs = question(adapted, [237])
     found, expected = (np.asarray(each(inputs)) for each in (merge_adapter(adapted), adapted))
     assert np.abs(found - expected).max() < (1e-5 if dtype == "float32" else 0.05) * np.abs(expected).max()
 

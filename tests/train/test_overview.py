@@ -18,6 +18,7 @@ def test_a_run_in_a_line():
     begin = config.mixture.scenes.begin
     assert overview(config, groups, mesh, state, 0) == (
         "trains 2,000 of 2,500 parameters on 2 TPU v5e devices; data: scenes (made while training from example "
-        f"{begin:,} on), easy_scenes (made while training); {steps}"
+        f"{begin:,} on), easy_scenes (made while training), full_scenes (made while training from example {begin:,} "
+        f"on); {steps}"
     )
     assert overview(config, groups, mesh, state, 7).startswith("resumes after step 7: trains 2,000 of 2,500 parameters")

@@ -344,11 +344,11 @@ def test_others_on_the_port_are_not_counted(monkeypatch: pytest.MonkeyPatch):
     address = ("localhost", free_port())
     monkeypatch.setattr("train.running.rendezvous.os.getpid", threading.get_ident)
     with ThreadPoolExecutor(2) as threads:
-        first = threads.submit(meet, f"localhost:{address[1]}", 2, 0, 20)
+        first = threads.submit(rendezvous, f"localhost:{address[1]}", 2, 0, 20)
         for said in (b"GET / HTTP/1.1\r\n\r\n", b'{"process": 1}\n', b""):
             with connected(address) as stranger:
                 stranger.sendall(said)
-        threads.submit(meet, f"localhost:{address[1]}", 2, 1, 20).result()
+        threads.submit(rendezvous, f"localhost:{address[1]}", 2, 1, 20).result()
         first.result()
 
 

@@ -265,9 +265,9 @@ def test_mistakes_are_named(tmp_path: Path):
     mistakes: list[tuple[dict[str, Any], str]] = [
         ({"speeds": (0.3,)}, r"augment\.speeds must be hundredths from 0\.5 to 2, such as 0\.95, not 0\.3"),
         ({"speeds": (0.999,)}, r"augment\.speeds .* not 0\.999"),
-        ({"gain_db": (6.0, -6.0)}, r"augment\.gain_db must be a lower and an upper bound in dB, not 6\.0 and -6\.0"),
-        ({"noise_probability": 2.0}, r"augment\.noise_probability must be from 0 to 1, not 2\.0"),
-        ({"time_masks": -1}, r"augment\.time_masks must be 0 or more, not -1"),
+        ({"gain_db": (6.0, -6.0)}, r"augment\.gain-db must be a lower and an upper bound in dB, not \(6\.0, -6\.0\)"),
+        ({"noise_probability": 2.0}, r"augment\.noise-probability must be from 0 to 1, not 2\.0"),
+        ({"time_masks": -1}, r"augment\.time-masks must be 0 or more, not -1"),
     ]
     for options, message in mistakes:
         with pytest.raises(MossAudioError, match=message):
