@@ -40,12 +40,12 @@ def recomputed(gate: dict[str, Any]) -> dict[str, Any]:
         topology: str,
         recipe: str = "pretrain_stage2",
         mode: Literal["train", "generate"] = "train",
-        model: str | None = None,
-        batch: int | None = None,
-        seq: int | None = None,
+        preset: str | None = None,
+        batch_size: int | None = None,
+        tokens: int | None = None,
         config: Annotated[RunConfig, tyro.conf.arg(name="")] = default,
     ) -> dict[str, Any]:
-        config = with_sizes(config, model, slices=1, batch=batch, tokens=seq, chunks=None)
+        config = with_sizes(config, preset, slices=1, batch=batch_size, tokens=tokens, chunks=None)
         mesh = make_mesh(devices=topology_devices(topology))
         compiled = Compiled(
             None, gate["hbm_bytes_per_chip"], 0, 0, (), exchange(gate["sent_bytes_per_chip"], mesh), 0.0
