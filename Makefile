@@ -32,7 +32,7 @@ gates: .venv/test
 soak: .venv/test
 	PYTHONPATH=. $(BIN)/python tests/soak.py
 
-# Damaged checkpoints, a million by default, an hour on two cores: docs/robustness.md.
+# Damaged checkpoints, a million by default, 20 minutes on two cores: docs/robustness.md.
 fuzz: .venv/test
 	PYTHONPATH=. $(BIN)/python -m tests.fuzz.run --inputs $(FUZZ_INPUTS)
 

@@ -43,14 +43,14 @@ moss-audio-convert to-hf "$out/orbax" "$out/back"
 cmp "$out/released/model.safetensors" "$out/back/model.safetensors"
 echo "model.safetensors is byte-identical to the original"
 
-step "7. A small MOSS-Audio learns from nothing, on sound scenes made on the fly, to say what is heard and when"
+step "7. A small MOSS-Audio is trained from scratch on generated sound scenes, to name sounds and their times"
 # glibc would give every step's buffers back to the system and fetch them again, page by page.
 MALLOC_TRIM_THRESHOLD_=4000000000 MALLOC_MMAP_THRESHOLD_=4000000000 \
     moss-audio-train run --recipe time_events --out "$out/time_events" --log-every 40
 
 moss-audio-train plot "$out/time_events" --plot "$out/training.png"
 
-step "8. What it says of 200 scenes that it never heard"
+step "8. Its answers about 200 held-out scenes"
 moss-audio-train evaluate "$out/time_events" --scenes 200 --seed 1000 \
     --scenes.seconds 8 8 --scenes.events 1 4 --max-new-tokens 64 --batch-size 25 \
     --json "$out/measures.json" --predictions "$out/predictions.jsonl" --plot "$out/timelines.png"
