@@ -98,8 +98,8 @@ class Location:
         base = locate(name)
         if base.is_adapter:
             raise MossAudioError(
-                f"{self.path} names {name} as its model, which holds an adapter itself: merge that one with `python -m "
-                "convert to-hf`, and name the model's directory and the adapter beside it"
+                f"{self.path} names {name} as its model, which holds an adapter itself: merge that one with "
+                "`moss-audio-convert to-hf`, and name the model's directory and the adapter beside it"
             )
         return base
 
@@ -213,7 +213,7 @@ def _best_checkpoint(run: Path) -> Path:
     best = newest and _best_evaluation(run, newest)
     if not best or best["step"] is None:
         raise MossAudioError(
-            f"{run} does not know its best checkpoint, since it trained without loop.best_metric or has not evaluated "
+            f"{run} does not know its best checkpoint, since it trained without --best-metric or has not evaluated "
             "yet: name the run, whose newest is taken, or one of its checkpoints"
         )
     checkpoint = run / RUN_CHECKPOINTS / str(best["step"])
