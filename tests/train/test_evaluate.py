@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import re
 import signal
 import subprocess
@@ -16,7 +15,7 @@ import pytest
 import soundfile
 from flax import nnx
 
-from moss_audio_jax import MossAudioConfig, MossAudioError, load_model, load_processor
+from moss_audio_jax import MossAudioError, load_model, load_processor
 from moss_audio_jax.commands.options import MeshConfig
 from moss_audio_jax.generation import decode_until, generate, prefill_prompts
 from moss_audio_jax.sampling_config import Sampling
@@ -25,6 +24,7 @@ from moss_audio_jax.small_tokenizer import write_small_tokenizer
 from moss_audio_jax.tree import dotted
 from moss_audio_jax.weights.checkpoint import save_model
 from moss_audio_jax.weights.parameters import build_model
+from tests.train.training_runs import ENVIRONMENT, MODEL
 from train.config import ModelSource
 from train.data.config import SceneConfig
 from train.data.manifest import Clip, Message, TimedText
@@ -34,14 +34,6 @@ from train.evaluation.evaluate import Evaluation, clip_title, evaluate, indices_
 from train.evaluation.measures import measure, measures_table
 from train.evaluation.questions import Question
 from train.initialization import first_parameters
-
-TINY = MossAudioConfig.preset("tiny")
-MODEL = dataclasses.replace(
-    TINY,
-    audio_config=dataclasses.replace(TINY.audio_config, encoder_layers=2, deepstack_encoder_layer_indexes=(0,)),
-    language_config=dataclasses.replace(TINY.language_config, num_hidden_layers=2),
-)
-ENVIRONMENT = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"}
 
 
 @pytest.fixture(scope="module", autouse=True)
