@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from benchmarks.side_by_side import Row, compare
+from benchmarks.side_by_side import Comparison, compare
 from moss_audio_jax.audio import num_audio_tokens, round_bfloat16
 from moss_audio_jax.config import MossAudioConfig
 from moss_audio_jax.errors import MossAudioError
@@ -69,7 +69,7 @@ def packed(samples: list[Sample]) -> list[TrainingBatch]:
     return [jax.device_put(split_microbatches(batch, 1)) for batch in batches]
 
 
-def rows(directory: Path, repeats: int, clips: int = CLIPS, padded: int = PADDED) -> Iterator[Row]:
+def rows(directory: Path, repeats: int, clips: int = CLIPS, padded: int = PADDED) -> Iterator[Comparison]:
     """One row beside PyTorch without padding, one beside it as it is. directory: a released model of CONFIG's kind."""
     import torch
 

@@ -28,7 +28,7 @@ import numpy as np
 import soundfile
 import tyro
 
-from benchmarks.side_by_side import Row, report
+from benchmarks.side_by_side import Comparison, report
 from moss_audio_jax.audio import SAMPLE_RATE, load_audio, num_audio_tokens
 from moss_audio_jax.commands.cli import run_cli
 from moss_audio_jax.config import MossAudioConfig
@@ -213,7 +213,7 @@ def check_equal(reader: PyTorchReader, maker: SampleMaker, examples: Sequence[Dr
 class Timing:
     """A row in seconds of a core for an hour of audio, and what the estimate needs besides."""
 
-    row: Row
+    row: Comparison
     clip_seconds: float
     sums: dict[str, float]
 
@@ -236,7 +236,7 @@ def measure(
             ours.append(reading.cpu_seconds / hours)
             pytorch.append(seconds / hours)
     clip_seconds = hours * HOUR / len(reading.examples)
-    return Timing(Row.of_medians(name, ours, pytorch), clip_seconds, reading.sums)
+    return Timing(Comparison.of_medians(name, ours, pytorch), clip_seconds, reading.sums)
 
 
 def _length(example: Example) -> float:
@@ -299,7 +299,7 @@ def run(
     """
     done: list[Timing] = []
 
-    def each(measured: Iterator[Timing]) -> Iterator[Row]:
+    def each(measured: Iterator[Timing]) -> Iterator[Comparison]:
         for one in measured:
             done.append(one)
             yield one.row

@@ -16,7 +16,7 @@ Timed = Callable[[], object]
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class Comparison:
     """ratio: PyTorch's time over ours; above 1 the port is faster."""
 
     name: str
@@ -25,7 +25,7 @@ class Row:
     ratio: float
 
     @classmethod
-    def of_medians(cls, name: str, ours: Iterable[float], pytorch: Iterable[float]) -> "Row":
+    def of_medians(cls, name: str, ours: Iterable[float], pytorch: Iterable[float]) -> "Comparison":
         mine, theirs = statistics.median(ours), statistics.median(pytorch)
         return cls(name, mine, theirs, theirs / mine)
 
@@ -37,7 +37,7 @@ def compare(
     repeats: int,
     *,
     check: Callable[..., None] = lambda ours, pytorch: None,
-) -> Row:
+) -> Comparison:
     """Medians of interleaved runs, after one of each that is not counted (it compiles).
 
     check: is given the results of each pair of runs, and raises if they don't agree.
@@ -51,10 +51,10 @@ def compare(
             if repeat:
                 seconds.append(time.perf_counter() - start)
         check(*results)
-    return Row.of_medians(name, *times.values())
+    return Comparison.of_medians(name, *times.values())
 
 
-def report(rows: Iterable[Row], unit: str, json_file: Path | None) -> list[Row]:
+def report(rows: Iterable[Comparison], unit: str, json_file: Path | None) -> list[Comparison]:
     """Prints each row's ratio as it is measured, then the table; writes the rows as a JSON list, if asked to."""
     measured = []
     for row in rows:

@@ -20,7 +20,7 @@ import numpy as np
 import tyro
 from flax import nnx
 
-from benchmarks.side_by_side import Row, Timed, compare, report
+from benchmarks.side_by_side import Comparison, Timed, compare, report
 from convert.rehearse import write_random_checkpoint
 from moss_audio_jax.audio import model_mel, num_audio_tokens
 from moss_audio_jax.commands.cli import run_cli
@@ -83,7 +83,7 @@ def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     return -jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1).mean()
 
 
-def rows(directory: Path, repeats: int, short: float = 30, long: float = 600) -> Iterator[Row]:
+def rows(directory: Path, repeats: int, short: float = 30, long: float = 600) -> Iterator[Comparison]:
     """The rows, one by one as they are measured. short, long: seconds of the clips."""
     import torch
     from transformers import DynamicCache, WhisperFeatureExtractor
@@ -152,7 +152,7 @@ def rows(directory: Path, repeats: int, short: float = 30, long: float = 600) ->
     yield _training_row(model, inputs, tokens, clip, reference, repeats)  # the last: it takes the parameters over
 
 
-def fine_tuning_rows(scratch: Path, repeats: int) -> Iterator[Row]:
+def fine_tuning_rows(scratch: Path, repeats: int) -> Iterator[Comparison]:
     """An epoch, of a smaller model. scratch: a new directory."""
     from benchmarks import fine_tuning
 
@@ -160,7 +160,7 @@ def fine_tuning_rows(scratch: Path, repeats: int) -> Iterator[Row]:
     yield from fine_tuning.rows(scratch, repeats)
 
 
-def input_rows(scratch: Path, repeats: int) -> Iterator[Row]:
+def input_rows(scratch: Path, repeats: int) -> Iterator[Comparison]:
     """From files to what a training step reads. Leaves PyTorch a single thread."""
     from benchmarks import input_pipeline
 
@@ -169,7 +169,7 @@ def input_rows(scratch: Path, repeats: int) -> Iterator[Row]:
         yield dataclasses.replace(measured.row, name=f"input pipeline, an hour of {measured.row.name}")
 
 
-def _decode_row(model: MossAudio, inputs: ModelInputs, prefill_pytorch: Timed, reference, repeats: int) -> Row:
+def _decode_row(model: MossAudio, inputs: ModelInputs, prefill_pytorch: Timed, reference, repeats: int) -> Comparison:
     """NEW_TOKENS greedy steps after the prompt; the prefill before them is not timed."""
     import torch
 
@@ -196,7 +196,7 @@ def _decode_row(model: MossAudio, inputs: ModelInputs, prefill_pytorch: Timed, r
     return compare(f"decode of {NEW_TOKENS} tokens", decode, decode_pytorch, repeats)
 
 
-def _backward_row(model: MossAudio, inputs: ModelInputs, tokens, clip, reference, repeats: int) -> Row:
+def _backward_row(model: MossAudio, inputs: ModelInputs, tokens, clip, reference, repeats: int) -> Comparison:
     """Loss of every next token, and its gradient for every parameter."""
 
     graphdef, state = nnx.split(model)
@@ -220,7 +220,7 @@ def _backward_row(model: MossAudio, inputs: ModelInputs, tokens, clip, reference
     return compare(f"forward and backward, {length} tokens", lambda: backward(state), backward_pytorch, repeats)
 
 
-def _training_row(model: MossAudio, inputs: ModelInputs, tokens, clip, reference, repeats: int) -> Row:
+def _training_row(model: MossAudio, inputs: ModelInputs, tokens, clip, reference, repeats: int) -> Comparison:
     """`train_step` on one sequence, and PyTorch's: loss, gradients, clipping, AdamW. Every step moves the parameters.
 
     Raises MossAudioError if the two losses part at any step; from the second on they show the updates as well.

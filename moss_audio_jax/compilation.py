@@ -34,6 +34,3 @@ class jit:
             and not in_a_trace()  # an inner jit can't have compiler options
         )
         return (self._sparing if sparing else self._plain)(*arguments, **keywords)
-
-    def _cache_size(self) -> int:
-        return self._plain._cache_size() + self._sparing._cache_size()

@@ -23,12 +23,12 @@ SLICES=${SLICES:-1}             # TPUs in one run, each with a whole copy of the
 SPOT=${SPOT:-}                  # yes: spare capacity, which costs less and may be taken away at any time
 REPO=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
-# The run: the same on every host, and the same again after a preemption, when it goes on from its newest checkpoint.
+# The run: the same on every host, and the same again after a preemption, when it resumes from its newest checkpoint.
 # `run` of each script appends what it is given, so: bash runs/tpu_vm.sh run --optimizer.total-steps 2000
 RUN=$BUCKET/runs/$NAME
 TRAIN=(
     env "JAX_COMPILATION_CACHE_DIR=$BUCKET/compiled"
-    python -m train run
+    moss-audio-train run
     --recipe "$RECIPE"
     --out "$RUN"
     --model.checkpoint "$MODEL"

@@ -1,5 +1,7 @@
 """The machine the tests run on, the recorded checkpoint, and where their data is."""
 
+import contextlib
+import dataclasses
 import hashlib
 import os
 import signal
@@ -31,6 +33,13 @@ from moss_audio_jax.weights.names import released_leaves
 
 TESTS = Path(__file__).parent
 TINY_AUDIO_ID = 511  # tests/data/tiny has no processor_config.json to say so
+_TINY = MossAudioConfig.preset("tiny")
+# The preset with fewer layers: each scan over them takes seconds to compile.
+SMALL_MODEL = dataclasses.replace(
+    _TINY,
+    audio_config=dataclasses.replace(_TINY.audio_config, encoder_layers=2, deepstack_encoder_layer_indexes=(0,)),
+    language_config=dataclasses.replace(_TINY.language_config, num_hidden_layers=2),
+)
 
 jax.config.update("jax_default_matmul_precision", "highest")
 
@@ -98,6 +107,20 @@ def goldens_dir() -> Path:
 def tiny(data_dir: Path) -> MossAudio:
     """The recorded small checkpoint, in float32."""
     return load_model(data_dir / "tiny")
+
+
+@contextlib.contextmanager
+def compilations() -> Iterator[list[str]]:
+    """Lists the programs that JAX compiles meanwhile, or takes from its cache, by the names of their functions."""
+    names = []
+
+    def listen(event: str, duration: float, fun_name: str = "", **others: object) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            names.append(fun_name.removeprefix("jit_").removeprefix("jit(").removesuffix(")"))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield names
+    jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def random_mel(frames: int, seed: int = 0) -> np.ndarray:

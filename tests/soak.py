@@ -27,7 +27,8 @@ import tyro
 from fake_gcs import FakeGcs
 
 from moss_audio_jax.tokens import Tokenizer
-from tests.train.training_runs import MODEL, write_corpus
+from tests.conftest import SMALL_MODEL
+from tests.train.training_runs import write_corpus
 from train.data import DataConfig, ExampleOrder, Group, Manifest, SampleMaker, Source, TrainingData
 
 BY_THE_CLOCK = ("step_seconds", "data_wait", "mfu", "time", "tokens_per_second", "restarts")
@@ -158,7 +159,7 @@ class Soak:
     def hosts(self) -> dict[str, Any]:
         batches = 50
         config = DataConfig(batch_size=16, tokens=160, chunks=2, open_bins=2)
-        maker = SampleMaker(Tokenizer.from_dir(self.data / "model"), MODEL)
+        maker = SampleMaker(Tokenizer.from_dir(self.data / "model"), SMALL_MODEL)
         groups = [Group(name, 1, (Source(name, Manifest(self.data / f"{name}.jsonl")),)) for name in ("clips", "texts")]
         order = ExampleOrder(groups, 0)
         one = TrainingData(order, maker, config)

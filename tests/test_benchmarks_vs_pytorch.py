@@ -13,20 +13,14 @@ torch = pytest.importorskip("torch", reason=INSTALL)
 pytest.importorskip("transformers", reason=INSTALL)
 
 from benchmarks import fine_tuning, input_pipeline, vs_pytorch  # noqa: E402
-from benchmarks.side_by_side import Row  # noqa: E402
+from benchmarks.side_by_side import Comparison  # noqa: E402
 from convert.pytorch_reference import load_reference  # noqa: E402
 from convert.rehearse import write_random_checkpoint  # noqa: E402
-from moss_audio_jax import MossAudioConfig, MossAudioError, load_model  # noqa: E402
-from tests.conftest import random_mel  # noqa: E402
+from moss_audio_jax import MossAudioError, load_model  # noqa: E402
+from tests.conftest import SMALL_MODEL, random_mel  # noqa: E402
 from train.data import DataConfig  # noqa: E402
 from train.data.budget import Budget  # noqa: E402
 
-TINY = MossAudioConfig.preset("tiny")
-CONFIG = replace(
-    TINY,
-    audio_config=replace(TINY.audio_config, encoder_layers=2, deepstack_encoder_layer_indexes=(0,)),
-    language_config=replace(TINY.language_config, num_hidden_layers=2),
-)
 DATA = DataConfig(batch_size=2, tokens=200, chunks=3, open_bins=2)
 CORPUS = {"clips": 4, "longest": 3.0, "batches": 1, "runs": 1}
 
@@ -42,14 +36,14 @@ def toy_size():
     torch.set_num_threads(threads)
 
 
-def assert_measured(row: Row) -> None:
+def assert_measured(row: Comparison) -> None:
     assert all(0 < value < math.inf for value in (row.ours_seconds, row.pytorch_seconds, row.ratio)), row
     assert row.ratio == pytest.approx(row.pytorch_seconds / row.ours_seconds)
 
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    write_random_checkpoint(CONFIG, tmp_path / "model")
+    write_random_checkpoint(SMALL_MODEL, tmp_path / "model")
     return tmp_path / "model"
 
 
@@ -76,7 +70,7 @@ def test_a_training_step_that_is_another_is_not_measured(checkpoint: Path, monke
     monkeypatch.setattr(vs_pytorch, "_torch_adamw", faster)
     model, reference = load_model(checkpoint, dtype=jnp.float32), load_reference(checkpoint)
     mel = random_mel(80)
-    ids, inputs = vs_pytorch.question(mel, CONFIG)
+    ids, inputs = vs_pytorch.question(mel, SMALL_MODEL)
     with pytest.raises(MossAudioError, match="training step: expected PyTorch's loss"):
         vs_pytorch._training_row(model, inputs, torch.tensor([ids]), torch.from_numpy(mel), reference, repeats=1)
 

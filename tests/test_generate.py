@@ -11,13 +11,12 @@ from jax.sharding import NamedSharding
 
 from moss_audio_jax import MossAudio, MossAudioError, generate, make_inputs, stream
 from moss_audio_jax import generate as generate_function
-from moss_audio_jax.generation import decode_until, prefill_prompts
 from moss_audio_jax.sampling import SamplingArrays, row_keys, row_seeds
 from moss_audio_jax.sampling_config import Sampling
 from moss_audio_jax.sharding import make_mesh
 from moss_audio_jax.tree import dotted
 from moss_audio_jax.weights.parameters import abstract_parameters, build_model
-from tests.conftest import TINY_AUDIO_ID, question, question_parts
+from tests.conftest import TINY_AUDIO_ID, compilations, question, question_parts
 from tests.test_model import CASES, inputs_of
 
 
@@ -79,10 +78,10 @@ def test_streaming_gives_the_same_answer_in_pieces(tiny):
 
 def test_new_lengths_in_a_bucket_compile_nothing(tiny):
     generate(tiny, question(tiny, [237]), max_new_tokens=9, eos_ids=())
-    before = prefill_prompts._cache_size(), decode_until._cache_size()
-    for clip, text, new in ((100, 9, 16), (399, 2, 3), (8, 20, 11)):
-        generate(tiny, question(tiny, [clip], text=text), max_new_tokens=new, eos_ids=())
-    assert (prefill_prompts._cache_size(), decode_until._cache_size()) == before
+    with compilations() as compiled:
+        for clip, text, new in ((100, 9, 16), (399, 2, 3), (8, 20, 11)):
+            generate(tiny, question(tiny, [clip], text=text), max_new_tokens=new, eos_ids=())
+    assert compiled == []
 
 
 def test_sampling_repeats_with_its_seed_and_differs_with_another(tiny):
@@ -96,16 +95,16 @@ def test_other_options_compile_nothing(tiny):
     """Temperature, top-k, top-p, penalty, ends, seeds: all are arrays."""
     inputs = question(tiny, [237])
     generate(tiny, inputs, max_new_tokens=4)
-    before = prefill_prompts._cache_size(), decode_until._cache_size()
-    for options in (
-        {"temperature": 0.7},
-        {"temperature": 1.0, "top_k": 5, "top_p": 0.9, "seed": 7},
-        {"temperature": 1.3, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.2, "seeds": [2**40]},
-        {"eos_ids": ()},
-        {"eos_ids": (1, 2, 3)},
-    ):
-        generate(tiny, inputs, max_new_tokens=4, **options)
-    assert (prefill_prompts._cache_size(), decode_until._cache_size()) == before
+    with compilations() as compiled:
+        for options in (
+            {"temperature": 0.7},
+            {"temperature": 1.0, "top_k": 5, "top_p": 0.9, "seed": 7},
+            {"temperature": 1.3, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.2, "seeds": [2**40]},
+            {"eos_ids": ()},
+            {"eos_ids": (1, 2, 3)},
+        ):
+            generate(tiny, inputs, max_new_tokens=4, **options)
+    assert compiled == []
 
 
 def test_a_row_draws_the_same_alone_and_in_a_batch(tiny):

@@ -25,9 +25,9 @@ from moss_audio_jax.errors import StorageError
 from moss_audio_jax.sharding import make_mesh
 from moss_audio_jax.sound import files
 from moss_audio_jax.weights.parameters import parameters_of
+from tests.conftest import SMALL_MODEL
 from tests.train.training_runs import (
     ENVIRONMENT,
-    MODEL,
     STEPS,
     assert_same_end,
     lines,
@@ -481,7 +481,7 @@ def test_an_option_that_is_newer_than_the_run(config: RunConfig, tmp_path: Path)
 
 def test_gives_up_after_skipped_steps_in_a_row(copy: Path, config: RunConfig):
     """A loss that is not finite is skipped; here the last checkpoint's parameters have gone bad."""
-    target = abstract_state(MODEL, config.optimizer, frozen_dtypes={"audio_encoder.stem_proj.kernel": "bfloat16"})
+    target = abstract_state(SMALL_MODEL, config.optimizer, frozen_dtypes={"audio_encoder.stem_proj.kernel": "bfloat16"})
     with Checkpoints(copy) as checkpoints:
         found = checkpoints.restore(target)
         assert found is not None

@@ -36,7 +36,7 @@ from moss_audio_jax.sharding import make_mesh
 from moss_audio_jax.small_tokenizer import write_small_tokenizer
 from moss_audio_jax.weights.orbax import stored_shapes
 from moss_audio_jax.weights.parameters import abstract_parameters, build_model, parameters_of
-from tests.conftest import question, question_parts
+from tests.conftest import SMALL_MODEL, question, question_parts
 from train.batch import batch_sharding, split_microbatches
 from train.config import (
     LoopConfig,
@@ -58,26 +58,20 @@ from train.running.checkpoints import Checkpoints
 from train.state import abstract_state, new_state
 from train.step import train_step
 
-TINY = MossAudioConfig.preset("tiny")
-PLAIN = dataclasses.replace(
-    TINY,
-    audio_config=dataclasses.replace(TINY.audio_config, encoder_layers=2, deepstack_encoder_layer_indexes=(0,)),
-    language_config=dataclasses.replace(TINY.language_config, num_hidden_layers=2),
-)
 LORA = LoraConfig(rank=4, alpha=8.0, full=("audio_adapter.*",))
 EXACT = StepConfig(compute_dtype="float32", remat="none", encoder_dropout=False, loss_chunk=48, spike_sigma=0.0)
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup_steps=0, total_steps=20)
 
 
 def with_lora(lora: LoraConfig | None) -> MossAudioConfig:
-    return dataclasses.replace(PLAIN, lora=lora)
+    return dataclasses.replace(SMALL_MODEL, lora=lora)
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint with its tokenizer."""
     directory = tmp_path_factory.mktemp("base") / "model"
-    save_model(MossAudio(PLAIN, rngs=nnx.Rngs(0)), directory)
+    save_model(MossAudio(SMALL_MODEL, rngs=nnx.Rngs(0)), directory)
     write_small_tokenizer(directory)
     return directory
 
@@ -110,7 +104,7 @@ def batch(rows: int = 8) -> TrainingBatch:
 
 def question_rows(rows: int = 8) -> ModelInputs:
     ids, mels = zip(*[question_parts([237 - 8 * row], seed=row) for row in range(rows)], strict=True)
-    return make_inputs(ids, mels, config=PLAIN)
+    return make_inputs(ids, mels, config=SMALL_MODEL)
 
 
 def graphdef_of(lora: LoraConfig | None) -> nnx.GraphDef:
@@ -161,7 +155,7 @@ def test_the_base_moves_no_bit_and_has_neither_gradient_nor_moments(base: Path):
 
 def test_no_gradient_of_a_frozen_kernel_is_computed():
     """Among the products of the compiled step none has the shape of the head or an MLP; full training has both."""
-    language = PLAIN.language_config
+    language = SMALL_MODEL.language_config
     width, vocabulary, hidden = language.hidden_size, language.vocab_size, language.intermediate_size
     few_rows = jax.eval_shape(functools.partial(batch, 3))  # whose number of tokens is none of the sizes
 
@@ -222,7 +216,7 @@ def test_merging_is_exact_to_the_rounding_of_the_dtype(dtype: str, base: Path):
     parameters = {path: leaf.astype(dtype) for path, leaf in parameters_of(stirred(base)).items()}
     adapted = build_model(with_lora(LORA), parameters)
     merged = parameters_of(merge_adapter(adapted))
-    assert merged.keys() == parameter_specs(PLAIN).keys()
+    assert merged.keys() == parameter_specs(SMALL_MODEL).keys()
     for path, leaf in merged.items():
         layer, exact = path.removesuffix(".kernel"), np.asarray(parameters[path], np.float64)
         assert leaf.dtype == dtype

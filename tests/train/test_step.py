@@ -19,12 +19,12 @@ import optax
 import pytest
 from flax import nnx
 
-from moss_audio_jax import MossAudioConfig, MossAudioError, make_inputs
+from moss_audio_jax import MossAudioError, make_inputs
 from moss_audio_jax.language_model import LanguageModel
 from moss_audio_jax.model import parameter_specs
 from moss_audio_jax.sharding import make_mesh
 from moss_audio_jax.weights.parameters import abstract_parameters, build_model
-from tests.conftest import question_parts
+from tests.conftest import SMALL_MODEL, question_parts
 from train.batch import batch_sharding, split_microbatches
 from train.config import OptimizerConfig, StepConfig
 from train.data.packing import TrainingBatch
@@ -37,24 +37,17 @@ EVERYTHING = OptimizerConfig(clip_norm=1e9, learning_rate=1e-3, warmup_steps=0)
 STAGE_ONE = dataclasses.replace(EVERYTHING, freeze=("audio_encoder.*", "language_model.*", "lm_head.*"))
 AS_TRAINED = StepConfig(remat="full")  # bfloat16, with dropout
 ROWS = 8
-# The tiny preset with fewer layers: each list of them that is scanned costs seconds of compilation.
-TINY = MossAudioConfig.preset("tiny")
-CONFIG = dataclasses.replace(
-    TINY,
-    audio_config=dataclasses.replace(TINY.audio_config, encoder_layers=2, deepstack_encoder_layer_indexes=(0,)),
-    language_config=dataclasses.replace(TINY.language_config, num_hidden_layers=2),
-)
 JAXPRS = (jax.extend.core.Jaxpr, jax.extend.core.ClosedJaxpr)
 
 
 @pytest.fixture(scope="module")
 def parameters() -> dict[str, np.ndarray]:
-    return host(random_parameters(CONFIG, abstract_parameters(CONFIG, jnp.float32), seed=0))
+    return host(random_parameters(SMALL_MODEL, abstract_parameters(SMALL_MODEL, jnp.float32), seed=0))
 
 
 @pytest.fixture(scope="module")
 def graphdef(parameters) -> nnx.GraphDef:
-    return nnx.split(build_model(CONFIG, parameters))[0]
+    return nnx.split(build_model(SMALL_MODEL, parameters))[0]
 
 
 def host(tree):
@@ -63,7 +56,7 @@ def host(tree):
 
 
 def start(parameters, **options) -> TrainState:
-    return new_state(parameters, CONFIG, EVERYTHING, **options)
+    return new_state(parameters, SMALL_MODEL, EVERYTHING, **options)
 
 
 def changed(state: TrainState, **changes) -> TrainState:
@@ -75,7 +68,7 @@ def make_batch(seed: int = 0) -> TrainingBatch:
     """Rows of one clip each that supervise very different numbers of tokens, in one microbatch."""
     parts = [question_parts([237 - 8 * row], seed=seed + row) for row in range(ROWS)]
     ids, mels = zip(*parts, strict=True)
-    inputs = make_inputs(ids, mels, config=CONFIG)
+    inputs = make_inputs(ids, mels, config=SMALL_MODEL)
     targets = np.roll(inputs.tokens, -1, axis=1)
     supervised = (np.arange(inputs.tokens.shape[1]) < 4 + 3 * np.arange(ROWS)[:, None]) & (inputs.segment_ids > 0)
     return split_microbatches(TrainingBatch(inputs, targets, supervised.astype(np.float32)), 1)
@@ -126,10 +119,10 @@ def test_what_is_heard_is_learned_beside_the_answers(parameters, graphdef, one_s
     np.testing.assert_allclose(metrics["loss"], one_step[1]["loss"], rtol=1e-6)
 
     def label_loss(parameters):
-        model = build_model(CONFIG, parameters)
+        model = build_model(SMALL_MODEL, parameters)
         inputs = jax.tree.map(lambda x: x[0], batch.inputs)
         x, deepstack = model.embed(inputs)
-        half = range(CONFIG.language_config.num_hidden_layers // 2)
+        half = range(SMALL_MODEL.language_config.num_hidden_layers // 2)
         read = model.language_model.run_layers(half, x, inputs.positions, inputs.segment_ids, deepstack)
         losses = [-jax.nn.log_softmax(model.logits(model.language_model.norm(at)))[..., 7] for at in (x, read)]
         return sum(jnp.mean(loss, where=labels[0] >= 0) for loss in losses), losses[1]
@@ -181,7 +174,7 @@ def test_a_batch_that_does_not_divide_is_refused():
 @pytest.mark.parametrize("layout", [{"fsdp": 8}, {"replica": 2, "fsdp": 2, "tensor": 2}], ids=str)
 def test_a_mesh_gives_the_loss_and_gradients_of_one_device(layout, parameters, graphdef, one_step):
     mesh = make_mesh(**layout)
-    target = abstract_state(CONFIG, EVERYTHING, mesh=mesh)
+    target = abstract_state(SMALL_MODEL, EVERYTHING, mesh=mesh)
     batch = jax.device_put(make_batch(), batch_sharding(mesh))
     state = start(parameters, mesh=mesh)
     with jax.set_mesh(mesh):
@@ -201,9 +194,9 @@ def test_a_mesh_gives_the_loss_and_gradients_of_one_device(layout, parameters, g
 def test_a_new_state_is_as_the_abstract_one_says(mesh_sizes, parameters):
     mesh = None if mesh_sizes is None else make_mesh(**mesh_sizes)
     halves = {path: jnp.asarray(leaf, jnp.bfloat16) for path, leaf in parameters.items()}
-    state = new_state(halves, CONFIG, STAGE_ONE, mesh=mesh)
+    state = new_state(halves, SMALL_MODEL, STAGE_ONE, mesh=mesh)
     dtypes = dict.fromkeys(state.frozen, jnp.bfloat16)
-    target = abstract_state(CONFIG, STAGE_ONE, frozen_dtypes=dtypes, mesh=mesh)
+    target = abstract_state(SMALL_MODEL, STAGE_ONE, frozen_dtypes=dtypes, mesh=mesh)
     assert jax.tree.structure(state) == jax.tree.structure(target)
     for leaf, wanted in zip(jax.tree.leaves(state), jax.tree.leaves(target), strict=True):
         assert (leaf.shape, leaf.dtype, leaf.sharding) == (wanted.shape, wanted.dtype, wanted.sharding)
@@ -213,15 +206,17 @@ def test_a_new_state_is_as_the_abstract_one_says(mesh_sizes, parameters):
 
 def test_random_parameters_are_the_same_on_every_mesh(parameters):
     mesh = make_mesh(fsdp=4, tensor=2)
-    on_mesh = random_parameters(CONFIG, abstract_parameters(CONFIG, jnp.float32, mesh), seed=0)
-    assert parameters.keys() == parameter_specs(CONFIG).keys()
+    on_mesh = random_parameters(SMALL_MODEL, abstract_parameters(SMALL_MODEL, jnp.float32, mesh), seed=0)
+    assert parameters.keys() == parameter_specs(SMALL_MODEL).keys()
     assert equal_bits(host(on_mesh), parameters)
 
 
 def test_stage_one_as_it_is_trained(parameters, graphdef):
     """bfloat16, rematerialised, with dropout, most of the model frozen."""
-    batch, start = make_batch(), host(new_state(parameters, CONFIG, STAGE_ONE))
-    state, metrics = host(train_step(graphdef, AS_TRAINED, STAGE_ONE, new_state(parameters, CONFIG, STAGE_ONE), batch))
+    batch, start = make_batch(), host(new_state(parameters, SMALL_MODEL, STAGE_ONE))
+    state, metrics = host(
+        train_step(graphdef, AS_TRAINED, STAGE_ONE, new_state(parameters, SMALL_MODEL, STAGE_ONE), batch)
+    )
     assert metrics["skipped"] == 0 and metrics["tokens"] == batch.loss_mask.sum()
     assert state.frozen.keys() and equal_bits(state.frozen, start.frozen)
     assert {path.split(".")[0] for path in state.trainable} == {"audio_adapter", "deepstack_audio_merger_list"}
@@ -244,7 +239,7 @@ def test_the_encoder_s_dropout(freeze, losses: int, parameters, graphdef):
     optimizer, batch = dataclasses.replace(EVERYTHING, freeze=freeze), make_batch()
 
     def loss(seed: int = 0, step: int = 0) -> float:
-        state = changed(new_state(parameters, CONFIG, optimizer, seed=seed), step=jnp.int32(step))
+        state = changed(new_state(parameters, SMALL_MODEL, optimizer, seed=seed), step=jnp.int32(step))
         return float(train_step(graphdef, AS_TRAINED, optimizer, state, batch)[1]["loss"])
 
     again, later, seeded = loss(), loss(step=1), loss(seed=1)
@@ -420,14 +415,14 @@ def test_losses_by_group_and_norms_by_part(parameters, graphdef, one_step):
         norm = np.linalg.norm(np.concatenate([gradient.ravel() for gradient in gradients]))
         np.testing.assert_allclose(metrics[f"grad_norm/{part}"], norm, rtol=1e-4)
     assert "loss_of_group" not in one_step[1]
-    _, stage_one = train_step(graphdef, AS_TRAINED, STAGE_ONE, new_state(parameters, CONFIG, STAGE_ONE), batch)
+    _, stage_one = train_step(graphdef, AS_TRAINED, STAGE_ONE, new_state(parameters, SMALL_MODEL, STAGE_ONE), batch)
     assert {name for name in stage_one if "/" in name} == {"grad_norm/adapter", "grad_norm/deepstack"}
 
 
 def test_the_moving_average_follows_accepted_steps(parameters, graphdef):
     optimizer = dataclasses.replace(EVERYTHING, ema_decay=0.3)
     assert start(parameters).ema is None
-    state = new_state(parameters, CONFIG, optimizer)
+    state = new_state(parameters, SMALL_MODEL, optimizer)
     expected = dict(parameters)
     for decay, batch in ((0.1, make_batch()), (None, unusable("NaN")), (2 / 11, make_batch()), (0.25, make_batch())):
         state, _ = train_step(graphdef, EXACT, optimizer, state, batch)
@@ -441,8 +436,8 @@ def test_the_moving_average_follows_accepted_steps(parameters, graphdef):
 
 def learned(parameters, graphdef, optimizer: OptimizerConfig, mesh=None) -> tuple[TrainState, list[float]]:
     """The state after some steps on one batch, and their losses."""
-    batch, state, losses = make_batch(), new_state(parameters, CONFIG, optimizer, mesh=mesh), []
-    target = abstract_state(CONFIG, optimizer, mesh=mesh)
+    batch, state, losses = make_batch(), new_state(parameters, SMALL_MODEL, optimizer, mesh=mesh), []
+    target = abstract_state(SMALL_MODEL, optimizer, mesh=mesh)
     if mesh is not None:
         batch = jax.device_put(batch, batch_sharding(mesh))
     with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
@@ -509,7 +504,7 @@ def shapes_in(jaxpr: jax.extend.core.Jaxpr) -> Iterator[tuple[int, ...]]:
 
 
 def test_a_step_never_holds_the_logits_of_the_whole_batch(parameters, graphdef):
-    vocabulary, tokens = CONFIG.language_config.vocab_size, ROWS * 64
+    vocabulary, tokens = SMALL_MODEL.language_config.vocab_size, ROWS * 64
 
     def holds_them(chunk: int) -> bool:
         config = dataclasses.replace(EXACT, loss_chunk=chunk)

@@ -14,6 +14,7 @@ from scipy.special import logsumexp
 from moss_audio_jax import MossAudio, MossAudioError, load_model, load_processor
 from moss_audio_jax.sharding import make_mesh
 from moss_audio_jax.weights.parameters import parameters_of
+from tests.conftest import compilations
 from tests.train.training_runs import assert_same_end, lines, one_device, until
 from train.config import LoopConfig, RunConfig
 from train.data import Manifest, Message, SampleMaker, TimedText
@@ -23,7 +24,6 @@ from train.evaluation.questions import Question, manifest_questions
 from train.loop import Outcome, train
 from train.running.best import Best, overall
 from train.running.validation import Validation, evaluation_shapes, questions_and_texts, scalars
-from train.step import validation_sums
 
 
 def written(out: Path, name: str) -> list[dict]:
@@ -53,11 +53,12 @@ def test_the_best_is_kept_and_a_run_ends_that_gets_no_better(
         "keep_last": 1,
         "checkpoint_every": 3,
     }
-    programs = validation_sums._cache_size()
-    assert not train(until(config, 5, **asked), out, mesh=one_device()).stopped_early
-    ended = Outcome(6, preempted=False, best=Best("wer", 1.0, step=2, since=2, evaluated=6), stopped_early=True)
-    assert train(until(config, 10, **asked), out, mesh=one_device()) == ended
-    assert validation_sums._cache_size() == programs + 1
+    with compilations() as compiled:
+        assert not train(until(config, 5, **asked), out, mesh=one_device()).stopped_early
+        outcome = train(until(config, 10, **asked), out, mesh=one_device())
+    best = Best("wer", 1.0, step=2, since=2, evaluated=6)
+    assert outcome == Outcome(6, preempted=False, best=best, stopped_early=True)
+    assert compiled.count("validation_sums") == 1
     assert_same_end(out, straight, config)
     kept = out / "checkpoints"
     assert sorted(path.name for path in kept.iterdir()) == ["2", "6"]
@@ -231,10 +232,9 @@ def test_the_loss_is_of_all_tokens_and_the_same_on_a_mesh(
     mesh = make_mesh(fsdp=2, tensor=2, devices=jax.devices()[:4])
     of_mesh = validation(exact, mesh, tmp_path, data=data, count=5, max_new_tokens=2)
     model, processor = load_model(corpus / "model", mesh=mesh), load_processor(corpus / "model")
-    before = validation_sums._cache_size()
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), compilations() as compiled:
         scores, answers = of_mesh.ask(1, parameters_of(model))
-    assert validation_sums._cache_size() == before + 1
+    assert compiled.count("validation_sums") == 1
     assert len(answers) == 5  # a number that the mesh doesn't divide
 
     maker = SampleMaker(processor.tokenizer, processor.config)

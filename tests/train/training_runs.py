@@ -9,28 +9,18 @@ import jax
 import numpy as np
 import soundfile
 
-from moss_audio_jax import MossAudioConfig
 from moss_audio_jax.sharding import make_mesh
 from moss_audio_jax.small_tokenizer import write_small_tokenizer
 from moss_audio_jax.weights.checkpoint import save_model
 from moss_audio_jax.weights.parameters import build_model
-from train.config import (
-    ModelSource,
-    RunConfig,
-    ValidationConfig,
-)
+from tests.conftest import SMALL_MODEL
+from train.config import ModelSource, RunConfig, ValidationConfig
 from train.initialization import first_parameters
 from train.running.checkpoints import Checkpoints
 from train.state import TrainState, abstract_state
 
 STEPS = 6
 MEASURED = ("time", "step_seconds", "tokens_per_second", "data_wait", "mfu", "restarts")  # by the clock, and starts
-TINY = MossAudioConfig.preset("tiny")
-MODEL = dataclasses.replace(
-    TINY,
-    audio_config=dataclasses.replace(TINY.audio_config, encoder_layers=2, deepstack_encoder_layer_indexes=(0,)),
-    language_config=dataclasses.replace(TINY.language_config, num_hidden_layers=2),
-)
 # A subprocess has one device, and compiles quickly.
 ENVIRONMENT = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"}
 
@@ -45,7 +35,7 @@ def write_corpus(directory: Path, *, clips: int, texts: int) -> Path:
     for name, content in lines.items():
         (directory / f"{name}.jsonl").write_text("\n".join(map(json.dumps, content)))
     mesh = one_device()
-    save_model(build_model(MODEL, first_parameters(ModelSource(), MODEL, mesh=mesh)), directory / "model")
+    save_model(build_model(SMALL_MODEL, first_parameters(ModelSource(), SMALL_MODEL, mesh=mesh)), directory / "model")
     write_small_tokenizer(directory / "model")
     return directory
 
@@ -64,7 +54,7 @@ def until(config: RunConfig, steps: int, **changes) -> RunConfig:
 
 def restored(out: Path, config: RunConfig, mesh: jax.sharding.Mesh | None = None) -> tuple[TrainState, dict]:
     frozen = {"audio_encoder.stem_proj.kernel": "bfloat16"}
-    target = abstract_state(MODEL, config.optimizer, frozen_dtypes=frozen, mesh=mesh or one_device())
+    target = abstract_state(SMALL_MODEL, config.optimizer, frozen_dtypes=frozen, mesh=mesh or one_device())
     with Checkpoints(out) as checkpoints:
         found = checkpoints.restore(target)
     assert found is not None
