@@ -13,55 +13,49 @@ from jaxtyping import Array, Float, Int
 from moss_audio_jax.attention import causal_attend, rotary_phases, rotate, self_attend
 from moss_audio_jax.config import LanguageConfig
 from moss_audio_jax.errors import MossAudioError
-from moss_audio_jax.layers import GatedMLP, Linear, RMSNorm, layer_at, parameter, scan_layers, take_layers, weighted
-from moss_audio_jax.sharding import constrain, num_parts
-
-# Orders of the cache's axes b (0), slots (1) and kv (2). With one sequence per device, a TPU's decoding loop uses the
-# second order; with the first, XLA copies the whole cache before and after the loop. With more sequences it copies too:
-# there the loop uses (slots, kv, b). But that order makes the prefill program, which is the larger one, take 5.97
-# instead of 5.34 GB a chip (4B, v5e:2x2, 8 prompts of 4,096 tokens).
-BATCH_SLOTS_KV, BATCH_KV_SLOTS = (0, 1, 2), (0, 2, 1)
+from moss_audio_jax.layers import (
+    GatedMLP,
+    Linear,
+    RMSNorm,
+    layer_at,
+    parameter,
+    row_major,
+    scan_layers,
+    take_layers,
+    weighted,
+)
+from moss_audio_jax.sharding import constrain
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """Rotated keys, and values, of the tokens so far. Slot i of every sequence is filled in the same step.
+    """Rotated keys, and values, of the tokens so far. Slot i of every sequence is filled in the same step."""
 
-    order: of the three axes between the layer's and the head's: BATCH_KV_SLOTS if a device has one sequence, else
-        BATCH_SLOTS_KV, which the shapes here are written in.
-    """
-
-    keys: Float[Array, "layers b slots kv d"]
-    values: Float[Array, "layers b slots kv d"]
+    keys: Float[Array, "layers b kv slots d"]
+    values: Float[Array, "layers b kv slots d"]
     segment_ids: Int[Array, "b slots"]  # 0: padding, or not filled yet
     filled: Int[Array, ""]
-    order: tuple[int, int, int] = dataclasses.field(metadata={"static": True})
 
     @classmethod
     def empty(cls, config: LanguageConfig, batch: int, slots: int, dtype: jnp.dtype) -> "KVCache":
-        mesh = jax.sharding.get_abstract_mesh()
-        parts = 1 if mesh.empty else num_parts("batch", mesh)
-        order = BATCH_KV_SLOTS if batch <= parts else BATCH_SLOTS_KV
-        sizes, axes = (batch, slots, config.num_key_value_heads), ("batch", None, "heads")
-        shape = (config.num_hidden_layers, *(sizes[i] for i in order), config.head_dim)
-        places = ("layers", *(axes[i] for i in order), None)
-        keys, values = (constrain(jnp.zeros(shape, dtype), *places) for _ in range(2))
-        return cls(keys, values, jnp.zeros((batch, slots), jnp.int32), jnp.int32(0), order)
+        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, slots, config.head_dim)
+        keys, values = (constrain(jnp.zeros(shape, dtype), "layers", "batch", "heads", None, None) for _ in range(2))
+        return cls(keys, values, jnp.zeros((batch, slots), jnp.int32), jnp.int32(0))
 
     def written(
-        self, stack: Float[Array, "layers b slots kv d"], layer: jax.Array, new: Float[Array, "b t kv d"]
-    ) -> Float[Array, "layers b slots kv d"]:
+        self, stack: Float[Array, "layers b kv slots d"], layer: jax.Array, new: Float[Array, "b t kv d"]
+    ) -> Float[Array, "layers b kv slots d"]:
         """Returns `stack`, keys or values, with those of a layer's next tokens written into it."""
-        start = [jnp.int32(0)] * 3
-        start[self.order.index(1)] = self.filled
-        new = new.transpose(*self.order, 3)[None]
-        return jax.lax.dynamic_update_slice(stack, new, (layer, *start, jnp.int32(0)))
+        # Otherwise a TPU's compiler lays out the whole cache as suits `new`: it copies all of it before and after a
+        # decoding loop, and each layer's part for attention.
+        new, zero = row_major(new.swapaxes(1, 2)[None]), jnp.int32(0)
+        return jax.lax.dynamic_update_slice(stack, new, (layer, zero, zero, self.filled, zero))
 
-    def read(self, stack: Float[Array, "layers b slots kv d"], layer: jax.Array) -> Float[Array, "b slots kv d"]:
+    @staticmethod
+    def read(stack: Float[Array, "layers b kv slots d"], layer: jax.Array) -> Float[Array, "b slots kv d"]:
         """Returns a layer's keys or values."""
-        of_layer = jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False)
-        return of_layer.transpose(*(self.order.index(axis) for axis in range(3)), 3)
+        return jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False).swapaxes(1, 2)
 
 
 class Embedding(nnx.Module):
@@ -96,9 +90,11 @@ class SelfAttention(nnx.Module):
         self, x: Float[Array, "b t hidden"], phases: tuple[jax.Array, jax.Array]
     ) -> tuple[Float[Array, "b t heads d"], Float[Array, "b t kv d"], Float[Array, "b t kv d"]]:
         """Returns rotated queries, rotated keys, and values."""
-        query, key, value = (
-            proj(x).reshape(*x.shape[:2], -1, self.config.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        projected = [proj(x) for proj in (self.q_proj, self.k_proj, self.v_proj)]
+        if x.shape[1] == 1:
+            # While decoding. Otherwise a TPU's compiler copies the weights of all layers, transposed, before the loop.
+            projected = [row_major(y) for y in projected]
+        query, key, value = (y.reshape(*x.shape[:2], -1, self.config.head_dim) for y in projected)
         return rotate(self.q_norm(query), phases), rotate(self.k_norm(key), phases), value
 
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float
 
 from moss_audio_jax.attention import dropout
@@ -194,6 +195,11 @@ class GatedMLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "... in"]) -> Float[Array, "... out"]:
         return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def row_major(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Keeps the compiler from another order of `x`'s axes in memory, which it might carry over to whole weights."""
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
 def take_layers(stack: nnx.Module, first: int, last: int) -> Any:

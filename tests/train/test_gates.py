@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import pytest
 
-from benchmarks.plan_tables import recomputed, row
+from benchmarks.plan_tables import is_tabled, recomputed, row
 from moss_audio_jax import MossAudioConfig
 from moss_audio_jax.storage.paths import atomic_write
 from train.__main__ import main
@@ -49,19 +49,31 @@ def test_a_program_keeps_its_budget(name: str, monkeypatch: pytest.MonkeyPatch, 
         GATES[name] |= {figure: report[figure] for figure in MEASURED}
         atomic_write(FILE, json.dumps(GATES, indent=2) + "\n")
         return
+    if report["mode"] == "generate":
+        assert report["decode_temporary_bytes_per_chip"] <= decoding_allowance(report), "it copies weights or the cache"
     for figure in ("hbm_bytes_per_chip", "sent_bytes_per_chip"):
         assert report[figure] <= GROWTH * gate[figure], f"{figure}: {report[figure]:,} after {gate[figure]:,}"
     assert report["hbm_bytes_per_chip"] <= report["hbm_usable_bytes_per_chip"]
 
 
 @pytest.mark.tpu
-@pytest.mark.parametrize("name", GATES)
+@pytest.mark.parametrize("name", [name for name, gate in GATES.items() if is_tabled(gate)])
 def test_estimates_follow_from_the_figures(name: str):
     """And stand so in docs/tpu.md."""
     gate = GATES[name]
     report = recomputed(gate)
     assert report["estimated_mfu"] == pytest.approx(gate["estimated_mfu"], rel=0.01)
     assert row(gate, report) in DOCS.read_text()
+
+
+def decoding_allowance(report: dict[str, Any]) -> float:
+    """Bytes of temporaries: 2% of what stays on a chip, and a whole layer where its shards are gathered."""
+    held, layers = (
+        report["hbm_bytes_by_kind"],
+        MossAudioConfig.preset(report["model"]).language_config.num_hidden_layers,
+    )
+    gathered = 2 * report["parameters"] / layers if report["mesh"]["fsdp"] > 1 else 0
+    return 0.02 * (held["parameters"] + held["cache"]) + gathered
 
 
 def whole_vocabularies(report: dict[str, Any]) -> list[str]:

@@ -208,6 +208,7 @@ def report_generation(
         **_memory(worst, place.chip, {"parameters": weights, "cache": cache}),
         "recomputed_flops": 0.0,
         **speed(place, prefill.collectives, model_flops=flops, executed_flops=flops, moved=moved),
+        "decode_temporary_bytes_per_chip": decode.temporaries,
         "decode_collectives": by_kind(decode.collectives),
         # Each step reads all weights and the whole cache once.
         "estimated_decode_seconds_per_token": (weights + cache) / (place.share * place.chip.hbm_bandwidth),
