@@ -269,7 +269,7 @@ def test_decoding_holds_the_cache_once_and_gathers_no_head(batch, tensor):
         compiled = decode_until.trace(graphdef, state, placed(loop, mesh), 16, drawing).lower().compile()
     text = compiled.as_text()
     assert not re.search(rf"= bf16\[[\d,]*\b{slots},[\d,]*\]\S* (copy|transpose)\(", text)
-    assert compiled.memory_analysis().temp_size_in_bytes < 2**23
+    assert compiled.memory_analysis().temp_size_in_bytes < 2**25  # scores, not keys or a stack of weights
     sent = [collective.payload for collective in collectives(text, mesh.size)]
     logits = 4 * batch * language.vocab_size
     assert max(sent, default=0) == (logits if tensor > 1 else 0)
