@@ -52,6 +52,7 @@ CONFIG = MossAudioConfig(
     ),
     adapter_hidden_size=2048,
     deepstack_num_inject_layers=3,
+    eos_ids=(32764,),
     processor=ProcessorConfig(audio_token_id=32767, audio_start_id=32765, audio_end_id=32766),
 )
 NEW_TOKENS = 64

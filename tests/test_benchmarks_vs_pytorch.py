@@ -16,7 +16,7 @@ from benchmarks import fine_tuning, input_pipeline, vs_pytorch  # noqa: E402
 from benchmarks.side_by_side import Comparison  # noqa: E402
 from convert.pytorch_reference import load_reference  # noqa: E402
 from convert.rehearse import write_random_checkpoint  # noqa: E402
-from moss_audio_jax import MossAudioError, load_model  # noqa: E402
+from moss_audio_jax import MossAudioConfig, MossAudioError, load_model  # noqa: E402
 from tests.conftest import SMALL_MODEL, random_mel  # noqa: E402
 from train.data import DataConfig  # noqa: E402
 from train.data.budget import Budget  # noqa: E402
@@ -45,6 +45,11 @@ def assert_measured(row: Comparison) -> None:
 def checkpoint(tmp_path: Path) -> Path:
     write_random_checkpoint(SMALL_MODEL, tmp_path / "model")
     return tmp_path / "model"
+
+
+def test_the_measured_model_can_be_loaded(tmp_path: Path):
+    vs_pytorch.CONFIG.save_hf(tmp_path)
+    assert MossAudioConfig.from_hf(tmp_path).language_config == vs_pytorch.CONFIG.language_config
 
 
 @pytest.mark.slow
