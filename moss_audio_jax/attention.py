@@ -27,10 +27,15 @@ def attend(
     batch, queries, _, head_dim = query.shape
     # [b, t, heads, d] -> [b, t, kv, g, d]: the g query heads of each key-value head
     grouped = query.reshape(batch, queries, key.shape[2], -1, head_dim)
-    scores = jnp.einsum("btkgd,bskd->bkgts", grouped, key, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask[:, None, None], scores * head_dim**-0.5, jnp.finfo(jnp.float32).min)
+    # In these orders of dimensions XLA's CPU backend transposes neither scores nor values; of one query, nor keys.
+    if queries == 1:
+        scores = jnp.einsum("bskd,btkgd->bkstg", key, grouped, preferred_element_type=jnp.float32)
+        scores = jnp.moveaxis(scores, 2, -1)
+    else:
+        scores = jnp.einsum("btkgd,bskd->bktgs", grouped, key, preferred_element_type=jnp.float32)
+    scores = jnp.where(mask[:, None, :, None], scores * head_dim**-0.5, jnp.finfo(jnp.float32).min)
     weights = dropout(jax.nn.softmax(scores, axis=-1), dropout_rate, dropout_key).astype(value.dtype)
-    return jnp.einsum("bkgts,bskd->btkgd", weights, value).reshape(query.shape)
+    return jnp.einsum("bktgs,bskd->bktgd", weights, value).swapaxes(1, 2).reshape(query.shape)
 
 
 def self_attend(

@@ -8,21 +8,28 @@ A clip is cut into chunks of 400 mel frames (4 s, 50 tokens). Each chunk is enco
 for b sequences of c chunks, with t = frames / 8 tokens each.
 """
 
+import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from moss_audio_jax.attention import attend, dropout
 from moss_audio_jax.config import EncoderConfig, downsampled_length
-from moss_audio_jax.layers import LayerNorm, Linear, parameter, scan_layers, take_layers, weighted
-from moss_audio_jax.sharding import constrain
+from moss_audio_jax.layers import LayerNorm, Linear, gelu, parameter, scan_layers, take_layers, weighted
+from moss_audio_jax.sharding import batch_is_sharded, constrain, on_cpu
 
 # Chunks of each sequence that the stem encodes at a time: its activations take about 100 MB a chunk (float32, 480
 # channels).
 STEM_CHUNKS = 8
+# Input channels from which `_conv_of_products` is faster than `_conv_of_patches` on a CPU.
+PRODUCT_CHANNELS = 128
+# Checkpoint name of the convolutions' outputs, which the backward pass of a CPU reads instead of computing them again.
+CONVOLVED = "convolved"
 
 
 class Conv(nnx.Module):
@@ -40,8 +47,9 @@ class Conv(nnx.Module):
 
 
 def _conv_by_platform(x: Float[Array, "n t f in"], kernel: Float[Array, "3 3 in out"]) -> Float[Array, "n t/2 f/2 out"]:
-    # XLA's convolutions are the right ones on a TPU and slow on the CPU, where matmuls over patches are faster.
-    return jax.lax.platform_dependent(x, kernel, cpu=_conv_of_patches, default=_conv)
+    # XLA's convolutions are the right ones on a TPU. On a CPU matmuls are faster, most of all in the backward pass.
+    cpu = _conv_of_products if x.shape[-1] >= PRODUCT_CHANNELS else _conv_of_patches
+    return jax.lax.platform_dependent(x, kernel, cpu=cpu, default=_conv)
 
 
 def _conv(x: Float[Array, "n t f in"], kernel: Float[Array, "3 3 in out"]) -> Float[Array, "n t/2 f/2 out"]:
@@ -50,16 +58,47 @@ def _conv(x: Float[Array, "n t f in"], kernel: Float[Array, "3 3 in out"]) -> Fl
 
 
 def _conv_of_patches(x: Float[Array, "n t f in"], kernel: Float[Array, "3 3 in out"]) -> Float[Array, "n t/2 f/2 out"]:
-    """The same sum as `_conv`, as a matmul over nine strided views, chunk by chunk to stay near the cache."""
+    """Computes the sum of `_conv` as one matmul over nine strided views."""
+    _, frames, bins, _ = x.shape
+    x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    patches = [x[:, i : i + frames : 2, j : j + bins : 2] for i in range(3) for j in range(3)]
+    return jnp.concatenate(patches, axis=-1) @ kernel.reshape(-1, kernel.shape[-1])
+
+
+def _conv_of_products(x: Float[Array, "n t f in"], kernel: Float[Array, "3 3 in out"]) -> Float[Array, "n t/2 f/2 out"]:
+    """Computes the sum of `_conv` by 25 matmuls for 4 outputs, where patches take 36 (`_three_taps` on both axes)."""
+
+    def along_frequency(x: jax.Array, taps: jax.Array) -> jax.Array:
+        return _three_taps(x, taps, axis=1, multiply=jnp.matmul)
 
     def of_chunk(x: Float[Array, "t f in"]) -> Float[Array, "t/2 f/2 out"]:
-        frames, bins, _ = x.shape
-        padded = jnp.pad(x, ((1, 1), (1, 1), (0, 0)))
-        patches = [padded[i : i + frames : 2, j : j + bins : 2] for i in range(3) for j in range(3)]
-        return jnp.concatenate(patches, axis=-1) @ kernel.reshape(-1, kernel.shape[-1])
+        # In float32: the differences that are multiplied would lose bits of bfloat16.
+        x32, kernel32 = x.astype(jnp.float32), kernel.astype(jnp.float32)
+        return _three_taps(x32, kernel32, axis=0, multiply=along_frequency).astype(x.dtype)
 
-    # The backward pass builds the patches again: kept, they would take nine times the memory of the activations.
-    return jax.lax.map(jax.checkpoint(of_chunk), x)
+    return checkpoint_name(jax.lax.map(of_chunk, x), CONVOLVED)
+
+
+def _three_taps(x: jax.Array, taps: jax.Array, *, axis: int, multiply: Callable[..., jax.Array]) -> jax.Array:
+    """Computes a convolution of three taps and stride 2 along an axis: 5 products for 2 outputs (Winograd), not 6.
+
+    With x[-1] = 0, outputs 0 and 1 are x[-1] a + x[0] b + x[1] c and x[1] a + x[2] b + x[3] c. They share a product:
+    x[-1] a + x[1] c = (x[-1] - x[1]) a + x[1] (a + c), and x[1] a + x[3] c = x[1] (a + c) + (x[3] - x[1]) c.
+    """
+    size = x.shape[axis]
+    pairs = -(-size // 4)  # of outputs
+    x = jnp.pad(x, [(0, 4 * pairs - size if i == axis else 0) for i in range(x.ndim)])
+    x = x.reshape(*x.shape[:axis], pairs, 4, *x.shape[axis + 1 :])
+    x0, x1, x2, x3 = (part.squeeze(axis + 1) for part in jnp.split(x, 4, axis + 1))
+    before = jax.lax.slice_in_dim(x3, 0, pairs - 1, axis=axis)  # the last of the pair before
+    before = jnp.pad(before, [(1 if i == axis else 0, 0) for i in range(before.ndim)])
+    a, b, c = taps
+    shared = multiply(x1, a + c)
+    y0 = multiply(before - x1, a) + multiply(x0, b) + shared
+    y1 = multiply(x3 - x1, c) + multiply(x2, b) + shared
+    y = jnp.stack([y0, y1], axis + 1)
+    y = y.reshape(*y.shape[:axis], 2 * pairs, *y.shape[axis + 2 :])
+    return jax.lax.slice_in_dim(y, 0, (size + 1) // 2, axis=axis)
 
 
 class EncoderAttention(nnx.Module):
@@ -104,7 +143,7 @@ class EncoderLayer(nnx.Module):
         config = self.config
         attended = self.self_attn(self.self_attn_layer_norm(x), num_tokens, keys[0])
         x = x + dropout(attended, config.dropout, keys[1])
-        hidden = jax.nn.gelu(self.fc1(self.final_layer_norm(x)), approximate=False)
+        hidden = gelu(self.fc1(self.final_layer_norm(x)))
         hidden = self.fc2(dropout(hidden, config.activation_dropout, keys[2]))
         return x + dropout(hidden, config.dropout, keys[3])
 
@@ -179,29 +218,66 @@ class AudioEncoder(nnx.Module):
         return x.reshape(batch, -1, *x.shape[3:])[:, :count].reshape(batch * count, *x.shape[3:])
 
     def _stem(self, mel: Float[Array, "n frames mel"], frames: Int[Array, " n"]) -> Float[Array, "n t d"]:
-        """Applies three convolutions, each with exact (erf) GELU and zeros after the clip's end, then `stem_proj`."""
-        x = _shard_with_batch(mel[..., None])
-        for convolutions, conv in enumerate((self.conv1, self.conv2, self.conv3), start=1):
-            x = jax.nn.gelu(conv(x), approximate=False)
-            inside = jnp.arange(x.shape[1]) < downsampled_length(frames, convolutions)[:, None]
-            x = _shard_with_batch(jnp.where(inside[:, :, None, None], x, 0))
+        whole = not on_cpu() or batch_is_sharded()  # chunks of several devices are not taken one by one
+        x = self._convolved(mel, frames) if whole else self._convolved_one_by_one(mel, frames)
         return self.stem_proj(x.reshape(*x.shape[:2], -1))
 
-    def _layers_with_taps(self, x, num_tokens, dropout_key, remat):
-        """Runs all layers: one scan up to and including each tapped layer, and one for the rest."""
-        config = self.config
+    def _convolved(self, mel: Float[Array, "n frames mel"], frames: Int[Array, " n"]) -> Float[Array, "n t f channels"]:
+        """Applies three convolutions, each with exact (erf) GELU and zeros after the clip's end."""
+        x = _shard_with_batch(mel[..., None])
+        for convolutions, conv in enumerate((self.conv1, self.conv2, self.conv3), start=1):
+            x = gelu(conv(x))
+            inside = jnp.arange(x.shape[1]) < downsampled_length(frames, convolutions)[:, None]
+            x = _shard_with_batch(jnp.where(inside[:, :, None, None], x, 0))
+        return x
+
+    def _convolved_one_by_one(
+        self, mel: Float[Array, "n frames mel"], frames: Int[Array, " n"]
+    ) -> Float[Array, "n t f channels"]:
+        """Applies `_convolved` to one chunk at a time, whose activations stay near a CPU's cache."""
+
+        @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(CONVOLVED))
+        def of_chunk(mel: Float[Array, "frames mel"], frames: Int[Array, ""]) -> Float[Array, "t f channels"]:
+            return self._convolved(mel[None], frames[None])[0]
+
+        return jax.lax.map(lambda chunk: of_chunk(*chunk), (mel, frames))
+
+    def _layers_with_taps(
+        self, x: Float[Array, "n t d"], num_tokens: Int[Array, " n"], dropout_key: jax.Array | None, remat: str
+    ) -> tuple[Float[Array, "n t d"], list[Float[Array, "n t d"]]]:
+        """Runs all layers; returns the output of the last one, and those of the tapped ones."""
+        total, taps = self.config.encoder_layers, self.config.deepstack_encoder_layer_indexes
+        keys = None if dropout_key is None else jax.random.split(dropout_key, total)
 
         def body(layer, x, key):
             return _shard_with_batch(layer(x, num_tokens, key))
 
-        total = config.encoder_layers
-        keys = None if dropout_key is None else jax.random.split(dropout_key, total)
+        if on_cpu():
+            return self._layers_in_one_scan(body, x, keys, remat)
+        # One scan up to and including each tapped layer, and one for the rest. A single scan compiles sooner, but takes
+        # 4.8% more memory (v5p, 12 sequences of 8,192 tokens a chip).
         outputs, start = {}, 0
-        for stop in sorted({tap + 1 for tap in config.deepstack_encoder_layer_indexes} | {total}):
+        for stop in sorted({tap + 1 for tap in taps} | {total}):
             segment = take_layers(self.layers, start, stop)
             x = scan_layers(body, segment, x, None if keys is None else keys[start:stop], remat=remat)
             outputs[stop - 1], start = x, stop
-        return x, [outputs[tap] for tap in config.deepstack_encoder_layer_indexes]
+        return x, [outputs[tap] for tap in taps]
+
+    def _layers_in_one_scan(self, body, x, keys, remat):
+        """Each layer writes its output over that of the layer before, up to a tapped layer's."""
+        in_order = sorted(self.config.deepstack_encoder_layer_indexes)
+        slots = jnp.searchsorted(
+            jnp.array(in_order, jnp.int32), jnp.arange(self.config.encoder_layers, dtype=jnp.int32)
+        )
+
+        def writing_body(layer, carry, inputs):
+            (x, outputs), (key, slot) = carry, inputs
+            x = body(layer, x, key)
+            return x, jax.lax.dynamic_update_index_in_dim(outputs, x, slot, 0)
+
+        outputs = jnp.zeros((len(in_order) + 1, *x.shape), x.dtype)
+        x, outputs = scan_layers(writing_body, self.layers, (x, outputs), (keys, slots), remat=remat)
+        return x, [outputs[in_order.index(tap)] for tap in self.config.deepstack_encoder_layer_indexes]
 
 
 def _shard_with_batch(x: Float[Array, "n ..."]) -> Float[Array, "n ..."]:

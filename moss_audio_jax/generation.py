@@ -21,10 +21,11 @@ from moss_audio_jax.config import MossAudioConfig
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.inputs import ModelInputs, bucket
 from moss_audio_jax.language_model import KVCache
+from moss_audio_jax.layers import unstacked
 from moss_audio_jax.model import MossAudio, check_positions
 from moss_audio_jax.sampling import SamplingArrays, row_keys, row_seeds
 from moss_audio_jax.sampling_config import Sampling
-from moss_audio_jax.sharding import constrain, on_automatic_mesh, on_host, on_mesh_of
+from moss_audio_jax.sharding import constrain, on_automatic_mesh, on_cpu, on_host, on_mesh_of
 from moss_audio_jax.weights.finite import first_nonfinite
 
 GREEDY = Sampling()
@@ -205,10 +206,13 @@ def prefill_prompts(
 def decode_until(graphdef: nnx.GraphDef, state: nnx.State, loop: _State, until: int, drawing: Drawing) -> _State:
     """Draws tokens until there are `until`, all sequences have stopped, or logits are not finite."""
     model = nnx.merge(graphdef, state)
+    # XLA's CPU backend copies a layer's float32 weights out of the stack to multiply: here once, not for every token.
+    copies = on_cpu() and model.head.dtype == jnp.float32
+    layers = unstacked(model.language_model.layers) if copies else None
 
     def step(loop: _State) -> _State:
         loop, token = _draw(model, loop, drawing)
-        hidden, cache = model.decode(token, loop.next_position, loop.cache)
+        hidden, cache = model.decode(token, loop.next_position, loop.cache, layers)
         return dataclasses.replace(loop, cache=cache, hidden=hidden, next_position=loop.next_position + 1)
 
     def unfinished(loop: _State) -> Bool[Array, ""]:

@@ -83,7 +83,7 @@ def _frames_of_chunk(config: MossAudioConfig, mels: Sequence[Mel]) -> int:
     """Returns the frames of every chunk of a batch: the model's, or a bucket for whole clips."""
     if config.audio_config.chunk_frames is not None:
         return config.audio_config.chunk_frames
-    return bucket(max((np.shape(mel)[-1] for mel in mels if np.ndim(mel)), default=1), 50 * DOWNSAMPLE_RATE)
+    return bucket(max((np.shape(mel)[-1] for mel in mels if np.ndim(mel)), default=1), 25 * DOWNSAMPLE_RATE)
 
 
 def _encode(
@@ -139,12 +139,13 @@ def padded(inputs: ModelInputs, tokens: int, chunks: int) -> ModelInputs:
 
 
 def bucket(size: int, smallest: int) -> int:
-    """Returns the next of smallest * (1, 1.5, 2, 3, 4, 6, 8, ...): few sizes, of which at most half is padding."""
-    power = smallest
-    while power < size:
-        power *= 2
-    three_quarters = power * 3 // 4
-    return three_quarters if size <= three_quarters and three_quarters >= smallest else power
+    """Returns the next of smallest * (1, 2, ..., 7, 8, 10, 12, 14, 16, 20, ...): few sizes, with little padding.
+
+    From 4 * smallest on, less than a fifth of a size is padding.
+    """
+    units = max(-(-size // smallest), 1)
+    step = 1 << max(units.bit_length() - 3, 0)
+    return smallest * step * -(-units // step)
 
 
 def _check_sequence(row: int, ids: np.ndarray, clips: list[np.ndarray], audio_id: int, config: MossAudioConfig) -> None:

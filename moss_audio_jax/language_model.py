@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -24,7 +25,7 @@ from moss_audio_jax.layers import (
     take_layers,
     weighted,
 )
-from moss_audio_jax.sharding import constrain
+from moss_audio_jax.sharding import constrain, on_cpu
 
 
 @jax.tree_util.register_dataclass
@@ -197,7 +198,7 @@ class LanguageModel(nnx.Module):
             return body(layer, x, jnp.where(index < count, deepstack[jnp.minimum(index, count - 1)], 0))
 
         x = constrain(x, "batch", "sequence", "features")
-        if frozen and count and layers == range(self.config.num_hidden_layers):
+        if (frozen or on_cpu()) and count and layers == range(self.config.num_hidden_layers):
             return scan_layers(body_at, self.layers, x, jnp.arange(layers.stop), remat=remat)
         first, stop = layers.start, layers.stop
         injected = min(max(first, count), stop)  # the first layer without DeepStack
@@ -215,9 +216,11 @@ class LanguageModel(nnx.Module):
         segment_ids: Int[Array, "b t"],
         cache: KVCache,
         deepstack: Float[Array, "injected b t hidden"] | None = None,
+        layers: Sequence[DecoderLayer] | None = None,
     ) -> tuple[Float[Array, "b t hidden"], KVCache]:
         """Runs all layers on `t` new tokens: a whole prompt with an empty cache, or one more token.
 
+        layers: the model's `unstacked` layers, for a loop that takes them out of the stack once; without `deepstack`.
         Raises MossAudioError if the cache has too few free slots, unless `filled` is traced.
         """
         slots = cache.segment_ids.shape[1]
@@ -230,10 +233,10 @@ class LanguageModel(nnx.Module):
         phases = rotary_phases(positions, self.config.head_dim, self.config.rope_theta)
         filled_segments = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, (jnp.int32(0), cache.filled))
 
-        def body(carry, index, injected):
+        def body(carry, index, injected=None, layer=None):
             # The cache is carried and updated in place. As xs of the scan it would be copied for every token.
             x, keys, values = carry
-            layer = layer_at(self.layers, index)
+            layer = layer or layer_at(self.layers, index)
             query, key, value = layer.project(x, phases)
             keys, values = cache.written(keys, index, key), cache.written(values, index, value)
             if x.shape[1] > 1:
@@ -249,8 +252,12 @@ class LanguageModel(nnx.Module):
         first = 0 if deepstack is None else deepstack.shape[0]
         if first:
             carry, _ = jax.lax.scan(lambda c, xs: body(c, *xs), carry, (jnp.arange(first, dtype=jnp.int32), deepstack))
-        rest = jnp.arange(first, self.config.num_hidden_layers, dtype=jnp.int32)
-        (x, keys, values), _ = jax.lax.scan(lambda c, index: body(c, index, None), carry, rest)
+        if layers is None:
+            rest = jnp.arange(first, self.config.num_hidden_layers, dtype=jnp.int32)
+            carry, _ = jax.lax.scan(body, carry, rest)
+        for index, layer in enumerate(layers or ()):
+            carry, _ = body(carry, jnp.int32(index), layer=layer)
+        x, keys, values = carry
         cache = dataclasses.replace(
             cache, keys=keys, values=values, segment_ids=filled_segments, filled=cache.filled + x.shape[1]
         )

@@ -6,6 +6,7 @@ always compute in float32.
 """
 
 import functools
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -18,6 +19,7 @@ from jaxtyping import Array, Float
 
 from moss_audio_jax.attention import dropout
 from moss_audio_jax.config import LoraConfig
+from moss_audio_jax.sharding import on_cpu
 from moss_audio_jax.splash import RESIDUALS
 from moss_audio_jax.tree import dotted
 
@@ -136,14 +138,21 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "... in"]) -> Float[Array, "... out"]:
         if hasattr(self, "kernel_scale"):
-            y = (x @ self.kernel[...].astype(x.dtype)) * self.kernel_scale[...]
+            y = _matmul(x, self.kernel[...].astype(x.dtype)) * self.kernel_scale[...]
         else:
-            y = weighted(self, "kernel", jnp.matmul, x)
+            y = weighted(self, "kernel", _matmul, x)
         if hasattr(self, "lora_a"):
             key = self.lora_keys[...] if hasattr(self, "lora_keys") else None
             low = weighted(self, "lora_a", jnp.matmul, dropout(x, self.lora.dropout, key))
             y = y + weighted(self, "lora_b", jnp.matmul, low) * self.lora.scale
         return weighted(self, "bias", jnp.add, y) if hasattr(self, "bias") else y
+
+
+def _matmul(x: Float[Array, "... in"], kernel: Float[Array, "in out"]) -> Float[Array, "... out"]:
+    # For the kernel's gradient, XLA's CPU backend transposes an x of three axes, but not one of two.
+    if not on_cpu():
+        return x @ kernel
+    return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 class LayerNorm(nnx.Module):
@@ -173,6 +182,16 @@ class RMSNorm(nnx.Module):
         x32 = x.astype(jnp.float32)
         normed = x32 * jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + self.eps)
         return weighted(self, "scale", jnp.multiply, normed).astype(x.dtype)
+
+
+def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Computes the exact GELU. On a CPU by erf, as PyTorch: there XLA's erfc takes three times as long."""
+    return _gelu_of_erf(x) if on_cpu() else jax.nn.gelu(x, approximate=False)
+
+
+@jax.checkpoint
+def _gelu_of_erf(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    return (0.5 * x * (1 + jax.lax.erf(x * 2**-0.5))).astype(x.dtype)
 
 
 class GatedMLP(nnx.Module):
@@ -220,6 +239,13 @@ def layer_at(stack: nnx.Module, index: jax.Array) -> Any:
     return nnx.merge(graphdef, jax.tree.map(lambda p: jax.lax.dynamic_index_in_dim(p, index, keepdims=False), state))
 
 
+def unstacked(stack: nnx.Module) -> list[Any]:
+    """Returns the layers of a stack, each with arrays of its own."""
+    graphdef, state = nnx.split(stack)
+    count = jax.tree.leaves(state)[0].shape[0]
+    return [nnx.merge(graphdef, jax.tree.map(operator.itemgetter(index), state)) for index in range(count)]
+
+
 def scan_layers(
     body: Callable[[Any, Carry, Any], Carry],
     stack: nnx.Module,
@@ -236,10 +262,13 @@ def scan_layers(
 
     def step(carry, inputs):
         layer, x = inputs
-        carry = checkpoint_name(carry, LAYER_INPUT)
+        carry = jax.tree.map(lambda x: checkpoint_name(x, LAYER_INPUT), carry)
         return body(nnx.merge(graphdef, layer), carry, x), None
 
-    if REMAT_POLICIES[remat] is not None:
+    policy = REMAT_POLICIES[remat]
+    if policy is None and on_cpu():
+        policy = _policies.dots_saveable  # a CPU computes all but a matmul again sooner than it reads it from memory
+    if policy is not None:
         # prevent_cse is for code outside loops; inside a scan it only costs.
-        step = jax.checkpoint(step, policy=REMAT_POLICIES[remat], prevent_cse=False)
+        step = jax.checkpoint(step, policy=policy, prevent_cse=False)
     return jax.lax.scan(step, carry, (state, xs))[0]

@@ -9,7 +9,7 @@ Module and parameter names follow the released checkpoint.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from moss_audio_jax.config import DOWNSAMPLE_RATE, MossAudioConfig
 from moss_audio_jax.encoder import AudioEncoder
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.inputs import ModelInputs
-from moss_audio_jax.language_model import HiddenStates, KVCache, LanguageModel
+from moss_audio_jax.language_model import DecoderLayer, HiddenStates, KVCache, LanguageModel
 from moss_audio_jax.layers import GatedMLP, Linear, map_layers, with_masters
 from moss_audio_jax.lora import add_adapters, with_adapter_dropout
 from moss_audio_jax.sharding import constrain, on_automatic_mesh, on_mesh_of
@@ -140,12 +140,15 @@ class MossAudio(nnx.Module):
         return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0], cache
 
     def decode(
-        self, tokens: jax.Array, positions: jax.Array, cache: KVCache
+        self, tokens: jax.Array, positions: jax.Array, cache: KVCache, layers: Sequence[DecoderLayer] | None = None
     ) -> tuple[Float[Array, "b hidden"], KVCache]:
-        """Runs one more token of each sequence, [b], at its position, [b]; returns its hidden state."""
+        """Runs one more token of each sequence, [b], at its position, [b]; returns its hidden state.
+
+        layers: see `LanguageModel.extend`.
+        """
         x = self.language_model.embed_tokens(tokens[:, None])
         ones = jnp.ones_like(tokens)[:, None]
-        hidden, cache = self.language_model.extend(x, positions[:, None], ones, cache)
+        hidden, cache = self.language_model.extend(x, positions[:, None], ones, cache, layers=layers)
         return hidden[:, 0], cache
 
 

@@ -180,6 +180,29 @@ def _sharding_of(tree: Any) -> Any:
     return None if isinstance(leaf, Tracer) else getattr(leaf, "sharding", None)
 
 
+def device_kind() -> str:
+    """Returns the kind of the devices that a program is traced for: the current mesh's, else the default device's.
+
+    The mesh may be of a topology that this machine does not have, to compile ahead of time.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.abstract_device is not None:
+        return mesh.abstract_device.device_kind
+    device = jax.config.jax_default_device or jax.devices()[0]  # pyright: ignore[reportAttributeAccessIssue]
+    return (jax.devices(device)[0] if isinstance(device, str) else device).device_kind
+
+
+def on_cpu() -> bool:
+    """Returns True if a program is traced for a CPU, where XLA needs another order of operations to be fast."""
+    return device_kind() == "cpu"
+
+
+def batch_is_sharded() -> bool:
+    """Returns True if the current mesh cuts batches into several parts."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and num_parts("batch", mesh) > 1
+
+
 def on_host(array: jax.Array) -> np.ndarray:
     """Returns a whole array as NumPy, on every process; shards of other processes are gathered."""
     whole = array.is_fully_addressable or array.is_fully_replicated

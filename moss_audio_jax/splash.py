@@ -20,7 +20,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 )
 from jaxtyping import Array, Float, Int
 
-from moss_audio_jax.sharding import named_sharding, num_parts
+from moss_audio_jax.sharding import device_kind, named_sharding, num_parts
 
 LANES = 128  # a tile's sides are multiples of this
 RESIDUALS = "attention"  # the checkpoint name of the kernel's output and log-sum-exp, for a policy that saves them
@@ -72,18 +72,6 @@ def serves(query: Float[Array, "b t heads d"]) -> bool:
     precision = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
     exact = query.dtype != jnp.bfloat16 or precision not in (None, "default", "bfloat16")
     return device_kind().startswith("TPU") and not exact and query.shape[1] >= LANES
-
-
-def device_kind() -> str:
-    """Returns the kind of the devices that a program is traced for: the current mesh's, else the default device's.
-
-    The mesh may be of a topology that this machine does not have, to compile ahead of time.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.abstract_device is not None:
-        return mesh.abstract_device.device_kind
-    device = jax.config.jax_default_device or jax.devices()[0]  # pyright: ignore[reportAttributeAccessIssue]
-    return (jax.devices(device)[0] if isinstance(device, str) else device).device_kind
 
 
 def splash_attend(

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import hashlib
+import math
 import os
 import signal
 
@@ -107,6 +108,14 @@ def goldens_dir() -> Path:
 def tiny(data_dir: Path) -> MossAudio:
     """The recorded small checkpoint, in float32."""
     return load_model(data_dir / "tiny")
+
+
+@pytest.fixture
+def order_of_a_tpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs compute in the order of operations that a TPU gets, though they are compiled for the CPU."""
+    for module in ("encoder", "generation", "language_model", "layers"):
+        monkeypatch.setattr(f"moss_audio_jax.{module}.on_cpu", lambda: False)
+    monkeypatch.setattr("moss_audio_jax.encoder.PRODUCT_CHANNELS", math.inf)
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from moss_audio_jax import ModelInputs, MossAudio, MossAudioConfig, attention, encoder, make_inputs
-from moss_audio_jax.layers import REMAT_POLICIES, map_layers
+from moss_audio_jax.layers import REMAT_POLICIES, gelu, map_layers
 from moss_audio_jax.tree import dotted
 from moss_audio_jax.weights.parameters import build_model
 from tests.conftest import TINY_AUDIO_ID, question, question_parts, released_tensors
@@ -178,10 +178,53 @@ def test_the_stem_in_groups_equals_the_stem_at_once(tiny, monkeypatch):
     np.testing.assert_allclose(in_groups, at_once, atol=1e-5, rtol=0)
 
 
-def test_the_cpu_convolution_equals_xlas(tiny):
-    x = np.random.default_rng(0).standard_normal((2, 21, 12, 5)).astype(np.float32)
-    kernel = np.random.default_rng(1).standard_normal((3, 3, 5, 7)).astype(np.float32)
-    np.testing.assert_allclose(encoder._conv_of_patches(x, kernel), encoder._conv(x, kernel), atol=1e-4, rtol=0)
+def test_a_tpu_s_order_of_operations_gives_the_same_numbers(tiny, request):
+    """Where the CPU has an order of its own: logits, and gradients with respect to all parameters."""
+    inputs = question(tiny, [403, 237])
+    graphdef, state = nnx.split(tiny)
+
+    def logits_and_gradients():
+        def total(state):
+            logits = nnx.merge(graphdef, state).logits(nnx.merge(graphdef, state).hidden_states(inputs).last)
+            return jnp.square(logits).mean(), logits
+
+        (_, logits), gradients = jax.jit(jax.value_and_grad(total, has_aux=True))(state)
+        return logits, released_tensors(tiny.config, gradients)
+
+    logits, gradients = logits_and_gradients()
+    request.getfixturevalue("order_of_a_tpu")
+    tpu_logits, tpu_gradients = logits_and_gradients()
+    np.testing.assert_allclose(tpu_logits, logits, atol=2e-5, rtol=0)
+    for name, gradient in gradients.items():
+        np.testing.assert_allclose(
+            tpu_gradients[name], gradient, atol=1e-5 * np.abs(gradient).max() + 1e-9, err_msg=name
+        )
+
+
+@pytest.mark.parametrize("sizes", [(21, 12), (1, 1), (2, 3), (3, 4), (8, 5), (30, 7)], ids=str)
+@pytest.mark.parametrize("convolve", [encoder._conv_of_patches, encoder._conv_of_products])
+def test_a_cpu_s_convolutions_equal_xlas(convolve, sizes):
+    """Values, and gradients with respect to both arguments; also of bfloat16, to its rounding."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((2, *sizes, 5)).astype(np.float32)
+    kernel = rng.standard_normal((3, 3, 5, 7)).astype(np.float32)
+    expected, expected_vjp = jax.vjp(encoder._conv, x, kernel)
+    found, vjp = jax.vjp(convolve, x, kernel)
+    cotangent = rng.standard_normal(expected.shape).astype(np.float32)
+    for ours, xlas in zip((found, *vjp(cotangent)), (expected, *expected_vjp(cotangent)), strict=True):
+        np.testing.assert_allclose(ours, xlas, atol=1e-4, rtol=1e-5)
+    rounded = convolve(jnp.bfloat16(x), jnp.bfloat16(kernel))
+    assert rounded.dtype == jnp.bfloat16
+    np.testing.assert_allclose(rounded.astype(np.float32), expected, atol=0.03 * np.abs(expected).max(), rtol=0)
+
+
+def test_gelu_is_the_exact_one_and_keeps_its_derivative():
+    x = jnp.linspace(-12, 12, 4001)
+    ours, exact = (
+        jax.vmap(jax.value_and_grad(f))(x) for f in (gelu, functools.partial(jax.nn.gelu, approximate=False))
+    )
+    for one, other in zip(ours, exact, strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-6, rtol=1e-6)
 
 
 def test_attention_in_query_blocks_equals_attention_at_once(monkeypatch):

@@ -22,6 +22,8 @@ from train.planning.flops import FLOP_PARTS, Content, forward_flops, moved_bytes
 from train.planning.topology import shown_topology, topology_of
 from train.step import loss_and_gradients
 
+pytestmark = pytest.mark.usefixtures("order_of_a_tpu")  # what is counted is for TPUs
+
 ROWS, CHUNKS, TOKENS = 2, 2, 256
 # At these widths matmuls outweigh all else; nothing is ever computed. XLA knows no causal mask: attention is whole.
 WHOLE_ATTENTION = Content(ROWS * TOKENS, ROWS * CHUNKS, 2 * ROWS * TOKENS**2)
