@@ -5,6 +5,7 @@ is frozen, its learning rate and its weight decay. The optimizers get trainable 
 gradient and no moments, and does not count in the norm of clipping.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -57,6 +58,11 @@ def split_frozen(
     return trainable, frozen
 
 
+def select(condition: jax.Array | bool, if_true: Any, if_false: Any) -> Any:
+    """Returns one of two equal trees of arrays, by a condition that is known on the devices only."""
+    return jax.tree.map(functools.partial(jnp.where, condition), if_true, if_false)
+
+
 def is_frozen(path: str, freeze: Sequence[str], lora: LoraConfig | None = None) -> bool:
     """Returns True for a path that matches `freeze`, and with LoRA for every path that the adapter does not train."""
     return matches(path, freeze) or (lora is not None and not lora.trains(path))
@@ -106,11 +112,41 @@ def gradient_transformation(config: OptimizerConfig) -> optax.GradientTransforma
 
 
 def _adam(config: OptimizerConfig) -> list[optax.GradientTransformation]:
-    return [optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=config.first_moment_dtype)]
+    """Adam as `optax.scale_by_adam`, but its update is computed from the moments that stay after the step.
+
+    So each moment is written over itself. From moments that might be discarded, XLA's CPU backend takes twice the time,
+    and copies them all.
+    """
+    initial = optax.scale_by_adam(mu_dtype=config.first_moment_dtype).init
+
+    def update(gradients, state, parameters=None, *, accepted: jax.Array | bool = True):
+        count = optax.safe_increment(state.count)
+        # In float32, also if the first one is stored in bfloat16.
+        mu = select(accepted, optax.tree.update_moment(gradients, state.mu, config.b1, 1), state.mu)
+        nu = select(accepted, optax.tree.update_moment_per_elem_norm(gradients, state.nu, config.b2, 2), state.nu)
+        updates = jax.tree.map(
+            lambda mu, nu: mu / (jnp.sqrt(nu) + config.eps),
+            optax.tree.bias_correction(mu, config.b1, count),
+            optax.tree.bias_correction(nu, config.b2, count),
+        )
+        stored = optax.tree.cast(mu, config.first_moment_dtype)
+        return updates, optax.ScaleByAdamState(select(accepted, count, state.count), stored, nu)
+
+    return [optax.GradientTransformationExtraArgs(initial, update)]
+
+
+def _skippable(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Keeps the old state after a step that is not accepted."""
+
+    def update(gradients, state, parameters=None, *, accepted: jax.Array | bool = True):
+        updates, moved = inner.update(gradients, state, parameters)
+        return updates, select(accepted, moved, state)
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
 def _adafactor(config: OptimizerConfig) -> list[optax.GradientTransformation]:
-    return [optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)]
+    return [_skippable(optax.scale_by_factored_rms()), optax.clip_by_block_rms(1.0)]
 
 
 def _muon(config: OptimizerConfig) -> list[optax.GradientTransformation]:
@@ -125,14 +161,12 @@ def _muon(config: OptimizerConfig) -> list[optax.GradientTransformation]:
     def scaled(update: Any, _: Any) -> Any:
         return update * (MUON_RMS * math.sqrt(max(update.shape[-2:])))  # an orthogonal matrix has RMS 1 / that root
 
-    orthogonal = optax.chain(
-        optax.contrib.scale_by_muon(
-            beta=config.muon_momentum,
-            mu_dtype=config.first_moment_dtype,
-            weight_dimension_numbers=matrices,
-        ),
-        optax.stateless_with_tree_map(scaled),
+    muon = optax.contrib.scale_by_muon(
+        beta=config.muon_momentum,
+        mu_dtype=config.first_moment_dtype,
+        weight_dimension_numbers=matrices,
     )
+    orthogonal = optax.chain(_skippable(muon), optax.stateless_with_tree_map(scaled))
     return [optax.partition({"muon": orthogonal, "adam": optax.chain(*_adam(config))}, labels)]
 
 
@@ -158,9 +192,14 @@ def apply_gradients(
     moments: optax.OptState,
     gradients: Parameters,
     rate: jax.Array,
+    accepted: jax.Array | bool = True,
 ) -> tuple[Parameters, optax.OptState]:
-    """Returns parameters and moments after a step. rate: the schedule's, which each part of the model multiplies."""
+    """Returns parameters and moments after a step; both are unchanged, bit for bit, unless it is accepted.
+
+    rate: the schedule's, which each part of the model multiplies.
+    """
     updates: Any
-    updates, moments = gradient_transformation(config).update(gradients, moments, parameters)
+    optimizer = optax.with_extra_args_support(gradient_transformation(config))
+    updates, moments = optimizer.update(gradients, moments, parameters, accepted=accepted)
     moved = {path: leaf - rate * rate_of(config, path) * updates[path] for path, leaf in parameters.items()}
-    return moved, moments
+    return select(accepted, moved, parameters), moments

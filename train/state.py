@@ -5,7 +5,6 @@ replicated.
 """
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,7 +22,7 @@ from moss_audio_jax.sharding import constrain
 from moss_audio_jax.tree import unflatten
 from moss_audio_jax.weights.parameters import abstract_parameters
 from train.config import OptimizerConfig
-from train.optimizer import Parameters, gradient_transformation, split_frozen
+from train.optimizer import Parameters, gradient_transformation, select, split_frozen
 
 
 @jax.tree_util.register_dataclass
@@ -185,11 +184,6 @@ def constrain_to_rules(graphdef: nnx.GraphDef, parameters: Parameters, tree: Any
         return constrain(x, *(axes[path] if is_like_parameter else ()))
 
     return jax.tree_util.tree_map_with_path(constrained, tree)
-
-
-def select(condition: jax.Array, if_true: Any, if_false: Any) -> Any:
-    """Returns one of two equal trees of arrays, by a condition that is known on the devices only."""
-    return jax.tree.map(functools.partial(jnp.where, condition), if_true, if_false)
 
 
 def _parameter_path(keys: KeyPath) -> str:

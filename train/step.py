@@ -23,8 +23,8 @@ from moss_audio_jax.model import MossAudio
 from train.config import OptimizerConfig, StepConfig
 from train.data.packing import TrainingBatch
 from train.loss import LossSums, blockwise_cross_entropy
-from train.optimizer import Parameters, apply_gradients, by_part, learning_rate, moving_average
-from train.state import RecentValues, TrainState, constrain_to_rules, model_of, select
+from train.optimizer import Parameters, apply_gradients, by_part, learning_rate, moving_average, select
+from train.state import RecentValues, TrainState, constrain_to_rules, model_of
 
 Metrics = dict[str, jax.Array]
 LEAST_PROGRESS = 1e-6  # a first batch may hold only beginnings of long texts, and then no example is finished
@@ -63,8 +63,7 @@ def train_step(
 
     # 3. The update. A skipped step computes it as well, and keeps the old arrays.
     rate = learning_rate(optimizer, state.step, expected_steps(state.step, batch.progress))
-    moved = apply_gradients(optimizer, state.trainable, state.moments, gradients, rate)
-    trainable, moments = select(accepted, moved, (state.trainable, state.moments))
+    trainable, moments = apply_gradients(optimizer, state.trainable, state.moments, gradients, rate, accepted)
     ema = state.ema
     if ema is not None:
         ema = select(accepted, moving_average(optimizer, ema, trainable, state.step - state.skipped), ema)

@@ -232,3 +232,20 @@ def test_muon_moves_each_layers_kernel_as_optax_s_and_the_rest_as_adamw():
     update = transformation.update(gradient, transformation.init(gradient), gradient)[0][paths[0]]
     values = np.linalg.svd(np.asarray(update), compute_uv=False) / (0.2 * np.sqrt(144))
     assert values.shape == (2, 128) and values.min() > 0.3 and values.max() < 1.3
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "muon"])
+def test_a_step_that_is_not_accepted_changes_no_bit(name, dtype):
+    """Parameters and moments after an accepted step, then one with other gradients that is not."""
+    config = OptimizerConfig(name=name, first_moment_dtype=dtype)
+    rng = np.random.default_rng(0)
+    parameters, *gradients = (
+        {path: rng.standard_normal(shape).astype(np.float32) for path, shape in WIDE.items()} for _ in range(3)
+    )
+    state = parameters, gradient_transformation(config).init(parameters)
+    before = apply_gradients(config, *state, gradients[0], jnp.float32(0.01), accepted=jnp.bool(True))
+    after = apply_gradients(config, *before, gradients[1], jnp.float32(0.01), accepted=jnp.bool(False))
+    jax.tree.map(np.testing.assert_array_equal, after, before)
+    moved = apply_gradients(config, *before, gradients[1], jnp.float32(0.01), accepted=jnp.bool(True))
+    assert all((leaf != before[0][path]).any() for path, leaf in moved[0].items())
