@@ -9,10 +9,10 @@ An epoch of fine-tuning (`benchmarks.fine_tuning`) follows, and last, in CPU sec
 
 import dataclasses
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +55,12 @@ CONFIG = MossAudioConfig(
     eos_ids=(32764,),
     processor=ProcessorConfig(audio_token_id=32767, audio_start_id=32765, audio_end_id=32766),
 )
+Part = Literal["matmuls", "model", "fine-tuning", "inputs"]
 NEW_TOKENS = 64
+# Tokens, inputs and outputs: of the encoder MLP, of a tap of a convolution, of the language model MLP, and of the head
+# for one token.
+MATMULS = ((400, 1280, 5120), (3200, 480, 480), (448, 1024, 3072), (1, 1024, 32768))
+MATMULS_TIMED = 20  # of each, for one timing
 RELEASED_CONV_CHUNKS = 64  # the released code encodes so many chunks at a time
 
 # float32 without dropout, as PyTorch's side runs; nothing recomputed on either. The rate stays what it is.
@@ -82,6 +87,23 @@ def question(mel: np.ndarray, config: MossAudioConfig) -> tuple[list[int], Model
 
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     return -jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1).mean()
+
+
+def matmul_rows(repeats: int) -> Iterator[Comparison]:
+    """Plain matmuls of the model's shapes: how much of the other rows is the frameworks' matmul."""
+    import torch
+
+    multiply = jax.jit(jnp.matmul)
+    for tokens, features, outputs in MATMULS:
+        rng = np.random.default_rng(0)
+        x, kernel = (rng.standard_normal(shape, np.float32) for shape in ((tokens, features), (features, outputs)))
+        on_device, tensors = jax.device_put((x, kernel)), (torch.from_numpy(x), torch.from_numpy(kernel))
+        yield compare(
+            f"matmul {tokens} x {features} x {outputs}",
+            lambda on_device=on_device: [multiply(*on_device) for _ in range(MATMULS_TIMED)],
+            lambda tensors=tensors: [torch.matmul(*tensors) for _ in range(MATMULS_TIMED)],
+            repeats,
+        )
 
 
 def rows(directory: Path, repeats: int, short: float = 30, long: float = 600) -> Iterator[Comparison]:
@@ -151,6 +173,12 @@ def rows(directory: Path, repeats: int, short: float = 30, long: float = 600) ->
     yield _decode_row(model, inputs, prefill_pytorch, reference, repeats)
     yield _backward_row(model, inputs, tokens, clip, reference, repeats)
     yield _training_row(model, inputs, tokens, clip, reference, repeats)  # the last: it takes the parameters over
+
+
+def model_rows(directory: Path, repeats: int) -> Iterator[Comparison]:
+    """`rows` of a checkpoint that is written to a new directory."""
+    write_random_checkpoint(CONFIG, directory)
+    yield from rows(directory, repeats)
 
 
 def fine_tuning_rows(scratch: Path, repeats: int) -> Iterator[Comparison]:
@@ -285,24 +313,24 @@ def _torch_adamw(reference):
 def run(
     json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
     repeats: int = 5,
+    parts: tuple[Part, ...] = get_args(Part),
 ) -> None:
     """Compares the port with PyTorch on this machine.
 
     Args:
         json_file: Write the rows there as a JSON list.
         repeats: Timed runs of each side (three at most on ten minutes of sound).
+        parts: What to measure: plain matmuls, the model, an epoch of fine-tuning, what feeds the model.
     """
-    with tempfile.TemporaryDirectory() as scratch:
-        write_random_checkpoint(CONFIG, Path(scratch) / "model")
-        report(
-            chain(
-                rows(Path(scratch) / "model", repeats),
-                fine_tuning_rows(Path(scratch) / "small", repeats),
-                input_rows(Path(scratch), repeats),
-            ),
-            "s",
-            json_file,
-        )
+    with tempfile.TemporaryDirectory() as name:
+        scratch = Path(name)
+        measured: dict[Part, Callable[[], Iterator[Comparison]]] = {
+            "matmuls": lambda: matmul_rows(repeats),
+            "model": lambda: model_rows(scratch / "model", repeats),
+            "fine-tuning": lambda: fine_tuning_rows(scratch / "small", repeats),
+            "inputs": lambda: input_rows(scratch, repeats),
+        }
+        report(chain.from_iterable(measured[part]() for part in parts), "s", json_file)
 
 
 if __name__ == "__main__":

@@ -52,6 +52,14 @@ def test_the_measured_model_can_be_loaded(tmp_path: Path):
     assert MossAudioConfig.from_hf(tmp_path).language_config == vs_pytorch.CONFIG.language_config
 
 
+def test_matmuls_are_measured(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(vs_pytorch, "MATMULS", ((3, 4, 5), (1, 8, 2)))
+    rows = list(vs_pytorch.matmul_rows(repeats=2))
+    assert [row.name for row in rows] == ["matmul 3 x 4 x 5", "matmul 1 x 8 x 2"]
+    for row in rows:
+        assert_measured(row)
+
+
 @pytest.mark.slow
 def test_every_row_of_the_model(checkpoint: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(vs_pytorch, "NEW_TOKENS", 3)
