@@ -6,8 +6,9 @@ export JAX_PLATFORMS ?= cpu
 # which takes a third less without LLVM's optimizations.
 NUMBERS := tests/parity tests/test_model.py
 test: PARALLEL := --numprocesses 2 --dist loadfile --max-worker-restart 0
-# Tests start processes that need the same programs: each is compiled once.
+# Tests, and processes that they start, need the same programs: each is compiled once.
 test: export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.venv/compiled
+test: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.3
 
 # `make fuzz` tries as many damaged checkpoints.
 FUZZ_INPUTS ?= 1000000

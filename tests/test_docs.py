@@ -18,7 +18,9 @@ def test_the_navigation_has_every_page_once():
 
 
 def test_the_reference_has_every_package_once():
-    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    found = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]
+    files = [file for pattern in found["include"] for file in ROOT.glob(f"{pattern}/**/__init__.py")]
+    packages = {".".join(file.parent.relative_to(ROOT).parts) for file in files}
     text = "\n".join(page.read_text() for page in PAGES if page.parent.name == "api")
     assert sorted(re.findall(r"^::: modules ([\w.]+)$", text, re.MULTILINE)) == sorted(packages)
 

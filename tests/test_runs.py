@@ -318,24 +318,26 @@ def config_of(command: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> RunCon
     return found[0]
 
 
-@pytest.mark.parametrize("script", [script for script in VERBS if script != "tpu_vm.sh"])
-def test_sixteen_hosts_share_the_batch_of_a_script(script: str, bin_directory: Path, tmp_path: Path, monkeypatch):
-    """The run command of each script for pods, as it is, with the batch of docs/tpu.md: no host is refused."""
-    end, calls = called(script, "run", "--data.batch-size", "64", bin_directory=bin_directory, tmp_path=tmp_path)
-    assert end.returncode == 0
-    config = config_of(next(run for call in calls for word in call for run in commands(word)), monkeypatch)
-    assert config.loop.workers == 8 and config.data.batch_size == 64
+@pytest.mark.usefixtures("storage")  # a command looks for its run
+def test_sixteen_hosts_share_the_batch_of_the_scripts(bin_directory: Path, tmp_path: Path, monkeypatch):
+    """The run command of the scripts for pods, as it is, with the batch of docs/tpu.md: no host is refused."""
+    configs = []
+    for script in (script for script in VERBS if script != "tpu_vm.sh"):
+        end, calls = called(script, "run", "--data.batch-size", "64", bin_directory=bin_directory, tmp_path=tmp_path)
+        assert end.returncode == 0
+        configs.append(config_of(next(run for call in calls for word in call for run in commands(word)), monkeypatch))
+    config = configs[0]
+    assert {(other.loop.workers, other.data) for other in configs} == {(8, config.data)}
+    assert config.data.batch_size == 64
     write_small_tokenizer(tmp_path)
     maker = SampleMaker(Tokenizer.from_dir(tmp_path), MossAudioConfig.preset("tiny"))
     texts = [Example(str(number), text=f"some text {number}") for number in range(30)]
     order = ExampleOrder([Group("texts", 1, (Source("texts", texts),))], seed=0)
     small = dataclasses.replace(config.data, tokens=60, chunks=1)
     for hosts in (1, 2, 4, 8, 16):
-        for host in range(hosts):
-            TrainingData(order, maker, small, host=host, hosts=hosts, workers=config.loop.workers).close()
-    if script == "tpu_queued.sh":
-        rows = [next(TrainingData(order, maker, small, host=host, hosts=16)).targets for host in range(16)]
-        np.testing.assert_array_equal(np.concatenate(rows), next(TrainingData(order, maker, small)).targets)
-        data = TrainingData(order, maker, small, host=3, hosts=16, workers=config.loop.workers)
-        np.testing.assert_array_equal(next(data).targets, rows[3])
-        data.close()
+        TrainingData(order, maker, small, host=hosts - 1, hosts=hosts, workers=config.loop.workers).close()
+    rows = [next(TrainingData(order, maker, small, host=host, hosts=16)).targets for host in range(16)]
+    np.testing.assert_array_equal(np.concatenate(rows), next(TrainingData(order, maker, small)).targets)
+    data = TrainingData(order, maker, small, host=3, hosts=16, workers=config.loop.workers)
+    np.testing.assert_array_equal(next(data).targets, rows[3])
+    data.close()

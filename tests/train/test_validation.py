@@ -56,8 +56,8 @@ def test_the_best_is_kept_and_a_run_ends_that_gets_no_better(
     with compilations() as compiled:
         assert not train(until(config, 5, **asked), out, mesh=one_device()).stopped_early
         outcome = train(until(config, 10, **asked), out, mesh=one_device())
-    best = Best("wer", 1.0, step=2, since=2, evaluated=6)
-    assert outcome == Outcome(6, preempted=False, best=best, stopped_early=True)
+    ended = Outcome(6, preempted=False, best=Best("wer", 1.0, step=2, since=2, evaluated=6), stopped_early=True)
+    assert outcome == ended
     assert compiled.count("validation_sums") == 1
     assert_same_end(out, straight, config)
     kept = out / "checkpoints"
@@ -190,10 +190,10 @@ def test_what_an_evaluation_found_survives(
 
 def test_the_shapes_of_an_evaluation(config: RunConfig, corpus: Path):
     asking = until(config, 5, every=1, batch_size=3, max_new_tokens=20)
-    assert evaluation_shapes(asking, parts=2) == (4, 192, 2, 24, 1)
+    assert evaluation_shapes(asking, parts=2) == (4, 192, 2, 32, 1)
     items = manifest_questions(corpus / "clips.jsonl", limit=2)
     prompts, tokens, chunks, new_tokens, _ = evaluation_shapes(asking, 1, items)
-    assert (prompts, chunks, new_tokens) == (2, 1, 24) and 64 <= tokens < 160
+    assert (prompts, chunks, new_tokens) == (2, 1, 32) and 64 <= tokens < 160
 
 
 def test_a_run_that_looks_for_no_best_has_none(straight: Path):
