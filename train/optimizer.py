@@ -111,7 +111,7 @@ def gradient_transformation(config: OptimizerConfig) -> optax.GradientTransforma
     )
 
 
-def _adam(config: OptimizerConfig) -> list[optax.GradientTransformation]:
+def _adam(config: OptimizerConfig) -> Sequence[optax.GradientTransformation]:
     """Adam as `optax.scale_by_adam`, but its update is computed from the moments that stay after the step.
 
     So each moment is written over itself. From moments that might be discarded, XLA's CPU backend takes twice the time,
@@ -119,18 +119,18 @@ def _adam(config: OptimizerConfig) -> list[optax.GradientTransformation]:
     """
     initial = optax.scale_by_adam(mu_dtype=config.first_moment_dtype).init
 
-    def update(gradients, state, parameters=None, *, accepted: jax.Array | bool = True):
+    def update(updates, state, params=None, *, accepted: jax.Array | bool = True) -> tuple[Any, Any]:
         count = optax.safe_increment(state.count)
         # In float32, also if the first one is stored in bfloat16.
-        mu = select(accepted, optax.tree.update_moment(gradients, state.mu, config.b1, 1), state.mu)
-        nu = select(accepted, optax.tree.update_moment_per_elem_norm(gradients, state.nu, config.b2, 2), state.nu)
-        updates = jax.tree.map(
+        mu = select(accepted, optax.tree.update_moment(updates, state.mu, config.b1, 1), state.mu)
+        nu = select(accepted, optax.tree.update_moment_per_elem_norm(updates, state.nu, config.b2, 2), state.nu)
+        scaled = jax.tree.map(
             lambda mu, nu: mu / (jnp.sqrt(nu) + config.eps),
             optax.tree.bias_correction(mu, config.b1, count),
             optax.tree.bias_correction(nu, config.b2, count),
         )
         stored = optax.tree.cast(mu, config.first_moment_dtype)
-        return updates, optax.ScaleByAdamState(select(accepted, count, state.count), stored, nu)
+        return scaled, optax.ScaleByAdamState(select(accepted, count, state.count), stored, nu)
 
     return [optax.GradientTransformationExtraArgs(initial, update)]
 
@@ -138,18 +138,18 @@ def _adam(config: OptimizerConfig) -> list[optax.GradientTransformation]:
 def _skippable(inner: optax.GradientTransformation) -> optax.GradientTransformation:
     """Keeps the old state after a step that is not accepted."""
 
-    def update(gradients, state, parameters=None, *, accepted: jax.Array | bool = True):
-        updates, moved = inner.update(gradients, state, parameters)
+    def update(updates, state, params=None, *, accepted: jax.Array | bool = True) -> tuple[Any, Any]:
+        updates, moved = inner.update(updates, state, params)
         return updates, select(accepted, moved, state)
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
-def _adafactor(config: OptimizerConfig) -> list[optax.GradientTransformation]:
+def _adafactor(config: OptimizerConfig) -> Sequence[optax.GradientTransformation]:
     return [_skippable(optax.scale_by_factored_rms()), optax.clip_by_block_rms(1.0)]
 
 
-def _muon(config: OptimizerConfig) -> list[optax.GradientTransformation]:
+def _muon(config: OptimizerConfig) -> Sequence[optax.GradientTransformation]:
     def labels(parameters: Any) -> dict[str, str]:
         return {path: "muon" if is_hidden_kernel(path, leaf.ndim) else "adam" for path, leaf in parameters.items()}
 
