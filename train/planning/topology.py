@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from moss_audio_jax.errors import MossAudioError
+from train.planning.chips import chip_of
 
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16", "16x16x16")
@@ -60,6 +61,14 @@ def shown_topology(topology: str) -> str:
     return f"{topology} ({rented[0]})" if rented else topology
 
 
+def _wraps(topology: str) -> tuple[bool, bool, bool]:
+    """Returns for each axis of a slice whether it is a ring, which decides between XLA's collectives."""
+    kind, _, shape = topology.partition(":")
+    chip, sizes = chip_of("TPU7x" if kind == "tpu7x" else f"TPU {kind}"), [int(size) for size in shape.split("x")]
+    first, second, third = (*(chip.wraps(sizes) if chip else ()), False, False, False)[:3]
+    return first, second, third
+
+
 def topology_devices(topology: str, slices: int = 1, *, megacore: bool = True) -> list[Any]:
     """Returns the devices of a TPU such as `v5e:4x4` to compile for; no TPU is needed.
 
@@ -82,7 +91,7 @@ def topology_devices(topology: str, slices: int = 1, *, megacore: bool = True) -
         ) from error
     from jax.experimental import topologies
 
-    options: dict[str, Any] = {} if slices == 1 else {"num_slices": slices}
+    options: dict[str, Any] = {"wrap": _wraps(topology)} | ({} if slices == 1 else {"num_slices": slices})
     if topology.startswith("v4:") and megacore:
         options["chip_config_name"] = "megacore"
     try:
