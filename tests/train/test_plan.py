@@ -3,9 +3,11 @@
 import dataclasses
 import json
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import jax
 import pytest
+from jax.experimental import topologies
 
 from moss_audio_jax import MossAudioError
 from moss_audio_jax.sharding import make_mesh
@@ -145,6 +147,28 @@ def test_unknown_topologies_are_refused():
         topology_devices("v9:2x2")
     assert len(topology_devices("v6e-8")) == 8 and len(topology_devices("v5p-64")) == 32
     assert len(topology_devices("v4-16")) == 8  # a chip of two cores is one device
+
+
+@pytest.mark.parametrize(
+    ("topology", "rings"),
+    [
+        ("v5p:4x4x4", (True, True, True)),
+        ("v5p:2x4x4", (False, False, False)),
+        ("v6e:8x16", (False, True, False)),
+        ("v5e:1x1", (False, False, False)),
+        ("v9:4x4x4", (False, False, False)),
+    ],
+)
+def test_a_slice_is_compiled_for_with_its_rings(topology, rings, monkeypatch):
+    given = {}
+
+    def described(**options) -> SimpleNamespace:
+        given.update(options)
+        return SimpleNamespace(devices=[])
+
+    monkeypatch.setattr(topologies, "get_topology_desc", described)
+    topology_devices(topology)
+    assert given["wrap"] == rings
 
 
 def small_step(**changes) -> dict:
