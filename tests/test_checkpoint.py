@@ -97,7 +97,8 @@ def test_bfloat16_weights_are_not_copied_on_the_cpu(released: Path):
         jitted.lower(graphdef, state, inputs).compile().memory_analysis().temp_size_in_bytes
         for jitted in (_compiled_logits._plain, _compiled_logits._sparing)
     )
-    assert sparing <= plain - 2 * stacked
+    hoisted = jax.__version_info__ < (0, 12)  # XLA casts all layers before the loop; newer versions need no option
+    assert sparing <= plain - (2 * stacked if hoisted else 0)
     with pytest.MonkeyPatch.context() as patch:
         patch.delattr(_compiled_logits, "_plain")
         logits = model(inputs)
