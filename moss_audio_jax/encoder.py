@@ -218,6 +218,7 @@ class AudioEncoder(nnx.Module):
         return x.reshape(batch, -1, *x.shape[3:])[:, :count].reshape(batch * count, *x.shape[3:])
 
     def _stem(self, mel: Float[Array, "n frames mel"], frames: Int[Array, " n"]) -> Float[Array, "n t d"]:
+        """Applies the convolutions, then `stem_proj` to the frequencies and channels of each token."""
         whole = not on_cpu() or batch_is_sharded()  # chunks of several devices are not taken one by one
         x = self._convolved(mel, frames) if whole else self._convolved_one_by_one(mel, frames)
         return self.stem_proj(x.reshape(*x.shape[:2], -1))

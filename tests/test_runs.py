@@ -335,7 +335,8 @@ def test_sixteen_hosts_share_the_batch_of_the_scripts(bin_directory: Path, tmp_p
     order = ExampleOrder([Group("texts", 1, (Source("texts", texts),))], seed=0)
     small = dataclasses.replace(config.data, tokens=60, chunks=1)
     for hosts in (1, 2, 4, 8, 16):
-        TrainingData(order, maker, small, host=hosts - 1, hosts=hosts, workers=config.loop.workers).close()
+        for host in range(hosts):
+            TrainingData(order, maker, small, host=host, hosts=hosts, workers=config.loop.workers).close()
     rows = [next(TrainingData(order, maker, small, host=host, hosts=16)).targets for host in range(16)]
     np.testing.assert_array_equal(np.concatenate(rows), next(TrainingData(order, maker, small)).targets)
     data = TrainingData(order, maker, small, host=3, hosts=16, workers=config.loop.workers)
