@@ -26,7 +26,7 @@ from moss_audio_jax.sharding import batch_is_sharded, constrain, on_cpu
 # Chunks of each sequence that the stem encodes at a time: its activations take about 100 MB a chunk (float32, 480
 # channels).
 STEM_CHUNKS = 8
-# Input channels from which `_conv_of_products` is faster than `_conv_of_patches` on a CPU.
+# Channels from which a CPU is faster by `_conv_of_products` than by `_conv_of_patches`, and chunk by chunk.
 PRODUCT_CHANNELS = 128
 # Checkpoint name of the convolutions' outputs, which the backward pass of a CPU reads instead of computing them again.
 CONVOLVED = "convolved"
@@ -219,8 +219,9 @@ class AudioEncoder(nnx.Module):
 
     def _stem(self, mel: Float[Array, "n frames mel"], frames: Int[Array, " n"]) -> Float[Array, "n t d"]:
         """Applies the convolutions, then `stem_proj` to the frequencies and channels of each token."""
-        whole = not on_cpu() or batch_is_sharded()  # chunks of several devices are not taken one by one
-        x = self._convolved(mel, frames) if whole else self._convolved_one_by_one(mel, frames)
+        # Chunks of several devices are not taken one by one, nor small ones, of which several fit a cache.
+        one_by_one = on_cpu() and not batch_is_sharded() and self.conv1.kernel.shape[-1] >= PRODUCT_CHANNELS
+        x = self._convolved_one_by_one(mel, frames) if one_by_one else self._convolved(mel, frames)
         return self.stem_proj(x.reshape(*x.shape[:2], -1))
 
     def _convolved(self, mel: Float[Array, "n frames mel"], frames: Int[Array, " n"]) -> Float[Array, "n t f channels"]:
