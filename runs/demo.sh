@@ -5,7 +5,7 @@
 set -euo pipefail
 out=${1:-demo-out}
 # What step 8 is expected to print, by docs/training.md; another machine or another version of JAX rounds differently.
-expected="F1 93 to 99%, onset about 27 ms, offset 38 to 77 ms"
+expected="F1 93 to 99%, onset about 27 ms, offset 28 to 77 ms"
 rm -rf "$out"
 mkdir -p "$out"
 
