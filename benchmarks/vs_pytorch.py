@@ -28,7 +28,6 @@ from moss_audio_jax.config import EncoderConfig, LanguageConfig, MossAudioConfig
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.generation import decode_until, make_drawing, prefill_prompts
 from moss_audio_jax.inputs import ModelInputs, make_inputs
-from moss_audio_jax.language_model import KVCache
 from moss_audio_jax.model import MossAudio
 from moss_audio_jax.sampling_config import Sampling
 from moss_audio_jax.tokens import audio_span
@@ -158,8 +157,8 @@ def rows(directory: Path, repeats: int, short: float = 30, long: float = 600) ->
     @jax.jit
     def prefill(state: nnx.State, x: jax.Array, deepstack: jax.Array):
         model = nnx.merge(graphdef, state)
-        cache = KVCache.empty(config.language_config, 1, x.shape[1] + NEW_TOKENS, x.dtype)
-        hidden, cache = model.language_model.extend(x, inputs.positions, inputs.segment_ids, cache, deepstack)
+        counts = jnp.array([len(ids)], jnp.int32)
+        hidden, cache = model.language_model.prefill(x, counts, x.shape[1] + NEW_TOKENS, deepstack)
         return model.logits(hidden[:, len(ids) - 1]), cache
 
     @torch.no_grad()

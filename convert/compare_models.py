@@ -15,7 +15,6 @@ from moss_audio_jax.audio import SAMPLE_RATE, load_audio, model_mel, num_audio_t
 from moss_audio_jax.compilation import jit
 from moss_audio_jax.config import MossAudioConfig
 from moss_audio_jax.inputs import ModelInputs, make_inputs
-from moss_audio_jax.language_model import KVCache
 from moss_audio_jax.model import MossAudio
 from moss_audio_jax.storage.paths import AnyPath
 from moss_audio_jax.tokens import Tokenizer, audio_span, build_prompt
@@ -131,8 +130,8 @@ def _compiled_stages(
     adapted, merged = model.encode_audio(inputs)
     # The pass of generation reads layers in place; the pass of training copies most of a stack.
     x, deepstack = model.embed(inputs)
-    cache = KVCache.empty(model.config.language_config, x.shape[0], x.shape[1], x.dtype)
-    hidden, _ = model.language_model.extend(x, inputs.positions, inputs.segment_ids, cache, deepstack)
+    counts = (inputs.segment_ids != 0).sum(1, dtype=jnp.int32)
+    hidden, _ = model.language_model.prefill(x, counts, x.shape[1], deepstack)
     logits = model.logits(hidden)
     return {
         "encoder": encoded[0, slots],

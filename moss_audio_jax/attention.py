@@ -1,5 +1,7 @@
 """Grouped-query attention, the masks of packed sequences, and rotary position embedding."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -8,6 +10,8 @@ from moss_audio_jax.splash import serves, splash_attend
 
 # Queries in a block. Scores take [heads, block, tokens] of memory instead of [heads, tokens, tokens].
 QUERY_BLOCK = 512
+# The smallest number of cached slots that are read.
+MIN_SLOTS = 512
 
 
 def attend(
@@ -27,12 +31,8 @@ def attend(
     batch, queries, _, head_dim = query.shape
     # [b, t, heads, d] -> [b, t, kv, g, d]: the g query heads of each key-value head
     grouped = query.reshape(batch, queries, key.shape[2], -1, head_dim)
-    # In these orders of dimensions XLA's CPU backend transposes neither scores nor values; of one query, nor keys.
-    if queries == 1:
-        scores = jnp.einsum("bskd,btkgd->bkstg", key, grouped, preferred_element_type=jnp.float32)
-        scores = jnp.moveaxis(scores, 2, -1)
-    else:
-        scores = jnp.einsum("btkgd,bskd->bktgs", grouped, key, preferred_element_type=jnp.float32)
+    # In this order of dimensions XLA's CPU backend transposes neither scores nor values.
+    scores = jnp.einsum("btkgd,bskd->bktgs", grouped, key, preferred_element_type=jnp.float32)
     scores = jnp.where(mask[:, None, :, None], scores * head_dim**-0.5, jnp.finfo(jnp.float32).min)
     weights = dropout(jax.nn.softmax(scores, axis=-1), dropout_rate, dropout_key).astype(value.dtype)
     return jnp.einsum("bktgs,bskd->bktgd", weights, value).swapaxes(1, 2).reshape(query.shape)
@@ -87,6 +87,70 @@ def causal_attend(
     # The backward pass recomputes each block: otherwise the scores of all blocks would be stored.
     out = jax.lax.map(jax.checkpoint(block), (blocks(query, 1), blocks(query_slots, 0), blocks(query_segments, 1)))
     return jnp.moveaxis(out, 0, 1).reshape(query.shape[0], -1, *query.shape[2:])[:, :tokens]
+
+
+def choose_slots(slots: int, lengths: Int[Array, " b"]) -> Int[Array, ""]:
+    """Returns the number of the smallest of `slot_buckets` that holds the longest of the sequences."""
+    sizes = jnp.array(slot_buckets(slots), jnp.int32)
+    return jnp.searchsorted(sizes, lengths.max(), side="left").astype(jnp.int32)
+
+
+def slot_buckets(slots: int) -> tuple[int, ...]:
+    """Returns the numbers of slots that `cached_attend` may read, of a cache of `slots`: 512, 768, 1024, 1536, ..."""
+    sizes, size = [], MIN_SLOTS
+    while size < slots:
+        sizes += [size, size + size // 2]
+        size *= 2
+    return (*(size for size in sizes if size < slots), slots)
+
+
+def cached_attend(
+    query: Float[Array, "b t heads d"],
+    key: Float[Array, "b t kv d"],
+    value: Float[Array, "b t kv d"],
+    cached_keys: Float[Array, "layers b kv slots d"],
+    cached_values: Float[Array, "layers b kv slots d"],
+    layer: Int[Array, ""],
+    lengths: Int[Array, " b"],
+    choice: Int[Array, ""],
+) -> Float[Array, "b t heads d"]:
+    """Computes attention of the next tokens of each sequence to its cached tokens and, causally, to each other.
+
+    lengths: cached tokens of each sequence. choice: of `choose_slots`; no more slots than it says are read.
+    """
+    batch, tokens, _, head_dim = query.shape
+    # [b, t, heads, d] -> [b, kv, t * g, d]: a key-value head is attended to by the g query heads of each of t tokens
+    grouped = query.reshape(batch, tokens, key.shape[2], -1, head_dim).swapaxes(1, 2)
+    groups = grouped.shape[3]
+    grouped = grouped.reshape(batch, key.shape[2], tokens * groups, head_dim) * head_dim**-0.5
+    least = jnp.finfo(jnp.float32).min
+
+    def scores(keys: Float[Array, "b kv s d"], mask: Bool[Array, "b 1 x s"]) -> Float[Array, "b kv tg s"]:
+        found = jnp.einsum("bksd,bkxd->bkxs", keys, grouped, preferred_element_type=jnp.float32)
+        return jnp.where(mask, found, least)
+
+    def summed(weights: Float[Array, "b kv tg s"], values: Float[Array, "b kv s d"]) -> Float[Array, "b kv tg d"]:
+        return jnp.einsum("bkxs,bksd->bkxd", weights.astype(value.dtype), values, preferred_element_type=jnp.float32)
+
+    order = jnp.arange(tokens)
+    causal = jnp.repeat(order[:, None] >= order, groups, axis=0)[None, None]  # [1, 1, t * g, t]
+    new_scores, new_values = scores(key.swapaxes(1, 2), causal), value.swapaxes(1, 2)
+
+    def attend_to(slots: int) -> Float[Array, "b kv tg d"]:
+        def first(stack):
+            shape = (1, *stack.shape[1:3], slots, head_dim)
+            return jax.lax.dynamic_slice(stack, (layer, *[jnp.zeros_like(layer)] * 4), shape)[0]
+
+        old_scores = scores(first(cached_keys), (jnp.arange(slots) < lengths[:, None])[:, None, None])
+        highest = jnp.maximum(old_scores.max(-1, keepdims=True), new_scores.max(-1, keepdims=True))
+        old, new = jnp.exp(old_scores - highest), jnp.exp(new_scores - highest)
+        total = old.sum(-1, keepdims=True) + new.sum(-1, keepdims=True)
+        return summed(old / total, first(cached_values)) + summed(new / total, new_values)
+
+    sizes = slot_buckets(cached_keys.shape[3])
+    out = jax.lax.switch(choice, [functools.partial(attend_to, size) for size in sizes])
+    out = out.reshape(batch, -1, tokens, groups, head_dim).swapaxes(1, 2)  # [b, t, kv, g, d]
+    return out.reshape(query.shape).astype(query.dtype)
 
 
 def rotary_phases(

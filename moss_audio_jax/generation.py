@@ -75,7 +75,6 @@ class _State:
     hidden: Float[Array, "b hidden"]
     tokens: Int[Array, "b new"]
     count: Int[Array, ""]
-    next_position: Int[Array, " b"]
     stopped: Bool[Array, " b"]
     finite: Bool[Array, " b"]
     seen: Bool[Array, "b vocab"]
@@ -195,7 +194,6 @@ def prefill_prompts(
         hidden,
         tokens=jnp.full((batch, new_slots), drawing.fill, jnp.int32),
         count=jnp.int32(0),
-        next_position=valid.sum(1, dtype=jnp.int32),
         stopped=jnp.zeros(batch, bool),
         finite=jnp.ones(batch, bool),
         seen=seen,
@@ -212,8 +210,8 @@ def decode_until(graphdef: nnx.GraphDef, state: nnx.State, loop: _State, until: 
 
     def step(loop: _State) -> _State:
         loop, token = _draw(model, loop, drawing)
-        hidden, cache = model.decode(token, loop.next_position, loop.cache, layers)
-        return dataclasses.replace(loop, cache=cache, hidden=hidden, next_position=loop.next_position + 1)
+        hidden, cache = model.decode(token, loop.cache, layers)
+        return dataclasses.replace(loop, cache=cache, hidden=hidden)
 
     def unfinished(loop: _State) -> Bool[Array, ""]:
         return (loop.count < until) & ~loop.stopped.all() & loop.finite.all()

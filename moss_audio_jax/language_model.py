@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -11,7 +11,7 @@ from flax import nnx
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
-from moss_audio_jax.attention import causal_attend, rotary_phases, rotate, self_attend
+from moss_audio_jax.attention import cached_attend, choose_slots, rotary_phases, rotate, self_attend
 from moss_audio_jax.config import LanguageConfig
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.layers import (
@@ -31,32 +31,33 @@ from moss_audio_jax.sharding import constrain, on_cpu
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """Rotated keys, and values, of the tokens so far. Slot i of every sequence is filled in the same step."""
+    """Rotated keys, and values, of the tokens so far: token i of a sequence is in its slot i.
+
+    lengths: tokens of each sequence. What the slots from there on hold is never read.
+    """
 
     keys: Float[Array, "layers b kv slots d"]
     values: Float[Array, "layers b kv slots d"]
-    segment_ids: Int[Array, "b slots"]  # 0: padding, or not filled yet
-    filled: Int[Array, ""]
+    lengths: Int[Array, " b"]
 
-    @classmethod
-    def empty(cls, config: LanguageConfig, batch: int, slots: int, dtype: jnp.dtype) -> "KVCache":
-        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, slots, config.head_dim)
-        keys, values = (constrain(jnp.zeros(shape, dtype), "layers", "batch", "heads", None, None) for _ in range(2))
-        return cls(keys, values, jnp.zeros((batch, slots), jnp.int32), jnp.int32(0))
+    @property
+    def slots(self) -> int:
+        return self.keys.shape[3]
 
-    def written(
-        self, stack: Float[Array, "layers b kv slots d"], layer: jax.Array, new: Float[Array, "b t kv d"]
-    ) -> Float[Array, "layers b kv slots d"]:
-        """Returns `stack`, keys or values, with those of a layer's next tokens written into it."""
-        # Otherwise a TPU's compiler lays out the whole cache as suits `new`: it copies all of it before and after a
-        # decoding loop, and each layer's part for attention.
-        new, zero = row_major(new.swapaxes(1, 2)[None]), jnp.int32(0)
-        return jax.lax.dynamic_update_slice(stack, new, (layer, zero, zero, self.filled, zero))
+    def extended(
+        self, keys: Float[Array, "layers b kv t d"], values: Float[Array, "layers b kv t d"], counts: Int[Array, " b"]
+    ) -> "KVCache":
+        """Returns the cache with t more slots of each sequence written, of which the first `counts` hold its tokens."""
 
-    @staticmethod
-    def read(stack: Float[Array, "layers b kv slots d"], layer: jax.Array) -> Float[Array, "b slots kv d"]:
-        """Returns a layer's keys or values."""
-        return jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False).swapaxes(1, 2)
+        @functools.partial(jax.vmap, in_axes=(1, 1, 0), out_axes=1)
+        def written(stack, new, length):
+            zero = jnp.zeros_like(length)
+            return jax.lax.dynamic_update_slice(stack, new, (zero, zero, length, zero))
+
+        # In place: this compiles to one loop over the sequences.
+        return KVCache(
+            written(self.keys, keys, self.lengths), written(self.values, values, self.lengths), self.lengths + counts
+        )
 
 
 class Embedding(nnx.Module):
@@ -209,56 +210,101 @@ class LanguageModel(nnx.Module):
             x = scan_layers(body, take_layers(self.layers, injected, stop), x, remat=remat)
         return x
 
+    def prefill(
+        self,
+        x: Float[Array, "b t hidden"],
+        counts: Int[Array, " b"],
+        slots: int,
+        deepstack: Float[Array, "injected b t hidden"],
+    ) -> tuple[Float[Array, "b t hidden"], KVCache]:
+        """Runs all layers on whole prompts, and returns a new cache with their keys and values.
+
+        counts: tokens of each prompt; the rest of its t tokens is padding.
+        Raises MossAudioError if the cache has fewer slots than t.
+        """
+        batch, length = x.shape[:2]
+        if slots < length:
+            raise MossAudioError(
+                f"a cache of {slots} slots has no room for prompts of {length} tokens: give `prefill` more slots, one "
+                "for each token of the prompt and of the answer"
+            )
+        segment_ids = (jnp.arange(length) < counts[:, None]).astype(jnp.int32)
+        x, (keys, values) = self._run_caching(
+            x,
+            jnp.broadcast_to(jnp.arange(length), (batch, length)),
+            lambda layer, query, key, value: self_attend(query, key, value, segment_ids),
+            deepstack,
+            slots=slots,
+        )
+        return x, KVCache(keys, values, counts)
+
     def extend(
         self,
         x: Float[Array, "b t hidden"],
-        positions: Int[Array, "b t"],
-        segment_ids: Int[Array, "b t"],
+        counts: Int[Array, " b"],
         cache: KVCache,
         deepstack: Float[Array, "injected b t hidden"] | None = None,
         layers: Sequence[DecoderLayer] | None = None,
     ) -> tuple[Float[Array, "b t hidden"], KVCache]:
-        """Runs all layers on `t` new tokens: a whole prompt with an empty cache, or one more token.
+        """Runs all layers on the next `t` tokens of each sequence: one more token, or a further question.
 
-        layers: the model's `unstacked` layers, for a loop that takes them out of the stack once; without `deepstack`.
-        Raises MossAudioError if the cache has too few free slots, unless `filled` is traced.
+        counts: how many of the t are tokens; the rest is padding, which takes slots too, until they are written over.
+        layers: the model's `unstacked` layers, for a loop that takes them out of the stack once.
+        Raises MossAudioError if the cache has too few free slots, unless its lengths are traced.
         """
-        slots = cache.segment_ids.shape[1]
-        filled = 0 if isinstance(cache.filled, Tracer) else int(cache.filled)
-        if filled + x.shape[1] > slots:
+        filled = 0 if isinstance(cache.lengths, Tracer) else int(cache.lengths.max())
+        if filled + x.shape[1] > cache.slots:
             raise MossAudioError(
-                f"a cache of {slots} slots, {filled} of them filled, has no room for {x.shape[1]} more tokens: give "
-                "`prefill` more slots, one for each token of the prompt and of the answer"
+                f"a cache of {cache.slots} slots, {filled} of them filled, has no room for {x.shape[1]} more tokens: "
+                "give `prefill` more slots, one for each token of the prompt and of the answer"
             )
-        phases = rotary_phases(positions, self.config.head_dim, self.config.rope_theta)
-        filled_segments = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, (jnp.int32(0), cache.filled))
+        choice = choose_slots(cache.slots, cache.lengths)
 
-        def body(carry, index, injected=None, layer=None):
-            # The cache is carried and updated in place. As xs of the scan it would be copied for every token.
-            x, keys, values = carry
+        def attend(layer, query, key, value):
+            return cached_attend(query, key, value, cache.keys, cache.values, layer, cache.lengths, choice)
+
+        positions = cache.lengths[:, None] + jnp.arange(x.shape[1])
+        x, new = self._run_caching(x, positions, attend, deepstack, layers=layers)
+        return x, cache.extended(*new, counts)
+
+    def _run_caching(
+        self,
+        x: Float[Array, "b t hidden"],
+        positions: Int[Array, "b t"],
+        attend: Callable[..., Float[Array, "b t heads d"]],
+        deepstack: Float[Array, "injected b t hidden"] | None,
+        *,
+        slots: int | None = None,
+        layers: Sequence[DecoderLayer] | None = None,
+    ) -> tuple[Float[Array, "b t hidden"], tuple[Float[Array, "layers b kv s d"], Float[Array, "layers b kv s d"]]]:
+        """Runs all layers and the last norm; returns hidden states, and keys and values for a cache.
+
+        attend: (number of the layer, query, key, value) -> attended. slots: of the cache; None for the t of `x`.
+        """
+        phases = rotary_phases(positions, self.config.head_dim, self.config.rope_theta)
+        padding = 0 if slots is None else slots - x.shape[1]
+
+        def cached(y: Float[Array, "b t kv d"]) -> Float[Array, "b kv s d"]:
+            y = jnp.pad(y.swapaxes(1, 2), ((0, 0), (0, 0), (0, padding), (0, 0)))
+            # Otherwise a TPU's compiler may lay out the whole cache as suits these, and copy it before a loop.
+            return constrain(row_major(y), "batch", "heads", None, None)
+
+        def body(x, index, layer=None):
             layer = layer or layer_at(self.layers, index)
             query, key, value = layer.project(x, phases)
-            keys, values = cache.written(keys, index, key), cache.written(values, index, value)
-            if x.shape[1] > 1:
-                attended = self_attend(query, key, value, segment_ids)
-            else:
-                all_keys, all_values = cache.read(keys, index), cache.read(values, index)
-                slot = cache.filled[None]
-                attended = causal_attend(query, all_keys, all_values, slot, segment_ids, filled_segments)
-            x = layer.finish(x, attended)
-            return (x if injected is None else x + injected, keys, values), None
+            x = layer.finish(x, attend(index, query, key, value))
+            if deepstack is not None and len(deepstack):
+                last = len(deepstack) - 1
+                x = x + jnp.where(index <= last, deepstack[jnp.minimum(index, last)], 0)
+            return constrain(x, "batch", "sequence", "features"), (cached(key), cached(value))
 
-        carry = (x, cache.keys, cache.values)
-        first = 0 if deepstack is None else deepstack.shape[0]
-        if first:
-            carry, _ = jax.lax.scan(lambda c, xs: body(c, *xs), carry, (jnp.arange(first, dtype=jnp.int32), deepstack))
+        count = self.config.num_hidden_layers
         if layers is None:
-            rest = jnp.arange(first, self.config.num_hidden_layers, dtype=jnp.int32)
-            carry, _ = jax.lax.scan(body, carry, rest)
-        for index, layer in enumerate(layers or ()):
-            carry, _ = body(carry, jnp.int32(index), layer=layer)
-        x, keys, values = carry
-        cache = dataclasses.replace(
-            cache, keys=keys, values=values, segment_ids=filled_segments, filled=cache.filled + x.shape[1]
-        )
-        return self.norm(x), cache
+            x, new = jax.lax.scan(body, x, jnp.arange(count, dtype=jnp.int32))
+        else:
+            of_layers = []
+            for index, layer in enumerate(layers):
+                x, of_layer = body(x, jnp.int32(index), layer)
+                of_layers.append(of_layer)
+            new = jax.tree.map(lambda *x: jnp.stack(x), *of_layers)
+        return self.norm(x), new

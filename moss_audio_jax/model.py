@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from moss_audio_jax.compilation import jit
 from moss_audio_jax.config import DOWNSAMPLE_RATE, MossAudioConfig
@@ -134,21 +134,19 @@ class MossAudio(nnx.Module):
     def prefill(self, inputs: ModelInputs, slots: int) -> tuple[Float[Array, "b hidden"], KVCache]:
         """Fills a new cache of `slots` slots with the prompts; returns the hidden state of each one's last token."""
         x, deepstack = self.embed(inputs)
-        cache = KVCache.empty(self.config.language_config, x.shape[0], slots, x.dtype)
-        hidden, cache = self.language_model.extend(x, inputs.positions, inputs.segment_ids, cache, deepstack)
-        last = (inputs.segment_ids != 0).sum(1) - 1
-        return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0], cache
+        counts = (inputs.segment_ids != 0).sum(1, dtype=jnp.int32)
+        hidden, cache = self.language_model.prefill(x, counts, slots, deepstack)
+        return jnp.take_along_axis(hidden, counts[:, None, None] - 1, axis=1)[:, 0], cache
 
     def decode(
-        self, tokens: jax.Array, positions: jax.Array, cache: KVCache, layers: Sequence[DecoderLayer] | None = None
+        self, tokens: Int[Array, " b"], cache: KVCache, layers: Sequence[DecoderLayer] | None = None
     ) -> tuple[Float[Array, "b hidden"], KVCache]:
-        """Runs one more token of each sequence, [b], at its position, [b]; returns its hidden state.
+        """Runs one more token of each sequence; returns its hidden state.
 
         layers: see `LanguageModel.extend`.
         """
         x = self.language_model.embed_tokens(tokens[:, None])
-        ones = jnp.ones_like(tokens)[:, None]
-        hidden, cache = self.language_model.extend(x, positions[:, None], ones, cache, layers=layers)
+        hidden, cache = self.language_model.extend(x, jnp.ones_like(tokens), cache, layers=layers)
         return hidden[:, 0], cache
 
 
