@@ -23,25 +23,28 @@ MIN_SEED, MAX_SEED = -(2**63), 2**64 - 1
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SamplingArrays:
-    """`Sampling` as an argument of a compiled function."""
+    """`Sampling` of each row as arguments of a compiled function; one row's serve any number."""
 
-    temperature: Float[Any, ""]
-    top_k: Int[Any, ""]
-    top_p: Float[Any, ""]
-    repetition_penalty: Float[Any, ""]
+    temperature: Float[Any, " b"]
+    top_k: Int[Any, " b"]
+    top_p: Float[Any, " b"]
+    repetition_penalty: Float[Any, " b"]
 
     @classmethod
-    def of(cls, sampling: Sampling) -> "SamplingArrays":
+    def of(cls, *rows: Sampling) -> "SamplingArrays":
         """Converts to float32, and to the nearest normal number what is too small or too large for that."""
 
-        def normal(value: float) -> np.float32:
-            return np.float32(min(max(value, float(_FLOAT32.tiny)), float(_FLOAT32.max)))
+        def normal(name: str) -> np.ndarray:
+            values = np.array([getattr(row, name) for row in rows], np.float64)
+            return np.clip(values, _FLOAT32.tiny, _FLOAT32.max).astype(np.float32)
 
+        greedy = [not row.temperature for row in rows]
+        largest = np.iinfo(np.int32).max
         return cls(
-            temperature=normal(sampling.temperature) if sampling.temperature else np.float32(0),
-            top_k=np.int32(min(sampling.top_k, np.iinfo(np.int32).max)),
-            top_p=normal(sampling.top_p),
-            repetition_penalty=normal(sampling.repetition_penalty),
+            temperature=np.where(greedy, np.float32(0), normal("temperature")),
+            top_k=np.array([min(int(row.top_k), largest) for row in rows], np.int32),
+            top_p=normal("top_p"),
+            repetition_penalty=normal("repetition_penalty"),
         )
 
     def __call__(
@@ -49,33 +52,40 @@ class SamplingArrays:
     ) -> Int[Array, " b"]:
         """Draws one token for each sequence. seen: tokens of the prompt and answer so far. keys: random keys [b]."""
         logits = self._penalised(logits, seen)
-
-        def greedy() -> Int[Array, " b"]:
-            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
         def drawn() -> Int[Array, " b"]:
-            return jax.vmap(jax.random.categorical)(keys, self._filtered(logits)).astype(jnp.int32)
+            tokens = jax.vmap(jax.random.categorical)(keys, self._filtered(logits)).astype(jnp.int32)
+            return jnp.where(self.temperature == 0, likeliest, tokens)
 
-        return jax.lax.cond(self.temperature == 0, greedy, drawn)
+        return jax.lax.cond((self.temperature > 0).any(), drawn, lambda: likeliest)
 
     def log_weights(self, logits: Float[Array, "b vocab"], seen: Bool[Array, "b vocab"]) -> Float[Array, "b vocab"]:
         """Returns the log weights that tokens are drawn by at temperature > 0: -inf for those that can't be drawn."""
         return self._filtered(self._penalised(logits, seen))
 
     def _penalised(self, logits: Float[Array, "b vocab"], seen: Bool[Array, "b vocab"]) -> Float[Array, "b vocab"]:
-        penalty = self.repetition_penalty
+        penalty = self.repetition_penalty[:, None]
         penalised = jnp.where(logits > 0, logits / penalty, logits * penalty)
         return jnp.where(seen, jnp.clip(penalised, _FLOAT32.min, _FLOAT32.max), logits)
 
     def _filtered(self, logits: Float[Array, "b vocab"]) -> Float[Array, "b vocab"]:
         # The largest becomes 0, which stays finite at any temperature.
-        logits = (logits - logits.max(-1, keepdims=True)) / self.temperature
+        temperature = jnp.where(self.temperature > 0, self.temperature, 1)[:, None]
+        logits = (logits - logits.max(-1, keepdims=True)) / temperature
+        # A row that draws from all tokens keeps them, whatever the others' options are.
         limited = (self.top_k > 0) & (self.top_k < logits.shape[-1])
-        logits = jax.lax.cond(limited, lambda: _top_k(logits, self.top_k), lambda: logits)
-        return jax.lax.cond(self.top_p < 1, lambda: _top_p(logits, self.top_p), lambda: logits)
+        top_k = jnp.where(limited, self.top_k, logits.shape[-1])
+        logits = jax.lax.cond(limited.any(), lambda: _top_k(logits, top_k), lambda: logits)
+        nucleus = self.top_p < 1
+
+        def within_top_p() -> Float[Array, "b vocab"]:
+            return jnp.where(nucleus[:, None], _top_p(logits, self.top_p), logits)
+
+        return jax.lax.cond(nucleus.any(), within_top_p, lambda: logits)
 
 
-def _top_k(logits: Float[Array, "b vocab"], k: Int[Array, ""]) -> Float[Array, "b vocab"]:
+def _top_k(logits: Float[Array, "b vocab"], k: Int[Array, " b"]) -> Float[Array, "b vocab"]:
     """Sets logits below the k-th largest to -inf."""
     order = _ordered(logits)
 
@@ -85,7 +95,7 @@ def _top_k(logits: Float[Array, "b vocab"], k: Int[Array, ""]) -> Float[Array, "
     return jnp.where(order >= _largest(enough, len(logits))[:, None], logits, -jnp.inf)
 
 
-def _top_p(logits: Float[Array, "b vocab"], p: Float[Array, ""]) -> Float[Array, "b vocab"]:
+def _top_p(logits: Float[Array, "b vocab"], p: Float[Array, " b"]) -> Float[Array, "b vocab"]:
     """Sets a logit to -inf if the probabilities of all larger ones reach p."""
     order, probabilities = _ordered(logits), jax.nn.softmax(logits, axis=-1)
 

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from moss_audio_jax import MossAudio, MossAudioError, generate, make_inputs, stream
+from moss_audio_jax import MossAudio, MossAudioError, attention, generate, make_inputs, stream
 from moss_audio_jax import generate as generate_function
 from moss_audio_jax.sampling import SamplingArrays, row_keys, row_seeds
 from moss_audio_jax.sampling_config import Sampling
@@ -42,6 +42,51 @@ def test_cached_steps_give_the_logits_of_the_whole_sequence(tiny):
     whole = make_inputs([[*ids, *answer.tolist()]], [mels], config=tiny.config, audio_token_id=TINY_AUDIO_ID)
     uncached = np.asarray(tiny(whole))[0, length - 1 : length - 1 + new]
     np.testing.assert_allclose(np.stack(cached), uncached, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("split", [1, 7, 30])
+def test_a_prompt_read_in_two_parts_gives_the_logits_of_the_whole(tiny, split, monkeypatch):
+    """Sequences of different lengths, each cut elsewhere, in a cache of which no more than a few slots are read."""
+    monkeypatch.setattr(attention, "MIN_SLOTS", 8)
+    parts = [question_parts([237]), question_parts([], text=33, seed=1)]
+    inputs = make_inputs(*zip(*parts, strict=True), config=tiny.config, audio_token_id=TINY_AUDIO_ID)
+    counts = (inputs.segment_ids != 0).sum(1)
+    x, deepstack = tiny.embed(inputs)
+    expected, _ = tiny.language_model.prefill(x, counts, x.shape[1], deepstack)
+    first = np.array([split, split + 2])
+
+    def cut(array: jax.Array, starts: np.ndarray, size: int) -> jax.Array:
+        """Tokens starts[row] to starts[row] + size of each row, on the axis before the last."""
+        padded = np.pad(array, [(0, 0)] * (array.ndim - 2) + [(0, size), (0, 0)])
+        rows = [padded[..., row, start : start + size, :] for row, start in enumerate(starts)]
+        return jnp.stack(rows, axis=-3)
+
+    begun, size = split + 2, int((counts - first).max())
+    _, cache = tiny.language_model.prefill(
+        cut(x, np.zeros(2, int), begun), first, begun + size, cut(deepstack, np.zeros(2, int), begun)
+    )
+    rest, cache = tiny.language_model.extend(cut(x, first, size), counts - first, cache, cut(deepstack, first, size))
+    np.testing.assert_array_equal(cache.lengths, counts)
+    for row, (start, count) in enumerate(zip(first, counts, strict=True)):
+        np.testing.assert_allclose(rest[row, : count - start], expected[row, start:count], atol=1e-4, rtol=0)
+
+
+def test_the_slots_read_hold_the_longest_sequence():
+    sizes = attention.slot_buckets(5000)
+    assert sizes == (512, 768, 1024, 1536, 2048, 3072, 4096, 5000)
+    for longest, expected in ((0, 512), (512, 512), (513, 768), (4096, 4096), (4097, 5000), (5000, 5000)):
+        choice = attention.choose_slots(5000, jnp.array([3, longest]))
+        assert sizes[int(choice)] == max(expected, 512)
+
+
+def test_an_answer_across_a_bucket_of_slots_is_that_of_the_whole_sequence(tiny):
+    ids, mels = question_parts([], text=attention.MIN_SLOTS // 2 - 10)
+    inputs = make_inputs([ids], [mels], config=tiny.config, audio_token_id=TINY_AUDIO_ID)
+    answer = generate(tiny, inputs, max_new_tokens=40, eos_ids=())[0]
+    assert len(ids) < attention.MIN_SLOTS < len(ids) + 40
+    whole = make_inputs([[*ids, *answer.tolist()]], [mels], config=tiny.config, audio_token_id=TINY_AUDIO_ID)
+    logits = np.asarray(tiny(whole))[0, len(ids) - 1 : len(ids) + 39]
+    np.testing.assert_array_equal(logits.argmax(-1), answer)
 
 
 def test_a_prompt_gives_the_same_answer_alone_and_in_a_batch(tiny):
