@@ -22,5 +22,5 @@ Each package has a map of its modules in its docstring. Common changes:
     questions and prompts: data.objectives          share of each source: data.mixture
     augmentation: data.augment                      workers, hosts, exact resume: data.pipeline, data.lanes
     another benchmark: evaluation.question_files    another metric: evaluation.metrics, evaluation.measures
-    another TPU: planning.chips                     figures of a step: loop, running.report
+    another TPU: planning.chips                     figures of a step: loop, running.figures, running.report
 """
