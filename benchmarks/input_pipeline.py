@@ -34,8 +34,9 @@ from moss_audio_jax.commands.cli import run_cli
 from moss_audio_jax.config import MossAudioConfig
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.model import parameter_specs
+from moss_audio_jax.prompts import DEFAULT_SYSTEM_PROMPT, audio_span
 from moss_audio_jax.small_tokenizer import write_small_tokenizer
-from moss_audio_jax.tokens import DEFAULT_SYSTEM_PROMPT, Tokenizer, audio_span
+from moss_audio_jax.tokenizer import Tokenizer
 from train.data import DataConfig, Example, ExampleOrder, Group, Manifest, SampleMaker, Source, TrainingData
 from train.data.mixture import Drawn
 from train.data.objectives import render

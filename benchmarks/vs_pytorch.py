@@ -30,8 +30,8 @@ from moss_audio_jax.generation import decode_until, make_drawing, prefill_prompt
 from moss_audio_jax.inputs import ModelInputs, make_inputs
 from moss_audio_jax.language_model import KVCache
 from moss_audio_jax.model import MossAudio
+from moss_audio_jax.prompts import audio_span
 from moss_audio_jax.sampling_config import Sampling
-from moss_audio_jax.tokens import audio_span
 from moss_audio_jax.weights.checkpoint import load_model
 from moss_audio_jax.weights.parameters import parameters_of
 from train.batch import split_microbatches

@@ -26,7 +26,7 @@ import numpy as np
 import tyro
 from fake_gcs import FakeGcs
 
-from moss_audio_jax.tokens import Tokenizer
+from moss_audio_jax.tokenizer import Tokenizer
 from tests.conftest import SMALL_MODEL
 from tests.train.training_runs import write_corpus
 from train.data import DataConfig, ExampleOrder, Group, Manifest, SampleMaker, Source, TrainingData

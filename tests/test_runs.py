@@ -23,7 +23,7 @@ import pytest
 import train.__main__
 from moss_audio_jax import MossAudioConfig, MossAudioError
 from moss_audio_jax.small_tokenizer import write_small_tokenizer
-from moss_audio_jax.tokens import Tokenizer
+from moss_audio_jax.tokenizer import Tokenizer
 from train.__main__ import PREEMPTED
 from train.config import RunConfig
 from train.data import ExampleOrder, Group, SampleMaker, Source, TrainingData

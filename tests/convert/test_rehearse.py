@@ -9,7 +9,7 @@ from safetensors.numpy import load_file
 from convert.rehearse import write_random_checkpoint
 from moss_audio_jax import MossAudioConfig, MossAudioError, generate, load_model, load_processor
 from moss_audio_jax.small_tokenizer import SPECIAL_TOKENS, write_small_tokenizer
-from moss_audio_jax.tokens import Tokenizer
+from moss_audio_jax.tokenizer import Tokenizer
 from moss_audio_jax.weights.locate import SINGLE_FILE
 from moss_audio_jax.weights.safetensors_reader import ReleasedCheckpoint
 

@@ -22,7 +22,7 @@ from convert.rehearse import write_random_checkpoint
 from moss_audio_jax import LoraConfig, MossAudioConfig, model
 from moss_audio_jax.schema import INT32
 from moss_audio_jax.small_tokenizer import write_small_tokenizer
-from moss_audio_jax.tokens import Tokenizer
+from moss_audio_jax.tokenizer import Tokenizer
 from moss_audio_jax.tree import unflatten
 from moss_audio_jax.weights import names, orbax, safetensors_reader
 from moss_audio_jax.weights import peft as peft_files

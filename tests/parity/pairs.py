@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from convert.pytorch_reference import ReferenceModel, load_reference, token_count
 from moss_audio_jax import ModelInputs, MossAudio, load_model, make_inputs
 from moss_audio_jax.config import ProcessorConfig
-from moss_audio_jax.tokens import audio_span
+from moss_audio_jax.prompts import audio_span
 from moss_audio_jax.weights.names import IGNORED_TENSORS
 
 from .reference import IGNORED_LABEL, random_reference, save_released

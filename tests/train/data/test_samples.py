@@ -11,7 +11,7 @@ from moss_audio_jax.audio import load_audio
 from moss_audio_jax.config import EncoderConfig, MossAudioConfig
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.processor import Processor
-from moss_audio_jax.tokens import Tokenizer
+from moss_audio_jax.tokenizer import Tokenizer
 from train.config import with_paths
 from train.data.budget import Budget, TooLong
 from train.data.manifest import Clip, Example, Message, TimedText
