@@ -35,12 +35,8 @@ from tests.train.training_runs import (
     restored,
     until,
 )
-from train.config import (
-    LoopConfig,
-    MixtureConfig,
-    ModelSource,
-    RunConfig,
-)
+from train.config import LoopConfig, ModelSource, RunConfig
+from train.data.mixture_config import MixtureConfig
 from train.loop import train
 from train.recipes import RECIPES
 from train.running.checkpoints import Checkpoints, _parts
