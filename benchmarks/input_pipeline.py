@@ -1,4 +1,4 @@
-"""What feeds the model, ours and PyTorch's: `python -m benchmarks.input_pipeline [--json FILE]`.
+"""Input pipelines, ours and PyTorch's: `python -m benchmarks.input_pipeline [--json FILE]`.
 
 From audio files and transcripts to what a training step reads, on one thread a side, in turns, over the same clips:
 
@@ -76,7 +76,7 @@ FORMATS = (Format("wav", SAMPLE_RATE, 1), Format("flac", 44100, 2), Format("mp3"
 
 
 def write_corpus(directory: Path, kind: Format, clips: int, longest: float) -> Path:
-    """A manifest of so many clips, of 1 to `longest` seconds, and their texts; the same ones at every call."""
+    """A manifest of `clips` clips, of 1 to `longest` seconds, and their texts; the same ones at every call."""
     lines = []
     for number, seconds in enumerate(np.linspace(1.0, longest, clips)):
         rng = np.random.default_rng(number)

@@ -61,7 +61,7 @@ NEW_TOKENS = 64
 # for one token.
 MATMULS = ((400, 1280, 5120), (3200, 480, 480), (448, 1024, 3072), (1, 1024, 32768))
 MATMULS_TIMED = 20  # of each, for one timing
-RELEASED_CONV_CHUNKS = 64  # the released code encodes so many chunks at a time
+RELEASED_CONV_CHUNKS = 64  # the released code encodes this many chunks at a time
 
 # float32 without dropout, as PyTorch's side runs; nothing recomputed on either. The rate stays what it is.
 STEP = StepConfig(compute_dtype="float32", remat="none", encoder_dropout=False, spike_sigma=0)

@@ -135,7 +135,7 @@ def test_packed_examples_do_not_see_each_other(tiny):
 
 
 @pytest.mark.parametrize("policy", [name for name in REMAT_POLICIES if name != "none"])
-def test_rematerialisation_changes_no_gradient(tiny, policy):
+def test_rematerialization_changes_no_gradient(tiny, policy):
     inputs = question(tiny, [403])
     graphdef, state = nnx.split(tiny)
 

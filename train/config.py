@@ -106,9 +106,9 @@ class StepConfig:
     compute_dtype: ComputeDtype = "bfloat16"
     """Dtype of the forward and backward pass. Master parameters are always float32."""
     remat: Remat = "full"
-    """What the backward pass recomputes, to save memory. none: nothing; dots: all but the weight matmuls; attention:
-    all but what splash attention keeps; full: everything; offload: everything, with the inputs of the layers in host
-    memory."""
+    """Activations that the backward pass recomputes, to save memory. none: nothing; dots: all but the weight matmuls;
+    attention: all but what splash attention keeps; full: everything; offload: everything, with the inputs of the layers
+    in host memory."""
     z_loss: float = 0.0
     """Weight of log(Z)^2 in the loss. 0: off."""
     loss_chunk: int = 512

@@ -25,7 +25,7 @@ def test_equal_seeds_give_equal_weights_however_they_are_cut(tmp_path):
         assert not np.array_equal(a.read(name), c.read(name))
 
 
-def test_weights_are_scaled_like_an_initialisation(released):
+def test_weights_are_scaled_like_an_initialization(released):
     tensors = {name: array.astype(np.float32) for name, array in load_file(released / SINGLE_FILE).items()}
     assert all(np.isfinite(array).all() for array in tensors.values())
     assert tensors["audio_encoder.stem_proj.weight"].std() == pytest.approx(128**-0.5, rel=0.05)

@@ -295,7 +295,7 @@ def test_errors_of_seconds():
     assert score_seconds([], []).share_within is None
 
 
-def test_matches_are_normalised():
+def test_matches_are_normalized():
     assert score_matches(["Tone, hum!", "tone", "first"], ["tone, hum", "hum", "First."]) == MatchScore(2, 3)
     assert score_matches(["a tone"], ["tone"]).accuracy == 0.0
     assert score_matches([], []).accuracy is None

@@ -212,7 +212,7 @@ def test_random_parameters_are_the_same_on_every_mesh(parameters):
 
 
 def test_stage_one_as_it_is_trained(parameters, graphdef):
-    """bfloat16, rematerialised, with dropout, most of the model frozen."""
+    """bfloat16, rematerialized, with dropout, most of the model frozen."""
     batch, start = make_batch(), host(new_state(parameters, SMALL_MODEL, STAGE_ONE))
     state, metrics = host(
         train_step(graphdef, AS_TRAINED, STAGE_ONE, new_state(parameters, SMALL_MODEL, STAGE_ONE), batch)
