@@ -195,7 +195,7 @@ def _gelu_of_erf(x: Float[Array, "..."]) -> Float[Array, "..."]:
 
 
 class GatedMLP(nnx.Module):
-    """down(silu(gate(x)) * up(x)): the MLP of the LLM, the audio adapter and the DeepStack mergers."""
+    """down(silu(gate(x)) * up(x)): the MLP of the language model, the audio adapter and the DeepStack mergers."""
 
     def __init__(
         self,

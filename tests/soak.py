@@ -212,7 +212,7 @@ def lines(run: Path) -> list[dict[str, Any]]:
 
 
 def steps_of(run: Path) -> int:
-    """How many lines of metrics there are, of a run that may just have been killed."""
+    """Number of lines of metrics of a run that may just have been killed."""
     path = run / "metrics.jsonl"
     return path.read_bytes().count(b"\n") if path.exists() else 0
 

@@ -24,4 +24,6 @@ Each package has a map of its modules in its docstring. Common changes:
     augmentation: data.augment                      workers, hosts, exact resume: data.pipeline, data.lanes
     another benchmark: evaluation.question_files    another metric: evaluation.metrics, evaluation.measures
     another TPU: planning.chips                     figures of a step: loop, running.figures, running.report
+    a new option: config, data.config, recipes      options that may change on resume: running.resume
+    contents of a checkpoint: running.checkpoints   where metrics go: running.report, running.sink
 """

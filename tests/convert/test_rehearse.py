@@ -68,7 +68,7 @@ def test_nothing_is_overwritten(tmp_path):
     assert (tmp_path / "config.json").read_text() == "{}"
 
 
-def test_large_presets_come_without_a_tokenizer(door, tmp_path, monkeypatch):
+def test_large_presets_come_without_a_tokenizer(invoke, tmp_path, monkeypatch):
     monkeypatch.setattr("convert.rehearse.write_random_checkpoint", lambda config, directory, seed: None)
-    assert door("rehearse", tmp_path / "large", "--preset", "4b")[0] == 0
+    assert invoke("rehearse", tmp_path / "large", "--preset", "4b")[0] == 0
     assert list((tmp_path / "large").iterdir()) == []

@@ -84,7 +84,7 @@ def read_configuration(directory: Path, rng: random.Random) -> None:
 
 
 def _is_written_back(written: Any, read: Any) -> bool:
-    """Whether all is as it was, but for nulls in whose place a value may stand now."""
+    """Returns True if nothing changed, except that a null may have become a value."""
     if isinstance(read, dict) and isinstance(written, dict):
         return read.keys() == written.keys() and all(_is_written_back(written[key], read[key]) for key in read)
     return read is None or json.dumps(written) == json.dumps(read)

@@ -1,4 +1,4 @@
-"""The ablation: arms that differ in one thing, the choice of learning rates, and a comparison that goes on."""
+"""The ablation: arms that differ in one thing, the choice of learning rates, and a comparison that resumes."""
 
 import dataclasses
 import json

@@ -183,7 +183,7 @@ def test_aas_reports_what_is_missing_and_surplus():
 
 
 def test_aas_aligns_equal_labels_by_their_times():
-    """Of three tones the second is left out: whichever is dropped makes the edit no longer, but the times differ."""
+    """The second of three tones is left out: whichever is dropped makes the edit no longer, but the times differ."""
     reference = [(1.0, "tone", 1.5), (3.0, "tone", 3.5), (6.0, "tone", 6.5)]
     score = aas([reference[0], reference[2]], reference)
     assert score == TimestampScore(0.0, matched_slots=4, missing_slots=2, surplus_slots=0)

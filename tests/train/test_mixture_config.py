@@ -20,7 +20,7 @@ from train.running.resume import write_or_check_config
 
 @pytest.fixture
 def manifests(tmp_path: Path) -> tuple[str, str]:
-    """Of four and of sixteen texts."""
+    """Manifests of four and of sixteen texts."""
     paths = tmp_path / "four.jsonl", tmp_path / "sixteen.jsonl"
     for path, count in zip(paths, (4, 16), strict=True):
         path.write_text("\n".join(json.dumps({"text": f"text {number}"}) for number in range(count)))

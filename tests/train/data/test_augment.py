@@ -1,4 +1,4 @@
-"""What augmentation does to waves, mels and times; that it is the same each time, and nothing where it is off."""
+"""Effects of augmentation on waves, mels and times; that it is the same each time, and nothing where it is off."""
 
 import dataclasses
 import json
