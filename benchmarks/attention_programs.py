@@ -1,4 +1,4 @@
-"""What attention costs in programs compiled for TPUs ahead of time: `python -m benchmarks.attention_programs`.
+"""Cost of attention in programs compiled for TPUs ahead of time: `python -m benchmarks.attention_programs`.
 
 No TPU is needed, only libtpu. Two tables, of forward and backward passes in bfloat16 on one chip:
 
@@ -93,7 +93,7 @@ def language_programs(topology: str) -> Iterator[Program]:
 
 
 def causal_share(tokens: int, queries: int, keys: int) -> float:
-    """Of the square, the share in tiles that are not all above the diagonal."""
+    """Share of the square in tiles that are not all above the diagonal."""
     rows = range(0, tokens, queries)
     return sum(-(-(row + queries) // keys) * keys * queries for row in rows) / tokens**2
 

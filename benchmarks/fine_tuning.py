@@ -20,7 +20,7 @@ from moss_audio_jax.audio import num_audio_tokens, round_bfloat16
 from moss_audio_jax.config import MossAudioConfig
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.inputs import make_inputs
-from moss_audio_jax.tokens import audio_span
+from moss_audio_jax.prompts import audio_span
 from moss_audio_jax.weights.checkpoint import load_model
 from moss_audio_jax.weights.parameters import parameters_of
 from train.batch import split_microbatches

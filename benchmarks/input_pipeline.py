@@ -1,4 +1,4 @@
-"""What feeds the model, ours and PyTorch's: `python -m benchmarks.input_pipeline [--json FILE]`.
+"""Input pipelines, ours and PyTorch's: `python -m benchmarks.input_pipeline [--json FILE]`.
 
 From audio files and transcripts to what a training step reads, on one thread a side, in turns, over the same clips:
 
@@ -34,8 +34,9 @@ from moss_audio_jax.commands.cli import run_cli
 from moss_audio_jax.config import MossAudioConfig
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.model import parameter_specs
+from moss_audio_jax.prompts import DEFAULT_SYSTEM_PROMPT, audio_span
 from moss_audio_jax.small_tokenizer import write_small_tokenizer
-from moss_audio_jax.tokens import DEFAULT_SYSTEM_PROMPT, Tokenizer, audio_span
+from moss_audio_jax.tokenizer import Tokenizer
 from train.data import DataConfig, Example, ExampleOrder, Group, Manifest, SampleMaker, Source, TrainingData
 from train.data.mixture import Drawn
 from train.data.objectives import render
@@ -75,7 +76,7 @@ FORMATS = (Format("wav", SAMPLE_RATE, 1), Format("flac", 44100, 2), Format("mp3"
 
 
 def write_corpus(directory: Path, kind: Format, clips: int, longest: float) -> Path:
-    """A manifest of so many clips, of 1 to `longest` seconds, and their texts; the same ones at every call."""
+    """A manifest of `clips` clips, of 1 to `longest` seconds, and their texts; the same ones at every call."""
     lines = []
     for number, seconds in enumerate(np.linspace(1.0, longest, clips)):
         rng = np.random.default_rng(number)

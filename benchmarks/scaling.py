@@ -1,4 +1,4 @@
-"""How a pretraining step of the 8B scales from 8 to 1024 chips, on paper: `python -m benchmarks.scaling`.
+"""Scaling of a pretraining step of the 8B from 8 to 1024 chips, estimated: `python -m benchmarks.scaling`.
 
 The same global batch of 1024 sequences of 8192 tokens on ever more v5p chips, compiled ahead of time; no TPU is needed,
 only libtpu, and some minutes for each program. benchmarks/scaling.json keeps memory and bytes sent of the compiled
@@ -47,7 +47,7 @@ def compiled(topology: str) -> dict[str, float]:
 
 
 def estimated(topology: str, found: dict[str, float]) -> dict[str, Any]:
-    """What stands in the table of one topology, from what was compiled."""
+    """Figures of one topology in the table, from its compiled program."""
     microbatches, replicas = LAYOUTS[topology]
     mesh: Mesh = make_mesh(replica=replicas, devices=topology_devices(topology))
     sent = exchange(found["sent_gib"] * GIB, mesh)

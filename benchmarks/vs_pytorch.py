@@ -29,8 +29,8 @@ from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.generation import decode_until, make_drawing, prefill_prompts
 from moss_audio_jax.inputs import ModelInputs, make_inputs
 from moss_audio_jax.model import MossAudio
+from moss_audio_jax.prompts import audio_span
 from moss_audio_jax.sampling_config import Sampling
-from moss_audio_jax.tokens import audio_span
 from moss_audio_jax.weights.checkpoint import load_model
 from moss_audio_jax.weights.parameters import parameters_of
 from train.batch import split_microbatches
@@ -60,7 +60,7 @@ NEW_TOKENS = 64
 # for one token.
 MATMULS = ((400, 1280, 5120), (3200, 480, 480), (448, 1024, 3072), (1, 1024, 32768))
 MATMULS_TIMED = 20  # of each, for one timing
-RELEASED_CONV_CHUNKS = 64  # the released code encodes so many chunks at a time
+RELEASED_CONV_CHUNKS = 64  # the released code encodes this many chunks at a time
 
 # float32 without dropout, as PyTorch's side runs; nothing recomputed on either. The rate stays what it is.
 STEP = StepConfig(compute_dtype="float32", remat="none", encoder_dropout=False, spike_sigma=0)

@@ -1,4 +1,4 @@
-"""Merges adapters of LoRA into their model, and converts them between PEFT's files and Orbax."""
+"""Merges LoRA adapters into their model, and converts them between PEFT's files and Orbax."""
 
 import functools
 import math

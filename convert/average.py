@@ -18,14 +18,14 @@ def average(run: AnyPath, out: AnyPath, *, last: int | None = None, steps: Seque
 
     Means are computed in float32 and stored in the parameters' own type. A few pieces of `convert.blocks.PIECE_BYTES`
     are in memory at a time. Returns the steps.
-    Raises MossAudioError for an adapter of LoRA, and for steps without a checkpoint.
+    Raises MossAudioError for a LoRA adapter, and for steps without a checkpoint.
     """
     target = check_target(out)
     chosen = _chosen(to_path(run), last, steps)
     directories = [to_path(run) / RUN_CHECKPOINTS / str(step) for step in chosen]
     if locate(directories[0]).is_adapter:
         raise MossAudioError(
-            f"{run} trains an adapter of LoRA, whose factors have no meaningful mean: merge adapters with "
+            f"{run} trains a LoRA adapter, whose factors have no meaningful mean: merge adapters with "
             "`moss-audio-convert to-hf`, or give a run that trains the model itself"
         )
     mean = _Mean([OrbaxCheckpoint(directory) for directory in directories])

@@ -16,8 +16,9 @@ from moss_audio_jax.compilation import jit
 from moss_audio_jax.config import MossAudioConfig
 from moss_audio_jax.inputs import ModelInputs, make_inputs
 from moss_audio_jax.model import MossAudio
+from moss_audio_jax.prompts import audio_span, build_prompt
 from moss_audio_jax.storage.paths import AnyPath
-from moss_audio_jax.tokens import Tokenizer, audio_span, build_prompt
+from moss_audio_jax.tokenizer import Tokenizer
 from moss_audio_jax.weights.checkpoint import load_model
 from moss_audio_jax.weights.locate import locate
 

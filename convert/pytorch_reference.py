@@ -5,6 +5,8 @@ layers are those of transformers 4.57.1 (Whisper's encoder layer, Qwen3); the gl
 clarity rather than speed. Parameters carry the released checkpoint's names, so released files load as they are, and
 one run hands out every stage of the computation. tests/parity proves it against recorded outputs of the original model.
 """
+# pyright: reportMissingImports=false
+# (PyTorch is installed with Python 3.11 only.)
 
 import json
 import math

@@ -12,8 +12,8 @@ from moss_audio_jax.commands.options import MeshConfig
 from moss_audio_jax.commands.paths import PathArgument
 from moss_audio_jax.commands.progress import waiting
 from moss_audio_jax.errors import MossAudioError
+from moss_audio_jax.prompts import DEFAULT_SYSTEM_PROMPT
 from moss_audio_jax.sampling_config import Sampling
-from moss_audio_jax.tokens import DEFAULT_SYSTEM_PROMPT
 
 DEFAULT_PROMPT = "Transcribe the audio."
 
@@ -63,7 +63,7 @@ def generate(
     from moss_audio_jax.generation import check_request, stream
     from moss_audio_jax.processor import load_processor
     from moss_audio_jax.sharding import make_mesh
-    from moss_audio_jax.tokens import StreamDecoder
+    from moss_audio_jax.tokenizer import StreamDecoder
     from moss_audio_jax.weights.checkpoint import load_adapter, load_model
 
     prompt = _checked_prompt(prompt, len(clips))

@@ -153,7 +153,7 @@ class ProcessorConfig:
 class LoraConfig:
     """Low-rank adapters beside frozen kernels: y = x W + scale (x A) B, A [in, rank] and B [rank, out].
 
-    The public script's alpha of 2 at rank 64 scales its adapters by 1/32; the default here scales them by 1/2. "LoRA
+    The alpha of 2 at rank 64 of MOSS-Audio's fine-tuning script scales adapters by 1/32; the default here by 1/2. "LoRA
     Without Regret" (Schulman et al. 2025, thinkingmachines.ai/blog/lora) advises adapters on all layers, at ten times
     the learning rate of full fine-tuning. The alpha is our choice and was not compared with others.
     """
@@ -220,13 +220,13 @@ class MossAudioConfig:
         )
         _require(
             self.num_deepstack <= self.language_config.num_hidden_layers,
-            f"{self.num_deepstack} DeepStack features need as many LLM layers, "
+            f"{self.num_deepstack} DeepStack features need as many language-model layers, "
             f"but num_hidden_layers is {self.language_config.num_hidden_layers}",
         )
 
     @property
     def num_deepstack(self) -> int:
-        """Number of encoder taps that are injected into the LLM: the first ones listed, capped by the config."""
+        """Number of encoder taps that reach the language model: the first ones listed, capped by the config."""
         taps = len(self.audio_config.deepstack_encoder_layer_indexes)
         return taps if self.deepstack_num_inject_layers is None else min(taps, self.deepstack_num_inject_layers)
 

@@ -1,6 +1,6 @@
 """Layers that the encoder and the language model share, and stacks of equal layers.
 
-Every parameter is declared once, by `parameter`: shape, logical axes and initialiser. Initialisation, sharding,
+Every parameter is declared once, by `parameter`: shape, logical axes and initializer. Initialization, sharding,
 conversion and restoring derive from that declaration. Modules compute in the dtype of their weights; norms and softmax
 always compute in float32.
 """
@@ -195,7 +195,7 @@ def _gelu_of_erf(x: Float[Array, "..."]) -> Float[Array, "..."]:
 
 
 class GatedMLP(nnx.Module):
-    """down(silu(gate(x)) * up(x)): the MLP of the LLM, the audio adapter and the DeepStack mergers."""
+    """down(silu(gate(x)) * up(x)): the MLP of the language model, the audio adapter and the DeepStack mergers."""
 
     def __init__(
         self,

@@ -1,6 +1,6 @@
 """LoRA: pairs of low-rank matrices beside the kernels of linear layers, declared like every other parameter.
 
-Initialisation, sharding, freezing, checkpoints and export derive from the declaration, also for stacked layers. The
+Initialization, sharding, freezing, checkpoints and export derive from the declaration, also for stacked layers. The
 kernels do not change: only `merge_adapter` computes W + scale A B.
 
 (The library qwix makes its adapters at the first call of a layer. Here that call is inside a scan, on a temporary layer

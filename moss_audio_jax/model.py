@@ -105,7 +105,7 @@ class MossAudio(nnx.Module):
     def embed(
         self, inputs: ModelInputs, *, dropout_key: jax.Array | None = None, remat: str = "none"
     ) -> tuple[Float[Array, "b s hidden"], Float[Array, "injected b s hidden"]]:
-        """Returns the LLM's input with audio in place, and the DeepStack features for its first layers (0 at text)."""
+        """Returns the decoder input with audio in place, and the DeepStack features of its first layers (0 at text)."""
         x = constrain(self.language_model.embed_tokens(inputs.tokens), "batch", "sequence", "features")
         if inputs.audio_chunks.shape[1] == 0:
             return x, jnp.zeros((0, *x.shape), x.dtype)

@@ -10,9 +10,10 @@ from moss_audio_jax.audio import SAMPLE_RATE, load_audio, model_mel, num_audio_t
 from moss_audio_jax.config import MossAudioConfig
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.inputs import ModelInputs, make_inputs
+from moss_audio_jax.prompts import DEFAULT_SYSTEM_PROMPT, build_prompt
 from moss_audio_jax.sound.streams import require_rate
 from moss_audio_jax.storage.paths import AnyPath
-from moss_audio_jax.tokens import DEFAULT_SYSTEM_PROMPT, Tokenizer, build_prompt
+from moss_audio_jax.tokenizer import Tokenizer
 from moss_audio_jax.weights.locate import processor_directories
 
 # A path, bytes, a file, an array or tensor, (array, rate), {"array": ..., "sampling_rate": ...}: see Processor.mel.
@@ -46,7 +47,7 @@ class Processor:
     ) -> ModelInputs:
         """Makes a batch of prompts.
 
-        texts: a question for each sequence, or a whole prompt with audio spans in it (see `tokens.build_prompt`).
+        texts: a question for each sequence, or a whole prompt with audio spans in it (see `prompts.build_prompt`).
         audio: for each text a list of its clips in order, or its only clip; with one text also the clips themselves:
             processor("Which is louder?", ["a.wav", "b.wav"]), processor("Transcribe the audio.", "a.wav").
             `mel` lists the kinds of clips.

@@ -9,7 +9,7 @@ from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 from tokenizers.trainers import BpeTrainer
 
 from moss_audio_jax.storage.paths import AnyPath, Path, to_path
-from moss_audio_jax.tokens import Tokenizer
+from moss_audio_jax.tokenizer import Tokenizer
 
 BYTES = 256  # the ids of single bytes; those of the special tokens follow, then those of the merges
 _SINGLE_MARKS = Split(Regex(r"[^\s\p{L}\p{N}]"), behavior="isolated")

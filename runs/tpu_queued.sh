@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Queued resources, the older way to a TPU of any size, and the way to v5e pods: a request that waits for its turn. With
-# SLICES above 1 it asks for so many at once, for one run (tpu_multislice.sh).
+# SLICES above 1 it asks for that many at once, for one run (tpu_multislice.sh).
 #
 #     for verb in create install run; do bash runs/tpu_queued.sh $verb; done
 #     bash runs/tpu_queued.sh logs     # also: status, stop
 #     bash runs/tpu_queued.sh delete   # it costs until then
 #
-# After a preemption (`status` says SUSPENDED): delete, create, install, run; the run goes on from its newest checkpoint.
+# After a preemption (`status` says SUSPENDED): delete, create, install, run; the run resumes from its newest checkpoint.
 # https://docs.cloud.google.com/tpu/docs/queued-resources
 set -euo pipefail
 source "$(dirname "$0")/config.sh"

@@ -5,7 +5,7 @@
 #     bash runs/tpu_vm.sh logs     # also: status, stop
 #     bash runs/tpu_vm.sh delete   # it costs until then
 #
-# After a preemption (`status` says PREEMPTED): delete, create, install, run; the run goes on from its newest checkpoint.
+# After a preemption (`status` says PREEMPTED): delete, create, install, run; the run resumes from its newest checkpoint.
 # https://docs.cloud.google.com/sdk/gcloud/reference/compute/tpus/tpu-vm
 set -euo pipefail
 source "$(dirname "$0")/config.sh"

@@ -138,7 +138,7 @@ def random_mel(frames: int, seed: int = 0) -> np.ndarray:
 
 
 def question(model: MossAudio, clips: list[int], text: int = 5, seed: int = 0) -> ModelInputs:
-    """One sequence: `text` random ids, random clips of so many frames each, and as many ids again."""
+    """One sequence: `text` random ids, random clips with these numbers of frames, and as many ids again."""
     ids, mels = question_parts(clips, text, seed)
     return make_inputs([ids], [mels], config=model.config, audio_token_id=TINY_AUDIO_ID)
 

@@ -26,7 +26,7 @@ import numpy as np
 import tyro
 from fake_gcs import FakeGcs
 
-from moss_audio_jax.tokens import Tokenizer
+from moss_audio_jax.tokenizer import Tokenizer
 from tests.conftest import SMALL_MODEL
 from tests.train.training_runs import write_corpus
 from train.data import DataConfig, ExampleOrder, Group, Manifest, SampleMaker, Source, TrainingData
@@ -212,7 +212,7 @@ def lines(run: Path) -> list[dict[str, Any]]:
 
 
 def steps_of(run: Path) -> int:
-    """How many lines of metrics there are, of a run that may just have been killed."""
+    """Number of lines of metrics of a run that may just have been killed."""
     path = run / "metrics.jsonl"
     return path.read_bytes().count(b"\n") if path.exists() else 0
 

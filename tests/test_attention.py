@@ -210,7 +210,7 @@ def sharded(chips: Mesh) -> MossAudio:
 
 @pytest.fixture
 def on_a_tpu_machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Where no mesh is current, programs are for the default device: here it is said to be one of several chips."""
+    """Without a mesh, programs are for the default device: here it claims to be one of several chips."""
     kind = splash_module.device_kind
     no_mesh = "TPU v5 lite"
     monkeypatch.setattr(

@@ -27,12 +27,12 @@ CORPUS = {"clips": 4, "longest": 3.0, "batches": 1, "runs": 1}
 
 @pytest.fixture(autouse=True)
 def toy_size():
-    """At this size XLA takes longer to optimise than to run, and PyTorch's threads only wait for each other."""
-    threads, unoptimised = torch.get_num_threads(), jax.config.read("jax_disable_most_optimizations")
+    """At this size XLA takes longer to optimize than to run, and PyTorch's threads only wait for each other."""
+    threads, unoptimized = torch.get_num_threads(), jax.config.read("jax_disable_most_optimizations")
     torch.set_num_threads(1)
     jax.config.update("jax_disable_most_optimizations", True)
     yield
-    jax.config.update("jax_disable_most_optimizations", unoptimised)
+    jax.config.update("jax_disable_most_optimizations", unoptimized)
     torch.set_num_threads(threads)
 
 

@@ -1,4 +1,4 @@
-"""What names a checkpoint's parts: none of it leaves the checkpoint's directory."""
+"""Names of a checkpoint's parts: none of them leaves the checkpoint's directory."""
 
 import json
 from pathlib import Path

@@ -26,7 +26,7 @@ from moss_audio_jax.commands.renamed import current_arguments
 from moss_audio_jax.model import parameter_specs
 
 
-def door(*arguments: Any, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess:
+def invoke(*arguments: Any, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "moss_audio_jax", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
 
@@ -52,14 +52,14 @@ def test_generate_prints_the_recorded_answer(layout, goldens_dir, tmp_path):
     if layout == "orbax":
         convert_to_orbax(checkpoint, tmp_path / "orbax")
         checkpoint = tmp_path / "orbax"
-    result = door("generate", str(checkpoint), str(clip), "--prompt", str(recorded["text"]), "--max-new-tokens", "24")
+    result = invoke("generate", str(checkpoint), str(clip), "--prompt", str(recorded["text"]), "--max-new-tokens", "24")
     assert result.returncode == 0, result.stderr
     assert result.stdout == f"{recorded['decoded']}\n"
     assert "158 tokens read, 24 written" in result.stderr
 
 
 def test_info_adds_up(data_dir):
-    result = door("info", str(data_dir / "tiny"))
+    result = invoke("info", str(data_dir / "tiny"))
     assert result.returncode == 0, result.stderr
     specs = parameter_specs(MossAudioConfig.from_hf(data_dir / "tiny"))
     total = sum(int(np.prod(spec.shape)) for spec in specs.values())
@@ -77,7 +77,7 @@ def test_info_adds_up(data_dir):
     ],
 )
 def test_mistakes_are_one_sentence(arguments, message, data_dir):
-    result = door(*(argument.format(tiny=data_dir / "tiny") for argument in arguments))
+    result = invoke(*(argument.format(tiny=data_dir / "tiny") for argument in arguments))
     assert result.returncode == 2
     assert result.stderr.startswith("error: ") and message in result.stderr and result.stderr.count("\n") == 1
     assert not result.stdout
@@ -185,7 +185,7 @@ def test_an_answer_that_was_cut_off_and_several_clips_in_one_prompt_are_said(rel
     for clip in clips:
         soundfile.write(clip, np.sin(np.arange(8000) / 5), 16000)
     one_device = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    result = door("generate", released, *clips, "--max-new-tokens", 3, environment=one_device)
+    result = invoke("generate", released, *clips, "--max-new-tokens", 3, environment=one_device)
     assert result.returncode == 0, result.stderr
     lines = said(result)
     assert lines[0].startswith("[all 2 clips are in one prompt, for one answer; for an answer a file, call `generate`")
@@ -194,7 +194,7 @@ def test_an_answer_that_was_cut_off_and_several_clips_in_one_prompt_are_said(rel
 
 
 def test_the_help_says_that_clips_are_of_one_prompt():
-    shown = " ".join(door("generate", "--help").stdout.replace("│", " ").split())
+    shown = " ".join(invoke("generate", "--help").stdout.replace("│", " ").split())
     assert "CLIP_OF_ONE_PROMPT" in shown.split("Answers one question")[0]
     assert "For an answer per file, call it for each file, or give a manifest of them to" in shown
 
@@ -215,7 +215,7 @@ def test_the_help_says_that_clips_are_of_one_prompt():
     ids=str,
 )
 def test_what_cannot_be_answered_is_refused(released, options, message):
-    result = door("generate", released, *options)
+    result = invoke("generate", released, *options)
     assert result.returncode == 2 and not result.stdout
     assert message in " ".join(result.stderr.replace("│", " ").split())
     assert "Traceback" not in result.stderr
@@ -351,7 +351,7 @@ def test_commands_keep_compiled_programs_unless_told_otherwise(released, tmp_pat
     nowhere = environment | {"XDG_CACHE_HOME": str(tmp_path / "taken")}
     answers = []
     for variables in (off, nowhere, environment, environment):
-        result = door(*command, environment=variables)
+        result = invoke(*command, environment=variables)
         assert result.returncode == 0 and len(said(result)) == 2, result.stderr
         answers.append(result.stdout)
         found = compiled_files(tmp_path / "cache")

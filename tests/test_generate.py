@@ -153,7 +153,7 @@ def test_other_options_compile_nothing(tiny):
 
 
 def test_a_row_draws_the_same_alone_and_in_a_batch(tiny):
-    """By its seed; equal prompts of a batch still get different answers."""
+    """A row draws by its seed; equal prompts of a batch still get different answers."""
     parts = [question_parts([801]), question_parts([], text=7, seed=1), question_parts([801])]
     ids, mels = zip(*parts, strict=True)
     batch = make_inputs(ids, mels, config=tiny.config, audio_token_id=TINY_AUDIO_ID)
@@ -265,7 +265,7 @@ def test_answers_are_the_same_in_64_bits_and_off_the_default_device(tiny):
 
 
 def sample(sampling: Sampling, logits: np.ndarray, draws: int = 4000, seen: np.ndarray | None = None) -> np.ndarray:
-    """How often each token is drawn from one row of logits."""
+    """Counts of the tokens drawn from one row of logits."""
     batch = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (draws, len(logits)))
     marked = jnp.zeros(batch.shape, bool) if seen is None else jnp.broadcast_to(jnp.asarray(seen), batch.shape)
     tokens = SamplingArrays.of(sampling)(batch, marked, jax.random.split(jax.random.key(0), draws))

@@ -135,7 +135,7 @@ def test_packed_examples_do_not_see_each_other(tiny):
 
 
 @pytest.mark.parametrize("policy", [name for name in REMAT_POLICIES if name != "none"])
-def test_rematerialisation_changes_no_gradient(tiny, policy):
+def test_rematerialization_changes_no_gradient(tiny, policy):
     inputs = question(tiny, [403])
     graphdef, state = nnx.split(tiny)
 
@@ -179,7 +179,7 @@ def test_the_stem_in_groups_equals_the_stem_at_once(tiny, monkeypatch):
 
 
 def test_a_tpu_s_order_of_operations_gives_the_same_numbers(tiny, request, monkeypatch):
-    """Where the CPU has an order of its own: logits, and gradients with respect to all parameters."""
+    """The CPU has another order of operations: compares logits, and gradients with respect to all parameters."""
     monkeypatch.setattr(encoder, "PRODUCT_CHANNELS", 1)  # the convolutions of a released size
     inputs = question(tiny, [403, 237])
     graphdef, state = nnx.split(tiny)

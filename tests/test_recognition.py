@@ -214,7 +214,7 @@ def test_what_is_no_adapter_is_said(released: Path, adapter: Path, tmp_path: Pat
     alone = Path(shutil.copytree(adapter, tmp_path / "alone"))
     (alone / ADAPTER_CONFIG).unlink()
     cases = {
-        released: "holds a model and no adapter of LoRA: give the directory of an adapter",
+        released: "holds a model and no LoRA adapter: give the directory of an adapter",
         released / "config.json": "is a file: give the directory of an adapter",
         released.with_name("adaptr"): f"does not exist: did you mean {adapter}",
         pickled: r"holds adapter_model\.bin, a pickle of PyTorch",

@@ -1,4 +1,4 @@
-"""What is worth another attempt, and what becomes of it."""
+"""Errors that are tried again, and the outcome."""
 
 import errno
 import logging

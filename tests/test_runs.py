@@ -1,4 +1,4 @@
-"""The scripts in runs/, run with stand-ins for the cloud, and the commands of docs/tpu.md, read by the real doors."""
+"""The scripts in runs/, with stand-ins for the cloud, and the commands of docs/tpu.md, parsed by the real commands."""
 
 import contextlib
 import dataclasses
@@ -23,7 +23,7 @@ import pytest
 import train.__main__
 from moss_audio_jax import MossAudioConfig, MossAudioError
 from moss_audio_jax.small_tokenizer import write_small_tokenizer
-from moss_audio_jax.tokens import Tokenizer
+from moss_audio_jax.tokenizer import Tokenizer
 from train.__main__ import PREEMPTED
 from train.config import RunConfig
 from train.data import ExampleOrder, Group, SampleMaker, Source, TrainingData
@@ -51,9 +51,9 @@ git*) tar -c -T /dev/null ;;
 *" list-instances "*) for number in {0..15}; do echo "host-$number"; done ;;
 esac
 """
-DOORS = {"train": "train.__main__", "convert": "convert.__main__", "moss_audio_jax": "moss_audio_jax.__main__"}
+MODULES = {"train": "train.__main__", "convert": "convert.__main__", "moss_audio_jax": "moss_audio_jax.__main__"}
 PROGRAMS = {"moss-audio-train": "train", "moss-audio-convert": "convert", "moss-audio": "moss_audio_jax"}
-COMMAND = re.compile(rf"(?<![\w./-])(?:python -m ({'|'.join(DOORS)})|({'|'.join(PROGRAMS)})) ([^`]*)")
+COMMAND = re.compile(rf"(?<![\w./-])(?:python -m ({'|'.join(MODULES)})|({'|'.join(PROGRAMS)})) ([^`]*)")
 
 
 @pytest.fixture(scope="module")
@@ -236,31 +236,31 @@ def commands(text: str) -> Iterator[list[str]]:
 
 
 def refusal(command: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> str:
-    """What a door has against the arguments, empty if it takes them; it does nothing with them."""
-    door = importlib.import_module(DOORS[command[0]])
+    """Error of a command for its arguments, empty if it accepts them; the command is not run."""
+    module = importlib.import_module(MODULES[command[0]])
     taken = []
 
     def quiet(function: Callable) -> Callable:
         return functools.wraps(function)(lambda *_, **__: taken.append(function.__name__))
 
     def cli(**options: Any) -> None:
-        commands = door.app._subcommands
+        commands = module.app._subcommands
         for name, spec in commands.items():
             meant = name.replace("_", "-") == command[1]
             target = quiet(spec.target) if meant else lambda: None  # reading the options of all takes long
             commands[name] = dataclasses.replace(spec, target=target)
-        type(door.app).cli(door.app, **options)
+        type(module.app).cli(module.app, **options)
 
     said = io.StringIO()
     with monkeypatch.context() as patched, contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         patched.setattr(sys, "argv", list(command))
-        patched.setattr(door.app, "_subcommands", dict(door.app._subcommands))
-        patched.setattr(door.app, "cli", cli, raising=False)
-        patched.setattr(door, "run_cli", lambda command: command())
+        patched.setattr(module.app, "_subcommands", dict(module.app._subcommands))
+        patched.setattr(module.app, "cli", cli, raising=False)
+        patched.setattr(module, "run_cli", lambda command: command())
         patched.setattr("train.__main__.is_begun", lambda out: False)  # nobody's bucket is asked
         patched.setattr("train.__main__.stored_config", lambda run: None)  # nor the run of `--branch`
         try:
-            door.main()
+            module.main()
         except SystemExit as end:
             return f"{shlex.join(command)}: exit code {end.code}\n{said.getvalue()}"
         except MossAudioError as error:  # which the real `run_cli` says, with code 2
@@ -290,13 +290,13 @@ PAGES = {  # the fewest commands that each has; the other pages have none
 
 
 @pytest.mark.parametrize("file", PAGES)
-def test_every_command_written_down_is_one_that_its_door_takes(file, monkeypatch):
+def test_every_command_written_down_is_one_that_its_module_takes(file, monkeypatch):
     found = written(REPOSITORY / file)
     assert len(found) >= PAGES[file]
     assert not "".join(refusal(command, monkeypatch) for command in found)
 
 
-def test_a_command_that_no_door_takes_is_found(monkeypatch):
+def test_a_command_that_no_module_takes_is_found(monkeypatch):
     assert refusal(["train", "run", "--recipe", "finetune", "--out", "x"], monkeypatch) == ""
     for mistaken in (
         ["train", "run", "--recipe", "finetune", "--out", "x", "--loop.steps", "3"],
@@ -307,7 +307,7 @@ def test_a_command_that_no_door_takes_is_found(monkeypatch):
 
 
 def config_of(command: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> RunConfig:
-    """What `train run` would train by these arguments."""
+    """Configuration that `train run` would train with these arguments."""
     found: list[RunConfig] = []
     with monkeypatch.context() as patched:
         patched.setattr(sys, "argv", list(command))

@@ -79,7 +79,7 @@ def test_where_every_parameter_of_the_released_model_lies():
 
 @pytest.mark.parametrize("layout", [{"fsdp": 8}, {"replica": 2, "fsdp": 2, "tensor": 2}], ids=str)
 def test_activations_between_layers_lie_with_their_sequences(layout, tiny, monkeypatch):
-    """Of all that `constrain` pins, in the encoder, the language model and what joins them."""
+    """All activations of `constrain`: in the encoder, the language model and between them."""
     mesh = make_mesh(**layout)
     seen: dict[tuple[str, int], set[str]] = {}
 

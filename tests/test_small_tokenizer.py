@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from moss_audio_jax.small_tokenizer import BYTES, SPECIAL_TOKENS, write_small_tokenizer
-from moss_audio_jax.tokens import Tokenizer
+from moss_audio_jax.tokenizer import Tokenizer
 
 TEXTS = ["[2.7]tone[3.5][3.7]noise[4.5]", "When does the tone start?", "<|im_start|>user\n"] * 20
 

@@ -41,7 +41,7 @@ def wav(samples: np.ndarray, *, size: int | None = None, rate: int = RATE) -> by
 
 
 def quiet_mp3(seconds: int = 60) -> bytes:
-    """Of few bits, which its frames lend each other."""
+    """An mp3 of few bits, with a bit reservoir across frames."""
     time = np.arange(seconds * RATE)
     tone = (0.05 * np.sin(time * 0.02) + 0.001 * noise(len(time))) * np.abs(np.sin(time * 1e-5))
     return encoded(tone, "MP3", bitrate_mode="VARIABLE", compression_level=0.9)

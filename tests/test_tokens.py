@@ -13,18 +13,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from moss_audio_jax.config import ProcessorConfig
 from moss_audio_jax.errors import MossAudioError
-from moss_audio_jax.tokens import (
-    DIGITS,
-    ENDOFTEXT,
-    IM_END,
-    IM_START,
-    StreamDecoder,
-    Tokenizer,
-    Turn,
-    audio_span,
-    build_conversation,
-    build_prompt,
-)
+from moss_audio_jax.prompts import Turn, audio_span, build_conversation, build_prompt
+from moss_audio_jax.tokenizer import DIGITS, ENDOFTEXT, IM_END, IM_START, StreamDecoder, Tokenizer
 
 AUDIO, AUDIO_BOS, AUDIO_EOS = 151654, 151669, 151670
 THINK = 151667

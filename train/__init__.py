@@ -11,6 +11,7 @@ loss               cross-entropy without the whole logits in memory
 optimizer          AdamW, schedules, which parameters are trained
 initialization     starting parameters: a checkpoint, released parts, or random
 ablation           comparison of runs with and without a change
+ablation_config    options of the ablation
 data               manifests -> packed batches; imports moss_audio_jax alone
 evaluation         questions with known answers -> measures; imports data
 planning           memory and speed of a recipe on TPUs that need not be present
@@ -19,8 +20,10 @@ running            a run's directory, checkpoints, reports, validation, processe
 Each package has a map of its modules in its docstring. Common changes:
 
     format of a manifest: data.manifest             tokens of an example: data.samples
-    questions and prompts: data.objectives          share of each source: data.mixture
+    questions and prompts: data.objectives          share of each source: data.mixture_config, data.mixture
     augmentation: data.augment                      workers, hosts, exact resume: data.pipeline, data.lanes
     another benchmark: evaluation.question_files    another metric: evaluation.metrics, evaluation.measures
-    another TPU: planning.chips                     figures of a step: loop, running.report
+    another TPU: planning.chips                     figures of a step: loop, running.figures, running.report
+    a new option: config, data.config, recipes      options that may change on resume: running.resume
+    contents of a checkpoint: running.checkpoints   where metrics go: running.report, running.sink
 """

@@ -17,7 +17,8 @@ from moss_audio_jax.commands.renamed import current_arguments
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.storage.paths import Path, require_writable
 from moss_audio_jax.storage.retries import retried
-from train.config import AblationConfig, RunConfig, with_named_groups, with_paths
+from train.ablation_config import AblationConfig
+from train.config import RunConfig, with_paths
 from train.data.config import SceneConfig
 from train.evaluation.config import EvaluationConfig
 from train.recipes import DOCSTRINGS, RECIPES, read_recipe
@@ -156,7 +157,7 @@ def run_command(arguments: list[str]) -> Callable[..., None]:
     """Makes the command `run`. Defaults are those of the run in `--out` or `--branch`, or else of the recipe."""
     one_process, at_the_newest = DistributedConfig(), ResumeConfig()
     stored = _stored_config(arguments)
-    defaults = with_named_groups(stored, arguments) if stored else _named_recipe(arguments, "pretrain_stage1")
+    defaults = stored.with_named_groups(arguments) if stored else _named_recipe(arguments, "pretrain_stage1")
 
     def run(
         *,
@@ -227,7 +228,7 @@ def _stored_config(arguments: list[str]) -> RunConfig | None:
 
 def _named_recipe(arguments: list[str], default: str) -> RunConfig:
     """Reads the recipe of `--recipe`, or else the default, and adds the named groups of the arguments."""
-    return with_named_groups(read_recipe(_scanned(arguments, "recipe") or default), arguments)
+    return read_recipe(_scanned(arguments, "recipe") or default).with_named_groups(arguments)
 
 
 def _scanned(arguments: list[str], option: str) -> str | None:

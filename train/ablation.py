@@ -20,7 +20,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from moss_audio_jax.storage.paths import Path, atomic_write
-from train.config import ARMS, AblationConfig, MixtureConfig, RunConfig, SceneGroupConfig
+from train.ablation_config import ARMS, AblationConfig
+from train.config import RunConfig
+from train.data.mixture_config import MixtureConfig, SceneGroupConfig
 from train.evaluation.config import EvaluationConfig
 from train.evaluation.evaluate import evaluate
 from train.evaluation.measures import Measures

@@ -1,4 +1,4 @@
-"""Options of training and of the ablation: dataclasses with a default for everything. Recipes are values of them.
+"""Options of a run: dataclasses with a default for everything. Recipes are values of them.
 
 Every field is an option of `moss-audio-train`; its help is the docstring under the field. `config.json` of a run holds
 all fields; `running/resume.py` says which of them may change when the run resumes.
@@ -7,20 +7,16 @@ Imports nothing heavy: `--help` needs these classes.
 """
 
 import dataclasses
-import re
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import tyro
 
 from moss_audio_jax.commands.options import MeshConfig, option, require, require_choice, require_positive
 from moss_audio_jax.config import PRESETS, LoraConfig, MossAudioConfig
 from moss_audio_jax.errors import MossAudioError
-from train.data.config import AugmentConfig, DataConfig, SceneConfig
-from train.evaluation.config import AnswerConfig
-
-if TYPE_CHECKING:
-    from train.data.mixture import Group
+from train.data.config import AugmentConfig, DataConfig
+from train.data.mixture_config import MixtureConfig
 
 Schedule = Literal["cosine", "wsd"]
 OptimizerName = Literal["adamw", "adafactor", "muon"]
@@ -110,9 +106,9 @@ class StepConfig:
     compute_dtype: ComputeDtype = "bfloat16"
     """Dtype of the forward and backward pass. Master parameters are always float32."""
     remat: Remat = "full"
-    """What the backward pass recomputes, to save memory. none: nothing; dots: all but the weight matmuls; attention:
-    all but what splash attention keeps; full: everything; offload: everything, with the inputs of the layers in host
-    memory."""
+    """Activations that the backward pass recomputes, to save memory. none: nothing; dots: all but the weight matmuls;
+    attention: all but what splash attention keeps; full: everything; offload: everything, with the inputs of the layers
+    in host memory."""
     z_loss: float = 0.0
     """Weight of log(Z)^2 in the loss. 0: off."""
     loss_chunk: int = 512
@@ -226,154 +222,6 @@ def model_config(source: ModelSource) -> MossAudioConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class GroupConfig:
-    """A group of data sets that share a purpose."""
-
-    share: float = 0.0
-    """Share of all examples, relative to the other groups that have paths."""
-    objectives: tuple[str, ...] = ()
-    """Objectives to draw from, of those that an example has labels for (`train/data/objectives.py` lists them). A name
-    may have a weight, as in `transcribe=2`; the default weight is 1. If none is named, all have weight 1."""
-    paths: tuple[str, ...] = ()
-    """Manifests and shard directories."""
-    weights: tuple[float, ...] = ()
-    """Weights by which the paths are drawn. Default: the square root of the number of examples."""
-    begin: int = 0
-    """First example of the run at which the group takes part."""
-    end: int | None = None
-    """Example of the run at which the group ends. Default: never."""
-
-    def group(self, name: str, seed: int) -> "Group | None":
-        """Opens the group; returns None if it has no paths."""
-        from train.data.mixture import Group, Source
-        from train.data.shards import open_examples
-
-        if not self.paths:
-            return None
-        if self.weights and len(self.weights) != len(self.paths):
-            raise MossAudioError(
-                f"--mixture.{name}.weights must be one for each of its {len(self.paths)} paths, not {len(self.weights)}"
-            )
-        shares, weights = self.shares(name), self.weights or (None,) * len(self.paths)
-        # Groups of new names may have different objectives for one data set.
-        prefix = "" if name in _OWN_GROUPS else f"{name}: "
-        sources = tuple(
-            Source(prefix + path, open_examples(path), shares, weight)
-            for path, weight in zip(self.paths, weights, strict=True)
-        )
-        return Group(name, self.share, sources, self.begin, self.end)
-
-    def shares(self, name: str) -> dict[str, float]:
-        """Returns the weight of each objective. Raises MossAudioError that names the option of the group `name`."""
-        from train.data.objectives import OBJECTIVES, check_shares
-
-        objectives, shares = f"--mixture.{name}.objectives", {}
-        for entry in self.objectives:
-            objective, equals, weight = entry.partition("=")
-            if objective in shares:
-                raise MossAudioError(f"{objectives} names {objective} twice: give it once, with one weight")
-            try:
-                shares[objective] = float(weight) if equals else 1.0
-            except ValueError as error:
-                raise MossAudioError(
-                    f"{objectives} must be names, or names with weights such as transcribe=2, not {entry!r}"
-                ) from error
-        try:
-            check_shares(shares or dict.fromkeys(OBJECTIVES, 1.0))
-        except MossAudioError as error:
-            raise MossAudioError(f"{objectives}: {error}") from error
-        return shares or dict.fromkeys(OBJECTIVES, 1.0)
-
-
-@dataclasses.dataclass(frozen=True)
-class SceneGroupConfig:
-    """A group of sound scenes, made while training."""
-
-    share: float = 0.0
-    """Share of all examples, relative to the other groups. 0: no scenes."""
-    scenes: SceneConfig = dataclasses.field(default_factory=SceneConfig)
-    begin: int = 0
-    """First example of the run at which the group takes part."""
-    end: int | None = None
-    """Example of the run at which the group ends. Default: never. A curriculum ends its easier scenes here."""
-
-    def group(self, name: str, seed: int) -> "Group | None":
-        """Opens the group; returns None if its share is 0."""
-        from train.data.mixture import Group, Source
-        from train.data.scenes import SceneExamples
-
-        if not self.share:
-            return None
-        source = Source(name, SceneExamples(self.scenes, seed), {"conversation": 1.0})
-        return Group(name, self.share, (source,), self.begin, self.end)
-
-
-@dataclasses.dataclass(frozen=True)
-class MixtureConfig:
-    """Mixture of training data: MOSS-Audio's published groups, sound scenes, and groups of any other name."""
-
-    speech: GroupConfig = GroupConfig(0.3, ("transcribe", "transcribe_words", "transcribe_sentences"))
-    """Speech with transcripts."""
-    captions: GroupConfig = GroupConfig(0.4, ("caption", "events", "time_qa", "conversation"))
-    """Audio with captions, events or conversations."""
-    text: GroupConfig = GroupConfig(0.3, ("plain_text",))
-    """Plain text."""
-    conversations: GroupConfig = GroupConfig(1.0, ("conversation", "labels"))
-    """Fine-tuning data; `--data` is short for its paths. Labels of a clip without a conversation become questions."""
-    scenes: SceneGroupConfig = SceneGroupConfig()
-    """Sound scenes."""
-    easy_scenes: SceneGroupConfig = SceneGroupConfig()
-    """Sound scenes of a curriculum's beginning."""
-    full_scenes: SceneGroupConfig = SceneGroupConfig()
-    """Sound scenes of the greatest length, which random lengths seldom reach."""
-    named: Annotated[dict[str, GroupConfig], tyro.conf.arg(name="")] = dataclasses.field(default_factory=dict)
-    """Groups of other names, each with the options of `speech` (`with_named_groups`)."""
-
-    def manifest_groups(self) -> dict[str, GroupConfig]:
-        """Returns the groups of data sets by name."""
-        return {name: group for name, group in self._by_name().items() if isinstance(group, GroupConfig)}
-
-    def groups(self, seed: int) -> "list[Group]":
-        """Opens the groups that have data. seed: seed of the scenes."""
-        for name, group in self.named.items():
-            _require_complete(name, group)
-        opened = [group.group(name, seed) for name, group in self._by_name().items()]
-        used = [group for group in opened if group is not None]
-        if not used:
-            options = ", ".join(f"--mixture.{name}.paths" for name in self.manifest_groups())
-            raise MossAudioError(f"there is nothing to train on: give one of {options}, or --mixture.scenes.share")
-        return used
-
-    def _by_name(self) -> dict[str, "GroupConfig | SceneGroupConfig"]:
-        """Returns all groups. Named ones are sorted: the order of examples must not depend on that of the options."""
-        return {name: getattr(self, name) for name in _OWN_GROUPS} | dict(sorted(self.named.items()))
-
-
-_OWN_GROUPS = tuple(field.name for field in dataclasses.fields(MixtureConfig) if field.name != "named")
-_GROUP_OPTION = re.compile(r"--mixture\.([^.=]+)\.")
-
-
-def with_named_groups(config: "RunConfig", arguments: Iterable[str]) -> "RunConfig":
-    """Adds an empty group for each new name in arguments such as `--mixture.NAME.paths`."""
-    found = (match[1].replace("-", "_") for match in map(_GROUP_OPTION.match, arguments) if match)
-    named = {name: GroupConfig() for name in found if name not in (*_OWN_GROUPS, "named")}
-    mixture = dataclasses.replace(config.mixture, named=named | config.mixture.named)
-    return dataclasses.replace(config, mixture=mixture)
-
-
-def _require_complete(name: str, group: GroupConfig) -> None:
-    """Raises MossAudioError for a named group with a bad name, or without paths or a share, which have no default."""
-    if not re.fullmatch("[a-z0-9_]+", name):
-        raise MossAudioError(f"--mixture.{name} must be named with a-z, 0-9 and _, as its metrics are: rename it")
-    missing = [option for option in ("paths", "share") if not getattr(group, option)]
-    if missing:
-        raise MossAudioError(
-            f"--mixture.{name} is a new group without --mixture.{name}.{missing[0]}: give it, or name one of "
-            f"{', '.join(_OWN_GROUPS)}"
-        )
-
-
-@dataclasses.dataclass(frozen=True)
 class LoopConfig:
     """Length of a run, its checkpoints and its reports."""
 
@@ -460,7 +308,7 @@ class RunConfig:
     loop: tyro.conf.OmitArgPrefixes[LoopConfig] = LoopConfig()
     validation: ValidationConfig = ValidationConfig()
     model: ModelSource = dataclasses.field(default_factory=ModelSource)
-    mixture: MixtureConfig = MixtureConfig()
+    mixture: MixtureConfig = dataclasses.field(default_factory=MixtureConfig)
     augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
     step: StepConfig = StepConfig()
     lora: tyro.conf.AvoidSubcommands[LoraConfig | None] = None
@@ -482,6 +330,10 @@ class RunConfig:
                 "--lora adapts one checkpoint: leave --model.encoder and --model.language-model out, and put the parts "
                 "together in a run without LoRA first"
             )
+
+    def with_named_groups(self, arguments: Iterable[str]) -> "RunConfig":
+        """Adds an empty group to the mixture for each new name in arguments such as `--mixture.NAME.paths`."""
+        return dataclasses.replace(self, mixture=self.mixture.with_named_groups(arguments))
 
     def model_config(self) -> MossAudioConfig:
         """Returns the configuration of the trained model, with its LoRA adapters if it has any."""
@@ -528,66 +380,3 @@ def _said_once(short: str, value: Any, long: str, field: Any, default: Any) -> A
         shown = [" ".join(said) if isinstance(said, tuple) else said for said in (value, field)]
         raise MossAudioError(f"{short} {shown[0]} and {long} {shown[1]} name different things: give one of them")
     return value or field
-
-
-@dataclasses.dataclass(frozen=True)
-class Arm:
-    """A model of the ablation."""
-
-    time_markers: bool
-    deepstack: bool
-
-
-ARMS = {
-    "both": Arm(time_markers=True, deepstack=True),
-    "no markers": Arm(time_markers=False, deepstack=True),
-    "no DeepStack": Arm(time_markers=True, deepstack=False),
-    "neither": Arm(time_markers=False, deepstack=False),
-}
-_ABLATION_TASKS = ("timeline", "start", "duration", "what_at", "pitch", "loudness")
-_ABLATION_SCENES = SceneConfig(seconds=(2.0, 6.0), events=(1, 3), tasks=_ABLATION_TASKS, questions=3)
-_ABLATION_EASY_SCENES = dataclasses.replace(_ABLATION_SCENES, seconds=(4.0, 4.0), events=(1, 2))
-_ABLATION_ANSWERS = AnswerConfig(batch_size=25, max_new_tokens=96)
-
-
-@dataclasses.dataclass(frozen=True)
-class AblationConfig:
-    """Training and evaluation of each model of the ablation."""
-
-    arms: tuple[str, ...] = tuple(ARMS)
-    """Models to compare: both, no markers, no DeepStack, neither."""
-    steps: int = 600
-    """Steps of every run."""
-    seeds: int = 3
-    """Runs of each arm at its learning rate. Their data and their first parameters differ."""
-    learning_rates: tuple[float, ...] = (1.5e-3, 3e-3)
-    """Learning rates that each arm tries with its first seed."""
-    preset: str = "small"
-    """Size of the model: small or tiny, 4b or 8b."""
-    scenes: SceneConfig = _ABLATION_SCENES
-    """Scenes of training, and of the test at the same length."""
-    easy_scenes: SceneConfig = _ABLATION_EASY_SCENES
-    """Scenes at the beginning of training."""
-    easy_examples: int = 6400
-    """Number of scenes at the beginning of training."""
-    longer: float = 2.0
-    """Length of the longer test scenes, and their most events, as a multiple of the longest scenes of training."""
-    questions: int = 100
-    """Questions of each task, about validation scenes and about both lengths of test scenes."""
-    answers: AnswerConfig = _ABLATION_ANSWERS
-    """Generation of the answers."""
-
-    def __post_init__(self):
-        chosen = f"some of {', '.join(ARMS)}"
-        require(self, "", ("arms",), lambda arms: bool(arms) and set(arms) <= set(ARMS), chosen)
-        require_positive(self, "", "steps", "seeds", "questions")
-        require(self, "", ("learning_rates",), bool, "one rate or more")
-        require(self, "", ("longer",), lambda value: value > 1, "above 1")
-        require_choice(self, "", "preset", PRESETS)
-
-    @property
-    def longer_scenes(self) -> SceneConfig:
-        """Scenes of the test that are longer than those of training."""
-        seconds = self.scenes.seconds[1] * self.longer
-        events = (self.scenes.events[0], round(self.scenes.events[1] * self.longer))
-        return dataclasses.replace(self.scenes, seconds=(seconds, seconds), events=events)

@@ -96,7 +96,7 @@ def first_parameters(
 
 
 def _read_together(paths: Sequence[str], kernels: Mapping[str, str]) -> Iterator[list[str]]:
-    """Each kernel that becomes int8 by itself, lest many be in memory before they do; all others at once."""
+    """Each kernel that becomes int8 by itself, so that one float kernel is in memory at a time; all others at once."""
     whole = [path for path in paths if path not in kernels]
     yield from ([path] for path in paths if path in kernels)
     if whole:

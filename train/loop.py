@@ -33,7 +33,7 @@ from moss_audio_jax.processor import Processor
 from moss_audio_jax.sharding import make_mesh
 from moss_audio_jax.storage.paths import AnyPath, Path, children, nothing_left, to_path
 from moss_audio_jax.storage.retries import retried
-from moss_audio_jax.tokens import Tokenizer
+from moss_audio_jax.tokenizer import Tokenizer
 from moss_audio_jax.weights.locate import RUN_CHECKPOINTS, RUN_MODEL, locate
 from moss_audio_jax.weights.parameters import abstract_parameters, build_model
 from train.batch import batch_sharding, require_even_batch, split_microbatches

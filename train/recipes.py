@@ -9,16 +9,9 @@ from collections.abc import Callable
 
 from moss_audio_jax.config import LoraConfig
 from moss_audio_jax.errors import MossAudioError
-from train.config import (
-    LoopConfig,
-    MixtureConfig,
-    ModelSource,
-    OptimizerConfig,
-    RunConfig,
-    SceneGroupConfig,
-    StepConfig,
-)
+from train.config import LoopConfig, ModelSource, OptimizerConfig, RunConfig, StepConfig
 from train.data.config import DataConfig, SceneConfig
+from train.data.mixture_config import MixtureConfig, SceneGroupConfig
 from train.running.config_file import read_config
 
 # Batch sizes, lengths and rates were not published; these are ours.

@@ -32,7 +32,7 @@ def load_model(path: AnyPath, *, dtype: Any = None, mesh: Mesh | None = None) ->
         a released PyTorch directory, on a disk of this machine; the others may be on gs://;
         an Orbax directory that `moss-audio-convert to-orbax` or `save_model` wrote;
         a training run (its newest checkpoint), one of its checkpoints, or RUN/best, RUN/ema (see `locate`);
-        an adapter of LoRA: the model that it names is loaded, then the adapter.
+        a LoRA adapter: the model that it names is loaded, then the adapter.
     dtype: of the parameters, and so of the computation; None takes bfloat16 on accelerators, and float32 on the CPU,
         where bfloat16 is slow.
     mesh: parameters are sharded over it by their logical axes (`sharding.RULES`); None takes the first device.
@@ -70,7 +70,7 @@ def _compute_dtype(dtype: Any) -> np.dtype:
 
 
 def load_adapter(model: MossAudio, path: AnyPath) -> MossAudio:
-    """Returns the model with an adapter of LoRA: PEFT's directory, one of `convert from-peft`, or a training run's.
+    """Returns the model with a LoRA adapter: PEFT's directory, one of `convert from-peft`, or a training run's.
 
     The new model shares all arrays but the adapter's with the given one, so many adapters can be loaded at once:
 

@@ -63,7 +63,7 @@ class Location:
 
     @cached_property
     def is_adapter(self) -> bool:
-        """True for an adapter of LoRA, in either layout, rather than a whole model."""
+        """True for a LoRA adapter, in either layout, rather than a whole model."""
         return exists(self.files / ADAPTER_CONFIG)
 
     @cached_property
@@ -83,7 +83,7 @@ class Location:
         raise MossAudioError(not_a_model(self.path))
 
     def require_adapter(self) -> None:
-        """Raises MossAudioError that says what is there instead of an adapter of LoRA."""
+        """Raises MossAudioError that says what is there instead of a LoRA adapter."""
         if not self.is_adapter:
             raise MossAudioError(not_an_adapter(self.path, self.params is not None or self.is_released))
 

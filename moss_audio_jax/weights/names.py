@@ -116,7 +116,7 @@ def released_leaves(config: MossAudioConfig) -> dict[str, ReleasedLeaf]:
 
 
 def adapter_leaves(config: MossAudioConfig) -> dict[str, ReleasedLeaf]:
-    """Path -> tensors, by PEFT's names, of every parameter that an adapter of LoRA holds."""
+    """Path -> tensors, by PEFT's names, of every parameter that a LoRA adapter holds."""
     leaves = _leaves(config, adapter_specs(config))
     return {
         path: dataclasses.replace(leaf, names=tuple(PEFT_PREFIX + name for name in leaf.names))

@@ -47,9 +47,9 @@ def not_a_model(path: AnyPath, wanted: str = MODEL) -> str:
 
 
 def not_an_adapter(path: AnyPath, is_model: bool) -> str:
-    """Says why a path is no adapter of LoRA. is_model: a whole model is there instead."""
+    """Says why a path is no LoRA adapter. is_model: a whole model is there instead."""
     if is_model:
-        return f"{path} holds a model and no adapter of LoRA: give {ADAPTER}"
+        return f"{path} holds a model and no LoRA adapter: give {ADAPTER}"
     names = [entry.name for entry in children(path)]
     for pattern, what in _ADAPTERS:
         if pattern in names:
@@ -93,7 +93,7 @@ def _a_directory(path: Path, wanted: str) -> str:
     names = [entry.name for entry in entries]
     if "adapter_config.json" in names:
         return (
-            f"{path} holds an adapter of LoRA and no model: give its model, and the adapter as --adapter; or merge the "
+            f"{path} holds a LoRA adapter and no model: give its model, and the adapter as --adapter; or merge the "
             f"two first with `moss-audio-convert to-hf {shlex.quote(str(path))} MERGED --base MODEL`"
         )
     if "snapshots" in names and (snapshots := children(path / "snapshots")):

@@ -16,7 +16,7 @@ def orbax(released: Path) -> Path:
 
 
 @pytest.fixture
-def door(capsys, monkeypatch):
+def invoke(capsys, monkeypatch):
     """Runs the command line in this process: (exit code, stdout, stderr)."""
 
     def run(*arguments: str | Path) -> tuple[int, str, str]:

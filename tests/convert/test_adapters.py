@@ -37,14 +37,14 @@ def adapter(released: Path, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def imported(adapter: Path, door, tmp_path: Path) -> Path:
-    code, _, errors = door("from-peft", adapter, tmp_path / "orbax")
+def imported(adapter: Path, invoke, tmp_path: Path) -> Path:
+    code, _, errors = invoke("from-peft", adapter, tmp_path / "orbax")
     assert code == 0, errors
     return tmp_path / "orbax"
 
 
-def test_there_and_back_gives_the_same_bytes(adapter: Path, imported: Path, door, tmp_path: Path):
-    code, printed, errors = door("to-peft", imported, tmp_path / "back")
+def test_there_and_back_gives_the_same_bytes(adapter: Path, imported: Path, invoke, tmp_path: Path):
+    code, printed, errors = invoke("to-peft", imported, tmp_path / "back")
     assert code == 0, errors
     assert printed.startswith(f"wrote {tmp_path / 'back'}")
     assert {file.name for file in (tmp_path / "back").iterdir()} == {ADAPTER_CONFIG, ADAPTER_FILE}
@@ -52,8 +52,8 @@ def test_there_and_back_gives_the_same_bytes(adapter: Path, imported: Path, door
         assert (tmp_path / "back" / name).read_bytes() == (adapter / name).read_bytes(), name
 
 
-def test_another_type_is_rounded_to(imported: Path, door, tmp_path: Path, adapter: Path):
-    assert door("to-peft", imported, tmp_path / "half", "--dtype", "bfloat16")[0] == 0
+def test_another_type_is_rounded_to(imported: Path, invoke, tmp_path: Path, adapter: Path):
+    assert invoke("to-peft", imported, tmp_path / "half", "--dtype", "bfloat16")[0] == 0
     before, after = load_file(adapter / ADAPTER_FILE), load_file(tmp_path / "half" / ADAPTER_FILE)
     assert before.keys() == after.keys()
     for name, tensor in before.items():
@@ -61,10 +61,10 @@ def test_another_type_is_rounded_to(imported: Path, door, tmp_path: Path, adapte
 
 
 @pytest.mark.parametrize("layout", ["peft", "orbax"])
-def test_to_hf_merges(layout: str, adapter: Path, released: Path, request, door, tmp_path: Path):
+def test_to_hf_merges(layout: str, adapter: Path, released: Path, request, invoke, tmp_path: Path):
     """Each row of W + scale B A rounded once; what has no adapter is untouched; and our model computes the same."""
     source = adapter if layout == "peft" else request.getfixturevalue("imported")
-    code, _, errors = door("to-hf", source, tmp_path / "merged")
+    code, _, errors = invoke("to-hf", source, tmp_path / "merged")
     assert code == 0, errors
     base, merged = load_file(released / "model.safetensors"), load_file(tmp_path / "merged" / "model.safetensors")
     tensors = load_file(adapter / ADAPTER_FILE)
@@ -91,8 +91,8 @@ def test_to_hf_merges(layout: str, adapter: Path, released: Path, request, door,
     assert (tmp_path / "merged" / "config.json").read_bytes() == (released / "config.json").read_bytes()
 
 
-def test_a_wider_type_is_rounded_to_once(adapter: Path, released: Path, door, tmp_path: Path):
-    assert door("to-hf", adapter, tmp_path / "merged", "--dtype", "float32")[0] == 0
+def test_a_wider_type_is_rounded_to_once(adapter: Path, released: Path, invoke, tmp_path: Path):
+    assert invoke("to-hf", adapter, tmp_path / "merged", "--dtype", "float32")[0] == 0
     base, merged = load_file(released / "model.safetensors"), load_file(tmp_path / "merged" / "model.safetensors")
     tensors = load_file(adapter / ADAPTER_FILE)
     name = "language_model.layers.1.mlp.up_proj"
@@ -103,8 +103,8 @@ def test_a_wider_type_is_rounded_to_once(adapter: Path, released: Path, door, tm
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["dtype"] == "float32"
 
 
-def test_inspect_shows_an_adapter(imported: Path, door):
-    code, printed, errors = door("inspect", imported, "--json", "-")
+def test_inspect_shows_an_adapter(imported: Path, invoke):
+    code, printed, errors = invoke("inspect", imported, "--json", "-")
     assert code == 0, errors
     paths = {parameter["path"] for parameter in json.loads(printed)["parameters"]}
     assert "language_model.layers.mlp.up_proj.lora_a" in paths and "lm_head.kernel" not in paths
@@ -119,14 +119,14 @@ def unnamed(adapter: Path, directory: Path) -> Path:
 
 
 @pytest.mark.parametrize("command", ["from-peft", "to-hf"])
-def test_a_base_can_be_named(command: str, adapter: Path, released: Path, door, tmp_path: Path):
+def test_a_base_can_be_named(command: str, adapter: Path, released: Path, invoke, tmp_path: Path):
     source = unnamed(adapter, tmp_path / "unnamed")
-    code, _, errors = door(command, source, tmp_path / "out")
+    code, _, errors = invoke(command, source, tmp_path / "out")
     assert code == 2 and "Open/Model, which is no directory here" in errors
-    assert door(command, source, tmp_path / "out", "--base", released)[0] == 0
+    assert invoke(command, source, tmp_path / "out", "--base", released)[0] == 0
 
 
-def test_mistakes_are_refused(adapter: Path, imported: Path, released: Path, orbax: Path, door, tmp_path: Path):
+def test_mistakes_are_refused(adapter: Path, imported: Path, released: Path, orbax: Path, invoke, tmp_path: Path):
     other = MossAudioConfig.preset("small")
     (tmp_path / "small").mkdir()
     other.save_hf(tmp_path / "small")
@@ -137,15 +137,15 @@ def test_mistakes_are_refused(adapter: Path, imported: Path, released: Path, orb
         ("from-peft", imported): "is no adapter of PEFT's",
         ("to-hf", orbax, "--base", released): "leave --base out",
         ("to-hf", adapter, "--base", imported): "holds an adapter, not a model",
-        ("to-orbax", adapter): "holds an adapter of LoRA and no model: give its model, and the adapter as --adapter",
+        ("to-orbax", adapter): "holds a LoRA adapter and no model: give its model, and the adapter as --adapter",
         ("from-peft", tmp_path / "small"): "holds no adapter_config.json",
         ("from-peft", adapter.with_name("pfet")): f"did you mean {adapter}?",
     }
     for (command, source, *options), message in cases.items():
-        code, _, errors = door(command, source, tmp_path / "out", *options)
+        code, _, errors = invoke(command, source, tmp_path / "out", *options)
         assert code == 2 and message in errors, (command, errors)
         assert not (tmp_path / "out").exists()
     damaged = shutil.copytree(adapter, tmp_path / "damaged")
     (damaged / ADAPTER_FILE).write_bytes((adapter / ADAPTER_FILE).read_bytes()[:-10])
-    code, _, errors = door("from-peft", damaged, tmp_path / "out")
+    code, _, errors = invoke("from-peft", damaged, tmp_path / "out")
     assert code == 2 and "damaged" in errors

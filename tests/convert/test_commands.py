@@ -30,31 +30,31 @@ def listing(directory: Path) -> dict[str, bytes]:
     return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
-def test_there_and_back_through_the_door(door, released, tmp_path):
+def test_there_and_back_through_the_commands(invoke, released, tmp_path):
     before = listing(released)
-    code, out, err = door("to-orbax", released, tmp_path / "a" / "orbax")
+    code, out, err = invoke("to-orbax", released, tmp_path / "a" / "orbax")
     assert (code, "wrote" in out, "peak memory" in out) == (0, True, True)
     assert "needs up to" in err
     assert "free" in err
-    code, out, _ = door("to-hf", tmp_path / "a" / "orbax", tmp_path / "back", "--shard-gb", "0.0002")
+    code, out, _ = invoke("to-hf", tmp_path / "a" / "orbax", tmp_path / "back", "--shard-gb", "0.0002")
     assert code == 0
     assert len(list((tmp_path / "back").glob("model-*-of-00003.safetensors"))) == 3
-    code, out, _ = door("verify", released, tmp_path / "back", "--no-torch")
+    code, out, _ = invoke("verify", released, tmp_path / "back", "--no-torch")
     assert (code, out.splitlines()[-1]) == (0, "PASSED")
     assert listing(released) == before
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["orbax"]
 
 
-def test_empty_target_directory_is_used(door, released, tmp_path):
+def test_empty_target_directory_is_used(invoke, released, tmp_path):
     (tmp_path / "orbax").mkdir()
-    assert door("to-orbax", released, tmp_path / "orbax")[0] == 0
+    assert invoke("to-orbax", released, tmp_path / "orbax")[0] == 0
     assert (tmp_path / "orbax" / "params").is_dir()
 
 
-def test_target_may_be_given_as_a_link(door, released, tmp_path):
+def test_target_may_be_given_as_a_link(invoke, released, tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "disk" / "orbax")
     (tmp_path / "disk").mkdir()
-    assert door("to-orbax", released, tmp_path / "link")[0] == 0
+    assert invoke("to-orbax", released, tmp_path / "link")[0] == 0
     assert (tmp_path / "disk" / "orbax" / "params").is_dir()
 
 
@@ -99,13 +99,13 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_mistakes_are_one_sentence_and_leave_no_target(door, released, orbax, tmp_path, name):
+def test_mistakes_are_one_sentence_and_leave_no_target(invoke, released, orbax, tmp_path, name):
     command, kind, change, expected = MISTAKES[name]
     source = Path(shutil.copytree({"released": released, "orbax": orbax}[kind], tmp_path / "source"))
     change(source)
     command, *options = command.split()
     targets = [] if command == "inspect" else [tmp_path / "target"]
-    code, out, err = door(command, source, *targets, *options)
+    code, out, err = invoke(command, source, *targets, *options)
     assert (code, out) == (2, ""), err
     sentence = err.splitlines()[-1]
     assert sentence.startswith("error: ")
@@ -115,39 +115,39 @@ def test_mistakes_are_one_sentence_and_leave_no_target(door, released, orbax, tm
 
 
 @pytest.mark.parametrize("command", ["to-orbax", "to-hf", "rehearse"])
-def test_nothing_is_overwritten(door, released, orbax, tmp_path, command):
+def test_nothing_is_overwritten(invoke, released, orbax, tmp_path, command):
     (tmp_path / "target").mkdir()
     (tmp_path / "target" / "precious.txt").write_text("mine")
     source = {"to-orbax": [released], "to-hf": [orbax], "rehearse": ["--preset", "tiny"]}[command]
-    code, _, err = door(command, *source, tmp_path / "target")
+    code, _, err = invoke(command, *source, tmp_path / "target")
     assert code == 2
     assert "is not an empty directory" in err
     assert listing(tmp_path) == {"target/precious.txt": b"mine"}
 
 
 @pytest.mark.parametrize("inside", ["", "new/model"])
-def test_a_file_is_no_target(door, released, tmp_path, inside):
+def test_a_file_is_no_target(invoke, released, tmp_path, inside):
     (tmp_path / "target").write_text("mine")
-    code, _, err = door("to-orbax", released, tmp_path / "target" / inside)
+    code, _, err = invoke("to-orbax", released, tmp_path / "target" / inside)
     assert code == 2 and err.splitlines()[-1].startswith("error: ") and "Traceback" not in err
     assert listing(tmp_path) == {"target": b"mine"}
 
 
-def test_new_parents_of_a_target_go_with_it(door, released, tmp_path, monkeypatch):
+def test_new_parents_of_a_target_go_with_it(invoke, released, tmp_path, monkeypatch):
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(staging.os, "rename", fail)
-    code, _, err = door("to-orbax", released, tmp_path / "new" / "deep" / "target")
+    code, _, err = invoke("to-orbax", released, tmp_path / "new" / "deep" / "target")
     assert code == 2 and "No space left on device" in err
     assert list(tmp_path.iterdir()) == []
 
 
-def test_too_little_disk_is_refused_beforehand(door, released, tmp_path, monkeypatch):
+def test_too_little_disk_is_refused_beforehand(invoke, released, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(staging.shutil, "disk_usage", lambda path: usage._replace(free=400_000))
     for command in (["to-orbax", released], ["rehearse", "--preset", "tiny"]):
-        code, _, err = door(*command, tmp_path / "target")
+        code, _, err = invoke(*command, tmp_path / "target")
         assert code == 2
         assert "make room" in err.splitlines()[-1]
         assert list(tmp_path.iterdir()) == []
@@ -253,10 +253,10 @@ def test_killed_conversion_leaves_no_target(large, sent):
         assert left == []
 
 
-def test_inspect_adds_up_in_both_layouts(door, released, orbax):
+def test_inspect_adds_up_in_both_layouts(invoke, released, orbax):
     tables = {}
     for directory, layout in ((released, "released"), (orbax, "orbax")):
-        code, out, _ = door("inspect", directory, "--json", "-")
+        code, out, _ = invoke("inspect", directory, "--json", "-")
         assert code == 0
         found = json.loads(out)
         assert (found["layout"], found["tensors"]) == (layout, 159)
@@ -273,13 +273,13 @@ def test_inspect_adds_up_in_both_layouts(door, released, orbax):
         "count": 18432,
         "bytes": 36864,
     }
-    code, out, _ = door("inspect", orbax)
+    code, out, _ = invoke("inspect", orbax)
     assert "Orbax" in out.splitlines()[0]
     assert out.splitlines()[-1].split() == ["all", "216,304", "432,608"]
 
 
-def test_door_as_a_program(tmp_path):
-    """What only a process of its own shows: the exit code, no traceback, help without JAX."""
+def test_commands_as_programs(tmp_path):
+    """In a process of its own: the exit code, no traceback, help without JAX."""
     result = run("to-orbax", tmp_path / "nowhere", tmp_path / "target")
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.startswith("error: ")

@@ -9,7 +9,7 @@ from safetensors.numpy import load_file
 from convert.rehearse import write_random_checkpoint
 from moss_audio_jax import MossAudioConfig, MossAudioError, generate, load_model, load_processor
 from moss_audio_jax.small_tokenizer import SPECIAL_TOKENS, write_small_tokenizer
-from moss_audio_jax.tokens import Tokenizer
+from moss_audio_jax.tokenizer import Tokenizer
 from moss_audio_jax.weights.locate import SINGLE_FILE
 from moss_audio_jax.weights.safetensors_reader import ReleasedCheckpoint
 
@@ -25,7 +25,7 @@ def test_equal_seeds_give_equal_weights_however_they_are_cut(tmp_path):
         assert not np.array_equal(a.read(name), c.read(name))
 
 
-def test_weights_are_scaled_like_an_initialisation(released):
+def test_weights_are_scaled_like_an_initialization(released):
     tensors = {name: array.astype(np.float32) for name, array in load_file(released / SINGLE_FILE).items()}
     assert all(np.isfinite(array).all() for array in tensors.values())
     assert tensors["audio_encoder.stem_proj.weight"].std() == pytest.approx(128**-0.5, rel=0.05)
@@ -68,7 +68,7 @@ def test_nothing_is_overwritten(tmp_path):
     assert (tmp_path / "config.json").read_text() == "{}"
 
 
-def test_large_presets_come_without_a_tokenizer(door, tmp_path, monkeypatch):
+def test_large_presets_come_without_a_tokenizer(invoke, tmp_path, monkeypatch):
     monkeypatch.setattr("convert.rehearse.write_random_checkpoint", lambda config, directory, seed: None)
-    assert door("rehearse", tmp_path / "large", "--preset", "4b")[0] == 0
+    assert invoke("rehearse", tmp_path / "large", "--preset", "4b")[0] == 0
     assert list((tmp_path / "large").iterdir()) == []

@@ -251,7 +251,7 @@ def test_wider_types_stand_first_so_that_all_are_aligned(released, tmp_path):
 
 
 def test_trained_parameters_are_exported(released, tmp_path):
-    """What `save_model` writes from devices, cut over a mesh, is read like a conversion."""
+    """A model that `save_model` writes from the devices of a mesh is read like a conversion."""
     model = load_model(released, dtype=BFLOAT16, mesh=make_mesh(fsdp=4, tensor=2))
     save_model(model, tmp_path / "trained")
     convert_to_hf(tmp_path / "trained", tmp_path / "back")

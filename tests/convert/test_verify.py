@@ -32,19 +32,19 @@ def flip_byte(directory: Path, name: str, low: bool = True) -> Path:
     return directory
 
 
-def test_equal_checkpoints_in_every_combination(door, released, orbax, tmp_path):
+def test_equal_checkpoints_in_every_combination(invoke, released, orbax, tmp_path):
     convert_to_hf(orbax, tmp_path / "back", shard_bytes=10**5)
     for pair in ((released, orbax), (orbax, released), (released, tmp_path / "back"), (orbax, orbax)):
-        code, out, _ = door("verify", *pair, "--no-torch")
+        code, out, _ = invoke("verify", *pair, "--no-torch")
         assert code == 0
         assert "159 tensors equal bit by bit (bfloat16)" in out
         assert out.splitlines()[-1] == "PASSED"
 
 
 @pytest.mark.parametrize("order", [1, -1])
-def test_one_flipped_bit_is_found(door, released, orbax, tmp_path, order):
+def test_one_flipped_bit_is_found(invoke, released, orbax, tmp_path, order):
     changed = flip_byte(Path(shutil.copytree(released, tmp_path / "changed")), CHANGED)
-    code, out, _ = door("verify", *[changed, orbax][::order], "--no-torch", "--json", "-")
+    code, out, _ = invoke("verify", *[changed, orbax][::order], "--no-torch", "--json", "-")
     assert code == 1
     report = json.loads(out)
     assert report["passed"] is False
@@ -52,23 +52,23 @@ def test_one_flipped_bit_is_found(door, released, orbax, tmp_path, order):
     assert [tensor["name"] for tensor in differing] == [CHANGED]
     assert 0 < differing[0]["max_abs_error"] < 0.01
     assert 0 < differing[0]["max_relative_error"] <= 2**-7
-    code, out, _ = door("verify", changed, orbax, "--no-torch")
+    code, out, _ = invoke("verify", changed, orbax, "--no-torch")
     assert code == 1
     assert CHANGED in out
     assert out.splitlines()[-1] == "FAILED"
 
 
-def test_a_tensor_that_is_not_finite_is_named(door, released, tmp_path):
+def test_a_tensor_that_is_not_finite_is_named(invoke, released, tmp_path):
     broken = Path(shutil.copytree(released, tmp_path / "broken"))
     tensors = load_file(broken / SINGLE_FILE)
     tensors[CHANGED][3, 4] = np.nan
     save_file(tensors, broken / SINGLE_FILE, {"format": "pt"})
-    code, out, _ = door("verify", broken, broken, "--no-torch")
+    code, out, _ = invoke("verify", broken, broken, "--no-torch")
     assert code == 0 and f"{CHANGED} holds NaN or infinity" in out
-    assert "NaN" not in door("verify", released, released, "--no-torch")[1]
+    assert "NaN" not in invoke("verify", released, released, "--no-torch")[1]
 
 
-def test_damaged_byte_in_an_orbax_file_is_found(door, released, orbax, tmp_path):
+def test_damaged_byte_in_an_orbax_file_is_found(invoke, released, orbax, tmp_path):
     """Orbax has no checksums: most flipped bytes restore without a word."""
     found = []
     for share in (0.2, 0.5, 0.8):
@@ -77,7 +77,7 @@ def test_damaged_byte_in_an_orbax_file_is_found(door, released, orbax, tmp_path)
         data = bytearray(largest.read_bytes())
         data[int(len(data) * share)] ^= 0x10
         largest.write_bytes(data)
-        code, _, err = door("verify", released, changed, "--no-torch")
+        code, _, err = invoke("verify", released, changed, "--no-torch")
         assert code in (1, 2)
         assert "Traceback" not in err
         found.append(code)

@@ -22,7 +22,7 @@ from convert.rehearse import write_random_checkpoint
 from moss_audio_jax import LoraConfig, MossAudioConfig, model
 from moss_audio_jax.schema import INT32
 from moss_audio_jax.small_tokenizer import write_small_tokenizer
-from moss_audio_jax.tokens import Tokenizer
+from moss_audio_jax.tokenizer import Tokenizer
 from moss_audio_jax.tree import unflatten
 from moss_audio_jax.weights import names, orbax, safetensors_reader
 from moss_audio_jax.weights import peft as peft_files
@@ -84,7 +84,7 @@ def read_configuration(directory: Path, rng: random.Random) -> None:
 
 
 def _is_written_back(written: Any, read: Any) -> bool:
-    """Whether all is as it was, but for nulls in whose place a value may stand now."""
+    """Returns True if nothing changed, except that a null may have become a value."""
     if isinstance(read, dict) and isinstance(written, dict):
         return read.keys() == written.keys() and all(_is_written_back(written[key], read[key]) for key in read)
     return read is None or json.dumps(written) == json.dumps(read)

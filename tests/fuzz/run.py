@@ -86,7 +86,7 @@ class Bench:
         return Input(kind.name, str(file.relative_to(self._directory)), content)
 
     def try_input(self, found: Input, seed: str) -> tuple[str, str | None]:
-        """What became of it, `read` or `refused`, or what is wrong with that."""
+        """Outcome: `read` or `refused`, or a sentence that says what is wrong with it."""
         from moss_audio_jax import MossAudioError
 
         kind = self.kinds[found.kind]
@@ -128,7 +128,7 @@ def _summary(error: BaseException) -> str:
 
 
 class _Watch:
-    """Which files of other directories are opened in a directory, also by native code: inotify's word for it."""
+    """Lists files that are opened outside a directory, also by native code; inotify reports them."""
 
     IN_OPEN = 0x20
 

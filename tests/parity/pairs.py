@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from convert.pytorch_reference import ReferenceModel, load_reference, token_count
 from moss_audio_jax import ModelInputs, MossAudio, load_model, make_inputs
 from moss_audio_jax.config import ProcessorConfig
-from moss_audio_jax.tokens import audio_span
+from moss_audio_jax.prompts import audio_span
 from moss_audio_jax.weights.names import IGNORED_TENSORS
 
 from .reference import IGNORED_LABEL, random_reference, save_released
@@ -117,17 +117,17 @@ class Prompt:
 
     @property
     def labels(self) -> list[int]:
-        """What the loss counts: all but audio."""
+        """Labels of the loss: all but audio."""
         return [IGNORED_LABEL if token == PROCESSOR.audio_token_id else token for token in self.ids]
 
     @property
     def torch_inputs(self) -> tuple[Any, list[Any], int]:
-        """What the reference is called with."""
+        """Arguments of the reference."""
         return torch.tensor([self.ids]), [torch.from_numpy(mel) for mel in self.mels], PROCESSOR.audio_token_id
 
 
 def make_prompt(clips: list[int], *, time_markers: bool = False, mel_bins: int = 128, seed: int = 0) -> Prompt:
-    """Random clips of so many mel frames each, with random text before, between and after them."""
+    """Random clips with these numbers of mel frames, with random text before, between and after them."""
     rng = np.random.default_rng([seed, *clips])
     ids = rng.integers(*TEXT_IDS, 4).tolist()
     for frames in clips:

@@ -20,7 +20,7 @@ from moss_audio_jax.sampling_config import Sampling  # noqa: E402
 from .pairs import CONFIG, TEXT_IDS, Pair, make_pair  # noqa: E402
 
 PLAIN = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
-CLEAR_CHOICE = 3e-4  # between the two largest logits, lest rounding decide
+CLEAR_CHOICE = 3e-4  # between the two largest logits, so that rounding doesn't decide
 
 
 @pytest.fixture(scope="module")

@@ -42,7 +42,7 @@ from .test_reference import above, relative_error  # noqa: E402
 OUTPUT_TOLERANCE = 1e-5
 GRADIENT_TOLERANCE = 1e-4
 NEW_TOKENS = 16
-# How far apart the two likeliest tokens' logits must be lest rounding decide: far above their difference, 1e-5.
+# How far apart the two likeliest tokens' logits must be so that rounding doesn't decide: far above 1e-5.
 CLEAR_CHOICE = 3e-4
 
 
@@ -101,7 +101,7 @@ CONFIGURATIONS = {
 def random_prompts(seed: int) -> list[Prompt]:
     """Up to three clips each, of any length or one where something changes.
 
-    The last is always as long, which gives the batch the shape of "as released": nothing compiles anew.
+    The last is always as long, which gives the batch the shape of "as released": nothing is compiled again.
     """
     rng = np.random.default_rng(seed)
     ranges = ((1, 18), (390, 411), (1, 801))
@@ -129,12 +129,12 @@ class Case:
 
     @property
     def audio_slots(self) -> list[np.ndarray]:
-        """Where each prompt's audio tokens lie among those that the encoder gives for its row."""
+        """Places of each prompt's audio tokens among those that the encoder gives for its row."""
         return [slots[slots >= 0] for slots in self.inputs.audio_slots]
 
     @property
     def audio_positions(self) -> list[np.ndarray]:
-        """Where each prompt's audio tokens stand in its row of the batch."""
+        """Places of each prompt's audio tokens in its row of the batch."""
         return [np.flatnonzero(slots >= 0) for slots in self.inputs.audio_slots]
 
     @property
@@ -142,7 +142,7 @@ class Case:
         return [np.arange(len(prompt.ids)) for prompt in self.prompts]
 
     def spread(self, stage: str, places: list[np.ndarray], length: int) -> np.ndarray:
-        """What PyTorch gave at a stage as a batch [b, length, width]: a token at each of its places, 0 elsewhere."""
+        """PyTorch's outputs of a stage as a batch [b, length, width]: a token at each of its places, 0 elsewhere."""
         width = next(modules[stage].shape[1] for modules in self.expected if stage in modules)
         batch = np.zeros((len(self.prompts), length, width), np.float32)
         for row, modules in enumerate(self.expected):
@@ -175,7 +175,7 @@ def case(request, tmp_path_factory) -> Case:
 
 
 def reference_modules(pair: Pair, prompt: Prompt) -> dict[str, np.ndarray]:
-    """What each module of the reference gives for one prompt.
+    """Outputs of each module of the reference for one prompt.
 
     Encoder, taps, adapter and mergers: [audio tokens, width], absent without audio. Embeddings, the language model's
     "input" with audio in place, its "hidden" output, and the logits: [all tokens, width].

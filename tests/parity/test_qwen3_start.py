@@ -12,7 +12,7 @@ transformers = pytest.importorskip("transformers", reason=INSTALL)
 
 from moss_audio_jax import MossAudioConfig, make_inputs  # noqa: E402
 from moss_audio_jax.small_tokenizer import write_small_tokenizer  # noqa: E402
-from moss_audio_jax.tokens import Tokenizer  # noqa: E402
+from moss_audio_jax.tokenizer import Tokenizer  # noqa: E402
 from moss_audio_jax.weights.parameters import build_model  # noqa: E402
 from train.config import ModelSource  # noqa: E402
 from train.initialization import first_parameters  # noqa: E402

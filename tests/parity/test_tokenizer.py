@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moss_audio_jax.tokens import StreamDecoder, Tokenizer
+from moss_audio_jax.tokenizer import StreamDecoder, Tokenizer
 
 transformers = pytest.importorskip("transformers")
 
@@ -72,7 +72,7 @@ def test_the_reference_is_the_slow_tokenizer(reference):
 
 
 def words_of(tokenizer: Tokenizer, text: str) -> list[str]:
-    """Where a text is cut before byte-pair merging."""
+    """Splits a text as before byte-pair merging."""
     pre_tokenizer = tokenizer._core.pre_tokenizer
     assert pre_tokenizer is not None
     return [text[start:end] for _, (start, end) in pre_tokenizer.pre_tokenize_str(text)]

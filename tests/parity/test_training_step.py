@@ -47,7 +47,7 @@ def pair(request, tmp_path_factory) -> Pair:
 
 
 def supervised(prompt: Prompt) -> torch.Tensor:
-    """What each position predicts: the next label, nothing after the last."""
+    """Targets of each position: the next label, none after the last."""
     return torch.tensor([*prompt.labels[1:], IGNORED_LABEL])
 
 

@@ -7,15 +7,9 @@ from pathlib import Path
 import pytest
 
 from tests.train.training_runs import STEPS, one_device, write_corpus
-from train.config import (
-    LoopConfig,
-    MixtureConfig,
-    ModelSource,
-    OptimizerConfig,
-    RunConfig,
-    StepConfig,
-)
+from train.config import LoopConfig, ModelSource, OptimizerConfig, RunConfig, StepConfig
 from train.data import DataConfig
+from train.data.mixture_config import MixtureConfig
 from train.loop import Outcome, train
 
 

@@ -1,4 +1,4 @@
-"""The ablation: arms that differ in one thing, the choice of learning rates, and a comparison that goes on."""
+"""The ablation: arms that differ in one thing, the choice of learning rates, and a comparison that resumes."""
 
 import dataclasses
 import json
@@ -11,7 +11,8 @@ from moss_audio_jax import MossAudioError, load_processor
 from moss_audio_jax.weights.parameters import abstract_parameters
 from train import ablation
 from train.ablation import LATE_START, LONGER, TRAINED, VALIDATION, Run, ablate, questions, run_config, table
-from train.config import ARMS, AblationConfig, model_config
+from train.ablation_config import ARMS, AblationConfig
+from train.config import model_config
 from train.data.config import SceneConfig
 from train.evaluation.config import AnswerConfig
 

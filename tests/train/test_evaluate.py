@@ -266,7 +266,7 @@ def test_sources_and_tasks_are_measured_apart():
 # The command
 
 
-def door(*arguments: object) -> subprocess.CompletedProcess:
+def invoke(*arguments: object) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "train", "evaluate", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=ENVIRONMENT)
 
@@ -279,7 +279,7 @@ def test_the_command_reports_what_the_model_answers(corpus, tmp_path):
     sources = ("--data", corpus / "test.jsonl", "--scenes", 4, "--scenes.tasks", "timeline", "start")
     sources += ("--scenes.seconds", 3.5, 3.5)
     files = ("--json", tmp_path / "new" / "results.json", "--predictions", tmp_path / "predictions.jsonl")
-    result = door(corpus / "model", *sources, "--benchmark", f"mmar={corpus / 'mmar.jsonl'}", *options, *files)
+    result = invoke(corpus / "model", *sources, "--benchmark", f"mmar={corpus / 'mmar.jsonl'}", *options, *files)
     assert result.returncode == 0, result.stderr
 
     scenes = SceneConfig(tasks=("timeline", "start"), seconds=(3.5, 3.5))
@@ -327,7 +327,7 @@ def test_ctrl_c_keeps_what_was_answered(corpus, tmp_path):
 
 
 def test_the_command_names_a_mistake_before_it_loads_the_model(corpus, tmp_path):
-    result = door("no-model", "--data", corpus / "test.jsonl", "--json", corpus / "test.jsonl" / "results.json")
+    result = invoke("no-model", "--data", corpus / "test.jsonl", "--json", corpus / "test.jsonl" / "results.json")
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert "results.json must be a file that can be written" in result.stderr
 

@@ -125,7 +125,7 @@ def test_a_step_costs_what_xla_counts(unrolled, trained: tuple[str, ...]):
     [
         ("*",),
         ("audio_adapter.*", "deepstack_audio_merger_list.*"),  # no gradient goes into the encoder
-        ("language_model.layers.*",),  # as adapters of LoRA: the encoder and what follows it are computed once
+        ("language_model.layers.*",),  # as LoRA adapters: the encoder and what follows it are computed once
         ("lm_head.*",),
     ],
 )
@@ -206,7 +206,7 @@ def test_text_costs_six_flops_a_parameter_and_token(preset: str, language_billio
 
 
 def test_audio_costs_six_flops_a_parameter_and_token():
-    """Of the 4B's encoder layers; the rest is the stem's positions, which share their parameters, and attention."""
+    """FLOPs of the 4B's encoder layers; the rest: attention, and the stem's positions, which share parameters."""
     config = MossAudioConfig.preset("4b")
     shapes = parameters(config)
     flops = step_flops(config, Content(tokens=0, chunks=10, attention_pairs=0), shapes)
@@ -227,7 +227,7 @@ def test_gradients_flow_down_to_what_learns():
 
     assert times("lm_head.*") == dict.fromkeys(FLOP_PARTS, 1.0) | {"head": 2.0}
     assert times("audio_encoder.layers.fc1.bias")["llm_matmuls"] == 2 and times("lm_head.*")["llm_attention"] == 1
-    # An adapter of LoRA on a frozen weight.
+    # A LoRA adapter on a frozen weight.
     adapted = times("language_model.layers.self_attn.q_proj.lora_a")
     assert adapted["llm_matmuls"] == 2 and adapted["llm_attention"] == 3 and adapted["adapter"] == 1
     # The mel has no gradient: the first convolution is counted twice, everything else three times.

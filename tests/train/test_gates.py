@@ -77,7 +77,7 @@ def decoding_allowance(report: dict[str, Any]) -> float:
 
 
 def whole_vocabularies(report: dict[str, Any]) -> list[str]:
-    """What is communicated that is as large as the embedding, and has the vocabulary among its dimensions."""
+    """Communicated arrays as large as the embedding that have the vocabulary among their dimensions."""
     language = MossAudioConfig.preset(report["model"]).language_config
     whole = language.vocab_size * language.hidden_size
     kinds = [*report["collectives"].values(), *report.get("decode_collectives", {}).values()]

@@ -1,4 +1,4 @@
-"""All of training on gs://: data, shards, a run that goes on, evaluation. The service is `fake_gcs`, in memory."""
+"""All of training on gs://: data, shards, a run that resumes, evaluation. The service is `fake_gcs`, in memory."""
 
 import dataclasses
 import json

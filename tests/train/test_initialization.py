@@ -72,14 +72,14 @@ def random_arrays(config: MossAudioConfig, seed: int) -> Arrays:
 
 @pytest.fixture(scope="module")
 def started() -> Arrays:
-    """What SEED makes, on one device."""
+    """Parameters of SEED, on one device."""
     parameters = random_parameters(TINY, abstract_parameters(TINY, jnp.float32), SEED)
     return {path: np.asarray(leaf) for path, leaf in parameters.items()}
 
 
 @pytest.fixture(scope="module")
 def arrays() -> Arrays:
-    """What the directories of `checkpoints` hold, in float32."""
+    """Parameters in the directories of `checkpoints`, in float32."""
     return random_arrays(TINY, seed=1)
 
 
@@ -328,7 +328,7 @@ def test_random_parts_are_not_frozen_unless_asked_for(given: dict, parts: str, n
     for allowed in (False, True):
         source = ModelSource(preset="tiny", tokenizer="learned", allow_random_frozen=allowed, **given)
         config = dataclasses.replace(config, model=source)
-        # Where that is allowed, the run goes on to look for its data.
+        # Where that is allowed, the run then looks for its data.
         message = "there is nothing to train on" if allowed else f"the frozen parameters of {parts} would stay random, "
         with pytest.raises(MossAudioError) as caught:
             train(config, tmp_path / "run")
@@ -345,7 +345,7 @@ def test_what_a_checkpoint_gives_may_be_frozen(tmp_path: Path):
         require_no_random_frozen(RECIPES[recipe], TINY)
     with pytest.raises(MossAudioError, match="lora adapts a checkpoint: name it with --init"):
         require_no_random_frozen(lora, TINY)
-    # A run that was begun before there was the option may go on with it.
+    # A run that was begun before there was the option may resume with it.
     old = dataclasses.replace(stage1, model=ModelSource(preset="tiny"))
     write_or_check_config(old, tmp_path, begun=False)
     write_or_check_config(

@@ -1,4 +1,4 @@
-"""Which links a group of chips has: by the grid, its wraparound links, and where the group stands on it."""
+"""Links of a group of chips: by the grid, its wraparound links, and where the group stands on it."""
 
 from itertools import product
 from types import SimpleNamespace

@@ -35,12 +35,8 @@ from tests.train.training_runs import (
     restored,
     until,
 )
-from train.config import (
-    LoopConfig,
-    MixtureConfig,
-    ModelSource,
-    RunConfig,
-)
+from train.config import LoopConfig, ModelSource, RunConfig
+from train.data.mixture_config import MixtureConfig
 from train.loop import train
 from train.recipes import RECIPES
 from train.running.checkpoints import Checkpoints, _parts
@@ -284,7 +280,7 @@ def test_checkpoints_are_averaged(straight: Path, copy: Path, tmp_path: Path):
         with pytest.raises(MossAudioError, match=message):
             average(straight, tmp_path / "other", **options)
     (copy / "model" / "adapter_config.json").write_text("{}")
-    with pytest.raises(MossAudioError, match="adapter of LoRA, whose factors have no meaningful mean"):
+    with pytest.raises(MossAudioError, match="LoRA adapter, whose factors have no meaningful mean"):
         average(copy, tmp_path / "other", last=2)
     assert not (tmp_path / "other").exists()
 
@@ -453,7 +449,7 @@ def test_a_batch_that_devices_can_t_share_is_refused(config: RunConfig, tmp_path
 
 def test_another_configuration_is_refused(config: RunConfig, tmp_path: Path):
     write_or_check_config(config, tmp_path, begun=False)
-    write_or_check_config(until(config, 50, workers=2), tmp_path, begun=True)  # goes on further
+    write_or_check_config(until(config, 50, workers=2), tmp_path, begun=True)  # continues beyond its end
     changed = dataclasses.replace(config, seed=1, optimizer=dataclasses.replace(config.optimizer, learning_rate=2e-3))
     with pytest.raises(MossAudioError, match=r"optimizer.learning_rate is 0.002 and was 0.001; seed is 1 and was 0"):
         write_or_check_config(changed, tmp_path, begun=True)

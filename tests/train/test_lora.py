@@ -38,18 +38,10 @@ from moss_audio_jax.weights.orbax import stored_shapes
 from moss_audio_jax.weights.parameters import abstract_parameters, build_model, parameters_of
 from tests.conftest import SMALL_MODEL, question, question_parts
 from train.batch import batch_sharding, split_microbatches
-from train.config import (
-    LoopConfig,
-    MixtureConfig,
-    ModelSource,
-    OptimizerConfig,
-    RunConfig,
-    SceneGroupConfig,
-    StepConfig,
-    ValidationConfig,
-)
+from train.config import LoopConfig, ModelSource, OptimizerConfig, RunConfig, StepConfig, ValidationConfig
 from train.data import DataConfig
 from train.data.config import SceneConfig
+from train.data.mixture_config import MixtureConfig, SceneGroupConfig
 from train.data.packing import TrainingBatch
 from train.initialization import first_parameters, frozen_dtypes
 from train.loop import train

@@ -183,7 +183,7 @@ def test_aas_reports_what_is_missing_and_surplus():
 
 
 def test_aas_aligns_equal_labels_by_their_times():
-    """Of three tones the second is left out: whichever is dropped makes the edit no longer, but the times differ."""
+    """The second of three tones is left out: whichever is dropped makes the edit no longer, but the times differ."""
     reference = [(1.0, "tone", 1.5), (3.0, "tone", 3.5), (6.0, "tone", 6.5)]
     score = aas([reference[0], reference[2]], reference)
     assert score == TimestampScore(0.0, matched_slots=4, missing_slots=2, surplus_slots=0)
@@ -295,7 +295,7 @@ def test_errors_of_seconds():
     assert score_seconds([], []).share_within is None
 
 
-def test_matches_are_normalised():
+def test_matches_are_normalized():
     assert score_matches(["Tone, hum!", "tone", "first"], ["tone, hum", "hum", "First."]) == MatchScore(2, 3)
     assert score_matches(["a tone"], ["tone"]).accuracy == 0.0
     assert score_matches([], []).accuracy is None

@@ -9,9 +9,10 @@ import pytest
 
 from moss_audio_jax.errors import MossAudioError
 from train.__main__ import main
-from train.config import GroupConfig, MixtureConfig, RunConfig, with_named_groups
+from train.config import RunConfig
 from train.data.config import AugmentConfig
 from train.data.mixture import ExampleOrder, source_weights
+from train.data.mixture_config import GroupConfig, MixtureConfig
 from train.data.objectives import OBJECTIVES
 from train.recipes import RECIPES
 from train.running.resume import write_or_check_config
@@ -19,7 +20,7 @@ from train.running.resume import write_or_check_config
 
 @pytest.fixture
 def manifests(tmp_path: Path) -> tuple[str, str]:
-    """Of four and of sixteen texts."""
+    """Manifests of four and of sixteen texts."""
     paths = tmp_path / "four.jsonl", tmp_path / "sixteen.jsonl"
     for path, count in zip(paths, (4, 16), strict=True):
         path.write_text("\n".join(json.dumps({"text": f"text {number}"}) for number in range(count)))
@@ -135,8 +136,12 @@ def test_misspelt_options_are_refused(
 
 
 def test_new_names_alone_make_groups():
-    config = with_named_groups(
-        RECIPES["pretrain_stage2"],
-        ["--mixture.speech.paths", "--mixture.easy-scenes.share", "--mixture.a.paths=b", "--out", "mixture.c.paths"],
-    )
+    arguments = [
+        "--mixture.speech.paths",
+        "--mixture.easy-scenes.share",
+        "--mixture.a.paths=b",
+        "--out",
+        "mixture.c.paths",
+    ]
+    config = RECIPES["pretrain_stage2"].with_named_groups(arguments)
     assert set(config.mixture.named) == {"a"}

@@ -1,4 +1,4 @@
-"""Which option an answer names: phrasings of models, and what must not be taken for one."""
+"""Options that answers name: phrasings of models, and texts that name none."""
 
 import pytest
 from hypothesis import given

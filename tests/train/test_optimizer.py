@@ -1,4 +1,4 @@
-"""Which parameters move, how far, and in which steps of the schedule."""
+"""Updates: the parameters that move, how far, and in which steps of the schedule."""
 
 import jax
 import jax.numpy as jnp

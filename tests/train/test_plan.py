@@ -60,7 +60,7 @@ def test_a_training_step(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
 def test_gradients_are_summed_in_the_type_that_is_asked_for(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    """Of kernels: scalars and vectors are summed in either type, and some all-reduces of vectors are gathers."""
+    """Kernels only: scalars and vectors are summed in either type, and some all-reduces of vectors are gathers."""
 
     def summed(*options: str) -> set[str]:
         report = json.loads(run(["--topology", "v5e:2x2", *SIZES, *options, "--json", "-"], monkeypatch, capsys))

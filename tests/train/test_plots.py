@@ -1,4 +1,4 @@
-"""What is drawn where: bars at their times, equal labels in equal colours, nothing hidden."""
+"""Pictures: bars at their times, equal labels in equal colours, nothing hidden."""
 
 import sys
 

@@ -11,7 +11,7 @@ import soundfile
 from train.data.shards import Shards
 
 
-def door(*arguments: object) -> subprocess.CompletedProcess:
+def invoke(*arguments: object) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "train", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
@@ -28,12 +28,12 @@ def manifest(tmp_path):
 
 
 def test_shards_written_one_by_one_hold_everything(manifest, tmp_path):
-    assert "5 examples" in door("check", manifest).stdout
+    assert "5 examples" in invoke("check", manifest).stdout
     for number in range(2):
-        result = door("prepare", manifest, tmp_path / "shards", "--shard", f"{number}/2")
+        result = invoke("prepare", manifest, tmp_path / "shards", "--shard", f"{number}/2")
         assert result.returncode == 0, result.stderr
     assert len(Shards(tmp_path / "shards")) == 5
-    again = door("prepare", manifest, tmp_path / "shards", "--shards", 2)
+    again = invoke("prepare", manifest, tmp_path / "shards", "--shards", 2)
     assert again.returncode == 0 and again.stdout.count("already there") == 2
 
 
@@ -47,6 +47,6 @@ def test_shards_written_one_by_one_hold_everything(manifest, tmp_path):
     ],
 )
 def test_mistakes_are_one_sentence(manifest, tmp_path, options, message):
-    result = door("prepare", manifest, tmp_path / "shards", *options)
+    result = invoke("prepare", manifest, tmp_path / "shards", *options)
     assert result.returncode == 2 and message in result.stderr and result.stderr.count("\n") == 1
     assert not (tmp_path / "shards").exists()

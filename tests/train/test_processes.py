@@ -69,7 +69,7 @@ class Run:
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Iterator[Callable[..., Run]]:
-    """Starts `count` processes of a run of so many steps, each with one device."""
+    """Starts `count` processes of a run, each with one device."""
     cache = {
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -125,8 +125,8 @@ def alone(start: Callable[..., Run], evaluated: dict, tmp_path_factory: pytest.T
 
 
 def assert_same_curve(found: Path, expected: Path) -> None:
-    """Of the steps of `alone`. Not bit for bit: the sum over sequences is in another order, and Adam magnifies what is
-    left of it."""
+    """Compares with the steps of `alone`. Not bit for bit: the sum over sequences is in another order, and Adam
+    magnifies the difference."""
     of_all_hosts = ("examples", "read", "audio_hours", "epoch", "token_fill", "tokens/speech", "model_flops")
     exact = dict.fromkeys(("tokens", *of_all_hosts), 1e-6)
     for name, tolerance in ({"loss": 2e-5, "grad_norm": 2e-3} | exact).items():
@@ -301,7 +301,7 @@ def test_a_process_that_does_not_come_is_named(start: Callable[..., Run], tmp_pa
 
 
 def met(places: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch, seconds: float = 20) -> list[str]:
-    """What each of some processes, given as its number and how many it expects, is told; here they are threads."""
+    """Messages to processes, given as (number, expected count); here they are threads."""
     monkeypatch.setattr("train.running.rendezvous.os.getpid", threading.get_ident)
     address = f"localhost:{free_port()}"
 

@@ -1,4 +1,4 @@
-"""What is asked about examples, scenes and benchmarks, and what an answer is held against."""
+"""Questions about examples, scenes and benchmarks, and their reference answers."""
 
 import json
 from pathlib import Path
@@ -49,7 +49,7 @@ def manifest(tmp_path: Path) -> Path:
 
 
 def seen(item: Question) -> tuple:
-    """What an item is, without the decoded audio."""
+    """Fields of an item, without the decoded audio."""
     turns = [(turn.role, [p if isinstance(p, str) else "clip" for p in turn.content]) for turn in item.turns]
     waves = [clip.wave().tobytes() for clip in item.clips]
     return item.source, item.task, turns, waves, item.reference, item.measure, item.labels, item.groups
@@ -107,7 +107,7 @@ PERFECT |= {"aas_ms": 0.0, "missing_slots": 0, "surplus_slots": 0, "unreadable":
 
 
 def test_the_references_themselves_score_perfectly(tmp_path: Path):
-    """Of every measure, objective and task of scenes, with thoughts and without."""
+    """Every measure, objective and task of scenes, with thoughts and without."""
     soundfile.write(tmp_path / "a.wav", np.full(32000, 0.1), 16000)
     times = {"words": WORDS, "segments": LABELLED["segments"]}
     labelled = {"audio": "a.wav", "text": "<think>Hm.</think>Hello there.", "caption": "<think>So.</think>A greeting."}

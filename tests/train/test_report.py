@@ -1,4 +1,4 @@
-"""What a run writes and prints, read back: files, event files, Weights & Biases, progress, profiles."""
+"""Outputs of a run, read back: files, event files, Weights & Biases, progress, profiles."""
 
 import json
 import os
@@ -81,7 +81,7 @@ def events(out: Path) -> list[Event]:
 
 
 def scalars(out: Path, tag: str) -> dict[int, float]:
-    """What TensorBoard shows: a restart takes away what was from its step on; then no step may be there twice."""
+    """Values that TensorBoard shows: a restart drops the values from its step on; then no step may be there twice."""
     shown: dict[int, float] = {}
     for event in events(out):
         if event.session_log.status == SessionLog.START:
@@ -269,7 +269,7 @@ def test_a_figure_that_is_none_is_named(tmp_path: Path, content: bytes | None, m
 
 
 def test_other_processes_are_silent(tmp_path: Path, clock, monkeypatch: pytest.MonkeyPatch, capsys):
-    """But they give up at the same step as the first one, lest it wait for them."""
+    """But they give up at the same step as the first one, so that it need not wait for them."""
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     with RunReport(tmp_path / "out", start=0, wandb="project", **OPTIONS) as report:
         report.add_samples(0, [ShownSample("clip", "", "", "")])
@@ -329,7 +329,7 @@ def traced(out: Path) -> list[Path]:
 
 
 def test_a_profile(tmp_path: Path):
-    """Of steps 2 and 3 of 4; or of as many as there are."""
+    """A trace of steps 2 and 3 of 4, or of as many as there are."""
     step = jax.jit(lambda x: x + 1)
     x = jnp.zeros(())
     with Profile(tmp_path / "whole", 2, 2) as profile:

@@ -1,4 +1,4 @@
-"""What may change when a run resumes, what it records, and where it resumes."""
+"""Changes when a run resumes, their record, and the step where it resumes."""
 
 import dataclasses
 import json
@@ -162,7 +162,7 @@ def test_short_options_are_compared_with_the_run_they_resume():
 
 
 def parsed(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> tuple[RunConfig, ResumeConfig]:
-    """What a command line trains."""
+    """Configuration that a command line trains."""
     taken = []
     monkeypatch.setattr(command_line, "_train", lambda *trained: taken.append((trained[0], trained[2])))
     tyro.cli(command_line.run_command(arguments), args=arguments)

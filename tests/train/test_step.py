@@ -60,7 +60,7 @@ def start(parameters, **options) -> TrainState:
 
 
 def changed(state: TrainState, **changes) -> TrainState:
-    """A state with other scalars, in the place of the old ones lest the step be compiled anew."""
+    """A state with other scalars, on the device of the old ones, so that the step is not compiled again."""
     return jax.device_put(dataclasses.replace(state, **changes), jax.devices()[0])
 
 
@@ -147,7 +147,7 @@ def test_what_is_heard_is_learned_beside_the_answers(parameters, graphdef, one_s
 def test_layers_that_are_not_trained_run_in_one_loop(
     parameters, graphdef, one_step, trained: str, frozen: bool, monkeypatch: pytest.MonkeyPatch
 ):
-    """Where two would copy their weights; the gradients are the same."""
+    """One scan where two would copy their weights; the gradients are the same."""
     found, run_layers = [], LanguageModel.run_layers
 
     def watched(model, *arguments, **options):
@@ -181,7 +181,7 @@ def test_a_mesh_gives_the_loss_and_gradients_of_one_device(layout, parameters, g
         first = train_step(graphdef, EXACT, EVERYTHING, state, batch)
         same_step(host(first), one_step, 1e-5)
         second, _ = train_step(graphdef, EXACT, EVERYTHING, first[0], batch)
-    # The state lies as it was given: else the next step would be compiled anew, or a restore would move it.
+    # The state lies as it was given: else the next step would be compiled again, or a restore would move it.
     for leaf, wanted in zip(jax.tree.leaves(second), jax.tree.leaves(target), strict=True):
         assert (leaf.shape, leaf.dtype) == (wanted.shape, wanted.dtype)
         assert leaf.sharding.is_equivalent_to(wanted.sharding, leaf.ndim)
@@ -212,7 +212,7 @@ def test_random_parameters_are_the_same_on_every_mesh(parameters):
 
 
 def test_stage_one_as_it_is_trained(parameters, graphdef):
-    """bfloat16, rematerialised, with dropout, most of the model frozen."""
+    """bfloat16, rematerialized, with dropout, most of the model frozen."""
     batch, start = make_batch(), host(new_state(parameters, SMALL_MODEL, STAGE_ONE))
     state, metrics = host(
         train_step(graphdef, AS_TRAINED, STAGE_ONE, new_state(parameters, SMALL_MODEL, STAGE_ONE), batch)
@@ -235,7 +235,7 @@ def test_stage_one_as_it_is_trained(parameters, graphdef):
 
 @pytest.mark.parametrize(("freeze", "losses"), [((), 3), (STAGE_ONE.freeze, 1)], ids=["trained", "frozen"])
 def test_the_encoder_s_dropout(freeze, losses: int, parameters, graphdef):
-    """Drawn anew in every step and for every seed, the same again for the same ones; none where it is not trained."""
+    """Drawn again in every step and for every seed, the same again for the same ones; none where it is not trained."""
     optimizer, batch = dataclasses.replace(EVERYTHING, freeze=freeze), make_batch()
 
     def loss(seed: int = 0, step: int = 0) -> float:
@@ -299,7 +299,7 @@ def test_a_spike_of_loss_or_gradient_norm_is_skipped(spiking, parameters, graphd
     value = metrics["loss"] if spiking == "recent_loss" else metrics["grad_norm"]
 
     def skipped(sigmas: float) -> int:
-        """Whether the step is skipped where its value lies so many deviations above the mean."""
+        """Returns 1 if a step is skipped whose value is `sigmas` standard deviations above the mean."""
         recent = RecentValues(jnp.int32(64), jnp.float32(value * 0.5), jnp.float32((value * 0.5 / sigmas) ** 2))
         state = changed(start(parameters), **{spiking: recent})
         state, metrics = train_step(graphdef, EXACT, EVERYTHING, state, make_batch())
@@ -344,7 +344,7 @@ QUIET = np.random.default_rng(0).normal(0.1, 0.002, 100).astype(np.float32)
 
 
 def judged(losses, phases=None, **changes) -> list[bool]:
-    """Which of these losses' steps are accepted, one after the other; the gradient norm stays as it is."""
+    """Returns True for each accepted step, given the losses of the steps in order; the gradient norm is constant."""
     config = StepConfig(**changes)
     watched = {"phase": jnp.int32(0), "spikes_in_a_row": jnp.int32(0)}
     watched |= dict.fromkeys(("recent_loss", "recent_norm"), RecentValues.empty())

@@ -36,7 +36,7 @@ def test_the_best_is_kept_and_a_run_ends_that_gets_no_better(
     corpus: Path,
     tmp_path: Path,
 ):
-    """It ends after step 5, and is told to go on further than its patience lasts. Nothing else is changed by it.
+    """It ends after step 5, and is continued beyond its patience. Nothing else is changed by it.
 
     No word is right at steps 2, 4 and 6, so the first of these is the best, and at 6 two in a row were not better. The
     evaluation of step 5, which was the last then, counts no more.
@@ -252,7 +252,7 @@ def test_the_loss_is_of_all_tokens_and_the_same_on_a_mesh(
 
 
 def by_hand(model: MossAudio, sample: Sample) -> tuple[float, int, int]:
-    """Of the tokens to learn: the sum of their losses, how many are the likeliest ones, how many there are."""
+    """Sum of the losses of the supervised tokens, number of those that are the most likely, number of all."""
     length = sample.num_tokens
     logits = np.asarray(model(sample.inputs)[0], np.float64)[: length - 1]
     targets, learned = np.asarray(sample.inputs.tokens)[0, 1:length], sample.loss_mask[1:]

@@ -15,7 +15,8 @@ scenes             synthetic sound scenes with questions, by seed and index
 scene_synthesis    waves of scenes
 scene_tasks        questions about scenes
 scene_files        scenes written as a manifest and WAV files
-config             options of all of these
+config             options of packing, augmentation and scenes
+mixture_config     options of the mixture: groups and their shares
 
 Names are imported on first use (PEP 562), as `config` must not import what reads data.
 """

@@ -4,9 +4,9 @@ Speed is changed by resampling, as in Kaldi: pitch and timbre change with it, an
 answers are made from them. The text of a conversation may contain times, so its audio keeps its speed.
 
 Masks are those of SpecAugment (Park et al., 2019) without time warping: blocks of mel bins and of frames, with a width
-drawn from 0 to a maximum, are set to the mean of the clip. This is the zero of the normalised features in the paper and
-in NeMo (`mask_value=0.0` after per-feature normalisation). Whisper in transformers sets its log-mel, which is not
-normalised, to 0, which is not the mean.
+drawn from 0 to a maximum, are set to the mean of the clip. This is the zero of the normalized features in the paper and
+in NeMo (`mask_value=0.0` after per-feature normalization). Whisper in transformers sets its log-mel, which is not
+normalized, to 0, which is not the mean.
 
 The augmentation of an example depends on its place in the order alone. It has its own random generator: questions do
 not depend on whether augmentation is on.

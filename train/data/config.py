@@ -41,7 +41,7 @@ class DataConfig:
     """Sequences that each row of the batch fills at the same time. More bins leave less padding and read more examples
     ahead: this number of batches. docs/training.md has measured fill rates."""
     strategy: Strategy = "best_fit"
-    """Which open sequence takes an example: best_fit the fullest one with room, first_fit the oldest one."""
+    """Open sequence that takes an example: best_fit: the fullest one with room; first_fit: the oldest one."""
     grow: tuple[str, ...] = ()
     """STEP=FACTOR: after this step a batch has FACTOR times as many sequences, in as many more microbatches. Give
     several in the order of their steps."""

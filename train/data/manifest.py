@@ -42,9 +42,9 @@ import numpy as np
 
 from moss_audio_jax.audio import SAMPLE_RATE, load_audio, num_samples
 from moss_audio_jax.errors import MossAudioError
+from moss_audio_jax.prompts import AUDIO_SPAN, ROLES
 from moss_audio_jax.storage.paths import AnyPath, Path, is_remote, join, local_copy, read_lines, reason, to_path
 from moss_audio_jax.storage.retries import retried
-from moss_audio_jax.tokens import AUDIO_SPAN, ROLES
 
 THOUGHT_BEGIN, THOUGHT_END = "<think>", "</think>"  # begin and end of a Thinking model's thought
 AUDIO_MARKS = ("<|audio_bos|>", "<|AUDIO|>", "<|audio_eos|>")

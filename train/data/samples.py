@@ -25,8 +25,9 @@ from moss_audio_jax.audio import mel_frames, model_mel, num_audio_tokens
 from moss_audio_jax.config import DOWNSAMPLE_RATE, MossAudioConfig
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.inputs import ModelInputs, encode_sequence
+from moss_audio_jax.prompts import Turn, build_conversation
 from moss_audio_jax.storage.paths import is_remote
-from moss_audio_jax.tokens import Tokenizer, Turn, build_conversation
+from moss_audio_jax.tokenizer import Tokenizer
 from train.data.augment import Augmentation, VariedClip, in_own_time
 from train.data.budget import Budget, Extent, TooLong, split_text
 from train.data.config import Answers, AugmentConfig, Thoughts

@@ -70,7 +70,9 @@ _LOWEST_NOISE_HZ = 20.0
 def _colored_noise(samples: int, slope: float, rng: np.random.Generator) -> np.ndarray:
     """Noise float32 [samples] with amplitude proportional to frequency ** slope and a root mean square of 1."""
     if slope:
-        period = scipy.fft.next_fast_len(samples, real=True)  # a large prime factor takes ten times longer
+        period = int(
+            np.asarray(scipy.fft.next_fast_len(samples, real=True))
+        )  # a large prime factor is ten times slower
         spectrum = rng.standard_normal((period // 2 + 1, 2), np.float32).view(np.complex64)[:, 0]
         noise = np.asarray(scipy.fft.irfft(spectrum * _spectral_shape(period, slope), period))[:samples]
     else:

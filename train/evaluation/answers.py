@@ -20,8 +20,8 @@ from moss_audio_jax.generation import generate
 from moss_audio_jax.inputs import ModelInputs, make_inputs, padded
 from moss_audio_jax.model import MossAudio
 from moss_audio_jax.processor import Processor
+from moss_audio_jax.prompts import build_conversation
 from moss_audio_jax.sharding import mesh_of, num_parts, partition_spec
-from moss_audio_jax.tokens import build_conversation
 from train.data.host_shares import share_of_batch
 from train.data.manifest import Clip
 from train.data.samples import FRAMES_PER_SECOND, TOKENS_PER_SECOND, turns_and_mels

@@ -1,4 +1,4 @@
-"""Collectives of a compiled program, read from the text of its optimised HLO.
+"""Collectives of a compiled program, read from the text of its optimized HLO.
 
 A collective in a loop counts once per iteration (XLA's own cost analysis counts the body once). On TPU an all-gather
 may be compiled to an all-reduce over zeros; it is reported as an all-reduce. Between slices there is no collective in

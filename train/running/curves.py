@@ -1,4 +1,4 @@
-"""Plots of the metrics of training runs, from the files that `report` writes."""
+"""Plots of the metrics of training runs, from the files that `record_files` writes."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence

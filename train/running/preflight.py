@@ -17,7 +17,7 @@ from moss_audio_jax.audio import RELEASED_MEL, SAMPLE_RATE
 from moss_audio_jax.config import MossAudioConfig
 from moss_audio_jax.errors import MossAudioError, StorageError
 from moss_audio_jax.storage.paths import AnyPath, is_remote, local_copy, to_path
-from moss_audio_jax.tokens import Tokenizer
+from moss_audio_jax.tokenizer import Tokenizer
 from moss_audio_jax.weights.locate import locate
 from train.config import LEARNED, RunConfig
 from train.data.augment import Augmentation

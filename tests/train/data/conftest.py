@@ -9,7 +9,7 @@ import soundfile
 
 from moss_audio_jax.config import MossAudioConfig
 from moss_audio_jax.small_tokenizer import write_small_tokenizer
-from moss_audio_jax.tokens import Tokenizer
+from moss_audio_jax.tokenizer import Tokenizer
 from train.data.manifest import Manifest
 from train.data.mixture import ExampleOrder, Group, Source
 from train.data.samples import SampleMaker

@@ -1,4 +1,4 @@
-"""What augmentation does to waves, mels and times; that it is the same each time, and nothing where it is off."""
+"""Effects of augmentation on waves, mels and times; that it is the same each time, and nothing where it is off."""
 
 import dataclasses
 import json
@@ -15,7 +15,7 @@ import soundfile
 from moss_audio_jax.audio import log_mel, resample, resampled_length
 from moss_audio_jax.config import MossAudioConfig
 from moss_audio_jax.errors import MossAudioError
-from moss_audio_jax.tokens import Tokenizer
+from moss_audio_jax.tokenizer import Tokenizer
 from train.data.augment import Augmentation, VariedClip, masked
 from train.data.budget import Budget, TooLong
 from train.data.config import AugmentConfig, DataConfig

@@ -1,4 +1,4 @@
-"""Where a long text is cut. Its ids are its bytes here."""
+"""Cuts of a long text. Its ids are its bytes here."""
 
 import pytest
 

@@ -107,7 +107,7 @@ def test_bins_that_became_too_full_are_refused():
 
 
 def sample(seed: int, clips: list[int], learned: int) -> Sample:
-    """A sequence of random ids and clips of so many frames, of which the last ids are learned."""
+    """A sequence of random ids and of clips with these numbers of frames; its last ids are learned."""
     rng = np.random.default_rng(seed)
     ids = rng.integers(0, 500, 4).tolist()
     for frames in clips:

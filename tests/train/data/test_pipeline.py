@@ -20,7 +20,7 @@ import pytest
 from moss_audio_jax.config import MossAudioConfig
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.small_tokenizer import write_small_tokenizer
-from moss_audio_jax.tokens import Tokenizer
+from moss_audio_jax.tokenizer import Tokenizer
 from tests.train.data.conftest import write_lines
 from train.data.config import DataConfig
 from train.data.lanes import Interrupted

@@ -11,7 +11,7 @@ from moss_audio_jax.audio import load_audio
 from moss_audio_jax.config import EncoderConfig, MossAudioConfig
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.processor import Processor
-from moss_audio_jax.tokens import Tokenizer
+from moss_audio_jax.tokenizer import Tokenizer
 from train.config import with_paths
 from train.data.budget import Budget, TooLong
 from train.data.manifest import Clip, Example, Message, TimedText
@@ -73,7 +73,7 @@ def test_truncated_keeps_audio_and_something_to_learn(corpus: Path, maker: Sampl
 
 
 def test_a_truncated_conversation_has_whole_clips_and_their_chunks_alone(corpus: Path, maker: SampleMaker):
-    """What is left is the sample of the first turns: a later clip goes with its tokens, its chunks and its seconds."""
+    """The rest is the sample of the first turns: a later clip goes with its tokens, its chunks and its seconds."""
     long, short = Clip(str(corpus / "long.wav"), name="long"), Clip(str(corpus / "1.wav"), name="short")
     first, both = conversation(short), (*conversation(short), *conversation(long, answer="Two."))
     alone, whole = maker.sample("line 1", first), maker.sample("line 1", both)

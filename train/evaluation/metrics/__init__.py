@@ -1,6 +1,6 @@
 """Scores of answers against references, of a whole test set.
 
-text               normalisation, edit distance, alignment; WER and CER
+text               normalization, edit distance, alignment; WER and CER
 timelines          parsing of `[0.0]tone[1.5]`; accumulated average shift (AAS) of timestamps
 events             F1, onset and offset errors of sound events
 values             a time in seconds; a label or short reply

@@ -1,4 +1,4 @@
-"""Text: final answers, normalisation, edit distance, alignment; WER and CER.
+"""Text: final answers, normalization, edit distance, alignment; WER and CER.
 
 NumPy only. A row of the edit-distance table is a few vector operations: 10,000 x 10,000 characters take a fraction of
 a second.
@@ -46,7 +46,7 @@ _PUNCTUATION = _Punctuation()
 
 
 def normalize_text(text: str) -> str:
-    """Normalises text, to compare words, characters and event labels.
+    """Normalizes text, to compare words, characters and event labels.
 
     NFKC; lower case (Unicode case folding); an apostrophe inside a word is removed (don't = dont); all other
     punctuation and symbols become spaces (well-known = well known); runs of white space become one space. Numbers
@@ -57,12 +57,12 @@ def normalize_text(text: str) -> str:
 
 
 def split_words(text: str) -> list[str]:
-    """Splits into normalised words; each Han, kana or bopomofo character is a word ("mixed error rate")."""
+    """Splits into normalized words; each Han, kana or bopomofo character is a word ("mixed error rate")."""
     return _UNSPACED.sub(r" \1 ", normalize_text(text)).split()
 
 
 def split_characters(text: str) -> list[str]:
-    """Splits into normalised characters without white space."""
+    """Splits into normalized characters without white space."""
     return list(normalize_text(text).replace(" ", ""))
 
 

@@ -1,0 +1,163 @@
+"""Options of the mixture of training data: groups of data sets and of sound scenes, and their shares.
+
+Imports nothing heavy: `--help` needs these classes.
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from moss_audio_jax.errors import MossAudioError
+from train.data.config import SceneConfig
+
+if TYPE_CHECKING:
+    from train.data.mixture import Group
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupConfig:
+    """A group of data sets that share a purpose."""
+
+    share: float = 0.0
+    """Share of all examples, relative to the other groups that have paths."""
+    objectives: tuple[str, ...] = ()
+    """Objectives to draw from, of those that an example has labels for (`train/data/objectives.py` lists them). A name
+    may have a weight, as in `transcribe=2`; the default weight is 1. If none is named, all have weight 1."""
+    paths: tuple[str, ...] = ()
+    """Manifests and shard directories."""
+    weights: tuple[float, ...] = ()
+    """Weights by which the paths are drawn. Default: the square root of the number of examples."""
+    begin: int = 0
+    """First example of the run at which the group takes part."""
+    end: int | None = None
+    """Example of the run at which the group ends. Default: never."""
+
+    def group(self, name: str, seed: int) -> "Group | None":
+        """Opens the group; returns None if it has no paths."""
+        from train.data.mixture import Group, Source
+        from train.data.shards import open_examples
+
+        if not self.paths:
+            return None
+        if self.weights and len(self.weights) != len(self.paths):
+            raise MossAudioError(
+                f"--mixture.{name}.weights must be one for each of its {len(self.paths)} paths, not {len(self.weights)}"
+            )
+        shares, weights = self.shares(name), self.weights or (None,) * len(self.paths)
+        # Groups of new names may have different objectives for one data set.
+        prefix = "" if name in _OWN_GROUPS else f"{name}: "
+        sources = tuple(
+            Source(prefix + path, open_examples(path), shares, weight)
+            for path, weight in zip(self.paths, weights, strict=True)
+        )
+        return Group(name, self.share, sources, self.begin, self.end)
+
+    def shares(self, name: str) -> dict[str, float]:
+        """Returns the weight of each objective. Raises MossAudioError that names the option of the group `name`."""
+        from train.data.objectives import OBJECTIVES, check_shares
+
+        objectives, shares = f"--mixture.{name}.objectives", {}
+        for entry in self.objectives:
+            objective, equals, weight = entry.partition("=")
+            if objective in shares:
+                raise MossAudioError(f"{objectives} names {objective} twice: give it once, with one weight")
+            try:
+                shares[objective] = float(weight) if equals else 1.0
+            except ValueError as error:
+                raise MossAudioError(
+                    f"{objectives} must be names, or names with weights such as transcribe=2, not {entry!r}"
+                ) from error
+        try:
+            check_shares(shares or dict.fromkeys(OBJECTIVES, 1.0))
+        except MossAudioError as error:
+            raise MossAudioError(f"{objectives}: {error}") from error
+        return shares or dict.fromkeys(OBJECTIVES, 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class SceneGroupConfig:
+    """A group of sound scenes, made while training."""
+
+    share: float = 0.0
+    """Share of all examples, relative to the other groups. 0: no scenes."""
+    scenes: SceneConfig = dataclasses.field(default_factory=SceneConfig)
+    begin: int = 0
+    """First example of the run at which the group takes part."""
+    end: int | None = None
+    """Example of the run at which the group ends. Default: never. A curriculum ends its easier scenes here."""
+
+    def group(self, name: str, seed: int) -> "Group | None":
+        """Opens the group; returns None if its share is 0."""
+        from train.data.mixture import Group, Source
+        from train.data.scenes import SceneExamples
+
+        if not self.share:
+            return None
+        source = Source(name, SceneExamples(self.scenes, seed), {"conversation": 1.0})
+        return Group(name, self.share, (source,), self.begin, self.end)
+
+
+@dataclasses.dataclass(frozen=True)
+class MixtureConfig:
+    """Mixture of training data: MOSS-Audio's published groups, sound scenes, and groups of any other name."""
+
+    speech: GroupConfig = GroupConfig(0.3, ("transcribe", "transcribe_words", "transcribe_sentences"))
+    """Speech with transcripts."""
+    captions: GroupConfig = GroupConfig(0.4, ("caption", "events", "time_qa", "conversation"))
+    """Audio with captions, events or conversations."""
+    text: GroupConfig = GroupConfig(0.3, ("plain_text",))
+    """Plain text."""
+    conversations: GroupConfig = GroupConfig(1.0, ("conversation", "labels"))
+    """Fine-tuning data; `--data` is short for its paths. Labels of a clip without a conversation become questions."""
+    scenes: SceneGroupConfig = SceneGroupConfig()
+    """Sound scenes."""
+    easy_scenes: SceneGroupConfig = SceneGroupConfig()
+    """Sound scenes of a curriculum's beginning."""
+    full_scenes: SceneGroupConfig = SceneGroupConfig()
+    """Sound scenes of the greatest length, which random lengths seldom reach."""
+    named: Annotated[dict[str, GroupConfig], tyro.conf.arg(name="")] = dataclasses.field(default_factory=dict)
+    """Groups of other names, each with the options of `speech` (`with_named_groups`)."""
+
+    def manifest_groups(self) -> dict[str, GroupConfig]:
+        """Returns the groups of data sets by name."""
+        return {name: group for name, group in self._by_name().items() if isinstance(group, GroupConfig)}
+
+    def groups(self, seed: int) -> "list[Group]":
+        """Opens the groups that have data. seed: seed of the scenes."""
+        for name, group in self.named.items():
+            _require_complete(name, group)
+        opened = [group.group(name, seed) for name, group in self._by_name().items()]
+        used = [group for group in opened if group is not None]
+        if not used:
+            options = ", ".join(f"--mixture.{name}.paths" for name in self.manifest_groups())
+            raise MossAudioError(f"there is nothing to train on: give one of {options}, or --mixture.scenes.share")
+        return used
+
+    def with_named_groups(self, arguments: Iterable[str]) -> "MixtureConfig":
+        """Adds an empty group for each new name in arguments such as `--mixture.NAME.paths`."""
+        found = (match[1].replace("-", "_") for match in map(_GROUP_OPTION.match, arguments) if match)
+        named = {name: GroupConfig() for name in found if name not in (*_OWN_GROUPS, "named")}
+        return dataclasses.replace(self, named=named | self.named)
+
+    def _by_name(self) -> dict[str, "GroupConfig | SceneGroupConfig"]:
+        """Returns all groups. Named ones are sorted: the order of examples must not depend on that of the options."""
+        return {name: getattr(self, name) for name in _OWN_GROUPS} | dict(sorted(self.named.items()))
+
+
+_OWN_GROUPS = tuple(field.name for field in dataclasses.fields(MixtureConfig) if field.name != "named")
+_GROUP_OPTION = re.compile(r"--mixture\.([^.=]+)\.")
+
+
+def _require_complete(name: str, group: GroupConfig) -> None:
+    """Raises MossAudioError for a named group with a bad name, or without paths or a share, which have no default."""
+    if not re.fullmatch("[a-z0-9_]+", name):
+        raise MossAudioError(f"--mixture.{name} must be named with a-z, 0-9 and _, as its metrics are: rename it")
+    missing = [option for option in ("paths", "share") if not getattr(group, option)]
+    if missing:
+        raise MossAudioError(
+            f"--mixture.{name} is a new group without --mixture.{name}.{missing[0]}: give it, or name one of "
+            f"{', '.join(_OWN_GROUPS)}"
+        )
