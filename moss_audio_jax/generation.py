@@ -30,51 +30,62 @@ from moss_audio_jax.weights.finite import first_nonfinite
 
 GREEDY = Sampling()
 MIN_NEW_TOKENS = 16  # the smallest bucket of an answer's length
-_MIN_EOS_IDS = 8  # the smallest bucket of their number
+MIN_EOS_IDS = 8  # the smallest bucket of their number
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Drawing:
-    """Arrays that tokens are drawn by. eos_ids: padded with -1. fill: the token after an answer's end."""
+    """Arrays that tokens are drawn by; a leading axis of 1 serves all rows.
+
+    seeds: high and low 32 bits. eos_ids: an answer stops after any of them; padded with -1.
+    limits: tokens of an answer at most. fill: the token after an answer's end.
+    """
 
     sampling: SamplingArrays
     seeds: UInt32[Any, "b 2"]
-    eos_ids: Int[Any, " n"]
-    fill: Int[Any, ""]
+    eos_ids: Int[Any, "b n"]
+    limits: Int[Any, " b"]
+    fill: Int[Any, " b"]
 
 
 def make_drawing(
     batch: int,
     sampling: Sampling,
     eos_ids: Sequence[int],
+    limit: int,
     seed: int = 0,
     seeds: Sequence[int] | None = None,
 ) -> Drawing:
-    """Makes NumPy arrays whose shapes come from a few buckets."""
-    padding = bucket(len(eos_ids), _MIN_EOS_IDS) - len(eos_ids)
+    """Makes NumPy arrays for rows that differ by their seeds alone; their shapes come from a few buckets."""
     return Drawing(
         SamplingArrays.of(sampling),
         row_seeds(batch, seed, seeds),
-        np.array([*eos_ids, *[-1] * padding], np.int32),
-        np.int32(eos_ids[0] if eos_ids else 0),
+        padded_eos(eos_ids, bucket(len(eos_ids), MIN_EOS_IDS))[None],
+        np.array([limit], np.int32),
+        np.array([eos_ids[0] if eos_ids else 0], np.int32),
     )
+
+
+def padded_eos(eos_ids: Sequence[int], length: int) -> Int[np.ndarray, " n"]:
+    return np.array([*eos_ids, *[-1] * (length - len(eos_ids))], np.int32)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class _State:
-    """The loop's carry. `tokens[:, :count]` have been drawn and are in the cache.
+class Answers:
+    """Answers of a batch while they are generated. Row r has drawn `tokens[r, :counts[r]]`, which are in the cache.
 
     hidden: the last hidden states, from which the next tokens are drawn.
-    finite: True while all logits of a sequence were finite; the loop ends at one that is not.
+    stopped: ends at one of its eos ids, at its limit, or at logits that are not finite.
+    finite: True while all logits of a sequence were finite.
     seen: tokens of the prompt and of the answer so far.
     """
 
     cache: KVCache
     hidden: Float[Array, "b hidden"]
     tokens: Int[Array, "b new"]
-    count: Int[Array, ""]
+    counts: Int[Array, " b"]
     stopped: Bool[Array, " b"]
     finite: Bool[Array, " b"]
     seen: Bool[Array, "b vocab"]
@@ -139,7 +150,7 @@ def _answers(
         raise MossAudioError(f"every must be 1 or more, not {every}")
     batch = len(inputs.tokens)
     eos = tuple(model.config.eos_ids if eos_ids is None else eos_ids)
-    drawing = make_drawing(batch, sampling, eos, seed, seeds)
+    drawing = make_drawing(batch, sampling, eos, max_new_tokens, seed, seeds)
     return _pieces(model, inputs, max_new_tokens, every, drawing) if batch else iter(())
 
 
@@ -165,23 +176,25 @@ def _pieces(
     graphdef, state = nnx.split(model)
     state = on_automatic_mesh(state)
     with on_mesh_of(state):
-        loop = prefill_prompts(graphdef, state, inputs, drawing, bucket(max_new_tokens, MIN_NEW_TOKENS))
-    done = 0
-    while done < max_new_tokens:
+        answers = prefill_prompts(graphdef, state, inputs, drawing.fill, bucket(max_new_tokens, MIN_NEW_TOKENS))
+    done, stopped = 0, np.zeros(1, bool)
+    while not stopped.all():
         with on_mesh_of(state):  # not while the caller has the piece
-            loop = decode_until(graphdef, state, loop, min(max_new_tokens, done + every), drawing)
-        results = loop.tokens, loop.count, loop.stopped, loop.finite
-        tokens, count, stopped, finite = map(on_host, results)
+            answers = decode_answers(graphdef, state, answers, drawing, every)
+        results = answers.tokens, answers.counts, answers.stopped, answers.finite
+        tokens, counts, stopped, finite = map(on_host, results)
         if not finite.all():
-            raise MossAudioError(_why_not_finite(model, int(finite.argmin()), int(count)))
-        yield tokens[:, done : int(count)]
-        done = int(count) if not stopped.all() else max_new_tokens
+            row = int(finite.argmin())
+            raise MossAudioError(why_not_finite(model, row, int(counts[row])))
+        longest = int(counts.max())
+        yield tokens[:, done:longest]
+        done = longest
 
 
 @functools.partial(jit, static_argnames=("graphdef", "new_slots"))
 def prefill_prompts(
-    graphdef: nnx.GraphDef, state: nnx.State, inputs: ModelInputs, drawing: Drawing, new_slots: int
-) -> _State:
+    graphdef: nnx.GraphDef, state: nnx.State, inputs: ModelInputs, fill: Int[Any, " b"], new_slots: int
+) -> Answers:
     """Runs the prompts through the model, and makes room for `new_slots` tokens of each answer."""
     model = nnx.merge(graphdef, state)
     batch, length = inputs.tokens.shape
@@ -189,56 +202,77 @@ def prefill_prompts(
     vocab = model.config.language_config.vocab_size
     valid = inputs.segment_ids != 0
     seen = jnp.zeros((batch, vocab), bool).at[jnp.arange(batch)[:, None], inputs.tokens].max(valid)
-    return _State(
+    return Answers(
         cache,
         hidden,
-        tokens=jnp.full((batch, new_slots), drawing.fill, jnp.int32),
-        count=jnp.int32(0),
+        tokens=jnp.broadcast_to(jnp.asarray(fill)[:, None], (batch, new_slots)),
+        counts=jnp.zeros(batch, jnp.int32),
         stopped=jnp.zeros(batch, bool),
         finite=jnp.ones(batch, bool),
         seen=seen,
     )
 
 
-@functools.partial(jit, static_argnames="graphdef", donate_argnames="loop")
-def decode_until(graphdef: nnx.GraphDef, state: nnx.State, loop: _State, until: int, drawing: Drawing) -> _State:
-    """Draws tokens until there are `until`, all sequences have stopped, or logits are not finite."""
+@functools.partial(jit, static_argnames="graphdef", donate_argnames="answers")
+def decode_answers(
+    graphdef: nnx.GraphDef,
+    state: nnx.State,
+    answers: Answers,
+    drawing: Drawing,
+    steps: Int[Any, ""],
+    until_one_stops: Bool[Any, ""] = False,
+) -> Answers:
+    """Draws up to `steps` tokens of each answer that has not stopped.
+
+    until_one_stops: return early once one of them has.
+    """
     model = nnx.merge(graphdef, state)
     # XLA's CPU backend copies a layer's float32 weights out of the stack to multiply: here once, not for every token.
     copies = on_cpu() and model.head.dtype == jnp.float32
     layers = unstacked(model.language_model.layers) if copies else None
+    stopped_before = answers.stopped
 
-    def step(loop: _State) -> _State:
-        loop, token = _draw(model, loop, drawing)
-        hidden, cache = model.decode(token, loop.cache, layers)
-        return dataclasses.replace(loop, cache=cache, hidden=hidden)
+    def step(carry: tuple[Int[Array, ""], Answers]) -> tuple[Int[Array, ""], Answers]:
+        done, answers = carry
+        active = ~answers.stopped
+        answers, token = _draw(model, answers, drawing)
+        hidden, cache = model.decode(token, active, answers.cache, layers)
+        return done + 1, dataclasses.replace(answers, cache=cache, hidden=hidden)
 
-    def unfinished(loop: _State) -> Bool[Array, ""]:
-        return (loop.count < until) & ~loop.stopped.all() & loop.finite.all()
+    def unfinished(carry: tuple[Int[Array, ""], Answers]) -> Bool[Array, ""]:
+        done, answers = carry
+        one_stopped = (answers.stopped & ~stopped_before).any()
+        return (done < steps) & ~answers.stopped.all() & ~(one_stopped & until_one_stops)
 
-    return jax.lax.while_loop(unfinished, step, loop)
+    return jax.lax.while_loop(unfinished, step, (jnp.int32(0), answers))[1]
 
 
-def _draw(model: MossAudio, loop: _State, drawing: Drawing) -> tuple[_State, Int[Array, " b"]]:
-    """Draws one token of each sequence; returns the state with them, and the tokens."""
-    keys = jax.vmap(jax.random.fold_in, (0, None))(row_keys(drawing.seeds), loop.count)
+def _draw(model: MossAudio, answers: Answers, drawing: Drawing) -> tuple[Answers, Int[Array, " b"]]:
+    """Draws one token of each answer; returns the answers with them, and the tokens."""
+    counts, active = answers.counts, ~answers.stopped
+    seeds = jnp.broadcast_to(jnp.asarray(drawing.seeds), (len(counts), 2))
+    keys = jax.vmap(jax.random.fold_in)(row_keys(seeds), counts)
     # The hidden states of one token are far smaller than the head, so they move to the shards of the head. The logits
     # come back sharded over the vocabulary first; otherwise XLA would all-gather the head's columns.
-    logits = constrain(model.logits(constrain(loop.hidden, None, "embed")), None, "vocab")
+    logits = constrain(model.logits(constrain(answers.hidden, None, "embed")), None, "vocab")
     logits = constrain(logits, "batch", None)
-    token = jnp.where(loop.stopped, drawing.fill, drawing.sampling(logits, loop.seen, keys))
-    loop = dataclasses.replace(
-        loop,
-        tokens=jax.lax.dynamic_update_index_in_dim(loop.tokens, token, loop.count, axis=1),
-        count=loop.count + 1,
-        stopped=loop.stopped | jnp.isin(token, drawing.eos_ids),
-        finite=loop.finite & (loop.stopped | jnp.isfinite(logits).all(-1)),
-        seen=loop.seen.at[jnp.arange(token.shape[0]), token].set(True),
+    token = jnp.where(active, drawing.sampling(logits, answers.seen, keys), drawing.fill)
+    finite = answers.finite & (~active | jnp.isfinite(logits).all(-1))
+    at_count = active[:, None] & (jnp.arange(answers.tokens.shape[1]) == counts[:, None])
+    counts = counts + active
+    ended = (token[:, None] == drawing.eos_ids).any(-1) | (counts >= drawing.limits) | ~finite
+    answers = dataclasses.replace(
+        answers,
+        tokens=jnp.where(at_count, token[:, None], answers.tokens),
+        counts=counts,
+        stopped=answers.stopped | ended,
+        finite=finite,
+        seen=answers.seen.at[jnp.arange(token.shape[0]), token].set(True),
     )
-    return loop, token
+    return answers, token
 
 
-def _why_not_finite(model: MossAudio, row: int, count: int) -> str:
+def why_not_finite(model: MossAudio, row: int, count: int) -> str:
     found = f"the logits of sequence {row} are not finite at token {count} of its answer"
     tensor = first_nonfinite(model)
     if tensor is not None:

@@ -249,6 +249,7 @@ class LanguageModel(nnx.Module):
         """Runs all layers on the next `t` tokens of each sequence: one more token, or a further question.
 
         counts: how many of the t are tokens; the rest is padding, which takes slots too, until they are written over.
+            The hidden states of a sequence with none have no meaning.
         layers: the model's `unstacked` layers, for a loop that takes them out of the stack once.
         Raises MossAudioError if the cache has too few free slots, unless its lengths are traced.
         """
@@ -258,7 +259,7 @@ class LanguageModel(nnx.Module):
                 f"a cache of {cache.slots} slots, {filled} of them filled, has no room for {x.shape[1]} more tokens: "
                 "give `prefill` more slots, one for each token of the prompt and of the answer"
             )
-        choice = choose_slots(cache.slots, cache.lengths)
+        choice = choose_slots(cache.slots, jnp.where(counts > 0, cache.lengths, 0))
 
         def attend(layer, query, key, value):
             return cached_attend(query, key, value, cache.keys, cache.values, layer, cache.lengths, choice)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from moss_audio_jax.compilation import jit
 from moss_audio_jax.config import DOWNSAMPLE_RATE, MossAudioConfig
@@ -139,14 +139,18 @@ class MossAudio(nnx.Module):
         return jnp.take_along_axis(hidden, counts[:, None, None] - 1, axis=1)[:, 0], cache
 
     def decode(
-        self, tokens: Int[Array, " b"], cache: KVCache, layers: Sequence[DecoderLayer] | None = None
+        self,
+        tokens: Int[Array, " b"],
+        active: Bool[Array, " b"],
+        cache: KVCache,
+        layers: Sequence[DecoderLayer] | None = None,
     ) -> tuple[Float[Array, "b hidden"], KVCache]:
-        """Runs one more token of each sequence; returns its hidden state.
+        """Runs one more token of each active sequence; returns its hidden state. The others' has no meaning.
 
         layers: see `LanguageModel.extend`.
         """
         x = self.language_model.embed_tokens(tokens[:, None])
-        hidden, cache = self.language_model.extend(x, jnp.ones_like(tokens), cache, layers=layers)
+        hidden, cache = self.language_model.extend(x, active.astype(jnp.int32), cache, layers=layers)
         return hidden[:, 0], cache
 
 

@@ -18,7 +18,7 @@ from moss_audio_jax import MossAudio, MossAudioConfig, MossAudioError
 from moss_audio_jax import model as model_module
 from moss_audio_jax import splash as splash_module
 from moss_audio_jax.attention import causal_attend, rotary_phases, self_attend
-from moss_audio_jax.generation import decode_until, make_drawing, prefill_prompts
+from moss_audio_jax.generation import decode_answers, make_drawing, prefill_prompts
 from moss_audio_jax.language_model import LanguageModel
 from moss_audio_jax.sampling_config import Sampling
 from moss_audio_jax.sharding import make_mesh, named_sharding
@@ -261,12 +261,12 @@ def test_decoding_holds_the_cache_once_and_gathers_no_head(batch, tensor):
         MossAudioConfig.preset("4b").language_config, num_hidden_layers=4, intermediate_size=512, vocab_size=16384
     )
     config = dataclasses.replace(MossAudioConfig.preset("tiny"), language_config=language)
-    drawing, slots = make_drawing(batch, Sampling(), (1,)), 32768
+    drawing, slots = make_drawing(batch, Sampling(), (1,), 16), 32768
     with jax.default_matmul_precision("default"), jax.set_mesh(mesh):
         graphdef, state = nnx.split(build_model(config, dict(abstract_parameters(config, jnp.bfloat16, mesh))))
         inputs = one_batch(config, batch, slots - 16, 0, mesh).inputs
-        loop = jax.eval_shape(lambda *given: prefill_prompts(graphdef, *given, 16), state, inputs, drawing)
-        compiled = decode_until.trace(graphdef, state, placed(loop, mesh), 16, drawing).lower().compile()
+        loop = jax.eval_shape(lambda *given: prefill_prompts(graphdef, *given, 16), state, inputs, drawing.fill)
+        compiled = decode_answers.trace(graphdef, state, placed(loop, mesh), drawing, 16).lower().compile()
     text = compiled.as_text()
     assert not re.search(rf"= bf16\[[\d,]*\b{slots},[\d,]*\]\S* (copy|transpose)\(", text)
     assert compiled.memory_analysis().temp_size_in_bytes < 2**25  # scores, not keys or a stack of weights

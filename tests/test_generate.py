@@ -35,7 +35,7 @@ def test_cached_steps_give_the_logits_of_the_whole_sequence(tiny):
     hidden, cache = tiny.prefill(inputs, inputs.tokens.shape[1] + new)
     cached = [tiny.logits(hidden)[0]]
     for token in answer[:-1]:
-        hidden, cache = tiny.decode(jnp.array([token]), cache)
+        hidden, cache = tiny.decode(jnp.array([token]), jnp.array([True]), cache)
         cached.append(tiny.logits(hidden)[0])
 
     ids, mels = question_parts([403])
@@ -247,7 +247,7 @@ def test_a_full_cache_is_refused(tiny):
     _, cache = tiny.prefill(inputs, inputs.tokens.shape[1])
     cache = dataclasses.replace(cache, lengths=jnp.array([64]))
     with pytest.raises(MossAudioError, match="a cache of 64 slots, 64 of them filled, has no room for 1 more"):
-        tiny.decode(jnp.array([1]), cache)
+        tiny.decode(jnp.array([1]), jnp.array([True]), cache)
     with pytest.raises(MossAudioError, match="a cache of 32 slots has no room for prompts of 64 tokens"):
         tiny.prefill(inputs, 32)
 

@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moss_audio_jax.config import MossAudioConfig
 from moss_audio_jax.errors import MossAudioError
-from moss_audio_jax.generation import MIN_NEW_TOKENS, decode_until, make_drawing, prefill_prompts
+from moss_audio_jax.generation import MIN_NEW_TOKENS, decode_answers, make_drawing, prefill_prompts
 from moss_audio_jax.inputs import ModelInputs
 from moss_audio_jax.sampling_config import Sampling
 from moss_audio_jax.sharding import make_mesh
@@ -165,15 +165,15 @@ def compile_answering(
     graphdef: nnx.GraphDef, state: nnx.State, inputs: ModelInputs, new_tokens: int, eos_ids: tuple[int, ...], mesh: Mesh
 ) -> tuple[Compiled, Compiled, int]:
     """Compiles prefill and decoding; returns both, and the bytes of the KV cache on one device."""
-    drawing = make_drawing(inputs.tokens.shape[0], Sampling(), eos_ids)
+    drawing = make_drawing(inputs.tokens.shape[0], Sampling(), eos_ids, new_tokens)
     with jax.set_mesh(mesh):
-        reading = prefill_prompts.trace(graphdef, state, inputs, drawing, new_tokens)
+        reading = prefill_prompts.trace(graphdef, state, inputs, drawing.fill, new_tokens)
         prefill = compile_for_memory(reading, mesh)
         if prefill.problem is not None:
             return prefill, prefill, 0
         # Decoding takes the outputs of prefill with their shardings.
         loop = jax.tree.map(_placed, reading.out_info, prefill.outputs)
-        decode = compile_for_memory(decode_until.trace(graphdef, state, loop, new_tokens, drawing), mesh)
+        decode = compile_for_memory(decode_answers.trace(graphdef, state, loop, drawing, new_tokens), mesh)
     return prefill, decode, bytes_on_chip((loop.cache.keys, loop.cache.values))
 
 
