@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from moss_audio_jax.config import LoraConfig, MossAudioConfig
     from moss_audio_jax.errors import MossAudioError
     from moss_audio_jax.generation import generate, stream
+    from moss_audio_jax.inference.engine import Engine, Request
     from moss_audio_jax.inputs import ModelInputs, make_inputs
     from moss_audio_jax.model import MossAudio
     from moss_audio_jax.processor import Processor, load_processor
@@ -17,12 +18,14 @@ if TYPE_CHECKING:
     from moss_audio_jax.weights.checkpoint import load_adapter, load_model, merge_adapter, save_model
 
 _MODULES = {
+    "Engine": "inference.engine",
     "LoraConfig": "config",
     "ModelInputs": "inputs",
     "MossAudio": "model",
     "MossAudioConfig": "config",
     "MossAudioError": "errors",
     "Processor": "processor",
+    "Request": "inference.engine",
     "Sampling": "sampling_config",
     "generate": "generation",
     "load_adapter": "weights.checkpoint",
@@ -34,12 +37,14 @@ _MODULES = {
     "stream": "generation",
 }
 __all__ = [
+    "Engine",
     "LoraConfig",
     "ModelInputs",
     "MossAudio",
     "MossAudioConfig",
     "MossAudioError",
     "Processor",
+    "Request",
     "Sampling",
     "generate",
     "load_adapter",

@@ -40,6 +40,12 @@ class KVCache:
     values: Float[Array, "layers b kv slots d"]
     lengths: Int[Array, " b"]
 
+    @classmethod
+    def empty(cls, config: LanguageConfig, batch: int, slots: int, dtype: jnp.dtype) -> "KVCache":
+        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, slots, config.head_dim)
+        keys, values = (constrain(jnp.zeros(shape, dtype), "layers", "batch", "heads", None, None) for _ in range(2))
+        return cls(keys, values, jnp.zeros(batch, jnp.int32))
+
     @property
     def slots(self) -> int:
         return self.keys.shape[3]
