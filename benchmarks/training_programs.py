@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import sys
+from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -36,26 +37,31 @@ class Work:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A compiled step, on one chip. hbm: bytes of arguments and temporaries. sent: bytes to other chips.
+    """A compiled step, on one chip. hbm: bytes of arguments and temporaries.
 
-    matmul_flops: executed outside of attention kernels. seconds, cpu_seconds: of the compilation.
+    sent: bytes to other chips, by kind and dtype of the collective. matmul_flops: executed outside of attention
+    kernels. seconds, cpu_seconds: of the compilation.
     """
 
     versions: dict[str, str]
     fits: bool
     hbm: float
-    sent: float
+    sent: dict[str, float]
     matmul_flops: float
     seconds: float
     cpu_seconds: float
 
     @classmethod
     def of(cls, compiled: Compiled, *packages: str) -> "Program":
+        sent: dict[str, float] = defaultdict(float)
+        for collective in compiled.collectives:
+            dtypes = dict.fromkeys(shape.partition("[")[0] for shape in collective.shapes)
+            sent[f"{collective.kind} {'+'.join(dtypes)}"] += collective.sent
         return cls(
             versions(*packages),
             compiled.problem is None,
             compiled.arguments + compiled.temporaries,
-            sum(collective.sent for collective in compiled.collectives),
+            dict(sorted(sent.items(), key=lambda item: -item[1])),
             compiled.matmul_flops,
             compiled.seconds,
             compiled.cpu_seconds,
@@ -102,7 +108,7 @@ def maxtext(work: Work) -> Program:
     train_compile.jit_and_compile = compiles
     options = maxtext_options(work)
     train_compile.main(["", os.path.join(MAXTEXT_CONFIGS_DIR, "base.yml"), *options])
-    return Program.of(*compiled, "maxtext")
+    return Program.of(compiled[0], "maxtext")
 
 
 def maxtext_options(work: Work) -> list[str]:

@@ -61,19 +61,23 @@ def compiled(side: str, python: str, work: Work) -> Program:
 
 
 def table(programs: dict[str, Program]) -> str:
-    rows = [COLUMNS]
+    rows: list[tuple[str, ...]] = [COLUMNS]
     for side, program in programs.items():
         rows.append(
             (
                 side,
                 f"{program.hbm / GIB:.1f}{'' if program.fits else ' (does not fit)'}",
-                f"{program.sent / GIB:.1f}",
+                f"{sum(program.sent.values()) / GIB:.1f}",
                 f"{program.matmul_flops / 1e12:.2f}",
                 f"{program.seconds:.0f}",
                 f"{program.cpu_seconds:.0f}",
             )
         )
-    return align(rows)
+    lines = ["", "What a chip sends, GiB:"]
+    for side, program in programs.items():
+        kinds = (f"{kind} {size / GIB:.1f}" for kind, size in program.sent.items() if size >= 0.05 * GIB)
+        lines.append(f"{side}: {', '.join(kinds)}")
+    return "\n".join([align(rows), *lines])
 
 
 def described(work: Work, programs: dict[str, Program]) -> str:
