@@ -1,9 +1,10 @@
 """One side of `benchmarks.vs_maxtext`: compiles a training step for a TPU, and writes what the compiler says of it.
 
-    python -m benchmarks.training_programs ours|maxtext WORK FILE
+    python -m benchmarks.training_programs ours WORK FILE
+    python -m benchmarks.training_programs maxtext WORK FILE OPTIONS
 
 Runs under the interpreter that has this side installed, so neither side imports what the other needs. WORK is a `Work`
-and FILE gets a `Program`, both as JSON.
+and FILE gets a `Program`, both as JSON. OPTIONS are more of MaxText's configuration.
 """
 
 import dataclasses
@@ -27,12 +28,16 @@ VOCABULARY_TILES = 16  # of MaxText's loss; without, the whole logits are in mem
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What both sides compile: a training step of Qwen3-8B, or of its first layers. sequences: on a chip."""
+    """What both sides compile: a training step of Qwen3-8B, or of its first layers."""
 
     topology: str = "v5p:4x4x4"
+    """TPU to compile for, by its shape or the name that it is rented by."""
     layers: int = 36
+    """Layers of the model."""
     sequences: int = 12
+    """Sequences of a chip."""
     tokens: int = 8192
+    """Tokens of a sequence."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +94,7 @@ def ours(work: Work) -> Program:
     return Program.of(compile_step(config, model, make_mesh(devices=devices)))
 
 
-def maxtext(work: Work) -> Program:
+def maxtext(work: Work, options: str) -> Program:
     """The step of MaxText's own command for compiling ahead of time, with only its compiler call replaced."""
     compile_without_tpu()
     from maxtext.trainers.pre_train import train_compile  # pyright: ignore[reportMissingImports]
@@ -106,13 +111,12 @@ def maxtext(work: Work) -> Program:
         return SimpleNamespace(cost_analysis=dict, memory_analysis=dict)  # `main` prints them
 
     train_compile.jit_and_compile = compiles
-    options = maxtext_options(work)
-    train_compile.main(["", os.path.join(MAXTEXT_CONFIGS_DIR, "base.yml"), *options])
+    train_compile.main(["", os.path.join(MAXTEXT_CONFIGS_DIR, "base.yml"), *maxtext_options(work, options)])
     return Program.of(compiled[0], "maxtext")
 
 
-def maxtext_options(work: Work) -> list[str]:
-    """Those of its configuration that make its step ours; the rest are its defaults."""
+def maxtext_options(work: Work, more: str) -> list[str]:
+    """Those of its configuration that make its step ours, and more; the rest are its defaults."""
     rented = accelerator_type(topology_of(work.topology))
     options = {
         "run_name": "compared",
@@ -135,12 +139,13 @@ def maxtext_options(work: Work) -> list[str]:
         "dataset_type": "synthetic",
         "enable_checkpointing": False,
     }
+    options |= dict(option.split("=", 1) for option in more.split())
     return [f"{name}={value}" for name, value in options.items()]
 
 
-def main(side: str, work: str, file: str) -> None:
+def main(side: str, work: str, file: str, *options: str) -> None:
     jax.config.update("jax_platforms", "cpu")  # of arrays that are not compiled for the TPU
-    program = {"ours": ours, "maxtext": maxtext}[side](Work(**json.loads(work)))
+    program = {"ours": ours, "maxtext": maxtext}[side](Work(**json.loads(work)), *options)
     Path(file).write_text(json.dumps(dataclasses.asdict(program)), "utf-8")
 
 

@@ -3,7 +3,9 @@
 No TPU is needed. The same work on both sides: Qwen3-8B on text alone (of this port's model: the encoder has nothing to
 encode), all chips fsdp's, AdamW with float32 masters and moments, bfloat16 compute, scanned layers, everything
 recomputed. Each side is compiled in a process of its own (`benchmarks.training_programs`), with the same libtpu, and
-the same code reads both programs. The rest of MaxText's configuration is its default.
+the same code reads both programs. The rest of MaxText's configuration is its default, but for `--maxtext-options`:
+they make a row each. MaxText cuts the tokens of its loss into tiles, and by default all-gathers the head for each of
+them; the second row is of the option that gathers it once.
 
 MaxText needs an environment of its own, of Python 3.12; `INSTALL` says how to make it.
 """
@@ -47,12 +49,12 @@ def require_maxtext(python: str) -> None:
         raise MossAudioError(f"both sides must have one libtpu, but MaxText's is {found} and ours {libtpu}: {install}")
 
 
-def compiled(side: str, python: str, work: Work) -> Program:
+def compiled(work: Work, python: str, side: str, *options: str) -> Program:
     """Compiles one side in a process of its own, whose output goes to stderr if it fails."""
-    print(f"compiling {side}", file=sys.stderr, flush=True)
+    print("compiling", side, *options, file=sys.stderr, flush=True)
     with tempfile.NamedTemporaryFile("r", suffix=".json") as figures:
         given = json.dumps(dataclasses.asdict(work))
-        command = [python, "-m", "benchmarks.training_programs", side, given, figures.name]
+        command = [python, "-m", "benchmarks.training_programs", side, given, figures.name, *options]
         ended = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         if ended.returncode:
             sys.stderr.write(ended.stdout.decode(errors="replace"))
@@ -109,13 +111,16 @@ def kept(file: Path | None, work: Work) -> dict[str, Program]:
 def run(
     maxtext_python: str,
     json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
+    maxtext_options: tuple[str, ...] = ("", "vocab_tiling_ag_once=true"),
     work: Annotated[Work, tyro.conf.arg(name="")] = Work(),  # noqa: B008
 ) -> None:
-    """Compiles both steps, and prints a table.
+    """Compiles the steps, and prints a table.
 
     Args:
         maxtext_python: Interpreter that has MaxText.
-        json_file: File for the figures. A side that it already has is not compiled again.
+        json_file: File for the figures. A row that it already has is not compiled again.
+        maxtext_options: More of MaxText's configuration, such as "num_vocab_tiling=8 vocab_tiling_ag_once=true"; a row
+            for each.
         work: What is compiled.
     """
     if accelerator_type(topology_of(work.topology)) is None:
@@ -123,16 +128,20 @@ def run(
             f"--topology must be one that is rented under a name, as MaxText knows no other, not {work.topology}: try "
             "v5p:4x4x4 or v5e:2x4"
         )
+    sides: dict[str, tuple[str, ...]] = {"ours": (sys.executable, "ours")}
+    for options in maxtext_options:
+        sides[f"MaxText {options}".strip()] = (maxtext_python, "maxtext", options)
     programs = kept(json_file, work)
-    if "maxtext" not in programs:
+    if sides.keys() - programs.keys() - {"ours"}:
         require_maxtext(maxtext_python)
-    for side, python in (("ours", sys.executable), ("maxtext", maxtext_python)):
-        if side in programs:
+    for name, side in sides.items():
+        if name in programs:
             continue
-        programs[side] = compiled(side, python, work)
+        programs[name] = compiled(work, *side)
         if json_file:
             figures = {"work": work, "programs": programs}
             atomic_write(json_file, json.dumps(figures, default=dataclasses.asdict, indent=2) + "\n")
+    programs = {name: programs[name] for name in sides}
     print(f"{described(work, programs)}\n\n{table(programs)}")
 
 

@@ -32,7 +32,7 @@ def program(side: str, **changes) -> Program:
         "matmul_flops": 5595.55e12,
         "seconds": 421.2,
     }
-    versions = training_programs.versions() | ({"maxtext": "0.2.5"} if side == "maxtext" else {})
+    versions = training_programs.versions() | ({"maxtext": "0.2.5"} if side != "ours" else {})
     return Program(versions, **(figures | {"cpu_seconds": 800.0} | changes))
 
 
@@ -61,42 +61,57 @@ def test_our_side_executes_the_matmuls_of_its_model(monkeypatch: pytest.MonkeyPa
 
 
 def test_maxtext_is_asked_for_the_same_work():
-    options = training_programs.maxtext_options(WORK)
+    options = training_programs.maxtext_options(WORK, "")
     assert {"base_num_decoder_layers=2", "compile_topology=v5e-4", "max_target_length=1024"} <= set(options)
-    assert "compile_topology=v5p-128" in training_programs.maxtext_options(Work())
+    more = training_programs.maxtext_options(Work(), "num_vocab_tiling=8 vocab_tiling_ag_once=true")
+    assert {"compile_topology=v5p-128", "num_vocab_tiling=8", "vocab_tiling_ag_once=true"} <= set(more)
+    assert "num_vocab_tiling=16" in options and "num_vocab_tiling=16" not in more
 
 
 def test_figures_that_a_file_has_are_tabled_without_compiling(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     file = tmp_path / "figures.json"
-    write(
-        file,
-        Work(),
-        ours=program("ours", fits=False, sent={"all-gather bf16": 60 * GIB, "all-reduce f32": 2.1 * GIB, "x f32": 5}),
-        maxtext=program("maxtext"),
-    )
-    vs_maxtext.run("no-such-python", file)
+    sent = {"all-gather bf16": 60 * GIB, "all-reduce f32": 2.1 * GIB, "x f32": 5}
+    programs = {"ours": program("ours", fits=False, sent=sent), "MaxText num_vocab_tiling=8": program("MaxText")}
+    write(file, Work(), **programs, another=program("MaxText"))
+    vs_maxtext.run("no-such-python", file, ("num_vocab_tiling=8",))
     head, table, sent = capsys.readouterr().out.split("\n\n")
     assert "Qwen3-8B with 36 layers, 12 sequences of 8192 tokens a chip, on v5p:4x4x4 (v5p-128)" in head
     assert "ahead of time, no TPU" in head and "maxtext 0.2.5" in head and f"jax {jax.__version__}" in head
     assert table.splitlines() == [
-        "                    HBM, GiB  sends, GiB  matmuls, TFLOP  compiled in, s  CPU, s",
-        "ours     46.7 (does not fit)        62.1         5595.55             421     800",
-        "maxtext                 46.7       128.4         5595.55             421     800",
+        "                                       HBM, GiB  sends, GiB  matmuls, TFLOP  compiled in, s  CPU, s",
+        "ours                        46.7 (does not fit)        62.1         5595.55             421     800",
+        "MaxText num_vocab_tiling=8                 46.7       128.4         5595.55             421     800",
     ]
     assert sent.splitlines()[1:] == [
         "ours: all-gather bf16 60.0, all-reduce f32 2.1",
-        "maxtext: all-gather bf16 128.4",
+        "MaxText num_vocab_tiling=8: all-gather bf16 128.4",
     ]
+
+
+def test_a_row_that_a_file_lacks_is_compiled_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    file, asked = tmp_path / "figures.json", []
+    write(file, WORK, ours=program("ours"), MaxText=program("MaxText"))
+
+    def compiled(work: Work, *side: str) -> Program:
+        asked.append((work, *side))
+        return program("MaxText")
+
+    monkeypatch.setattr(vs_maxtext, "require_maxtext", lambda python: None)
+    monkeypatch.setattr(vs_maxtext, "compiled", compiled)
+    for _ in range(2):
+        vs_maxtext.run("its-python", file, work=WORK)
+    assert asked == [(WORK, "its-python", "maxtext", "vocab_tiling_ag_once=true")]
+    assert len(json.loads(file.read_text())["programs"]) == 3
 
 
 def test_figures_of_something_else_are_refused(tmp_path: Path):
     file = tmp_path / "figures.json"
     write(file, Work(), ours=program("ours"))
     with pytest.raises(MossAudioError, match=r"has the figures of other work, .*'layers': 36.*: name another file"):
-        vs_maxtext.run(sys.executable, file, WORK)
+        vs_maxtext.run(sys.executable, file, work=WORK)
     write(file, WORK, ours=dataclasses.replace(program("ours"), versions={"libtpu": "0.0.1"}))
     with pytest.raises(MossAudioError, match=r"is of libtpu 0\.0\.1, not 0\."):
-        vs_maxtext.run(sys.executable, file, WORK)
+        vs_maxtext.run(sys.executable, file, work=WORK)
 
 
 @pytest.mark.parametrize(
@@ -126,5 +141,5 @@ def test_a_topology_that_maxtext_can_t_name_is_refused():
 
 def test_a_side_that_fails_shows_its_output(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(MossAudioError, match="the step of maxtext was not compiled"):
-        vs_maxtext.compiled("maxtext", sys.executable, WORK)
+        vs_maxtext.compiled(WORK, sys.executable, "maxtext", "")
     assert "No module named 'maxtext'" in capsys.readouterr().err
