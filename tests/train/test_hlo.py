@@ -3,11 +3,12 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moss_audio_jax.sharding import make_mesh
-from train.planning.hlo import Collective, _groups, _rings, collectives
+from train.planning.hlo import Collective, _groups, _rings, collectives, matmul_flops
 
 PROGRAM = """HloModule jit_step, is_scheduled=true
 
@@ -140,3 +141,46 @@ def test_a_compiled_scan_gathers_its_weights_in_every_round(layers: int):
     assert found and sum(collective.times for collective in found) % layers == 0
     gathered = [c for c in found if c.kind == "all-gather" and c.payload == 64 * 64 * 4]
     assert all(collective.times == layers for collective in gathered)
+
+
+def test_matmuls_are_counted_as_often_as_they_run():
+    def scan(x, kernels):
+        return lax.scan(lambda x, kernel: (x @ kernel, ()), x, kernels)[0]
+
+    compiled = jax.jit(scan).lower(jnp.ones((8, 16)), jnp.ones((5, 16, 16))).compile()
+    assert matmul_flops(compiled.as_text()) == 2 * 5 * 8 * 16 * 16
+    batched = jax.jit(lambda a, b: jnp.einsum("bij,bjk->bik", a, b))
+    compiled = batched.lower(jnp.ones((3, 40, 50)), jnp.ones((3, 50, 6))).compile()
+    assert matmul_flops(compiled.as_text()) == 2 * 3 * 40 * 50 * 6
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"window_strides": (2, 1), "padding": ((1, 1), (0, 3))},
+        {"window_strides": (1, 1), "padding": ((2, 0), (7, 7)), "lhs_dilation": (3, 2), "rhs_dilation": (1, 2)},
+        {"window_strides": (1, 1), "padding": ((0, 0), (0, 0)), "feature_group_count": 3},
+    ],
+)
+def test_convolutions_are_counted_without_what_is_not_there(options):
+    """Of ones with ones, a convolution is the number of its own multiply-adds."""
+    x, kernel = jnp.ones((2, 10, 11, 6)), jnp.ones((3, 4, 6 // options.get("feature_group_count", 1), 9))
+    convolve = jax.jit(
+        lambda x, kernel: lax.conv_general_dilated(x, kernel, dimension_numbers=("NHWC", "HWIO", "NHWC"), **options)
+    )
+    compiled = convolve.lower(x, kernel).compile()
+    assert matmul_flops(compiled.as_text()) == 2 * convolve(x, kernel).sum()
+
+
+def test_a_tpu_s_matmul_is_a_convolution():
+    """Heads apart from each other: a window over all of them, which touches one at each position."""
+    window = "window={size=32 pad=31_31 rhs_reversal=1}, dim_labels=bf0_0oi->b0f"
+    program = f"""HloModule jit_step
+
+ENTRY %main (x: bf16[1024,4096,1], kernel: bf16[32,128,4096]) -> bf16[1024,32,128] {{
+  %x = bf16[1024,4096,1]{{1,0,2}} parameter(0)
+  %kernel = bf16[32,128,4096]{{2,1,0}} parameter(1)
+  ROOT %heads = bf16[1024,32,128]{{2,0,1}} convolution(%x, %kernel), {window}
+}}
+"""
+    assert matmul_flops(program) == 2 * 1024 * 4096 * 32 * 128

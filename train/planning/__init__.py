@@ -4,8 +4,8 @@ chips              compute, memory and network of each TPU generation
 topology           names of TPU slices, and their devices to compile for
 interconnect       links that a collective of a slice can use
 flops              model FLOPs, recomputed FLOPs and memory traffic of a step
-hlo                collectives of a compiled program
-compilation        a traced function -> memory and collectives, as compiled for a TPU
+hlo                collectives and matmuls of a compiled program
+compilation        a traced function -> memory, collectives and matmuls, as compiled for a TPU
 estimate           roofline estimate of step time and MFU
 calibration        published measurements of similar models against that estimate
 plan               the report of a training step, of generation, of loading: the command `plan`

@@ -1,4 +1,4 @@
-"""Compiles a program for TPUs and reads what the compiler reports: memory and collectives."""
+"""Compiles a program for TPUs and reads what the compiler reports: memory, collectives and matmuls."""
 
 import contextlib
 import math
@@ -14,7 +14,7 @@ import jax
 from jax.sharding import Mesh
 
 from train.planning.chips import GIB
-from train.planning.hlo import Collective, collectives
+from train.planning.hlo import Collective, collectives, matmul_flops
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class Compiled:
     problem: the compiler's error if the program does not fit; the figures are then those of the failed attempt.
     arguments, temporaries, code: bytes of HBM on one chip. code is the program itself.
     largest: (bytes, shapes) of the largest buffers.
-    seconds: compilation time.
+    seconds, cpu_seconds: compilation time, and that of all its threads.
+    matmul_flops: executed by one device outside of kernels.
     """
 
     problem: str | None
@@ -36,6 +37,8 @@ class Compiled:
     seconds: float
     inputs: Any = None  # shardings of the arguments; None for an unused one
     outputs: Any = None  # shardings of the results
+    cpu_seconds: float = 0.0
+    matmul_flops: float = 0.0
 
     @property
     def total(self) -> int:
@@ -47,7 +50,7 @@ def compile_for_memory(traced: Any, mesh: Mesh) -> Compiled:
 
     Reads XLA's dump instead of the executable: XLA writes the dump of a program that does not fit too.
     """
-    began = time.monotonic()
+    began, cpu_began = time.monotonic(), time.process_time()
     with tempfile.TemporaryDirectory() as dump:
         options = {"xla_dump_to": dump, "xla_dump_hlo_as_text": True}
         problem, memory, inputs, outputs = None, None, None, None
@@ -60,17 +63,18 @@ def compile_for_memory(traced: Any, mesh: Mesh) -> Compiled:
             problem = str(error)
             if "HbmOom" not in problem:
                 raise
-        seconds = time.monotonic() - began
-        found = collectives(_dumped(dump, "after_optimizations.txt"), mesh.size)
+        seconds, cpu_seconds = time.monotonic() - began, time.process_time() - cpu_began
+        hlo = _dumped(dump, "after_optimizations.txt")
+        found, counted = collectives(hlo, mesh.size), (cpu_seconds, matmul_flops(hlo))
         largest = largest_buffers(_dumped(dump, "memory-usage-report.txt"))
     if memory is None:
         assert problem is not None
         needed = re.search(r"\(([\d.]+)G\) exceeds", problem)
         total = int(float(needed[1]) * GIB) if needed else 0  # XLA calls it temporaries; it includes the arguments
-        return Compiled(problem.splitlines()[0], 0, total, 0, largest, tuple(found), seconds)
+        return Compiled(problem.splitlines()[0], 0, total, 0, largest, tuple(found), seconds, None, None, *counted)
     arguments = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     temporaries, code = memory.temp_size_in_bytes, memory.generated_code_size_in_bytes
-    return Compiled(None, arguments, temporaries, code, largest, tuple(found), seconds, inputs, outputs)
+    return Compiled(None, arguments, temporaries, code, largest, tuple(found), seconds, inputs, outputs, *counted)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
-"""Collectives of a compiled program, read from the text of its optimized HLO.
+"""Collectives and matmuls of a compiled program, read from the text of its optimized HLO.
 
-A collective in a loop counts once per iteration (XLA's own cost analysis counts the body once). On TPU an all-gather
+What is in a loop counts once per iteration (XLA's own cost analysis counts the body once). On TPU an all-gather
 may be compiled to an all-reduce over zeros; it is reported as an all-reduce. Between slices there is no collective in
 the program of one slice: it sends to and receives from Megascale on its host, and the instruction names Megascale's
 operation.
@@ -63,34 +63,103 @@ def collectives(hlo: str, devices: int) -> list[Collective]:
     """
     if stated := _PARTITIONS.search(hlo[: hlo.find("\n")]):
         devices = int(stated[1])
-    computations = dict(_computations(hlo))
-    entry = next(name for name, (is_entry, _) in computations.items() if is_entry)
     found: list[Collective] = []
     moved: set[tuple[str, int]] = set()
+    for _, operation, times in _executed(dict(_computations(hlo))):
+        kind = _kind(operation)
+        if kind == "send" and _TRANSFER.search(operation["rest"]):
+            found.append(_between_slices(operation, times))
+        if kind in KINDS:
+            # A collective overlapped with matmuls is in each fusion that advances it, with the same channel.
+            channel = _CHANNEL.search(operation["rest"])
+            if channel is None or (channel[1], times) not in moved:
+                found.append(_collective(operation, kind, devices, times))
+            if channel is not None:
+                moved.add((channel[1], times))
+    return found
 
-    def visit(name: str, times: int) -> None:
+
+def matmul_flops(hlo: str) -> float:
+    """Returns FLOPs of the matmuls and convolutions that a device executes, 2 per multiply-add.
+
+    On TPU a matmul is a convolution, which may have a window that touches one element at each position. A kernel
+    (splash attention) is a custom call, in which nothing is counted.
+    """
+    computations = dict(_computations(hlo))
+    total = 0
+    for name, operation, times in _executed(computations):
+        if operation["opcode"] in ("dot", "convolution"):
+            shapes = {other["name"]: _dimensions(other["shape"]) for other in computations[name][1]}
+            # Operands: `%a, %b` or, with their shapes, `f32[2,3]{1,0} %a, f32[3]{0} %b`.
+            left, right, *_ = (shapes[operand] for operand in re.findall(r"%([\w.\-]+)", operation["rest"])[:2])
+            count = _dot if operation["opcode"] == "dot" else _convolution
+            total += times * 2 * count(operation["rest"], left, right, _dimensions(operation["shape"]))
+    return float(total)
+
+
+def _dimensions(shape: str) -> tuple[int, ...]:
+    array = _ARRAY.search(shape)
+    return tuple(map(int, filter(None, array[2].split(",")))) if array else ()
+
+
+def _dot(rest: str, left: tuple[int, ...], right: tuple[int, ...], result: tuple[int, ...]) -> int:
+    """Returns multiply-adds. The result has every axis of both operands but the contracted ones."""
+    contracted = re.search(r"lhs_contracting_dims=\{([0-9,]+)\}", rest)
+    return math.prod(result) * (math.prod(left[axis] for axis in _integers(contracted[1])) if contracted else 1)
+
+
+def _convolution(rest: str, *shapes: tuple[int, ...]) -> int:
+    """Returns multiply-adds, without those by padding and by the holes of a dilation.
+
+    Reads `window={size=3x8 stride=2x1 pad=1_1x7_7 lhs_dilate=1x8}, dim_labels=b01f_01io->b01f`; numbers are axes of
+    space.
+    """
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", rest)
+    assert labels is not None
+    of_left, of_right, of_result = (
+        dict(zip(names, shape, strict=True)) for names, shape in zip(labels.groups(), shapes, strict=True)
+    )
+    window = re.search(r"window=\{([^}]*)\}", rest)
+    given = dict(re.findall(r"(\w+)=(\S+)", window[1] if window else ""))
+    count = of_result["b"] * of_result["f"] * of_right["i"]
+    for axis in sorted(filter(str.isdecimal, of_left)):
+        stride, holes, spread = (
+            int(given[option].split("x")[int(axis)]) if option in given else 1
+            for option in ("stride", "lhs_dilate", "rhs_dilate")
+        )
+        before = int(given["pad"].split("x")[int(axis)].split("_")[0]) if "pad" in given else 0
+        touched = np.arange(of_result[axis])[:, None] * stride + np.arange(of_right[axis]) * spread - before
+        count *= int(((touched >= 0) & (touched % holes == 0) & (touched // holes < of_left[axis])).sum())
+    return count
+
+
+def _kind(operation: re.Match) -> str:
+    return operation["opcode"].removesuffix("-start")
+
+
+_Computations = dict[str, tuple[bool, list[re.Match]]]
+
+
+def _executed(computations: _Computations) -> Iterator[tuple[str, re.Match, int]]:
+    """Yields each operation with the name of its computation, and how often a run of the program executes it.
+
+    A computation that is called from two places comes twice. The reductions that collectives apply are left out.
+    """
+
+    def visit(name: str, times: int) -> Iterator[tuple[str, re.Match, int]]:
         for operation in computations[name][1]:
-            kind = operation["opcode"].removesuffix("-start")
-            if kind == "send" and _TRANSFER.search(operation["rest"]):
-                found.append(_between_slices(operation, times))
-            if kind in KINDS:
-                # A collective overlapped with matmuls is in each fusion that advances it, with the same channel.
-                channel = _CHANNEL.search(operation["rest"])
-                if channel is None or (channel[1], times) not in moved:
-                    found.append(_collective(operation, kind, devices, times))
-                if channel is not None:
-                    moved.add((channel[1], times))
-                continue  # don't visit the reduction that it applies
+            yield name, operation, times
+            if _kind(operation) in KINDS:
+                continue
             called = re.findall(r"[\w.\-]+", " ".join(map(" ".join, _CALLED.findall(operation["rest"]))))
             loops = times
             if operation["opcode"] == "while":
                 loops *= _trips(computations, operation["rest"])
             for callee in called:
                 if callee in computations:
-                    visit(callee, loops)
+                    yield from visit(callee, loops)
 
-    visit(entry, 1)
-    return found
+    return visit(next(name for name, (is_entry, _) in computations.items() if is_entry), 1)
 
 
 def _computations(hlo: str) -> Iterator[tuple[str, tuple[bool, list[re.Match]]]]:
@@ -104,7 +173,7 @@ def _computations(hlo: str) -> Iterator[tuple[str, tuple[bool, list[re.Match]]]]
             operations.append(operation)
 
 
-def _trips(computations: dict[str, tuple[bool, list[re.Match]]], rest: str) -> int:
+def _trips(computations: _Computations, rest: str) -> int:
     """Iterations of a loop: JAX's scans count from 0 to the one integer constant in their condition."""
     condition = re.search(r"condition=%?([\w.\-]+)", rest)
     assert condition is not None

@@ -62,20 +62,24 @@ def with_sizes(
 def plan_step(config: RunConfig, devices: Sequence[Any], segments: int = 1) -> dict[str, Any]:
     """Compiles a training step for devices; returns its report, ready for JSON. segments: see `report_step`."""
     mesh = make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
-    model, data = config.model_config(), config.data
+    return report_step(config, mesh, compile_step(config, config.model_config(), mesh), segments)
+
+
+def compile_step(config: RunConfig, model: MossAudioConfig, mesh: Mesh) -> Compiled:
+    """Compiles a run's training step for a mesh. model: the run's, or one that no preset has."""
+    data = config.data
     batch = abstract_batch(
         model, data.batch_size, data.tokens, data.chunks, microbatches=config.microbatches, mesh=mesh
     )
     graphdef = nnx.split(build_model(model, dict(abstract_parameters(model, jnp.float32))))[0]
     with jax.set_mesh(mesh):
-        state = planned_state(config, mesh)
-        compiled = compile_for_memory(train_step.trace(graphdef, config.step, config.optimizer, state, batch), mesh)
-    return report_step(config, mesh, compiled, segments)
+        state = planned_state(config, mesh, model)
+        return compile_for_memory(train_step.trace(graphdef, config.step, config.optimizer, state, batch), mesh)
 
 
-def planned_state(config: RunConfig, mesh: Mesh) -> TrainState:
-    """Returns the abstract, sharded state of a run."""
-    model = config.model_config()
+def planned_state(config: RunConfig, mesh: Mesh, model: MossAudioConfig | None = None) -> TrainState:
+    """Returns the abstract, sharded state of a run. model: default: the run's."""
+    model = model or config.model_config()
     dtypes = frozen_dtypes(config, abstract_parameters(model, jnp.float32))
     return abstract_state(model, config.optimizer, frozen_dtypes=dtypes, mesh=mesh)
 

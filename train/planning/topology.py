@@ -55,10 +55,15 @@ def topology_of(name: str) -> str:
     )
 
 
+def accelerator_type(topology: str) -> str | None:
+    """Returns the name that a topology is rented by: `v5p-64` for `v5p:2x4x4`; None if it has none."""
+    return next((kind for kind, shape in ACCELERATOR_TYPES.items() if shape == topology), None)
+
+
 def shown_topology(topology: str) -> str:
     """Topology and its accelerator type, if it has one: `v5p:2x4x4 (v5p-64)`."""
-    rented = [kind for kind, shape in ACCELERATOR_TYPES.items() if shape == topology]
-    return f"{topology} ({rented[0]})" if rented else topology
+    rented = accelerator_type(topology)
+    return f"{topology} ({rented})" if rented else topology
 
 
 def _wraps(topology: str) -> tuple[bool, bool, bool]:
@@ -67,6 +72,14 @@ def _wraps(topology: str) -> tuple[bool, bool, bool]:
     chip, sizes = chip_of("TPU7x" if kind == "tpu7x" else f"TPU {kind}"), [int(size) for size in shape.split("x")]
     first, second, third = (*(chip.wraps(sizes) if chip else ()), False, False, False)[:3]
     return first, second, third
+
+
+def compile_without_tpu() -> None:
+    """Sets libtpu's environment, where the user has not, for a machine without a TPU. To be called before it loads."""
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # or libtpu asks Google Cloud for the machine's type
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")  # or libtpu warns that it is unset
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # compiling needs no exclusive TPU
 
 
 def topology_devices(topology: str, slices: int = 1, *, megacore: bool = True) -> list[Any]:
@@ -79,10 +92,7 @@ def topology_devices(topology: str, slices: int = 1, *, megacore: bool = True) -
     Raises MossAudioError for an unknown topology, or if libtpu is not installed.
     """
     topology = topology_of(topology)
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # or libtpu asks Google Cloud for the machine's type
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")  # or libtpu warns that it is unset
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # compiling needs no exclusive TPU
+    compile_without_tpu()
     try:
         import libtpu  # noqa: F401  # pyright: ignore[reportMissingImports]
     except ImportError as error:
