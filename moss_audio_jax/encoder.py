@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from moss_audio_jax.attention import attend, dropout
 from moss_audio_jax.config import EncoderConfig, downsampled_length
-from moss_audio_jax.layers import LayerNorm, Linear, gelu, parameter, scan_layers, take_layers, weighted
+from moss_audio_jax.layers import LayerNorm, Linear, gelu, parameter, scan_layers, weighted
 from moss_audio_jax.sharding import batch_is_sharded, constrain, on_cpu
 
 # Chunks of each sequence that the stem encodes at a time: its activations take about 100 MB a chunk (float32, 480
@@ -137,9 +137,10 @@ class EncoderLayer(nnx.Module):
         self.final_layer_norm = LayerNorm(width, 1e-5, layers=layers, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "n t d"], num_tokens: Int[Array, " n"], dropout_key: jax.Array | None
+        self, x: Float[Array, "n t d"], num_tokens: Int[Array, " n"], dropout_keys: jax.Array | None
     ) -> Float[Array, "n t d"]:
-        keys = (None,) * 4 if dropout_key is None else jax.random.split(dropout_key, 4)
+        """dropout_keys: four, split before the scan over layers, which would compute them in every pass."""
+        keys = (None,) * 4 if dropout_keys is None else dropout_keys
         config = self.config
         attended = self.self_attn(self.self_attn_layer_norm(x), num_tokens, keys[0])
         x = x + dropout(attended, config.dropout, keys[1])
@@ -249,37 +250,51 @@ class AudioEncoder(nnx.Module):
     ) -> tuple[Float[Array, "n t d"], list[Float[Array, "n t d"]]]:
         """Runs all layers; returns the output of the last one, and those of the tapped ones."""
         total, taps = self.config.encoder_layers, self.config.deepstack_encoder_layer_indexes
-        keys = None if dropout_key is None else jax.random.split(dropout_key, total)
+        keys = None
+        if dropout_key is not None:
+            keys = jax.vmap(lambda key: jax.random.split(key, 4))(jax.random.split(dropout_key, total))
 
         def body(layer, x, key):
             return _shard_with_batch(layer(x, num_tokens, key))
 
-        if on_cpu():
-            return self._layers_in_one_scan(body, x, keys, remat)
-        # One scan up to and including each tapped layer, and one for the rest. A single scan compiles sooner, but takes
-        # 4.8% more memory (v5p, 12 sequences of 8,192 tokens a chip).
-        outputs, start = {}, 0
-        for stop in sorted({tap + 1 for tap in taps} | {total}):
-            segment = take_layers(self.layers, start, stop)
-            x = scan_layers(body, segment, x, None if keys is None else keys[start:stop], remat=remat)
-            outputs[stop - 1], start = x, stop
-        return x, [outputs[tap] for tap in taps]
-
-    def _layers_in_one_scan(self, body, x, keys, remat):
-        """Each layer writes its output over that of the layer before, up to a tapped layer's."""
-        in_order = sorted(self.config.deepstack_encoder_layer_indexes)
-        slots = jnp.searchsorted(
-            jnp.array(in_order, jnp.int32), jnp.arange(self.config.encoder_layers, dtype=jnp.int32)
-        )
-
-        def writing_body(layer, carry, inputs):
+        def tapping_body(layer, carry, inputs):
             (x, outputs), (key, slot) = carry, inputs
-            x = body(layer, x, key)
-            return x, jax.lax.dynamic_update_index_in_dim(outputs, x, slot, 0)
+            return _tapped(body(layer, x, key), outputs, slot)
 
-        outputs = jnp.zeros((len(in_order) + 1, *x.shape), x.dtype)
-        x, outputs = scan_layers(writing_body, self.layers, (x, outputs), (keys, slots), remat=remat)
-        return x, [outputs[in_order.index(tap)] for tap in self.config.deepstack_encoder_layer_indexes]
+        if not taps:
+            return scan_layers(body, self.layers, x, keys, remat=remat), []
+        # Of each layer the slot of its tap; -1: none.
+        slots = jnp.array([taps.index(layer) if layer in taps else -1 for layer in range(total)], jnp.int32)
+        outputs = constrain(jnp.zeros((len(taps), *x.shape), x.dtype), None, "batch")
+        x, outputs = scan_layers(tapping_body, self.layers, (x, outputs), (keys, slots), remat=remat)
+        return x, list(outputs)
+
+
+@jax.custom_vjp
+def _tapped(
+    x: Float[Array, "n t d"], outputs: Float[Array, "taps n t d"], slot: Int[Array, ""]
+) -> tuple[Float[Array, "n t d"], Float[Array, "taps n t d"]]:
+    """Returns `x`, and `outputs` with `x` in that slot; in none if it is -1.
+
+    A slot is written once. So its cotangent may stay in place after it is read: the backward pass of a scan then writes
+    nothing to the cotangent of `outputs`, and copies none of it.
+    """
+    index = jnp.maximum(slot, 0)
+    written = jnp.where(slot < 0, jax.lax.dynamic_index_in_dim(outputs, index, keepdims=False), x)
+    return x, jax.lax.dynamic_update_index_in_dim(outputs, written, index, 0)
+
+
+def _tapped_forward(x, outputs, slot):
+    return _tapped(x, outputs, slot), slot
+
+
+def _tapped_backward(slot, cotangents):
+    by_x, by_outputs = cotangents
+    at_slot = jax.lax.dynamic_index_in_dim(by_outputs, jnp.maximum(slot, 0), keepdims=False)
+    return by_x + jnp.where(slot < 0, 0, at_slot), by_outputs, None
+
+
+_tapped.defvjp(_tapped_forward, _tapped_backward)
 
 
 def _shard_with_batch(x: Float[Array, "n ..."]) -> Float[Array, "n ..."]:

@@ -18,6 +18,7 @@ from moss_audio_jax.layers import (
     GatedMLP,
     Linear,
     RMSNorm,
+    gradients_before,
     layer_at,
     parameter,
     row_major,
@@ -122,10 +123,12 @@ class DecoderLayer(nnx.Module):
         return self.self_attn.project(self.input_layernorm(x), phases)
 
     def finish(
-        self, x: Float[Array, "b t hidden"], attended: Float[Array, "b t heads d"]
+        self, x: Float[Array, "b t hidden"], attended: Float[Array, "b t heads d"], *, frozen: bool = True
     ) -> Float[Array, "b t hidden"]:
-        x = x + self.self_attn.o_proj(attended.reshape(*x.shape[:2], -1))
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x, mlp = x + self.self_attn.o_proj(attended.reshape(*x.shape[:2], -1)), self.mlp
+        if not frozen:
+            x, mlp = gradients_before(x, mlp)
+        return x + mlp(self.post_attention_layernorm(x))
 
 
 class HiddenStates(NamedTuple):
@@ -197,7 +200,7 @@ class LanguageModel(nnx.Module):
 
         def body(layer, x, injected):
             query, key, value = layer.project(x, phases)
-            x = layer.finish(x, self_attend(query, key, value, segment_ids))
+            x = layer.finish(x, self_attend(query, key, value, segment_ids), frozen=frozen)
             x = x if injected is None else x + injected
             return constrain(x, "batch", "sequence", "features")
 

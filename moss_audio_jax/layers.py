@@ -216,6 +216,40 @@ class GatedMLP(nnx.Module):
         return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
+def gradients_before(x: jax.Array, module: Module) -> tuple[jax.Array, Module]:
+    """Returns both unchanged; the module's gradients are computed before the backward pass goes on from `x`.
+
+    A TPU's compiler may compute them later, to overlap their sums over devices with more work, and then holds what they
+    are computed from for longer.
+    """
+    graphdef, state = nnx.split(module)
+    weights, structure = jax.tree.flatten(state)
+    x, weights = _together(x, weights)
+    return x, nnx.merge(graphdef, jax.tree.unflatten(structure, weights))
+
+
+@jax.custom_vjp
+def _together(x: jax.Array, weights: list[jax.Array]) -> tuple[jax.Array, list[jax.Array]]:
+    return x, weights
+
+
+def _together_forward(x, weights):
+    # Of each weight () if it gets a gradient, else None: that of a frozen one is not to be computed.
+    learning = [() if weight.perturbed else None for weight in weights]
+    return (x.value, [weight.value for weight in weights]), learning
+
+
+def _together_backward(learning, gradients):
+    by_x, by_weights = gradients
+    pairs = zip(by_weights, learning, strict=True)
+    # What is no array is a symbolic zero.
+    kept = [by if learns is not None and isinstance(by, jax.Array) else None for by, learns in pairs]
+    return jax.lax.optimization_barrier((by_x, kept))
+
+
+_together.defvjp(_together_forward, _together_backward, symbolic_zeros=True)
+
+
 def row_major(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """Keeps the compiler from another order of `x`'s axes in memory, which it might carry over to whole weights."""
     return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
@@ -227,10 +261,11 @@ def take_layers(stack: nnx.Module, first: int, last: int) -> Any:
     return nnx.merge(graphdef, jax.tree.map(lambda p: p[first:last], state))
 
 
-def map_layers(stack: nnx.Module, x: Float[Array, "layers ..."]) -> Float[Array, "layers ..."]:
-    """Applies each layer of a stack to its own entry of `x`."""
+def map_layers(stack: nnx.Module, x: Float[Array, "layers ..."], *, remat: str = "none") -> Float[Array, "layers ..."]:
+    """Applies each layer of a stack to its own entry of `x`. remat: a key of REMAT_POLICIES."""
     graphdef, state = nnx.split(stack)
-    return jax.vmap(lambda layer, x: nnx.merge(graphdef, layer)(x))(state, x)
+    apply = rematerialized(lambda layer, x: nnx.merge(graphdef, layer)(x), remat)
+    return jax.lax.map(lambda pair: apply(*pair), (state, x))
 
 
 def layer_at(stack: nnx.Module, index: jax.Array) -> Any:
@@ -272,3 +307,9 @@ def scan_layers(
         # prevent_cse is for code outside loops; inside a scan it only costs.
         step = jax.checkpoint(step, policy=policy, prevent_cse=False)
     return jax.lax.scan(step, carry, (state, xs))[0]
+
+
+def rematerialized(function: Callable[..., Any], remat: str) -> Callable[..., Any]:
+    """Returns the function as the backward pass of `remat` computes it, a key of REMAT_POLICIES."""
+    policy = REMAT_POLICIES[remat]
+    return function if policy is None else jax.checkpoint(function, policy=policy)

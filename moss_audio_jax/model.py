@@ -23,7 +23,7 @@ from moss_audio_jax.encoder import AudioEncoder
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.inputs import ModelInputs
 from moss_audio_jax.language_model import DecoderLayer, HiddenStates, KVCache, LanguageModel
-from moss_audio_jax.layers import GatedMLP, Linear, map_layers, with_masters
+from moss_audio_jax.layers import GatedMLP, Linear, map_layers, rematerialized, with_masters
 from moss_audio_jax.lora import add_adapters, with_adapter_dropout
 from moss_audio_jax.sharding import constrain, on_automatic_mesh, on_mesh_of
 from moss_audio_jax.tree import dotted
@@ -125,10 +125,10 @@ class MossAudio(nnx.Module):
             inputs.audio_chunks, inputs.chunk_frames, inputs.stem_frames, dropout_key=dropout_key, remat=remat
         )
         features, taps = constrain(features, "batch"), constrain(taps, None, "batch")
-        adapted = constrain(self.audio_adapter(features), "batch")
+        adapted = constrain(rematerialized(self.audio_adapter.__call__, remat)(features), "batch")
         if not self.config.num_deepstack:
             return adapted, jnp.zeros((0, *adapted.shape), adapted.dtype)
-        merged = map_layers(self.deepstack_audio_merger_list, taps[: self.config.num_deepstack])
+        merged = map_layers(self.deepstack_audio_merger_list, taps[: self.config.num_deepstack], remat=remat)
         return adapted, constrain(merged, None, "batch")
 
     def prefill(self, inputs: ModelInputs, slots: int) -> tuple[Float[Array, "b hidden"], KVCache]:

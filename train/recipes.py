@@ -27,7 +27,7 @@ def pretrain_stage1() -> RunConfig:
     --mixture.speech.paths train.jsonl. Give it no text-only data, which teaches these parts nothing.
 
     Chips: v5e:4x4, where stage 2 of the 4B takes 14.02 GiB a chip (estimated) and stage 1 less. Time: below 13 hours
-    for 10,000 steps, by stage 2's step of 4.50 s (estimated). Result: not measured at 4B or 8B.
+    for 10,000 steps, by stage 2's step of 4.51 s (estimated). Result: not measured at 4B or 8B.
     """
     frozen = ("audio_encoder.*", "language_model.*", "lm_head.*")
     return RunConfig(data=_DATA, optimizer=OptimizerConfig(learning_rate=1e-3, total_steps=10_000, freeze=frozen))
@@ -39,7 +39,7 @@ def pretrain_stage2() -> RunConfig:
     Launch: moss-audio-train run --recipe pretrain_stage2 --out runs/stage2 --model.checkpoint runs/stage1
     --mixture.speech.paths speech.jsonl --mixture.captions.paths captions.jsonl --mixture.text.paths text.jsonl
 
-    Chips: v5e:4x4 for the 4B, 14.02 of 15.75 GiB a chip (estimated). Time: 4.50 s a step, 125 hours for 100,000 steps
+    Chips: v5e:4x4 for the 4B, 14.02 of 15.75 GiB a chip (estimated). Time: 4.51 s a step, 125 hours for 100,000 steps
     (estimated). Result: not measured at 4B or 8B.
     """
     optimizer = OptimizerConfig(learning_rate=1e-4, total_steps=100_000, warmup_steps=1000)
@@ -53,7 +53,7 @@ def finetune() -> RunConfig:
     --eval-data test.jsonl
 
     Chips: v5e:2x4 for the 4B, 13.14 of 15.75 GiB a chip; v6e:2x4 for the 8B, 20.31 of 31.24 GiB (estimated). Time:
-    1.35 s and 0.60 s a step, 11 and 5 minutes for 500 steps (estimated). Result: not measured at 4B or 8B.
+    1.35 s and 0.61 s a step, 11 and 5 minutes for 500 steps (estimated). Result: not measured at 4B or 8B.
     """
     return RunConfig(
         data=_FINETUNE_DATA,

@@ -136,7 +136,9 @@ def test_what_is_computed_again_is_what_xla_adds(unrolled, trained: tuple[str, .
     again = recomputed_flops(CONFIG, WHOLE_ATTENTION, learning, remat)
     assert 1.0 < counted / (sum(flops.values()) + sum(again.values())) < 1.01
     if trained != ("*",):
-        assert again["encoder"] == again["adapter"] == again["mergers"] == 0
+        assert again["encoder"] == 0
+        learns = trained[0] == "audio_adapter.*" and remat == "full"
+        assert (again["adapter"] > 0) == (again["mergers"] > 0) == learns
 
 
 def elements_of_products(jaxpr: Any, rows: tuple[int, int]) -> int:
@@ -163,7 +165,7 @@ def test_products_move_their_operands_and_results(remat: str):
     counted = moved_bytes(CONFIG, WHOLE_ATTENTION, learning, remat)
     program = traced.jaxpr.jaxpr
     assert 2 * elements_of_products(program, (ROWS, TOKENS)) == counted["llm_matmuls"]
-    assert 2 * elements_of_products(program, (ROWS, CHUNKS * 50)) == counted["adapter"]
+    assert 2 * elements_of_products(program, (ROWS, CHUNKS * 50)) == counted["adapter"] + counted["mergers"]
 
 
 def test_microbatches_read_the_kernels_again():

@@ -210,7 +210,7 @@ def _bridge(part: str, name: str, config: MossAudioConfig, rows: float, count: i
     outputs = config.language_config.hidden_size
     first = (f"{name}.gate_proj", f"{name}.up_proj")
     for projection in first:
-        yield _linear(part, projection, rows, inputs, hidden, ("audio_encoder",), layers=count)
+        yield _linear(part, projection, rows, inputs, hidden, ("audio_encoder",), layers=count, recomputed=_IN_LAYERS)
     yield _linear(part, f"{name}.down_proj", rows, hidden, outputs, ("audio_encoder", *first), layers=count)
 
 
