@@ -21,7 +21,7 @@ test: check
 	$(BIN)/python -m pytest -m "not slow and not alone and not tpu" $(PARALLEL) $(NUMBERS)
 	XLA_FLAGS="$(XLA_FLAGS) $$($(BIN)/python tests/xla_flags.py)" \
 		$(BIN)/python -m pytest -m "not slow and not alone and not tpu" $(PARALLEL) tests $(addprefix --ignore ,$(NUMBERS))
-	XLA_FLAGS="$(XLA_FLAGS) $$($(BIN)/python tests/xla_flags.py)" $(BIN)/python -m pytest -m alone tests/train
+	$(BIN)/python -m pytest -m alone tests/train
 	$(BIN)/python -m pytest -m "tpu and not slow"
 
 # The released sizes, compiled for TPUs: all of them take an hour or two.
