@@ -2,13 +2,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 export JAX_PLATFORMS ?= cpu
-# Compared with PyTorch, or with recordings of it, as users compile. Most of the time of the other tests is compilation,
-# which takes a third less without LLVM's optimizations.
+# Compared with PyTorch, or with recordings of it, as users compile. The other tests compile quickly.
 NUMBERS := tests/parity tests/test_model.py
-test: PARALLEL := --numprocesses 2 --dist loadfile --max-worker-restart 0
+test: PARALLEL := --numprocesses 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 # Tests, and processes that they start, need the same programs: each is compiled once.
 test: export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.venv/compiled
-test: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.3
+test: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.1
 
 # `make fuzz` tries as many damaged checkpoints.
 FUZZ_INPUTS ?= 1000000
@@ -20,7 +19,7 @@ demo: .venv/core
 
 test: check
 	$(BIN)/python -m pytest -m "not slow and not alone and not tpu" $(PARALLEL) $(NUMBERS)
-	XLA_FLAGS="$(XLA_FLAGS) --xla_backend_optimization_level=0" \
+	XLA_FLAGS="$(XLA_FLAGS) $$($(BIN)/python tests/xla_flags.py)" \
 		$(BIN)/python -m pytest -m "not slow and not alone and not tpu" $(PARALLEL) tests $(addprefix --ignore ,$(NUMBERS))
 	$(BIN)/python -m pytest -m alone tests/train
 	$(BIN)/python -m pytest -m "tpu and not slow"

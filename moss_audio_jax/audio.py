@@ -12,7 +12,6 @@ from functools import lru_cache
 
 import ml_dtypes
 import numpy as np
-import scipy.signal
 import scipy.sparse
 from numpy.lib.stride_tricks import sliding_window_view
 
@@ -116,6 +115,8 @@ def resample(wave: np.ndarray, orig_rate: int, new_rate: int) -> np.ndarray:
         return wave
     divisor = math.gcd(orig_rate, new_rate)
     orig, new = orig_rate // divisor, new_rate // divisor
+    import scipy.signal  # takes as long to import as JAX
+
     taps, delay = _sinc_filter(orig, new)
     length = _resampled_length(len(wave), orig, new)
     resampled = scipy.signal.upfirdn(taps, wave, up=new, down=orig)[delay : delay + length]

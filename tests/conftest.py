@@ -33,6 +33,8 @@ from moss_audio_jax.tree import dotted
 from moss_audio_jax.weights.names import released_leaves
 
 TESTS = Path(__file__).parent
+# So that neither of two workers is left alone with one of them.
+LONGEST = ("test_processes.py", "test_loop.py", "test_ablation.py", "test_lora.py", "test_finetune.py", "test_step.py")
 TINY_AUDIO_ID = 511  # tests/data/tiny has no processor_config.json to say so
 _TINY = MossAudioConfig.preset("tiny")
 # The preset with fewer layers: each scan over them takes seconds to compile.
@@ -46,8 +48,9 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]):
-    """Tests that load libtpu come last: JAX's profiler crashes in a process that has."""
-    items.sort(key=lambda item: item.get_closest_marker("tpu") is not None)
+    """Long files come first; tests that load libtpu last, as JAX's profiler crashes in a process that has."""
+    first = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: (item.get_closest_marker("tpu") is not None, first.get(item.path.name, len(first))))
 
 
 @pytest.fixture

@@ -134,18 +134,24 @@ def test_packed_examples_do_not_see_each_other(tiny):
     np.testing.assert_allclose(logits[lengths[0] : sum(lengths)], tiny(second)[0, : lengths[1]], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("policy", [name for name in REMAT_POLICIES if name != "none"])
-def test_rematerialization_changes_no_gradient(tiny, policy):
+def gradients_with(remat: str, tiny: MossAudio) -> list[jax.Array]:
     inputs = question(tiny, [403])
     graphdef, state = nnx.split(tiny)
 
-    def gradients(remat):
-        def objective(state):
-            return jnp.square(nnx.merge(graphdef, state).hidden_states(inputs, remat=remat).last).mean()
+    def objective(state):
+        return jnp.square(nnx.merge(graphdef, state).hidden_states(inputs, remat=remat).last).mean()
 
-        return jax.tree.leaves(jax.jit(jax.grad(objective))(state))
+    return jax.tree.leaves(jax.jit(jax.grad(objective))(state))
 
-    for plain, recomputed in zip(gradients("none"), gradients(policy), strict=True):
+
+@pytest.fixture(scope="module")
+def plain_gradients(tiny) -> list[jax.Array]:
+    return gradients_with("none", tiny)
+
+
+@pytest.mark.parametrize("policy", [name for name in REMAT_POLICIES if name != "none"])
+def test_rematerialization_changes_no_gradient(tiny, plain_gradients, policy):
+    for plain, recomputed in zip(plain_gradients, gradients_with(policy, tiny), strict=True):
         np.testing.assert_allclose(plain, recomputed, rtol=1e-4, atol=1e-6)
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.xla_flags import QUICK
+
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/finetune.md").read_text("utf-8").partition("## With a released model")[0]
 # Option -> its value here.
@@ -53,12 +55,11 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # Of 8 clips the first is named 0.wav.
     shown = json.dumps([[PACKAGES[command[0]], *command] for command in commands])
     shown = shown.replace("work/test/00.wav", "work/test/0.wav")
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}  # one device
     done = subprocess.run(
         [sys.executable, "-c", DRIVER],
         cwd=directory,
         input=shown,
-        env=environment | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": QUICK},  # one device
         capture_output=True,
         text=True,
         timeout=600,

@@ -74,6 +74,21 @@ def make_batch(seed: int = 0) -> TrainingBatch:
     return split_microbatches(TrainingBatch(inputs, targets, supervised.astype(np.float32)), 1)
 
 
+def marked(*, group=0, phase=0, label=-1) -> TrainingBatch:
+    """`make_batch` with all that a batch may have besides, so that tests of each share a program with 3 groups.
+
+    group, phase: of each row, or of all. label: of each audio token, or of all.
+    """
+    batch = make_batch()
+    tokens = batch.loss_mask.shape
+    return dataclasses.replace(
+        batch,
+        group=np.broadcast_to(np.int32(group)[..., None], tokens),
+        phase=np.broadcast_to(np.int32(phase), tokens[:2]),
+        audio_labels=np.broadcast_to(np.int32(label), tokens),
+    )
+
+
 def gradients_of(state: TrainState) -> dict[str, np.ndarray]:
     (adam,) = (part for part in state.moments if isinstance(part, optax.ScaleByAdamState))
     return {path: np.asarray(leaf) / (1 - EVERYTHING.b1) for path, leaf in adam.mu.items()}
@@ -111,10 +126,10 @@ def test_what_is_heard_is_learned_beside_the_answers(parameters, graphdef, one_s
     batch = make_batch()
     labels = np.where(batch.inputs.audio_slots >= 0, 7, -1)
     labels[..., ::2] = -1
-    labelled = dataclasses.replace(batch, audio_labels=labels)
-    same_step(train_step(graphdef, EXACT, EVERYTHING, start(parameters), labelled), one_step, 1e-6)
+    same_step(train_step(graphdef, EXACT, EVERYTHING, start(parameters), marked(label=labels), 3), one_step, 1e-6)
 
     listening = dataclasses.replace(EXACT, audio_label_weight=0.5)
+    labelled = dataclasses.replace(batch, audio_labels=labels)
     state, metrics = host(train_step(graphdef, listening, EVERYTHING, start(parameters), labelled))
     np.testing.assert_allclose(metrics["loss"], one_step[1]["loss"], rtol=1e-6)
 
@@ -382,8 +397,7 @@ def test_a_new_phase_of_the_mixture_restarts_what_a_spike_is():
 
 def test_a_batch_says_its_phase_and_other_data_are_a_new_one(parameters, graphdef):
     def skips(phases: list[int], state: TrainState) -> bool:
-        batch = dataclasses.replace(make_batch(), phase=np.int32([phases]))
-        return bool(train_step(graphdef, EXACT, EVERYTHING, state, batch)[1]["skipped"])
+        return bool(train_step(graphdef, EXACT, EVERYTHING, state, marked(phase=phases), 3)[1]["skipped"])
 
     def alarmed() -> TrainState:
         low = RecentValues(jnp.int32(100), jnp.float32(0.1), jnp.float32(1e-4))
@@ -398,8 +412,7 @@ def test_losses_by_group_and_norms_by_part(parameters, graphdef, one_step):
     """Rows belong to groups 0 and 2 of 3; a group's loss is that of a batch in which its rows alone supervise."""
     batch = make_batch()
     rows = np.int32([0, 2] * (ROWS // 2))
-    grouped = dataclasses.replace(batch, group=np.broadcast_to(rows[:, None], batch.loss_mask.shape))
-    found = train_step(graphdef, EXACT, EVERYTHING, start(parameters), grouped, 3)
+    found = train_step(graphdef, EXACT, EVERYTHING, start(parameters), marked(group=rows), 3)
     same_step(host(found), one_step, 1e-6)
     metrics = host(found[1])
     assert metrics["tokens_of_group"][1] == 0 and math.isnan(metrics["loss_of_group"][1])
@@ -469,9 +482,9 @@ def test_other_optimizers_learn_and_are_sharded(name, parameters, graphdef, monk
 def test_float32_sums_leave_the_loss_and_round_no_gradient(parameters, graphdef, one_step):
     """In bfloat16 each gradient of a kernel is rounded before chips add theirs up; in float32 it is not."""
     rounded, exact = (dataclasses.replace(EXACT, compute_dtype="bfloat16", reduce_dtype=d) for d in DTYPES)
-    found = [host(train_step(graphdef, c, EVERYTHING, start(parameters), make_batch())) for c in (rounded, exact)]
-    assert found[0][1]["loss"] == found[1][1]["loss"]
-    gradients = [gradients_after(graphdef, config, parameters) for config in (rounded, exact)]
+    found = [loss_and_gradients_of(graphdef, config, parameters) for config in (rounded, exact)]
+    assert found[0][0] == found[1][0]
+    gradients = [gradients for _, gradients in found]
 
     def is_rounded(gradient: np.ndarray) -> bool:
         return np.array_equal(gradient, gradient.astype(jnp.bfloat16).astype(np.float32))
@@ -489,9 +502,10 @@ def test_float32_sums_leave_the_loss_and_round_no_gradient(parameters, graphdef,
 DTYPES = ("bfloat16", "float32")
 
 
-def gradients_after(graphdef, config: StepConfig, parameters) -> dict[str, np.ndarray]:
+def loss_and_gradients_of(graphdef, config: StepConfig, parameters) -> tuple[float, dict[str, np.ndarray]]:
     function = jax.jit(functools.partial(loss_and_gradients, graphdef, config))
-    return host(function(dict(parameters), {}, make_batch(), jax.random.key(0))[1])
+    (sums, _), gradients = function(dict(parameters), {}, make_batch(), jax.random.key(0))
+    return float(sums.loss), host(gradients)
 
 
 def shapes_in(jaxpr: jax.extend.core.Jaxpr) -> Iterator[tuple[int, ...]]:

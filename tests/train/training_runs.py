@@ -14,6 +14,7 @@ from moss_audio_jax.small_tokenizer import write_small_tokenizer
 from moss_audio_jax.weights.checkpoint import save_model
 from moss_audio_jax.weights.parameters import build_model
 from tests.conftest import SMALL_MODEL
+from tests.xla_flags import QUICK
 from train.config import ModelSource, RunConfig, ValidationConfig
 from train.initialization import first_parameters
 from train.running.checkpoints import Checkpoints
@@ -22,7 +23,7 @@ from train.state import TrainState, abstract_state
 STEPS = 6
 MEASURED = ("time", "step_seconds", "tokens_per_second", "data_wait", "mfu", "restarts")  # by the clock, and starts
 # A subprocess has one device, and compiles quickly.
-ENVIRONMENT = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"}
+ENVIRONMENT = os.environ | {"XLA_FLAGS": QUICK, "JAX_PLATFORMS": "cpu"}
 
 
 def write_corpus(directory: Path, *, clips: int, texts: int) -> Path:
