@@ -2,33 +2,20 @@
 
 import os
 import struct
-import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
+from tensorboardX.record_writer import register_writer_factory
+from tensorboardX.summary import text as text_summary
 
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.storage.paths import GrowingFile, Path, read_bytes
 from moss_audio_jax.storage.retries import retried
 from train.running.directory import TENSORBOARD
 from train.running.sink import ShownSample, Sink, Values
-
-
-@contextmanager
-def _without_pytorch() -> Iterator[None]:
-    """Keeps tensorboardX from importing PyTorch, which takes longer than JAX, for what is not used here."""
-    absent = sys.modules.setdefault("torch", None) is None  # pyright: ignore[reportArgumentType]
-    yield
-    if absent:
-        del sys.modules["torch"]
-
-
-with _without_pytorch():
-    from tensorboardX.event_file_writer import EventsWriter
-    from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
-    from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
-    from tensorboardX.record_writer import register_writer_factory
-    from tensorboardX.summary import text as text_summary
 
 
 class _EventFiles:
