@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Self
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from scipy.special import log_softmax
