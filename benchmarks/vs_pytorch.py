@@ -26,7 +26,7 @@ from moss_audio_jax.audio import model_mel, num_audio_tokens
 from moss_audio_jax.commands.cli import run_cli
 from moss_audio_jax.config import EncoderConfig, LanguageConfig, MossAudioConfig, ProcessorConfig
 from moss_audio_jax.errors import MossAudioError
-from moss_audio_jax.generation import decode_answers, make_drawing, prefill_prompts
+from moss_audio_jax.generation import copied_layers, decode_answers, make_drawing, prefill_prompts
 from moss_audio_jax.inputs import ModelInputs, make_inputs
 from moss_audio_jax.model import MossAudio
 from moss_audio_jax.prompts import audio_span
@@ -203,6 +203,7 @@ def _decode_row(model: MossAudio, inputs: ModelInputs, prefill_pytorch: Timed, r
 
     graphdef, state = nnx.split(model)
     drawing = make_drawing(1, Sampling(), (), NEW_TOKENS)
+    layers = copied_layers(graphdef, state)
     prefilled, caches = [], []
     for _ in range(repeats + 1):
         prefilled.append(prefill_prompts(graphdef, state, inputs, drawing.fill, NEW_TOKENS))
@@ -219,7 +220,7 @@ def _decode_row(model: MossAudio, inputs: ModelInputs, prefill_pytorch: Timed, r
         return logits
 
     def decode():
-        return decode_answers(graphdef, state, prefilled.pop(), drawing, NEW_TOKENS)
+        return decode_answers(graphdef, state, layers, prefilled.pop(), drawing, NEW_TOKENS)
 
     return compare(f"decode of {NEW_TOKENS} tokens", decode, decode_pytorch, repeats)
 

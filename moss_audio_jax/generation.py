@@ -177,10 +177,11 @@ def _pieces(
     state = on_automatic_mesh(state)
     with on_mesh_of(state):
         answers = prefill_prompts(graphdef, state, inputs, drawing.fill, bucket(max_new_tokens, MIN_NEW_TOKENS))
+        layers = copied_layers(graphdef, state)
     done, stopped = 0, np.zeros(1, bool)
     while not stopped.all():
         with on_mesh_of(state):  # not while the caller has the piece
-            answers = decode_answers(graphdef, state, answers, drawing, every)
+            answers = decode_answers(graphdef, state, layers, answers, drawing, every)
         results = answers.tokens, answers.counts, answers.stopped, answers.finite
         tokens, counts, stopped, finite = map(on_host, results)
         if not finite.all():
@@ -213,10 +214,25 @@ def prefill_prompts(
     )
 
 
+def copied_layers(graphdef: nnx.GraphDef, state: nnx.State) -> list[nnx.State] | None:
+    """Returns a copy of the decoder layers, each with arrays of its own, where `decode_answers` needs it; else None.
+
+    XLA's CPU backend copies a layer's float32 weights out of the stack to multiply: here once, not for every token.
+    """
+    is_float32 = nnx.merge(graphdef, state).head.dtype == jnp.float32
+    return _unstacked_layers(graphdef, state) if on_cpu() and is_float32 else None
+
+
+@functools.partial(jax.jit, static_argnames="graphdef")
+def _unstacked_layers(graphdef: nnx.GraphDef, state: nnx.State) -> list[nnx.State]:
+    return [nnx.state(layer) for layer in unstacked(nnx.merge(graphdef, state).language_model.layers)]
+
+
 @functools.partial(jit, static_argnames="graphdef", donate_argnames="answers")
 def decode_answers(
     graphdef: nnx.GraphDef,
     state: nnx.State,
+    layers: list[nnx.State] | None,
     answers: Answers,
     drawing: Drawing,
     steps: Int[Any, ""],
@@ -224,19 +240,18 @@ def decode_answers(
 ) -> Answers:
     """Draws up to `steps` tokens of each answer that has not stopped.
 
-    until_one_stops: return early once one of them has.
+    layers: of `copied_layers`. until_one_stops: return early once one of them has.
     """
     model = nnx.merge(graphdef, state)
-    # XLA's CPU backend copies a layer's float32 weights out of the stack to multiply: here once, not for every token.
-    copies = on_cpu() and model.head.dtype == jnp.float32
-    layers = unstacked(model.language_model.layers) if copies else None
+    of_layer = nnx.graphdef(model.language_model.layers)
+    copies = None if layers is None else [nnx.merge(of_layer, layer) for layer in layers]
     stopped_before = answers.stopped
 
     def step(carry: tuple[Int[Array, ""], Answers]) -> tuple[Int[Array, ""], Answers]:
         done, answers = carry
         active = ~answers.stopped
         answers, token = _draw(model, answers, drawing)
-        hidden, cache = model.decode(token, active, answers.cache, layers)
+        hidden, cache = model.decode(token, active, answers.cache, copies)
         return done + 1, dataclasses.replace(answers, cache=cache, hidden=hidden)
 
     def unfinished(carry: tuple[Int[Array, ""], Answers]) -> Bool[Array, ""]:

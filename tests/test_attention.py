@@ -266,7 +266,7 @@ def test_decoding_holds_the_cache_once_and_gathers_no_head(batch, tensor):
         graphdef, state = nnx.split(build_model(config, dict(abstract_parameters(config, jnp.bfloat16, mesh))))
         inputs = one_batch(config, batch, slots - 16, 0, mesh).inputs
         loop = jax.eval_shape(lambda *given: prefill_prompts(graphdef, *given, 16), state, inputs, drawing.fill)
-        compiled = decode_answers.trace(graphdef, state, placed(loop, mesh), drawing, 16).lower().compile()
+        compiled = decode_answers.trace(graphdef, state, None, placed(loop, mesh), drawing, 16).lower().compile()
     text = compiled.as_text()
     assert not re.search(rf"= bf16\[[\d,]*\b{slots},[\d,]*\]\S* (copy|transpose)\(", text)
     assert compiled.memory_analysis().temp_size_in_bytes < 2**25  # scores, not keys or a stack of weights

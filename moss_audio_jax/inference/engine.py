@@ -23,6 +23,7 @@ from moss_audio_jax.generation import (
     MIN_EOS_IDS,
     Drawing,
     check_request,
+    copied_layers,
     decode_answers,
     padded_eos,
     why_not_finite,
@@ -163,6 +164,7 @@ class Engine:
         dtype = model.language_model.embed_tokens.embedding.dtype
         with on_mesh_of(self._state):
             self._answers = empty_slots(model.config, slots, max_length, max_length, dtype)
+            self._layers = copied_layers(self._graphdef, self._state)
         self._handles: list[Handle | None] = [None] * slots
         self._samplings = [GREEDY] * slots
         self._seeds = np.zeros((slots, 2), np.uint32)
@@ -290,7 +292,13 @@ class Engine:
         )
         with on_mesh_of(self._state):
             self._answers = decode_answers(
-                self._graphdef, self._state, self._answers, drawing, np.int32(steps), np.bool_(until_one_stops)
+                self._graphdef,
+                self._state,
+                self._layers,
+                self._answers,
+                drawing,
+                np.int32(steps),
+                np.bool_(until_one_stops),
             )
 
     def _deliver(self) -> None:

@@ -177,7 +177,7 @@ def compile_answering(
             return prefill, prefill, 0
         # Decoding takes the outputs of prefill with their shardings.
         loop = jax.tree.map(_placed, reading.out_info, prefill.outputs)
-        decode = compile_for_memory(decode_answers.trace(graphdef, state, loop, drawing, new_tokens), mesh)
+        decode = compile_for_memory(decode_answers.trace(graphdef, state, None, loop, drawing, new_tokens), mesh)
     return prefill, decode, bytes_on_chip((loop.cache.keys, loop.cache.values))
 
 
