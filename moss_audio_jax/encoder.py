@@ -264,7 +264,8 @@ class AudioEncoder(nnx.Module):
         if not taps:
             return scan_layers(body, self.layers, x, keys, remat=remat), []
         # Of each layer the slot of its tap; -1: none.
-        slots = jnp.array([taps.index(layer) if layer in taps else -1 for layer in range(total)], jnp.int32)
+        layers = jnp.arange(total)
+        slots = sum((jnp.where(layers == tap, slot + 1, 0) for slot, tap in enumerate(taps)), -jnp.ones_like(layers))
         outputs = constrain(jnp.zeros((len(taps), *x.shape), x.dtype), None, "batch")
         x, outputs = scan_layers(tapping_body, self.layers, (x, outputs), (keys, slots), remat=remat)
         return x, list(outputs)

@@ -119,27 +119,27 @@ def _attend(query, key, value, segment_ids, *, tiles: Tiles, interpret: bool):
         residual_checkpoint_name=RESIDUALS,
         interpret=interpret,
     )
-    out: Any = _with_residuals_first(jax.vmap(kernel), query, key, value, SegmentIds(segment_ids, segment_ids))
+    out: Any = _with_residuals_first(kernel, query, key, value, SegmentIds(segment_ids, segment_ids))
     return out.swapaxes(1, 2)[:, :tokens]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@jax.custom_vjp
 def _with_residuals_first(kernel, query, key, value, segment_ids):
-    """Computes kernel(query, key, value, segment_ids); what it keeps for its backward pass is ready with its result.
+    """Computes the kernel for each sequence; what it keeps for its backward pass is ready with its result.
 
     The kernel writes each log-sum-exp 128 times, and one of them is kept. A TPU's compiler would take it out much
     later, and hold all until then.
     """
-    return kernel(query, key, value, segment_ids)
+    return jax.vmap(kernel)(query, key, value, segment_ids)
 
 
 def _forward(kernel, query, key, value, segment_ids):
-    out, backward = jax.vjp(lambda *arrays: kernel(*arrays, segment_ids), query, key, value)
+    out, backward = jax.vjp(lambda *arrays: jax.vmap(kernel)(*arrays, segment_ids), query, key, value)
     return jax.lax.optimization_barrier((out, backward))
 
 
-def _backward(kernel, backward, gradient):
-    return (*backward(gradient), None)
+def _backward(backward, gradient):
+    return (None, *backward(gradient), None)
 
 
 _with_residuals_first.defvjp(_forward, _backward)
