@@ -34,7 +34,7 @@ from moss_audio_jax.weights.names import released_leaves
 
 TESTS = Path(__file__).parent
 # So that neither of two workers is left alone with one of them.
-LONGEST = ("test_processes.py", "test_loop.py", "test_ablation.py", "test_lora.py", "test_finetune.py", "test_step.py")
+LONGEST = ("test_loop.py", "test_lora.py", "test_processes.py", "test_ablation.py", "test_finetune.py", "test_step.py")
 TINY_AUDIO_ID = 511  # tests/data/tiny has no processor_config.json to say so
 _TINY = MossAudioConfig.preset("tiny")
 # The preset with fewer layers: each scan over them takes seconds to compile.
