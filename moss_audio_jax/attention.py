@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from moss_audio_jax.inputs import coarse_buckets
 from moss_audio_jax.splash import serves, splash_attend
 
 # Queries in a block. Scores take [heads, block, tokens] of memory instead of [heads, tokens, tokens].
@@ -97,11 +98,7 @@ def choose_slots(slots: int, lengths: Int[Array, " b"]) -> Int[Array, ""]:
 
 def slot_buckets(slots: int) -> tuple[int, ...]:
     """Returns the numbers of slots that `cached_attend` may read, of a cache of `slots`: 512, 768, 1024, 1536, ..."""
-    sizes, size = [], MIN_SLOTS
-    while size < slots:
-        sizes += [size, size + size // 2]
-        size *= 2
-    return (*(size for size in sizes if size < slots), slots)
+    return coarse_buckets(MIN_SLOTS, slots)
 
 
 def cached_attend(

@@ -219,8 +219,8 @@ def copied_layers(graphdef: nnx.GraphDef, state: nnx.State) -> list[nnx.State] |
 
     XLA's CPU backend copies a layer's float32 weights out of the stack to multiply: here once, not for every token.
     """
-    is_float32 = nnx.merge(graphdef, state).head.dtype == jnp.float32
-    return _unstacked_layers(graphdef, state) if on_cpu() and is_float32 else None
+    embedding = nnx.merge(graphdef, state).language_model.embed_tokens.embedding
+    return _unstacked_layers(graphdef, state) if on_cpu() and embedding.dtype == jnp.float32 else None
 
 
 @functools.partial(jax.jit, static_argnames="graphdef")

@@ -148,6 +148,15 @@ def bucket(size: int, smallest: int) -> int:
     return smallest * step * -(-units // step)
 
 
+def coarse_buckets(smallest: int, largest: int) -> tuple[int, ...]:
+    """Returns smallest * (1, 1.5, 2, 3, 4, 6, ...) below `largest`, and `largest`: few sizes, all of which are compiled."""
+    sizes, size = [], smallest
+    while size < largest:
+        sizes += [size, size + size // 2]
+        size *= 2
+    return (*(size for size in sizes if size < largest), largest)
+
+
 def _check_sequence(row: int, ids: np.ndarray, clips: list[np.ndarray], audio_id: int, config: MossAudioConfig) -> None:
     bins, vocab = config.audio_config.num_mel_bins, config.language_config.vocab_size
     if len(ids) == 0:

@@ -1,9 +1,11 @@
 """The engine: a reply is that of its request alone, whatever else is in the slots; nothing compiles after warm-up."""
 
 import dataclasses
+import math
 import threading
 from collections.abc import Iterator
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -21,8 +23,9 @@ from moss_audio_jax import (
 )
 from moss_audio_jax.inference.slots import prompt_shape, prompt_shapes
 from moss_audio_jax.inputs import encode_sequence
+from moss_audio_jax.sharding import make_mesh
 from tests.conftest import compilations, random_mel
-from tests.test_generate import broken
+from tests.test_generate import broken, on_mesh
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +84,13 @@ def test_a_reply_depends_on_its_request_alone(engine, requests):
     assert engine.run(requests[::-1]) == alone[::-1]
     assert engine.run([request for request in requests for _ in range(3)]) == [one for one in alone for _ in range(3)]
     assert len({reply.ids for reply in alone}) == len(alone)  # so that an exchange would show
+
+
+@pytest.mark.parametrize("sizes", [{"fsdp": 4, "tensor": 2}, {"fsdp": 1, "tensor": 2}], ids=str)
+def test_replies_on_a_mesh_are_those_of_one_device(engine, model, processor, requests, sizes):
+    mesh = make_mesh(**sizes, devices=jax.devices()[: math.prod(sizes.values())])
+    with Engine(on_mesh(model, mesh), processor, slots=3, max_length=256) as sharded:
+        assert sharded.run(requests[:5]) == engine.run(requests[:5])
 
 
 def test_nothing_compiles_after_warm_up(engine):
@@ -187,4 +197,4 @@ def test_a_prompt_takes_the_smallest_program(model):
     assert prompt_shape(shapes, sequence) == (192, 0)
     audio = model.config.processor.audio_token_id
     many = encode_sequence([audio] * 200, [random_mel(8)] * 200, model.config)  # 200 clips of a token each
-    assert prompt_shape(shapes, many) == (600, 256)
+    assert prompt_shape(shapes, many) == (600, 224)

@@ -85,8 +85,8 @@ def time_events() -> RunConfig:
     Launch: moss-audio-train run --recipe time_events --out runs/events
 
     Chips: none, two CPU cores. Time: 5 min 12 s (measured). Result: event F1 93.7% to 98.5% on held-out scenes of
-    8 s (measured, nine runs; docs/training.md). Short scenes come first, then long ones
-    among them: long ones alone train it far more slowly.
+    8 s (measured, nine runs; docs/training.md). Short scenes come first, then long ones among them: long ones alone
+    train it far more slowly.
     """
     return RunConfig(
         model=ModelSource(preset="small", tokenizer="learned"),

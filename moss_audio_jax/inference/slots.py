@@ -6,14 +6,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Int
 
 from moss_audio_jax.compilation import jit
 from moss_audio_jax.config import DOWNSAMPLE_RATE, MossAudioConfig
 from moss_audio_jax.generation import Answers
-from moss_audio_jax.inputs import ModelInputs
+from moss_audio_jax.inputs import ModelInputs, bucket, coarse_buckets
 from moss_audio_jax.language_model import KVCache
 from moss_audio_jax.sharding import constrain
 
@@ -73,14 +72,10 @@ def prompt_shapes(config: MossAudioConfig, length: int) -> list[tuple[int, int]]
 
     The chunks are those of one clip that is the whole prompt.
     """
-    sizes, size = [], MIN_PROMPT
-    while size < length:
-        sizes += [size, size + size // 2]
-        size *= 2
     tokens_of_chunk = (config.audio_config.chunk_frames or 400) // DOWNSAMPLE_RATE
     return [
         shape
-        for tokens in (*(size for size in sizes if size < length), length)
+        for tokens in coarse_buckets(MIN_PROMPT, length)
         for shape in ((tokens, 0), (tokens, tokens // tokens_of_chunk + 1))
     ]
 
@@ -94,4 +89,4 @@ def prompt_shape(shapes: list[tuple[int, int]], inputs: ModelInputs) -> tuple[in
     for shape in shapes:
         if tokens <= shape[0] and chunks <= shape[1]:
             return shape
-    return shapes[-1][0], int(2 ** np.ceil(np.log2(chunks)))
+    return shapes[-1][0], bucket(chunks, 1)
