@@ -149,7 +149,7 @@ def bucket(size: int, smallest: int) -> int:
 
 
 def coarse_buckets(smallest: int, largest: int) -> tuple[int, ...]:
-    """Returns smallest * (1, 1.5, 2, 3, 4, 6, ...) below `largest`, and `largest`: few sizes, all of which are compiled."""
+    """Returns smallest * (1, 1.5, 2, 3, 4, 6, ...) below `largest`, and `largest`: so few that all are compiled."""
     sizes, size = [], smallest
     while size < largest:
         sizes += [size, size + size // 2]
