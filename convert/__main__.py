@@ -11,15 +11,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated, Literal
 
-import tyro
+from moss_audio_jax.commands.interruption import ends_on_ctrl_c
 
-from convert.memory import peak_memory
-from moss_audio_jax.commands.cli import Commands, run_cli
-from moss_audio_jax.commands.interruption import cleans_up_on_signals
-from moss_audio_jax.commands.json_output import write_json
-from moss_audio_jax.commands.paths import PathArgument
-from moss_audio_jax.errors import MossAudioError
-from moss_audio_jax.storage.paths import AnyPath
+with ends_on_ctrl_c():  # these imports take long enough to be interrupted
+    import tyro
+
+    from convert.memory import peak_memory
+    from moss_audio_jax.commands.cli import Commands, run_cli
+    from moss_audio_jax.commands.interruption import cleans_up_on_signals
+    from moss_audio_jax.commands.json_output import write_json
+    from moss_audio_jax.commands.paths import PathArgument
+    from moss_audio_jax.errors import MossAudioError
+    from moss_audio_jax.storage.paths import AnyPath
 
 Source = Annotated[PathArgument, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
 Target = Annotated[PathArgument, tyro.conf.Positional, tyro.conf.arg(metavar="TARGET")]

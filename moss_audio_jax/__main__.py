@@ -5,15 +5,18 @@ import sys
 import time
 from typing import Annotated, Literal
 
-import tyro
+from moss_audio_jax.commands.interruption import ends_on_ctrl_c
 
-from moss_audio_jax.commands.cli import Commands, run_cli
-from moss_audio_jax.commands.options import MeshConfig
-from moss_audio_jax.commands.paths import PathArgument
-from moss_audio_jax.commands.progress import waiting
-from moss_audio_jax.errors import MossAudioError
-from moss_audio_jax.prompts import DEFAULT_SYSTEM_PROMPT
-from moss_audio_jax.sampling_config import Sampling
+with ends_on_ctrl_c():  # these imports take long enough to be interrupted
+    import tyro
+
+    from moss_audio_jax.commands.cli import Commands, run_cli
+    from moss_audio_jax.commands.options import MeshConfig
+    from moss_audio_jax.commands.paths import PathArgument
+    from moss_audio_jax.commands.progress import waiting
+    from moss_audio_jax.errors import MossAudioError
+    from moss_audio_jax.prompts import DEFAULT_SYSTEM_PROMPT
+    from moss_audio_jax.sampling_config import Sampling
 
 DEFAULT_PROMPT = "Transcribe the audio."
 

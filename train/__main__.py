@@ -7,24 +7,27 @@ import sys
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-import tyro
+from moss_audio_jax.commands.interruption import ends_on_ctrl_c
 
-from moss_audio_jax.commands.cli import Commands, run_cli
-from moss_audio_jax.commands.interruption import INTERRUPTED, end
-from moss_audio_jax.commands.json_output import write_json
-from moss_audio_jax.commands.paths import PathArgument
-from moss_audio_jax.commands.renamed import current_arguments
-from moss_audio_jax.errors import MossAudioError
-from moss_audio_jax.storage.paths import Path, require_writable
-from moss_audio_jax.storage.retries import retried
-from train.ablation_config import AblationConfig
-from train.config import RunConfig, with_paths
-from train.data.config import SceneConfig
-from train.evaluation.config import EvaluationConfig
-from train.recipes import DOCSTRINGS, RECIPES, read_recipe
-from train.running.config import DistributedConfig, ResumeConfig
-from train.running.config_file import stored_config
-from train.running.directory import is_begun
+with ends_on_ctrl_c():  # these imports take long enough to be interrupted
+    import tyro
+
+    from moss_audio_jax.commands.cli import Commands, run_cli
+    from moss_audio_jax.commands.interruption import INTERRUPTED, end
+    from moss_audio_jax.commands.json_output import write_json
+    from moss_audio_jax.commands.paths import PathArgument
+    from moss_audio_jax.commands.renamed import current_arguments
+    from moss_audio_jax.errors import MossAudioError
+    from moss_audio_jax.storage.paths import Path, require_writable
+    from moss_audio_jax.storage.retries import retried
+    from train.ablation_config import AblationConfig
+    from train.config import RunConfig, with_paths
+    from train.data.config import SceneConfig
+    from train.evaluation.config import EvaluationConfig
+    from train.recipes import DOCSTRINGS, RECIPES, read_recipe
+    from train.running.config import DistributedConfig, ResumeConfig
+    from train.running.config_file import stored_config
+    from train.running.directory import is_begun
 
 PREEMPTED = 75  # exit code, EX_TEMPFAIL: run it again
 
