@@ -4,6 +4,7 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import pytest
@@ -53,22 +54,22 @@ def test_a_training_step(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     arrays = [array for sums in report["collectives"].values() for array in sums["arrays"]]
     # A block of the head is gathered, and its gradient scattered; the whole never, nor the embedding.
     assert any("128" in array for array in arrays) and not any("512" in array for array in arrays), arrays
+    assert dtypes_of_summed_kernels(report) == {"bf16", "f32"}  # float32: the head
     people = plan.plan_table(report)
     assert "FITS" in people and "ESTIMATE" in people and "8 sequences of 256 tokens" in people
 
 
-def test_gradients_are_summed_in_the_type_that_is_asked_for(
+def test_gradients_are_summed_in_float32_if_asked_for(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    """Kernels only: scalars and vectors are summed in either type, and some all-reduces of vectors are gathers."""
+    out = run(["--topology", "v5e:2x2", *SIZES, "--step.reduce-dtype", "float32", "--json", "-"], monkeypatch, capsys)
+    assert dtypes_of_summed_kernels(json.loads(out)) == {"f32"}
 
-    def summed(*options: str) -> set[str]:
-        report = json.loads(run(["--topology", "v5e:2x2", *SIZES, *options, "--json", "-"], monkeypatch, capsys))
-        reduced = [report["collectives"].get(kind, {"arrays": []}) for kind in ("all-reduce", "reduce-scatter")]
-        return {array.partition("[")[0] for sums in reduced for array in sums["arrays"] if "," in array}
 
-    assert summed() == {"bf16", "f32"}  # float32: the head
-    assert summed("--step.reduce-dtype", "float32") == {"f32"}
+def dtypes_of_summed_kernels(report: dict[str, Any]) -> set[str]:
+    """Scalars and vectors are left out: they are summed in either type, and some all-reduces of vectors are gathers."""
+    reduced = [report["collectives"].get(kind, {"arrays": []}) for kind in ("all-reduce", "reduce-scatter")]
+    return {array.partition("[")[0] for sums in reduced for array in sums["arrays"] if "," in array}
 
 
 def test_answering(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
