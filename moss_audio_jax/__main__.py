@@ -40,6 +40,7 @@ def generate(
     time_markers: bool | None = None,
     special_tokens: bool = False,
     dtype: Literal["bfloat16", "float32"] | None = None,
+    int8: tuple[str, ...] = (),
     mesh: MeshConfig = _ALL_DEVICES,
 ) -> None:
     """Answers one question about sounds, and prints the text as it is generated.
@@ -59,6 +60,7 @@ def generate(
         time_markers: Insert time markers between audio tokens. Default: the checkpoint's setting.
         special_tokens: Also print special tokens such as <|im_end|>.
         dtype: Dtype of weights and computation. Default: bfloat16, on the CPU float32.
+        int8: Globs over linear layers whose weights are rounded to int8, such as 'language_model.layers.*_proj'.
         mesh: Device mesh.
     """
     import numpy as np
@@ -75,7 +77,7 @@ def generate(
         inputs = processor([prompt], [clips], system_prompt=system, time_markers=time_markers)
     check_request(processor.config, inputs, max_new_tokens, seed=seed)
     with waiting("loading the weights"):
-        model = load_model(checkpoint, dtype=dtype, mesh=make_mesh(**dataclasses.asdict(mesh)))
+        model = load_model(checkpoint, dtype=dtype, mesh=make_mesh(**dataclasses.asdict(mesh)), int8=int8)
         model = model if adapter is None else load_adapter(model, adapter)
     read = int((inputs.segment_ids != 0).sum())
     decoder = StreamDecoder(processor.tokenizer, skip_special_tokens=not special_tokens)

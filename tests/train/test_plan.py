@@ -118,7 +118,7 @@ def test_int8_is_for_training(mode: str, monkeypatch: pytest.MonkeyPatch, capsys
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 2
-    assert f"lora.int8 is for training: leave it out of --mode {mode}" in capsys.readouterr().err
+    assert f"lora.int8 is for training: give --int8 for --mode {mode}" in capsys.readouterr().err
 
 
 def test_two_slices_hold_a_replica_each(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
@@ -221,6 +221,7 @@ def test_a_batch_is_proposed_by_what_the_second_takes_more():
     [
         (["--segments", "0"], "--segments must be from 1 to the 256 tokens of a sequence, not 0"),
         (["--mode", "load", "--propose-batch"], "are for training: leave them out of --mode load"),
+        (["--int8", "language_model.*"], "frozen kernels of training become int8 by --lora.int8"),
         (["--topology", "v6e-12"], "rents by, such as v6e-16, v6e-8, not 'v6e-12'"),
     ],
 )
