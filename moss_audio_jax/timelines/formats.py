@@ -1,7 +1,7 @@
 """Segments as text for people and for other programs.
 
-Subtitles and labels are sorted by their begin. Subtitles need a duration: a segment without an end, or one that does not
-end after its begin, is shown for `POINT_SECONDS`.
+Subtitles and labels are sorted by their begin. Subtitles need a duration: a segment without an end, or one that does
+not end after its begin, is shown for `POINT_SECONDS`.
 """
 
 import csv
