@@ -84,27 +84,9 @@ def test_every_form_is_read(text):
     assert list(timeline.unread) == unread
 
 
-FRAGMENTS = st.sampled_from(
-    [
-        "[1.0]",
-        "[2]",
-        "[0:05]",
-        "[1-2]",
-        "(0:01-0:02)",
-        "3s - 4s: ",
-        "- ",
-        "**",
-        "\n",
-        "\n\n",
-        " ",
-        "q",
-        "w w",
-        "你",
-        "[",
-        "]",
-    ]
-    + ["[S01]", "<think>", "</think>", "0:07 - ", "```", "{", "}", '"', ":"]
-)
+MARKS = ("[1.0]", "[2]", "[0:05]", "[1-2]", "(0:01-0:02)", "3s - 4s: ", "0:07 - ", "- ", "**", "[", "]", ":")
+PIECES = ("\n", "\n\n", " ", "q", "w w", "你", "[S01]", "<think>", "</think>", "```", "{", "}", '"')
+FRAGMENTS = st.sampled_from(MARKS + PIECES)
 
 
 @given(st.lists(FRAGMENTS).map("".join))
