@@ -73,7 +73,7 @@ def run(
 ) -> None:
     """Prints a timeline as a table, says on stderr what could not be read, and writes the files."""
     is_answer = str(source) == STDIN or source.is_file()
-    writers = _checked(clip, question, is_answer, out, plot)
+    writers = _checked(clip, question, is_answer, out, plot, row_seconds)
     wave = None if clip is None else _wave(clip)
     seconds = None if wave is None else _seconds(wave)
     if is_answer:
@@ -146,7 +146,12 @@ def table(timeline: Timeline) -> str:
 
 
 def _checked(
-    clip: Path | None, question: Question, is_answer: bool, out: tuple[Path, ...], plot: Path | None
+    clip: Path | None,
+    question: Question,
+    is_answer: bool,
+    out: tuple[Path, ...],
+    plot: Path | None,
+    row_seconds: float | None,
 ) -> list[Callable[[Timeline], str]]:
     """Raises MossAudioError for what would fail at the end; returns a writer for each file."""
     if clip is None and not is_answer:
@@ -165,8 +170,10 @@ def _checked(
             raise MossAudioError(f"--out must end in one of {', '.join(WRITERS)}, not be {path.name}: rename it")
     if plot is not None:
         from moss_audio_jax.pictures import require_matplotlib
+        from moss_audio_jax.timelines.picture import require_row
 
         require_matplotlib()
+        require_row(row_seconds)
         if plot.suffix.lower() != ".png":
             raise MossAudioError(f"--plot must end in .png, not be {plot.name}: rename it")
     for path in (*out, *([] if plot is None else [plot])):

@@ -81,8 +81,7 @@ def plot_timeline(
     below the last row. Raises MossAudioError without matplotlib, or if a file can't be written.
     """
     require_matplotlib()
-    if row_seconds is not None and not (math.isfinite(row_seconds) and row_seconds >= 0.5):
-        raise MossAudioError(f"row_seconds must be 0.5 or more, not {row_seconds}")
+    require_row(row_seconds)
     path = to_path(path)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -98,6 +97,12 @@ def plot_timeline(
         if found is None:
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
     return Pictures(tuple(paths), "".join(dict.fromkeys(chr(int(found[1])) for found, _ in glyphs if found)))
+
+
+def require_row(row_seconds: float | None) -> None:
+    """Raises MossAudioError for a row that is too short to draw."""
+    if row_seconds is not None and not (math.isfinite(row_seconds) and row_seconds >= 0.5):
+        raise MossAudioError(f"row_seconds must be 0.5 or more, not {row_seconds}: give more, or leave it out")
 
 
 def draw_pages(
@@ -190,12 +195,19 @@ def _rows(segments: Sequence[Segment], seconds: float, row_seconds: float | None
     lengths = [length for length in ROW_SECONDS if length < seconds]
     if seconds <= ROW_SECONDS[0]:
         lengths.insert(0, seconds)
-    rows = []
+    best: list[_Row] = []
     for length in lengths:
         rows = _rows_of(segments, seconds, length)
-        if all(not row.left_out and row.height <= _MANY_LINES * _height(" ") for row in rows):
+        if not best or _crowding(rows) < _crowding(best):
+            best = rows
+        if _crowding(best) <= (0, _MANY_LINES * _height(" ")):
             break
-    return rows
+    return best
+
+
+def _crowding(rows: Sequence[_Row]) -> tuple[int, float]:
+    """Returns the number of segments without room, and the height of the tallest row."""
+    return sum(row.left_out for row in rows), max(row.height for row in rows)
 
 
 def _rows_of(segments: Sequence[Segment], seconds: float, length: float) -> list[_Row]:
