@@ -64,6 +64,7 @@ FORMS = {  # text -> segments, unread
     "0:05 - a dog\n0:15 - a cat": [(5.0, None, "a dog"), (15.0, None, "a cat")],
     "A dog: [0.0-3.1]\nA cat: [4-5]": [(0.0, 3.1, "A dog"), (4.0, 5.0, "A cat")],
     "A dog (0:00-0:03)\nA cat (0:04-0:05)": [(0.0, 3.0, "A dog"), (4.0, 5.0, "A cat")],
+    "Cut off:\n[0-3] a dog\n[4-5]": ([(0.0, 3.0, "a dog")], ["Cut off:", "[4-5]"]),
     "[00:00-00:05]\ntext below\nand more": [(0.0, 5.0, "text below\nand more")],
     "[00:00-00:05]\n[00:05-00:06] b": ([(5.0, 6.0, "b")], ["[00:00-00:05]"]),
     # Numbers that are no times.

@@ -103,7 +103,7 @@ def _read_list(text: str) -> Reading | None:
         return None
     borders = [0, *(border for mark in marks for border in mark.span()), len(text)]
     texts = [text[begin:end] for begin, end in zip(borders[::2], borders[1::2], strict=True)]
-    if texts[0].strip() and not texts[-1].strip():  # the marks stand behind their texts
+    if all(_ends_line(text, mark) for mark in marks):
         texts = ["", *(re.sub(r"\s*[:：]?\s*$", "", content) for content in texts[:-1])]
     segments, unread = [], [texts[0].strip()]
     for mark, content in zip(marks, texts[1:], strict=True):
@@ -135,7 +135,14 @@ def _marks(text: str) -> list[re.Match[str]]:
 
 
 def _text_on_line(text: str, begin: int) -> str:
-    return text[begin:].partition("\n")[0].strip()
+    end = text.find("\n", begin)
+    return text[begin : len(text) if end < 0 else end].strip()
+
+
+def _ends_line(text: str, mark: re.Match[str]) -> bool:
+    """True if a mark stands behind its text: `a dog [0.0-3.1]`."""
+    line = text.rfind("\n", 0, mark.start()) + 1
+    return bool(text[line : mark.start()].strip()) and not _text_on_line(text, mark.end())
 
 
 # JSON
