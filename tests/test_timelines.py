@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import moss_audio_jax as moss
@@ -64,6 +64,7 @@ FORMS = {  # text -> segments, unread
     "0:05 - a dog\n0:15 - a cat": [(5.0, None, "a dog"), (15.0, None, "a cat")],
     "A dog: [0.0-3.1]\nA cat: [4-5]": [(0.0, 3.1, "A dog"), (4.0, 5.0, "A cat")],
     "A dog (0:00-0:03)\nA cat (0:04-0:05)": [(0.0, 3.0, "A dog"), (4.0, 5.0, "A cat")],
+    "Two:\nA dog: [0-3]\nA cat: [4-5]\nDone.": ([(0.0, 3.0, "A dog"), (4.0, 5.0, "A cat")], ["Two:", "Done."]),
     "Cut off:\n[0-3] a dog\n[4-5]": ([(0.0, 3.0, "a dog")], ["Cut off:", "[4-5]"]),
     "[00:00-00:05]\ntext below\nand more": [(0.0, 5.0, "text below\nand more")],
     "[00:00-00:05]\n[00:05-00:06] b": ([(5.0, 6.0, "b")], ["[00:00-00:05]"]),
@@ -99,6 +100,7 @@ PIECES = ("\n", "\n\n", " ", "q", "w w", "你", "[S01]", "<think>", "</think>", 
 FRAGMENTS = st.sampled_from(MARKS + PIECES)
 
 
+@settings(max_examples=1000)
 @given(st.lists(FRAGMENTS).map("".join))
 def test_no_text_is_dropped(text):
     timeline = Timeline.parse(text, seconds=3.0)
