@@ -2,8 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 export JAX_PLATFORMS ?= cpu
-# Compared with PyTorch, or with recordings of it, as users compile. The other tests compile quickly.
-NUMBERS := tests/parity tests/test_model.py
+# Compared with PyTorch, or with recordings of its mels, as users compile. The other tests compile quickly.
+NUMBERS := tests/parity tests/test_audio.py
 test: QUICK = XLA_FLAGS="$(XLA_FLAGS) $$($(BIN)/python tests/xla_flags.py)"
 test: PARALLEL := --numprocesses 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 # Tests, and processes that they start, need the same programs: each is compiled once.
