@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from moss_audio_jax.model import MossAudio
     from moss_audio_jax.processor import Processor, load_processor
     from moss_audio_jax.sampling_config import Sampling
+    from moss_audio_jax.timelines.timeline import Timeline
     from moss_audio_jax.weights.checkpoint import load_adapter, load_model, merge_adapter, save_model
 
 _MODULES = {
@@ -27,6 +28,7 @@ _MODULES = {
     "Processor": "processor",
     "Request": "inference.engine",
     "Sampling": "sampling_config",
+    "Timeline": "timelines.timeline",
     "generate": "generation",
     "load_adapter": "weights.checkpoint",
     "load_model": "weights.checkpoint",
@@ -46,6 +48,7 @@ __all__ = [
     "Processor",
     "Request",
     "Sampling",
+    "Timeline",
     "generate",
     "load_adapter",
     "load_model",

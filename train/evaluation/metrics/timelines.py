@@ -1,12 +1,12 @@
 """Timelines, such as `[0.00]hello[0.31][0.35]there[0.80]`: parsing, and the error of their timestamps."""
 
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
+from moss_audio_jax.timelines.reading import SECONDS_STAMP, read_stamps
 from train.data.manifest import TimedText
 from train.evaluation.metrics.text import align, final_answer, split_words
 
@@ -20,37 +20,24 @@ class ParsedTimeline(NamedTuple):
     malformed: int
 
 
-_TIME = re.compile(r"\[\s*([0-9]{1,7}(?:\.[0-9]{0,9})?)\s*\]")
-
-
 def parse_timeline(text: str) -> ParsedTimeline:
     """Parses `[0.00]hello there[2.01][2.01]the weather[4.32]` or `[2.7]tone[3.5]` in a model's final answer.
 
     A text directly between two times is an item; one time may end an item and begin the next. A text without a time
-    on both sides, and a time without an item, count as malformed. Times may run backwards.
+    on both sides, and a time without an item, count as malformed. Times may run backwards. Only times in seconds count:
+    the questions ask for them.
     """
-    texts, times = [], []
-    for index, part in enumerate(_TIME.split(final_answer(text))):
-        if index % 2:
-            times.append(float(part))
-        else:
-            texts.append(part.strip())
-    items = []
-    stray_texts, used_times = 0, set()
-    for index, content in enumerate(texts):  # text `index` stands between the times `index - 1` and `index`
-        if not content:
-            continue
-        if 0 < index < len(texts) - 1:
-            items.append(TimedText(content, times[index - 1], times[index]))
-            used_times |= {index - 1, index}
-        else:
-            stray_texts += 1
-    return ParsedTimeline(tuple(items), stray_texts + len(times) - len(used_times))
+    segments, unread = read_stamps(final_answer(text), SECONDS_STAMP)
+    items = tuple(
+        TimedText(segment.text, segment.begin, segment.end) for segment in segments if segment.end is not None
+    )
+    points = len(segments) - len(items)  # a time and a text each
+    return ParsedTimeline(items, len(unread) + 2 * points)
 
 
 def without_times(text: str) -> str:
     """Replaces every time, such as `[2.01]`, by a space."""
-    return _TIME.sub(" ", text)
+    return SECONDS_STAMP.sub(" ", text)
 
 
 @dataclass(frozen=True)
