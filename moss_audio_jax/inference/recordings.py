@@ -10,7 +10,6 @@ Memory: two windows of samples (19 MB each for 300 s) while the file is decoded,
 their answers, each with its samples and its padded prompt (16 to 25 MB). A longer recording adds no more than its text.
 """
 
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -46,10 +45,6 @@ class Answering(Protocol):
 
 
 Ask = Callable[[Window], Answering]
-
-
-class Stopped(Exception):
-    """The caller asked to stop."""
 
 
 @dataclass(frozen=True)
@@ -94,20 +89,24 @@ def transcribe_recording(
 
 
 def answered(
-    windows: Iterable[tuple[Key, Window]], ask: Ask, in_flight: int, stop: threading.Event | None = None
+    windows: Iterable[tuple[Key, Window]], ask: Ask, in_flight: int, glance: Callable[[], None] = lambda: None
 ) -> Iterator[tuple[Key, Place, Replied | MossAudioError]]:
     """Yields (key, place, reply) of windows, in their order, with at most `in_flight` waiting for their replies.
 
-    A MossAudioError of one window is yielded in place of its reply. Raises Stopped after `stop` was set.
+    glance: called several times a second while this waits; what it raises ends the iteration.
+    A MossAudioError of one window is yielded in place of its reply.
     """
     waiting: deque[tuple[Key, Place, Answering | MossAudioError]] = deque()
     for key, window in windows:
+        glance()
         waiting.append((key, window.place, _begun(ask, window)))
         del window  # its samples
         while len(waiting) >= in_flight:
-            yield _result(*waiting.popleft(), stop)
+            key, place, answer = waiting.popleft()
+            yield key, place, _result(answer, glance)
     while waiting:
-        yield _result(*waiting.popleft(), stop)
+        key, place, answer = waiting.popleft()
+        yield key, place, _result(answer, glance)
 
 
 def _begun(ask: Ask, window: Window) -> Answering | MossAudioError:
@@ -117,18 +116,16 @@ def _begun(ask: Ask, window: Window) -> Answering | MossAudioError:
         return error
 
 
-def _result(
-    key: Key, place: Place, answer: Answering | MossAudioError, stop: threading.Event | None
-) -> tuple[Key, Place, Replied | MossAudioError]:
-    while True:
-        if stop is not None and stop.is_set():
-            raise Stopped
+def _result(answer: Answering | MossAudioError, glance: Callable[[], None]) -> Replied | MossAudioError:
+    while not isinstance(answer, MossAudioError):
+        glance()
         try:
-            return key, place, answer if isinstance(answer, MossAudioError) else answer.result(_GLANCE)
+            return answer.result(_GLANCE)
         except MossAudioError as error:
-            return key, place, error
+            return error
         except TimeoutError:
             continue
+    return answer
 
 
 class Joiner:
