@@ -1,7 +1,7 @@
 """Long recordings: every sample is in a window, cuts are in pauses, and nothing is lost or doubled at the seams.
 
-An oracle answers: it finds where the samples that it gets are in the recording, and says what is there, as a model might:
-times are rounded and a little wrong, and words that a window's edge cuts through come out as other words.
+An oracle answers: it checks where the samples that it gets are in the recording, and says what is there, as a model
+might: times are rounded and a little wrong, and words that a window's edge cuts through come out as other words.
 """
 
 import itertools
@@ -47,7 +47,7 @@ def reply(text: str) -> Future:
 
 
 class Oracle:
-    """Answers a window by `say(labels, window seconds)`: labels are those of its samples, on its clock, and cut by it."""
+    """Answers a window by `say(labels, seconds of the window)`. The labels are on its clock, and may stick out."""
 
     def __init__(self, path: Path, labels: Sequence[TimedText], say: Callable[[list[TimedText], float], str]):
         self.whole, self.labels, self.say = load_audio(path), labels, say
@@ -161,7 +161,7 @@ def say_words(labels: list[TimedText], seconds: float) -> str:
     rng = np.random.default_rng(len(labels) * 1000 + round(seconds * 100))
     parts = []
     for label in labels:
-        start, end = np.clip([label.start, label.end] + rng.uniform(-0.08, 0.08, 2), 0, seconds)
+        start, end = np.clip(np.array([label.start, label.end]) + rng.uniform(-0.08, 0.08, 2), 0, seconds)
         if text := heard(label, seconds):
             parts.append(f"[{start:.2f}]{text}[{max(start, end):.2f}]")
     return "".join(parts)

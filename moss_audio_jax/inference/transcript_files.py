@@ -58,7 +58,7 @@ def parse_formats(text: str) -> tuple[str, ...]:
     names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
     unknown = [name for name in names if name not in FORMATS]
     if unknown or not names:
-        raise MossAudioError(f"--format must be some of {','.join(FORMATS)}, not {unknown[0] if unknown else text!r}")
+        raise MossAudioError(f"--format must be some of {','.join(FORMATS)}, not {(unknown or [text])[0]!r}")
     return names
 
 

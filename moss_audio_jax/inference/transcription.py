@@ -23,7 +23,7 @@ from moss_audio_jax.commands.progress import waiting
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.inference.engine import Engine, Request
 from moss_audio_jax.inference.recording_files import RecordingFile, find_recordings
-from moss_audio_jax.inference.recordings import Ask, Joiner, answered
+from moss_audio_jax.inference.recordings import Ask, Joiner, Transcript, answered
 from moss_audio_jax.inference.transcript_files import Outputs, parse_formats
 from moss_audio_jax.inference.windows import Cutting, Window, cut
 from moss_audio_jax.processor import Processor, load_processor
@@ -123,13 +123,12 @@ def transcribe_jobs(
         job.answered += seconds
         tally.seconds += seconds
         report.passed(seconds)
-        if reply.finish_reason != "stop":
-            report.unfinished(job.recording, place.begin, place.end, reply.finish_reason)
         job.joiner.add(place, reply)
         if place.last:
-            outputs.write(job.recording, job.joiner.transcript())
+            transcript = job.joiner.transcript()
+            outputs.write(job.recording, transcript)
             tally.written += 1
-            report.written()
+            report.written(job.recording, transcript)
     return tally
 
 
@@ -230,7 +229,7 @@ def transcribe_paths(
         require_writable(to_path(out) / "transcripts.txt")
         jobs, done, failed = measure(found.recordings, outputs, report)
     if found.others:
-        report.say(f"{len(found.others)} files of the folders are not named like recordings: {_few(found.others)}")
+        report.say(f"left out, as they are not named like recordings: {_few(found.others)}")
     tally = Tally()
     if jobs:
         processor = load_processor(answers.checkpoint)
@@ -257,7 +256,7 @@ def transcribe_paths(
         engine.close()
         report.say(f"{tally.written} of {len(jobs)} files transcribed, {report.summary()}")
     if done:
-        report.say(f"{done} files were transcribed before, with the same options")
+        report.say(f"{done} of {len(found.recordings)} files were transcribed before, with the same options")
     failed += tally.failed
     if failed:
         print(
@@ -309,8 +308,15 @@ class Reporter:
     def passed(self, seconds: float) -> None:
         self._passed += seconds
 
-    def written(self) -> None:
+    def written(self, recording: RecordingFile, transcript: Transcript) -> None:
         self._written += 1
+        unfinished = [window for window in transcript.windows if window.finish_reason != "stop"]
+        if unfinished:
+            reasons = " and ".join(sorted({window.finish_reason for window in unfinished}))
+            self.say(
+                f"{recording.path}: {len(unfinished)} of {len(transcript.windows)} answers did not come to their end, "
+                f"the first at {_clock(unfinished[0].place.begin)} ({reasons}); `length` needs more --max-new-tokens"
+            )
 
     def glance(self) -> None:
         if self._stop.is_set():
@@ -339,10 +345,6 @@ class Reporter:
     def failure(self, error: MossAudioError, recording: RecordingFile | None = None) -> None:
         name = "" if recording is None or str(recording.path) in str(error) else f"{recording.path}: "
         self.say(f"not transcribed: {name}{error}")
-
-    def unfinished(self, recording: RecordingFile, begin: float, end: float, reason: str) -> None:
-        what = "cut off at --max-new-tokens" if reason == "length" else f"ended by {reason}"
-        self.say(f"{recording.path}: the answer for {_clock(begin)} to {_clock(end)} was {what}")
 
     def say(self, line: str) -> None:
         self._erase()
