@@ -15,11 +15,11 @@ from jax.sharding import Mesh
 
 from benchmarks.plan_tables import exchange
 from moss_audio_jax.commands.cli import run_cli
+from moss_audio_jax.pictures import require_matplotlib
 from moss_audio_jax.sharding import make_mesh
 from moss_audio_jax.storage.paths import atomic_write
 from moss_audio_jax.text_table import align
 from train.config import RunConfig
-from train.evaluation.plots import require_matplotlib
 from train.planning.chips import GIB, V5P
 from train.planning.compilation import Compiled
 from train.planning.plan import plan_step, report_step, with_sizes

@@ -14,6 +14,7 @@ from moss_audio_jax.commands.progress import waiting
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.prompts import DEFAULT_SYSTEM_PROMPT
 from moss_audio_jax.sampling_config import Sampling
+from moss_audio_jax.timelines import command as timelines
 
 DEFAULT_PROMPT = "Transcribe the audio."
 
@@ -188,6 +189,34 @@ def transcribe(
     )
     lists = () if list_ is None else (list_,)
     transcribe_paths(paths, lists, out, format, answers, slots=slots, mesh=dataclasses.asdict(mesh))
+
+
+@app.command
+def timeline(
+    source: tyro.conf.Positional[PathArgument],
+    clip: Annotated[PathArgument | None, tyro.conf.Positional] = None,
+    /,
+    *,
+    out: tuple[PathArgument, ...] = (),
+    plot: PathArgument | None = None,
+    row_seconds: float | None = None,
+    question: Annotated[timelines.Question, tyro.conf.arg(name="")] = timelines.Question(),  # noqa: B008
+) -> None:
+    """Prints what is heard in a clip with its times, and writes it as subtitles, labels, data or a picture.
+
+    A checkpoint is asked. Or an answer that is there already is read: `moss-audio timeline answer.txt clip.wav`. What
+    could not be read, and times that can't be right, are reported on stderr.
+
+    Args:
+        source: Checkpoint to ask: released directory, Orbax checkpoint, or training run. Or a file with an answer, or
+            with a timeline in JSON, or `-` for one from stdin.
+        clip: Audio file (wav, flac, ogg, mp3). With an answer it is needed for --plot alone.
+        out: Files to write, by their ends: .srt, .vtt (subtitles), .audacity.txt (labels), .csv, .tsv, .json, .txt.
+        plot: PNG to write: waveform, mel, and segments with their texts; of several pages for a long clip.
+        row_seconds: Seconds in a row of the picture. Default: as many as leave room for the texts, up to 60.
+        question: What a checkpoint is asked.
+    """
+    timelines.run(source, clip, question, out=out, plot=plot, row_seconds=row_seconds)
 
 
 @app.command

@@ -112,7 +112,7 @@ def test_version(package, monkeypatch, capsys):
         ("moss_audio_jax", "generat", "did you mean generate"),
         ("convert", "to-orbx", "did you mean to-orbax"),
         ("train", "evalute", "did you mean evaluate"),
-        ("moss_audio_jax", "xyz", "give one of generate, transcribe, info"),
+        ("moss_audio_jax", "xyz", "give one of generate, transcribe, timeline, info"),
     ],
 )
 def test_a_mistyped_command_is_called_one(package, mistyped, advice, monkeypatch, capsys):
@@ -252,7 +252,10 @@ print(*{name.partition(".")[0] for name in sys.modules}, file=sys.stderr)
 
 @pytest.mark.parametrize(
     "command",
-    ["moss_audio_jax generate", "moss_audio_jax transcribe", "convert verify", "train", "train run", "train evaluate"],
+    [
+        *("moss_audio_jax generate", "moss_audio_jax transcribe", "moss_audio_jax timeline"),
+        *("convert verify", "train", "train run", "train evaluate"),
+    ],
 )
 def test_help_imports_nothing_heavy(command):
     shown = subprocess.run([sys.executable, "-c", LOADED, *command.split(), "--help"], capture_output=True, text=True)

@@ -284,6 +284,7 @@ PAGES = {  # the fewest commands that each has; the other pages have none
     "docs/evaluation.md": 4,
     "docs/finetune.md": 15,
     "docs/parity.md": 3,
+    "docs/timelines.md": 7,
     "docs/tpu.md": 8,
     "docs/training.md": 20,
 }

@@ -1,15 +1,24 @@
 """Timelines: every form is read, no text is dropped, and each format is what other programs expect."""
 
 import csv
+import io
+import itertools
 import json
+import sys
 from collections import Counter
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
-from hypothesis import given
+import soundfile
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import moss_audio_jax as moss
+from moss_audio_jax.__main__ import main
 from moss_audio_jax.errors import MossAudioError
+from moss_audio_jax.timelines.prompts import PROMPTS
 from moss_audio_jax.timelines.segment import Segment
 from moss_audio_jax.timelines.timeline import Timeline, joined
 
@@ -55,6 +64,8 @@ FORMS = {  # text -> segments, unread
     "0:05 - a dog\n0:15 - a cat": [(5.0, None, "a dog"), (15.0, None, "a cat")],
     "A dog: [0.0-3.1]\nA cat: [4-5]": [(0.0, 3.1, "A dog"), (4.0, 5.0, "A cat")],
     "A dog (0:00-0:03)\nA cat (0:04-0:05)": [(0.0, 3.0, "A dog"), (4.0, 5.0, "A cat")],
+    "Two:\nA dog: [0-3]\nA cat: [4-5]\nDone.": ([(0.0, 3.0, "A dog"), (4.0, 5.0, "A cat")], ["Two:", "Done."]),
+    "Cut off:\n[0-3] a dog\n[4-5]": ([(0.0, 3.0, "a dog")], ["Cut off:", "[4-5]"]),
     "[00:00-00:05]\ntext below\nand more": [(0.0, 5.0, "text below\nand more")],
     "[00:00-00:05]\n[00:05-00:06] b": ([(5.0, 6.0, "b")], ["[00:00-00:05]"]),
     # Numbers that are no times.
@@ -84,29 +95,12 @@ def test_every_form_is_read(text):
     assert list(timeline.unread) == unread
 
 
-FRAGMENTS = st.sampled_from(
-    [
-        "[1.0]",
-        "[2]",
-        "[0:05]",
-        "[1-2]",
-        "(0:01-0:02)",
-        "3s - 4s: ",
-        "- ",
-        "**",
-        "\n",
-        "\n\n",
-        " ",
-        "q",
-        "w w",
-        "你",
-        "[",
-        "]",
-    ]
-    + ["[S01]", "<think>", "</think>", "0:07 - ", "```", "{", "}", '"', ":"]
-)
+MARKS = ("[1.0]", "[2]", "[0:05]", "[1-2]", "(0:01-0:02)", "3s - 4s: ", "0:07 - ", "- ", "**", "[", "]", ":")
+PIECES = ("\n", "\n\n", " ", "q", "w w", "你", "[S01]", "<think>", "</think>", "```", "{", "}", '"')
+FRAGMENTS = st.sampled_from(MARKS + PIECES)
 
 
+@settings(max_examples=1000)
 @given(st.lists(FRAGMENTS).map("".join))
 def test_no_text_is_dropped(text):
     timeline = Timeline.parse(text, seconds=3.0)
@@ -269,3 +263,234 @@ def test_other_json_is_refused(value):
 
 def test_the_package_exports_it():
     assert moss.Timeline is Timeline
+
+
+# Pictures
+
+
+def sound(seconds: float) -> np.ndarray:
+    return np.random.default_rng(0).normal(0, 0.1, round(seconds * 16000)).astype(np.float32)
+
+
+def said(seconds: float, length: float, words: int) -> Timeline:
+    """Segments of `length` s without a break, each of as many words."""
+    rng, text = np.random.default_rng(1), []
+    for begin in np.arange(0.0, seconds, length):
+        spoken = " ".join("x" * rng.integers(1, 10) for _ in range(words))
+        text.append(f"[{begin:.2f}]{spoken} $[{min(begin + length, seconds):.2f}]")
+    return Timeline.parse("".join(text), seconds)
+
+
+def shown(figures: list[Any]) -> str:
+    """The texts of all segments, line by line."""
+    return " ".join(text.get_text() for figure in figures for axes in figure.axes[2::3] for text in axes.texts)
+
+
+PICTURED = {
+    "few": (8.0, Timeline.parse("[1.0]a dog[3.0][2.0]a very long bark of a dog[2.1][7.9]the end is near[8.0]")),
+    "words": (45.0, said(45.0, 0.4, 1)),
+    "sentences": (130.0, said(130.0, 4.0, 12)),
+    "at once": (10.0, Timeline(tuple(Segment(5.0, 5.5, f"sound {number}") for number in range(12)))),
+    "unspaced": (10.0, Timeline.parse(f"[1.0]{'你好' * 100}[3.0][2.0]{'y' * 300}[3.0]")),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Glyph")
+@pytest.mark.parametrize("name", PICTURED)
+def test_every_text_is_drawn_and_none_over_another(name):
+    pytest.importorskip("matplotlib")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    from moss_audio_jax.timelines.picture import draw_pages
+
+    seconds, timeline = PICTURED[name]
+    figures = draw_pages(sound(seconds), timeline)
+    texts = Counter(shown(figures).replace(" ", ""))
+    for letter, count in Counter("".join(segment.text for segment in timeline.segments).replace(" ", "")).items():
+        assert texts[letter] >= count  # more if a segment is in two rows
+    for figure in figures:
+        figure.set_dpi(150)
+        renderer = FigureCanvasAgg(figure).get_renderer()
+        assert figure.get_size_inches()[1] < 32
+        for axes in figure.axes[2::3]:
+            boxes = [text.get_window_extent(renderer) for text in axes.texts]
+            bars = [bar.get_window_extent(renderer) for bar in axes.patches]
+            edge = figure.bbox.width
+            assert boxes and all(box.x0 >= 0 and box.x1 <= edge for box in boxes)
+            for one, other in itertools.combinations(boxes, 2):
+                assert not overlap(one, other)
+            assert not any(overlap(box, bar) for box in boxes for bar in bars)
+
+
+def overlap(one: Any, other: Any, pixels: float = 2.0) -> bool:
+    """True if two boxes share more than the space around letters."""
+    return min(one.x1, other.x1) - max(one.x0, other.x0) > pixels and min(one.y1, other.y1) - max(one.y0, other.y0) > 4
+
+
+def test_bars_points_and_notes():
+    pytest.importorskip("matplotlib")
+    from moss_audio_jax.timelines.picture import draw_pages
+
+    text = "Sure: [1]dog[3][6.0]siren[5.0][30]late[31][7.5]click"
+    (figure,) = draw_pages(sound(8.0), Timeline.parse(text, 8.0), title="a clip")
+    wave, mel, segments = figure.axes
+    across = segments.get_xlim()[1]
+    bars = [(bar.get_x() / across * 8, bar.get_width() / across * 8, bar.get_hatch()) for bar in segments.patches]
+    assert [(round(left, 6), round(width, 6), bool(hatch)) for left, width, hatch in bars] == [
+        (1.0, 2.0, False),
+        (5.0, 1.0, True),
+    ]
+    (point,) = [line for line in segments.lines if line.get_marker() == "v"]
+    assert point.get_xdata()[0] / across * 8 == pytest.approx(7.5)
+    assert [text.get_text() for text in segments.texts] == ["dog", "siren", "click"]
+    assert [text.get_text() for text in figure.texts] == [
+        "a clip",
+        "seconds",
+        "past the end, at 30.00 s: late",
+        "not read: Sure:",
+    ]
+    assert mel.images[0].get_extent() == [0, 8.0, 0, 128] and wave.get_xlim() == mel.get_xlim() == (0, 8.0)
+
+
+def test_what_there_is_no_room_for_is_counted():
+    pytest.importorskip("matplotlib")
+    from moss_audio_jax.timelines.picture import draw_pages
+
+    (figure,) = draw_pages(sound(2.0), Timeline(tuple(Segment(1.0, 1.1, "again and again") for _ in range(500))))
+    texts = [text.get_text() for text in figure.axes[2].texts]
+    assert texts[-1] == f"and {500 - len(texts) + 1} more here, for which there is no room"
+    (figure,) = draw_pages(sound(2.0), Timeline(()))
+    assert [text.get_text() for text in figure.axes[2].texts] == ["no segment"]
+
+
+def test_a_long_clip_has_rows_and_pages(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr("moss_audio_jax.pictures.DOTS_PER_INCH", 40)
+    from moss_audio_jax.timelines.picture import plot_timeline
+
+    wave, timeline = sound(95.0), Timeline.parse("[0]intro[50.0][61.0]你[62.0]", 95.0)
+    few = plot_timeline(tmp_path / "few.png", wave, timeline)
+    assert [path.name for path in few.paths] == ["few.png"]
+    assert few.missing in ("", "你")
+    many = plot_timeline(tmp_path / "many.png", wave, timeline, row_seconds=5.0)
+    assert [path.name for path in many.paths] == ["many-1.png", "many-2.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["few.png", "many-1.png", "many-2.png"]
+    with pytest.raises(MossAudioError, match=r"row_seconds must be 0\.5 or more, not 0\.1"):
+        plot_timeline(tmp_path / "a.png", wave, timeline, row_seconds=0.1)
+
+
+# The command
+
+
+@pytest.fixture
+def clip(tmp_path) -> Path:
+    soundfile.write(tmp_path / "clip.wav", sound(8.0), 16000)
+    return tmp_path / "clip.wav"
+
+
+@pytest.fixture
+def answer(tmp_path) -> Path:
+    (tmp_path / "answer.txt").write_text("Sure: [0.5][S01]Hello.[1.0][2.0]你好[1.5][9.0]late", "utf-8")
+    return tmp_path / "answer.txt"
+
+
+def called(*arguments: Any, monkeypatch, capsys) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of `moss-audio timeline`."""
+    monkeypatch.setattr(sys, "argv", ["moss-audio", "timeline", *map(str, arguments)])
+    code = 0
+    try:
+        main()
+    except SystemExit as end:
+        code = end.code
+    return code, *capsys.readouterr()
+
+
+def test_an_answer_is_converted(answer, clip, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    ends = (".json", ".srt", ".vtt", ".csv", ".tsv", ".txt", ".audacity.txt")
+    files = [tmp_path / f"out{end}" for end in ends]
+    options = ("--out", *files, "--plot", tmp_path / "out.png")
+    code, out, err = called(answer, clip, *options, monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 0
+    assert out == "begin   end  text\n 0.50  1.00  [S01]Hello.\n 2.00  1.50  你好\n 9.00        late\n"
+    lines = err.splitlines()
+    assert lines[:3] == [
+        "[not read, for it has no time: Sure:]",
+        "[segment 2 (你好) ends before it begins: 2.00 s to 1.50 s]",
+        "[segment 3 (late) has the time 9.00 s, past the end at 8.00 s]",
+    ]
+    timeline = Timeline.parse(answer.read_text("utf-8"), 8.0)
+    assert json.loads(files[0].read_text("utf-8")) == timeline.to_json()
+    written = [file.read_bytes().decode() for file in files[1:]]
+    assert written == [
+        timeline.to_srt(),
+        timeline.to_vtt(),
+        timeline.to_csv(),
+        timeline.to_tsv(),
+        timeline.to_txt(),
+        timeline.to_audacity(),
+    ]
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+    # The JSON is an answer too, and no clip is needed.
+    code, again, err = called(files[0], monkeypatch=monkeypatch, capsys=capsys)
+    assert (code, again) == (0, out) and err.splitlines() == lines[:3]
+
+
+def test_an_answer_comes_from_a_pipe(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("\ufeffNobody.".encode())))
+    code, out, err = called("-", monkeypatch=monkeypatch, capsys=capsys)
+    assert (code, out) == (0, "")
+    assert err == "[not read, for it has no time: Nobody.]\n[the answer holds no text with a time]\n"
+
+
+def test_a_checkpoint_is_asked(released, clip, tmp_path, monkeypatch, capsys):
+    """Random weights: no answer has times, and all of it is reported and kept."""
+    options = ("--max-new-tokens", 5, "--out", tmp_path / "a.json", "--ask", "words")
+    code, out, err = called(released, clip, *options, monkeypatch=monkeypatch, capsys=capsys)
+    assert (code, out) == (0, "")
+    written = json.loads((tmp_path / "a.json").read_text("utf-8"))
+    assert written["segments"] == [] and written["seconds"] == 8.0
+    inputs = (processor := moss.load_processor(released))(PROMPTS["words"], str(clip))
+    ids = moss.generate(moss.load_model(released), inputs, max_new_tokens=5)
+    assert written["unread"] == [processor.decode(ids[0]).strip()]
+    assert "[the answer was not finished: it was cut off after --max-new-tokens 5; give more of them]" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("{answer}", "--out", "{tmp}/a.doc"), "--out must end in one of .audacity.txt, .csv, .json, .srt, "),
+        (("{answer}", "{clip}", "--plot", "{tmp}/a.jpg"), "--plot must end in .png, not be a.jpg: rename it"),
+        (("{answer}", "--plot", "{tmp}/a.png"), "--plot must have a clip to draw: give it after the answer"),
+        (("{answer}", "--prompt", "?"), "--prompt and --adapter must be given with a checkpoint, not with an answer"),
+        (("{tmp}", "{clip}", "--prompt", ""), "--prompt must not be empty"),
+        (("{tmp}",), "a clip must be given after the checkpoint"),
+        (("{clip}", "{clip}"), "{clip} must be a checkpoint's directory or the text of an answer in UTF-8"),
+        (("{tmp}/absent", "{clip}"), "{tmp}/absent"),
+        (("{answer}", "{tmp}/absent.wav"), "{tmp}/absent.wav"),
+        (("{answer}", "{answer}"), "{answer}"),
+        (("{answer}", "--out", "{tmp}/absent/a/../b.srt", "{tmp}/b.xyz"), "--out must end in one of"),
+        (("{answer}", "--out", "{answer}/a.srt"), "{answer}/a.srt must be a file that can be written"),
+        (("{answer}", "{clip}", "--plot", "{tmp}/a.png", "--row-seconds", "0"), "--row-seconds must be 0.5 or more"),
+    ],
+    ids=str,
+)
+def test_mistakes_are_one_sentence_and_nothing_is_written(
+    arguments, sentence, answer, clip, tmp_path, monkeypatch, capsys
+):
+    pytest.importorskip("matplotlib")
+    places = {"tmp": tmp_path, "answer": answer, "clip": clip}
+    before = sorted(tmp_path.rglob("*"))
+    given = [argument.format(**places) for argument in arguments]
+    code, out, err = called(*given, monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 2 and not out
+    assert err.startswith("error: ") and sentence.format(**places) in err and err.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_picture_without_matplotlib_names_the_extra(answer, clip, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    options = ("--plot", tmp_path / "a.png")
+    code, _, err = called(answer, clip, *options, monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 2
+    assert err == "error: plots need matplotlib, which is not installed: pip install 'moss-audio-jax[plot]'\n"

@@ -401,9 +401,9 @@ def _evaluate(
 ) -> None:
     import jax
 
+    from moss_audio_jax.pictures import require_matplotlib
     from train.evaluation.evaluate import evaluate, has_events, read_questions
     from train.evaluation.measures import measures_table
-    from train.evaluation.plots import require_matplotlib
     from train.running.distributed import exit_if_peer_lost, on_first_process
 
     items = read_questions(config)

@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from moss_audio_jax.pictures import require_matplotlib
 from moss_audio_jax.storage.paths import Path, atomic_write
 from train.ablation_config import ARMS, AblationConfig
 from train.config import RunConfig
@@ -26,7 +27,7 @@ from train.data.mixture_config import MixtureConfig, SceneGroupConfig
 from train.evaluation.config import EvaluationConfig
 from train.evaluation.evaluate import evaluate
 from train.evaluation.measures import Measures
-from train.evaluation.plots import plot_ranges, require_matplotlib
+from train.evaluation.plots import plot_ranges
 from train.evaluation.questions import Question, scene_questions
 from train.loop import train
 from train.recipes import RECIPES

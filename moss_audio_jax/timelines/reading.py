@@ -101,20 +101,36 @@ def _read_list(text: str) -> Reading | None:
     marks = _marks(text)
     if not marks:
         return None
+    if all(_ends_line(text, mark) for mark in marks):
+        return _read_line_ends(text, marks)
     borders = [0, *(border for mark in marks for border in mark.span()), len(text)]
     texts = [text[begin:end] for begin, end in zip(borders[::2], borders[1::2], strict=True)]
-    if texts[0].strip() and not texts[-1].strip():  # the marks stand behind their texts
-        texts = ["", *(re.sub(r"\s*[:：]?\s*$", "", content) for content in texts[:-1])]
     segments, unread = [], [texts[0].strip()]
     for mark, content in zip(marks, texts[1:], strict=True):
         content, *rest = re.split(r"\n\s*\n", content.strip(), maxsplit=1)
         if content:
-            end = mark.groupdict().get("end")
-            segments.append(Segment(seconds_of(mark["begin"]), None if end is None else seconds_of(end), content))
+            segments.append(_segment(mark, content))
         else:
             unread.append(mark[0].strip())
         unread += [piece.strip() for piece in rest]
     return Reading(tuple(segments), tuple(piece for piece in unread if piece))
+
+
+def _read_line_ends(text: str, marks: Sequence[re.Match[str]]) -> Reading:
+    """Reads lines whose marks stand behind their texts, such as `a dog [0.0-3.1]`."""
+    segments, unread, position = [], [], 0
+    for mark in marks:
+        line = text.rfind("\n", 0, mark.start()) + 1
+        unread.append(text[position:line].strip())
+        segments.append(_segment(mark, re.sub(r"\s*[:：]?\s*$", "", text[line : mark.start()]).strip()))
+        position = mark.end()
+    unread.append(text[position:].strip())
+    return Reading(tuple(segments), tuple(piece for piece in unread if piece))
+
+
+def _segment(mark: re.Match[str], text: str) -> Segment:
+    end = mark.groupdict().get("end")
+    return Segment(seconds_of(mark["begin"]), None if end is None else seconds_of(end), text)
 
 
 def _marks(text: str) -> list[re.Match[str]]:
@@ -135,7 +151,14 @@ def _marks(text: str) -> list[re.Match[str]]:
 
 
 def _text_on_line(text: str, begin: int) -> str:
-    return text[begin:].partition("\n")[0].strip()
+    end = text.find("\n", begin)
+    return text[begin : len(text) if end < 0 else end].strip()
+
+
+def _ends_line(text: str, mark: re.Match[str]) -> bool:
+    """True if a mark stands behind its text: `a dog [0.0-3.1]`."""
+    line = text.rfind("\n", 0, mark.start()) + 1
+    return bool(re.search(r"[^\s:：]", text[line : mark.start()])) and not _text_on_line(text, mark.end())
 
 
 # JSON

@@ -7,10 +7,12 @@ import pytest
 
 from moss_audio_jax.audio import log_mel
 from moss_audio_jax.errors import MossAudioError
+from moss_audio_jax.pictures import COLORS, label_colors, mel_bin
 from train.data.config import SceneConfig
 from train.data.manifest import TimedText
+from train.data.scene_synthesis import SOUNDS
 from train.data.scenes import make_scene
-from train.evaluation.plots import COLORS, TimelinePlot, _draw, _draw_ranges, _mel_bin, label_colors, plot_timelines
+from train.evaluation.plots import TimelinePlot, _draw, _draw_ranges, plot_timelines
 
 pytest.importorskip("matplotlib")
 
@@ -95,17 +97,17 @@ def test_what_cannot_be_read_is_said():
 
 
 def test_a_label_has_one_colour():
-    assert label_colors(["hum"])["hum"] == label_colors(["tone", "hum", "dog"])["hum"]
-    colors = label_colors(["tone", "hum", "siren", "dog", "cat", "car"])
+    assert label_colors(["hum"], SOUNDS)["hum"] == label_colors(["tone", "hum", "dog"], SOUNDS)["hum"]
+    colors = label_colors(["tone", "hum", "siren", "dog", "cat", "car"], SOUNDS)
     assert len(set(colors.values())) == 6 and set(colors.values()) <= set(COLORS)
-    assert label_colors(["dog"])["dog"] == label_colors(["dog", "dog"])["dog"]
+    assert label_colors(["dog"], SOUNDS)["dog"] == label_colors(["dog", "dog"], SOUNDS)["dog"]
 
 
 def test_frequencies_stand_where_they_are_in_the_spectrogram():
     time = np.arange(16000) / 16000
     for hertz in (250, 1000, 4000):
         loudest = log_mel(np.sin(2 * np.pi * hertz * time).astype(np.float32)).mean(1).argmax()
-        assert abs(_mel_bin(hertz) - (loudest + 0.5)) <= 1
+        assert abs(mel_bin(hertz) - (loudest + 0.5)) <= 1
 
 
 def test_compared_runs_have_one_panel():

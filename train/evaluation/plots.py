@@ -1,15 +1,15 @@
 """Plots: true and predicted timelines of events below a spectrogram; ranges of compared runs."""
 
-import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moss_audio_jax.audio import RELEASED_MEL, SAMPLE_RATE, log_mel
+from moss_audio_jax.audio import SAMPLE_RATE, log_mel
 from moss_audio_jax.errors import MossAudioError
-from moss_audio_jax.storage.paths import AnyPath, atomic_file, reason
+from moss_audio_jax.pictures import COLORS, WRONG, draw_mel, label_colors, require_matplotlib, save_figure, text_color
+from moss_audio_jax.storage.paths import AnyPath
 from train.data.manifest import TimedText
 from train.data.scene_synthesis import SOUNDS
 
@@ -17,15 +17,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, distinguishable with colour blindness, and a few of their shades.
-COLORS = ("#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#0072B2", "#D55E00", "#7570B3", "#8C8C8C", "#A6761D", "#F0E442")
 _WIDTH = 11.0  # inches
 _CHARACTER = 0.085  # inches per letter on a bar
 _SPECTROGRAM, _ROW, _AROUND = 1.7, 0.28, 0.5  # heights in inches: spectrogram, row of bars, margin of a clip
 _LANES = ("truth", "model")
-_WRONG = "#B00020"  # colour of unreadable answers
 _BACKWARDS = "ends before it starts"
-_HERTZ = (250, 500, 1000, 2000, 4000, 8000)  # ticks of a spectrogram
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,18 +45,8 @@ class TimelinePlot:
         return len(self.wave) / SAMPLE_RATE
 
 
-def require_matplotlib() -> None:
-    """Raises MossAudioError if matplotlib is not installed."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise MossAudioError(
-            "plots need matplotlib, which is not installed: pip install 'moss-audio-jax[plot]'"
-        ) from error
-
-
 def plot_timelines(path: AnyPath, clips: Sequence[TimelinePlot]) -> None:
-    """Writes a PNG of clips, one below the other. Colours are by label (`label_colors`).
+    """Writes a PNG of clips, one below the other. Colours are by label (`pictures.label_colors`).
 
     An event that ends before it starts is hatched from its end to its start. Unreadable pieces of an answer are counted
     below it; events after the end of the clip are counted at the edge. Raises MossAudioError without matplotlib,
@@ -72,29 +58,6 @@ def plot_timelines(path: AnyPath, clips: Sequence[TimelinePlot]) -> None:
     save_figure(_draw(clips), path)
 
 
-def save_figure(figure: "Figure", path: AnyPath) -> None:
-    """Writes a PNG. Raises MossAudioError if it can't be written."""
-    try:
-        with atomic_file(path) as file:
-            figure.savefig(file, dpi=150, format="png")
-    except OSError as error:
-        raise MossAudioError(
-            f"{path}: expected a picture that can be written, found '{reason(error)}'; choose another."
-        ) from error
-
-
-def label_colors(labels: Iterable[str]) -> dict[str, str]:
-    """Returns a colour for each label: fixed for sounds of scenes, usually the same across plots for others."""
-    labels = sorted(set(labels))
-    colors = {label: color for label, color in zip(SOUNDS, COLORS, strict=False) if label in labels}
-    for label in labels:
-        if label not in colors:
-            first = zlib.crc32(label.encode()) % len(COLORS)
-            free = [color for color in (*COLORS[first:], *COLORS[:first]) if color not in colors.values()]
-            colors[label] = free[0] if free else COLORS[first]
-    return colors
-
-
 Rows = list[list[TimedText]]
 
 
@@ -102,7 +65,7 @@ def _draw(clips: Sequence[TimelinePlot]) -> "Figure":
     from matplotlib.figure import Figure  # not pyplot: no display, no state
 
     events = [event for clip in clips for event in (*clip.true_events, *clip.predicted_events)]
-    colors = label_colors(event.text for event in events)
+    colors = label_colors((event.text for event in events), SOUNDS)
     lanes = [(_rows(clip.true_events, clip.seconds), _rows(clip.predicted_events, clip.seconds)) for clip in clips]
     rows = [  # unreadable pieces have a row of their own
         [max(1, len(true)), max(not clip.unreadable, len(said)) + bool(clip.unreadable)]
@@ -148,23 +111,8 @@ def _rows(events: Sequence[TimedText], seconds: float) -> Rows:
 
 
 def _draw_spectrogram(axes: "Axes", clip: TimelinePlot) -> None:
-    mel = log_mel(clip.wave)
-    axes.imshow(mel, origin="lower", aspect="auto", cmap="magma", extent=(0, clip.seconds, 0, len(mel)))
+    draw_mel(axes, log_mel(clip.wave), 0, clip.seconds)
     axes.set_title(clip.title, loc="left", fontsize=10)
-    axes.set_ylabel("Hz (mel scale)")
-    axes.set_yticks([_mel_bin(hertz) for hertz in _HERTZ], [f"{hertz:,}" for hertz in _HERTZ], fontsize=8)
-    axes.tick_params(labelbottom=False)
-
-
-def _mel_bin(hertz: float) -> float:
-    """Position of a frequency on an axis of mel bins; bin i is centred at i + 0.5."""
-    highest, bins = RELEASED_MEL.mel_sr / 2, RELEASED_MEL.mel_dim
-    return min(_slaney_mel(hertz) / _slaney_mel(highest) * (bins + 1) - 0.5, bins)
-
-
-def _slaney_mel(hertz: float) -> float:
-    """Slaney's mel scale: linear up to 1 kHz, then 27 mel per factor of 6.4."""
-    return 3 * hertz / 200 if hertz < 1000 else 15 + 27 * float(np.log(hertz / 1000) / np.log(6.4))
 
 
 def _draw_lanes(
@@ -187,7 +135,7 @@ def _draw_lanes(
     if clip.unreadable:
         note = f" {clip.unreadable} piece{'s' if clip.unreadable > 1 else ''} of the answer can't be read"
         note += "" if clip.predicted_events else f": {_shortened(clip.answer)}"
-        axes.text(0, top - 0.5, note, va="center", fontsize=8, style="italic", color=_WRONG, parse_math=False)
+        axes.text(0, top - 0.5, note, va="center", fontsize=8, style="italic", color=WRONG, parse_math=False)
     axes.set_xlim(0, clip.seconds)
     axes.set_ylim(top, 0)
     axes.set_yticks(centres, _LANES)
@@ -210,10 +158,9 @@ def _draw_event(axes: "Axes", event: TimedText, middle: float, seconds: float, c
     face, hatch = ("white", "////") if backwards else (color, None)
     axes.barh(middle, length, left=left, height=0.8, color=face, edgecolor=color, linewidth=1, hatch=hatch)
     if len(event.text) * _CHARACTER < length / seconds * _WIDTH * 0.9:
-        red, green, blue = (int(color[i : i + 2], 16) for i in (1, 3, 5))
-        is_light = backwards or 0.299 * red + 0.587 * green + 0.114 * blue > 140
+        shade = "black" if backwards else text_color(color)
         box = {"facecolor": "white", "edgecolor": "none", "pad": 1} if backwards else None
-        style = {"ha": "center", "va": "center", "fontsize": 9, "color": "black" if is_light else "white", "bbox": box}
+        style = {"ha": "center", "va": "center", "fontsize": 9, "color": shade, "bbox": box}
         axes.text(left + length / 2, middle, event.text, parse_math=False, **style)
 
 

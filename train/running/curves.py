@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moss_audio_jax.errors import MossAudioError
+from moss_audio_jax.pictures import COLORS, require_matplotlib, save_figure
 from moss_audio_jax.storage.paths import AnyPath, exists, read_bytes, to_path
-from train.evaluation.plots import COLORS, require_matplotlib, save_figure
 from train.running.directory import METRICS_FILE, SCORES_FILE
 
 if TYPE_CHECKING:
