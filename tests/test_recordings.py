@@ -59,7 +59,7 @@ class Oracle:
         assert np.array_equal(self.whole[first : first + len(window.wave)], window.wave)
         begin, end = first / SAMPLE_RATE, (first + len(window.wave)) / SAMPLE_RATE
         assert (begin, end) == (window.place.begin, window.place.end)
-        assert end - begin <= CUTTING.window
+        assert len(window.wave) <= CUTTING.window * SAMPLE_RATE
         self.windows.append((begin, end))
         heard = [TimedText(one.text, one.start - begin, one.end - begin) for one in self.labels]
         self.alone.append(self.say([one for one in heard if one.start < end - begin and one.end > 0], end - begin))

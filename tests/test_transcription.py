@@ -1,5 +1,6 @@
 """Many recordings: found, named, transcribed once, written whole; what can't be read is named and the rest go on."""
 
+import functools
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 import soundfile
@@ -23,6 +25,7 @@ from moss_audio_jax.inference.recordings import Ask
 from moss_audio_jax.inference.transcript_files import FORMATS, Outputs, parse_formats
 from moss_audio_jax.inference.transcription import Reporter, Tally, measure, transcribe_jobs
 from moss_audio_jax.inference.windows import Cutting, Window
+from moss_audio_jax.sharding import make_mesh
 from moss_audio_jax.storage.paths import to_path
 from tests.test_cli import ended
 from tests.xla_flags import QUICK
@@ -305,7 +308,15 @@ def test_recordings_and_transcripts_on_gs(storage, bucket, tmp_path):
 # The commands
 
 
-@pytest.mark.usefixtures("heard_interrupts")
+@pytest.fixture
+def one_device(monkeypatch) -> None:
+    """Models of commands that run in this process are on one of its eight devices: the programs are smaller."""
+    mesh = functools.partial(make_mesh, devices=jax.devices()[:1])
+    for module in ("inference.asking", "inference.transcription", "sharding"):
+        monkeypatch.setattr(f"moss_audio_jax.{module}.make_mesh", mesh)
+
+
+@pytest.mark.usefixtures("heard_interrupts", "one_device")
 def test_a_folder_is_transcribed_stopped_and_gone_on_with(released, tmp_path, monkeypatch, capsys):
     folder, out = tmp_path / "in", tmp_path / "out"
     for index in range(9):
@@ -373,6 +384,7 @@ def test_mistakes_are_one_sentence(released, tmp_path, options, sentence, monkey
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.usefixtures("one_device")
 def test_several_prompts_are_answered_about_one_clip(released, tmp_path, monkeypatch, capsys):
     clip = str(sound(tmp_path / "a.wav", 1))
     limits = ["--max-new-tokens", "4"]
@@ -389,6 +401,7 @@ def test_several_prompts_are_answered_about_one_clip(released, tmp_path, monkeyp
     assert out == f"# What?\n{answers[0]}\n# Who?\n{answers[1]}"
 
 
+@pytest.mark.usefixtures("one_device")
 def test_a_file_of_requests_is_answered_in_order(released, tmp_path, monkeypatch, capsys):
     sound(tmp_path / "clips" / "a.wav", 1)
     lines = [

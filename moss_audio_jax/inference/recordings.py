@@ -97,16 +97,19 @@ def answered(
     A MossAudioError of one window is yielded in place of its reply.
     """
     waiting: deque[tuple[Key, Place, Answering | MossAudioError]] = deque()
+
+    def first() -> tuple[Key, Place, Replied | MossAudioError]:
+        key, place, answer = waiting.popleft()
+        return key, place, _result(answer, glance)  # which is freed before the next window is read
+
     for key, window in windows:
         glance()
         waiting.append((key, window.place, _begun(ask, window)))
         del window  # its samples
         while len(waiting) >= in_flight:
-            key, place, answer = waiting.popleft()
-            yield key, place, _result(answer, glance)
+            yield first()
     while waiting:
-        key, place, answer = waiting.popleft()
-        yield key, place, _result(answer, glance)
+        yield first()
 
 
 def _begun(ask: Ask, window: Window) -> Answering | MossAudioError:
