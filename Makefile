@@ -4,6 +4,7 @@ BIN := .venv/bin
 export JAX_PLATFORMS ?= cpu
 # Compared with PyTorch, or with recordings of it, as users compile. The other tests compile quickly.
 NUMBERS := tests/parity tests/test_model.py
+test: QUICK = XLA_FLAGS="$(XLA_FLAGS) $$($(BIN)/python tests/xla_flags.py)"
 test: PARALLEL := --numprocesses 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 # Tests, and processes that they start, need the same programs: each is compiled once.
 test: export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.venv/compiled
@@ -19,10 +20,10 @@ demo: .venv/core
 
 test: check
 	$(BIN)/python -m pytest -m "not slow and not alone and not tpu" $(PARALLEL) $(NUMBERS)
-	XLA_FLAGS="$(XLA_FLAGS) $$($(BIN)/python tests/xla_flags.py)" \
-		$(BIN)/python -m pytest -m "not slow and not alone and not tpu" $(PARALLEL) tests $(addprefix --ignore ,$(NUMBERS))
-	$(BIN)/python -m pytest -m alone tests/train
-	$(BIN)/python -m pytest -m "tpu and not slow"
+	$(QUICK) $(BIN)/python -m pytest -m "not slow and not alone and not tpu" $(PARALLEL) \
+		tests $(addprefix --ignore ,$(NUMBERS))
+	$(QUICK) $(BIN)/python -m pytest -m alone tests/train
+	ALLOW_MULTIPLE_LIBTPU_LOAD=1 $(BIN)/python -m pytest -m "tpu and not slow" --numprocesses 2 --dist worksteal
 
 # The released sizes, compiled for TPUs: all of them take an hour or two.
 gates: .venv/test

@@ -5,6 +5,7 @@ meshes of data-parallel parts alone, whose collectives span the whole slice. `--
 the file.
 """
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -48,6 +49,7 @@ def recomputed(gate: dict[str, Any]) -> dict[str, Any]:
         preset: str | None = None,
         batch_size: int | None = None,
         tokens: int | None = None,
+        int8: tuple[str, ...] = (),
         config: Annotated[RunConfig, tyro.conf.arg(name="")] = default,
     ) -> dict[str, Any]:
         config = with_sizes(config, preset, slices=1, batch=batch_size, tokens=tokens, chunks=None)
@@ -59,7 +61,8 @@ def recomputed(gate: dict[str, Any]) -> dict[str, Any]:
         if mode == "train":
             return report_step(config, mesh, compiled)
         sizes = {"prompts": data.batch_size, "slots": data.tokens, "chunks": data.chunks}
-        return report_generation(config.model_config(), mesh, compiled, compiled, **sizes, cache=0)
+        model = dataclasses.replace(config.model_config(), int8=int8)
+        return report_generation(model, mesh, compiled, compiled, **sizes, cache=0)
 
     return tyro.cli(report, args=options)
 

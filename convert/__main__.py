@@ -11,15 +11,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated, Literal
 
-import tyro
+from moss_audio_jax.commands.interruption import ends_on_ctrl_c
 
-from convert.memory import peak_memory
-from moss_audio_jax.commands.cli import Commands, run_cli
-from moss_audio_jax.commands.interruption import cleans_up_on_signals
-from moss_audio_jax.commands.json_output import write_json
-from moss_audio_jax.commands.paths import PathArgument
-from moss_audio_jax.errors import MossAudioError
-from moss_audio_jax.storage.paths import AnyPath
+with ends_on_ctrl_c():  # these imports take long enough to be interrupted
+    import tyro
+
+    from convert.memory import peak_memory
+    from moss_audio_jax.commands.cli import Commands, run_cli
+    from moss_audio_jax.commands.interruption import cleans_up_on_signals
+    from moss_audio_jax.commands.json_output import write_json
+    from moss_audio_jax.commands.paths import PathArgument
+    from moss_audio_jax.errors import MossAudioError
+    from moss_audio_jax.storage.paths import AnyPath
 
 Source = Annotated[PathArgument, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
 Target = Annotated[PathArgument, tyro.conf.Positional, tyro.conf.arg(metavar="TARGET")]
@@ -148,6 +151,7 @@ def verify(
     torch: bool = True,
     audio: PathArgument | None = None,
     dtype: Dtype = "float32",
+    int8: tuple[str, ...] = (),
     max_error: float | None = None,
     max_kl: float | None = None,
     min_top_1: float | None = None,
@@ -166,6 +170,7 @@ def verify(
         torch: Also compare the computations, if PyTorch is installed.
         audio: Sound file for that. Default: a fixed synthetic clip.
         dtype: Dtype of weights and computation of both models. bfloat16 takes half the memory and proves less.
+        int8: Globs over linear layers of JAX's model whose weights are rounded to int8, to see what that changes.
         max_error: Fail if the largest error of a stage, divided by its largest magnitude, is above this.
         max_kl: Fail if the KL divergence of a next-token distribution from PyTorch's, in nats, is above this.
         min_top_1: Fail if a smaller share of positions has the same most likely token.
@@ -178,7 +183,7 @@ def verify(
     from convert.verify import verify as compare
 
     limits = {"relative_error": max_error, "kl": max_kl, "top_1_agreement": min_top_1, "top_k_overlap": min_top_k}
-    report = compare(source, target, pytorch=torch, audio=audio, dtype=dtype, limits=limits)
+    report = compare(source, target, pytorch=torch, audio=audio, dtype=dtype, int8=int8, limits=limits)
     if json is None:
         print(report_table(report))
     else:

@@ -69,10 +69,12 @@ class ModelComparison:
     top_k_overlap: float
 
 
-def compare_models(released: Path, checkpoint: AnyPath, sound: Sound, dtype: str) -> ModelComparison:
+def compare_models(
+    released: Path, checkpoint: AnyPath, sound: Sound, dtype: str, int8: tuple[str, ...] = ()
+) -> ModelComparison:
     """Compares PyTorch on `released` with JAX on `checkpoint`, one after the other: one model is in memory at a time.
 
-    dtype: of both models' weights and computations.
+    dtype: of both models' weights and computations. int8: see `load_model`.
     """
     from convert.pytorch_reference import reference_stages  # PyTorch may be missing
 
@@ -81,7 +83,7 @@ def compare_models(released: Path, checkpoint: AnyPath, sound: Sound, dtype: str
     ids = prompt_ids(released, config, num_audio_tokens(mel.shape[1]))
     expected = reference_stages(released, ids, [mel], config.processor.audio_token_id, dtype)
     gc.collect()
-    found = jax_stages(checkpoint, config, ids, mel, dtype)
+    found = jax_stages(checkpoint, config, ids, mel, dtype, int8)
     stages = [stage_error(stage, expected[stage], found[stage]) for stage in expected]
     return ModelComparison(
         sound.name, len(ids), dtype, stages, **distribution_errors(expected["logits"], found["logits"])
@@ -112,12 +114,12 @@ def prompt_ids(directory: Path, config: MossAudioConfig, clip_tokens: int) -> li
 
 
 def jax_stages(
-    checkpoint: AnyPath, config: MossAudioConfig, ids: list[int], mel: np.ndarray, dtype: str
+    checkpoint: AnyPath, config: MossAudioConfig, ids: list[int], mel: np.ndarray, dtype: str, int8: tuple[str, ...]
 ) -> dict[str, np.ndarray]:
     """Runs the JAX model: stage -> values at audio tokens, for the logits at all positions; float32 [tokens, width]."""
     inputs = make_inputs([ids], [[mel]], config=config)
     slots = inputs.audio_slots[0][inputs.audio_slots[0] >= 0]
-    graphdef, state = nnx.split(load_model(checkpoint, dtype=dtype))
+    graphdef, state = nnx.split(load_model(checkpoint, dtype=dtype, int8=int8))
     with jax.default_matmul_precision("highest"):
         stages = _compiled_stages(graphdef, state, inputs, slots, np.arange(len(ids)))
     return {stage: np.asarray(values, np.float32) for stage, values in stages.items()}

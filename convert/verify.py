@@ -41,6 +41,7 @@ class Thresholds:
 THRESHOLDS: dict[str, Thresholds] = {
     "float32": Thresholds(relative_error=1e-4, kl=1e-6, top_1_agreement=0.99, top_k_overlap=0.99),
     "bfloat16": Thresholds(relative_error=0.1, kl=0.05, top_1_agreement=0.9, top_k_overlap=0.9),
+    "int8": Thresholds(relative_error=0.1, kl=0.05, top_1_agreement=0.9, top_k_overlap=0.9),
 }
 # The extras lack PyTorch on versions of Python for which its tested release has no wheel.
 
@@ -70,12 +71,14 @@ def verify(
     pytorch: bool = True,
     audio: AnyPath | None = None,
     dtype: Dtype = "float32",
+    int8: tuple[str, ...] = (),
     limits: dict[str, float | None] | None = None,
 ) -> Verification:
     """Compares two checkpoints of either layout.
 
-    pytorch: also run both models on a sound, if possible. dtype: of those runs. audio: the sound file, by default a
-    synthetic clip. limits: thresholds by name that replace those of THRESHOLDS.
+    pytorch: also run both models on a sound, if possible. dtype: of those runs. int8: as `load_model` takes it, of
+    JAX's. audio: the sound file, by default a synthetic clip. limits: thresholds by name that replace those of
+    THRESHOLDS.
     """
     sound = Sound.load(audio)
     sides = open_checkpoint(source), open_checkpoint(target)
@@ -91,9 +94,9 @@ def verify(
     if pair is None or reason:
         return Verification(str(source), str(target), differences, tensors, None, None, [], reason)
 
-    models = compare_models(*pair, sound, dtype)
+    models = compare_models(*pair, sound, dtype, int8)
     rounded = any(tensor.max_abs_error > 0 for tensor in tensors)
-    thresholds = THRESHOLDS["bfloat16" if rounded else dtype]
+    thresholds = THRESHOLDS["int8" if int8 else "bfloat16" if rounded else dtype]
     thresholds = dataclasses.replace(
         thresholds, **{name: value for name, value in (limits or {}).items() if value is not None}
     )

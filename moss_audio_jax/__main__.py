@@ -5,16 +5,19 @@ import sys
 import time
 from typing import Annotated, Literal
 
-import tyro
+from moss_audio_jax.commands.interruption import ends_on_ctrl_c
 
-from moss_audio_jax.commands.cli import Commands, run_cli
-from moss_audio_jax.commands.options import MeshConfig
-from moss_audio_jax.commands.paths import PathArgument
-from moss_audio_jax.commands.progress import waiting
-from moss_audio_jax.errors import MossAudioError
-from moss_audio_jax.prompts import DEFAULT_SYSTEM_PROMPT
-from moss_audio_jax.sampling_config import Sampling
-from moss_audio_jax.timelines import command as timelines
+with ends_on_ctrl_c():  # these imports take long enough to be interrupted
+    import tyro
+
+    from moss_audio_jax.commands.cli import Commands, run_cli
+    from moss_audio_jax.commands.options import MeshConfig
+    from moss_audio_jax.commands.paths import PathArgument
+    from moss_audio_jax.commands.progress import waiting
+    from moss_audio_jax.errors import MossAudioError
+    from moss_audio_jax.prompts import DEFAULT_SYSTEM_PROMPT
+    from moss_audio_jax.sampling_config import Sampling
+    from moss_audio_jax.timelines import command as timelines
 
 DEFAULT_PROMPT = "Transcribe the audio."
 
@@ -41,6 +44,7 @@ def generate(
     time_markers: bool | None = None,
     special_tokens: bool = False,
     dtype: Literal["bfloat16", "float32"] | None = None,
+    int8: tuple[str, ...] = (),
     mesh: MeshConfig = _ALL_DEVICES,
 ) -> None:
     """Answers a question about sounds, several questions about the same sounds, or a file of requests.
@@ -65,6 +69,7 @@ def generate(
         time_markers: Insert time markers between audio tokens. Default: the checkpoint's setting.
         special_tokens: Also print special tokens such as <|im_end|>.
         dtype: Dtype of weights and computation. Default: bfloat16, on the CPU float32.
+        int8: Globs over linear layers whose weights are rounded to int8, such as 'language_model.layers.*_proj'.
         mesh: Device mesh.
     """
     if batch is not None or out is not None or len(prompt) > 1:
@@ -96,7 +101,7 @@ def generate(
         inputs = processor([question], [clips], system_prompt=system, time_markers=time_markers)
     check_request(processor.config, inputs, max_new_tokens, seed=seed)
     with waiting("loading the weights"):
-        model = load_model(checkpoint, dtype=dtype, mesh=make_mesh(**dataclasses.asdict(mesh)))
+        model = load_model(checkpoint, dtype=dtype, mesh=make_mesh(**dataclasses.asdict(mesh)), int8=int8)
         model = model if adapter is None else load_adapter(model, adapter)
     read = int((inputs.segment_ids != 0).sum())
     decoder = StreamDecoder(processor.tokenizer, skip_special_tokens=not special_tokens)

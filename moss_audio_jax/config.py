@@ -193,7 +193,8 @@ class LoraConfig:
 class MossAudioConfig:
     """Configuration of a whole checkpoint.
 
-    lora: adapters beside the released parameters; no released file has it.
+    lora: adapters beside the released parameters. int8: globs over the paths of linear layers whose kernels are int8 in
+        memory, such as `language_model.layers.*_proj`. No released file has them.
     raw: the files as they were read (for a new checkpoint the 4B's), so that they can be written back equal.
     directory: of the files, and of the tokenizer's; None for a new checkpoint.
     """
@@ -207,6 +208,7 @@ class MossAudioConfig:
     processor: ProcessorConfig = ProcessorConfig()
     eos_ids: TokenIds = (151645,)
     lora: LoraConfig | None = None
+    int8: tuple[str, ...] = ()
     raw: Mapping[str, dict] = dataclasses.field(
         default_factory=lambda: _read_files(to_path(__file__).parent / "released_4b"), compare=False, repr=False
     )
@@ -223,6 +225,11 @@ class MossAudioConfig:
             f"{self.num_deepstack} DeepStack features need as many language-model layers, "
             f"but num_hidden_layers is {self.language_config.num_hidden_layers}",
         )
+
+    @property
+    def int8_layers(self) -> tuple[str, ...]:
+        """Globs over the paths of all linear layers whose kernels are int8, those of an adapter's base included."""
+        return self.int8 + (() if self.lora is None else self.lora.int8)
 
     @property
     def num_deepstack(self) -> int:
@@ -325,7 +332,7 @@ class MossAudioConfig:
 
 
 # Fields of MossAudioConfig that are not keys of config.json, or have code of their own.
-_NOT_IN_CONFIG_JSON = ("audio_config", "language_config", "processor", "eos_ids", "lora", "raw", "directory")
+_NOT_IN_CONFIG_JSON = ("audio_config", "language_config", "processor", "eos_ids", "lora", "int8", "raw", "directory")
 IMPLEMENTED_MEL = {
     "mel_sr": (16000,),
     "mel_n_fft": (400,),

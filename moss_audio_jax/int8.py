@@ -1,4 +1,4 @@
-"""Frozen kernels in int8, one byte per parameter: y = (x Q) * s, with Q int8 [in, out] and a scale s per output.
+"""Kernels in int8, one byte per parameter: y = (x Q) * s, with Q int8 [in, out] and a scale s per output.
 
 s = max |W| / 127 over the inputs, rounded to the compute dtype, and then Q = round(W / s). The scale of an output can
 be applied to the product, and Q is exact in bfloat16: the forward pass is that of the kernel Q * s.
@@ -6,12 +6,13 @@ be applied to the product, and Q is exact in bfloat16: the forward pass is that 
 (The library qwix works at a layer's call, which here is inside a scan: see `lora`.)
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from moss_audio_jax.config import MossAudioConfig
 from moss_audio_jax.layers import Linear
 from moss_audio_jax.patterns import matches, require_matches
 
@@ -19,9 +20,10 @@ LARGEST = 127
 _KERNEL, _SCALE = ".kernel", ".kernel_scale"
 
 
-def declare_scales(linears: dict[str, Linear], patterns: Sequence[str]) -> None:
-    """Declares a scale per output at the linear layers that the patterns name, so that their kernels may be int8."""
-    require_matches("lora.int8", patterns, linears, what="linear layer whose kernel can be int8")
+def declare_scales(linears: dict[str, Linear], config: MossAudioConfig) -> None:
+    """Declares a scale per output at the linear layers that the configuration names for int8."""
+    patterns, option = config.int8_layers, "int8" if config.int8 else "lora.int8"
+    require_matches(option, patterns, linears, what="linear layer whose kernel can be int8")
     for path, layer in linears.items():
         if matches(path, patterns):
             *stack, _, outputs = layer.kernel.get_metadata("logical_axes")

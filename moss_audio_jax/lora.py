@@ -13,7 +13,6 @@ from flax import nnx
 
 from moss_audio_jax.config import LoraConfig
 from moss_audio_jax.errors import MossAudioError
-from moss_audio_jax.int8 import declare_scales
 from moss_audio_jax.layers import Linear, Module, copied
 from moss_audio_jax.patterns import matches, require_matches
 from moss_audio_jax.tree import dotted
@@ -22,10 +21,10 @@ from moss_audio_jax.tree import dotted
 def add_adapters(model: nnx.Module, config: LoraConfig, rngs: nnx.Rngs) -> None:
     """Declares A and B at every linear layer that the configuration names; A is drawn as `peft` does, B is zero.
 
-    Kernels that it names for int8 get scales. Raises MossAudioError for a pattern that matches nothing, and for a layer
-    that is to be trained whole and also adapted or in int8.
+    Raises MossAudioError for a pattern that matches nothing, and for a layer that is to be trained whole and also
+    adapted or in int8.
     """
-    linears = adaptable_layers(model)
+    linears = linear_layers(model)
     parameters = [dotted(path) for path, _ in nnx.to_flat_state(nnx.state(model, nnx.Param))]
     require_matches("lora.targets", config.targets, linears, what="linear layer that can have an adapter")
     require_matches("lora.full", config.full, parameters)
@@ -34,7 +33,6 @@ def add_adapters(model: nnx.Module, config: LoraConfig, rngs: nnx.Rngs) -> None:
         doubled = [path for path in linears if matches(path, patterns) and matches(f"{path}.kernel", config.full)]
         if doubled:
             raise MossAudioError(f"{', '.join(doubled)}: named by {option} and lora.full both; take it out of one")
-    declare_scales(linears, config.int8)
     for layer in targets.values():
         *stack, inputs, outputs = layer.kernel.shape
         axes = ("layers",) * len(stack)
@@ -47,7 +45,7 @@ def add_adapters(model: nnx.Module, config: LoraConfig, rngs: nnx.Rngs) -> None:
         layer.lora = config
 
 
-def adaptable_layers(model: nnx.Module) -> dict[str, Linear]:
+def linear_layers(model: nnx.Module) -> dict[str, Linear]:
     """Returns path -> linear layer, without the head, whose kernel the loss reads directly."""
     modules = {dotted(path): module for path, module in nnx.iter_modules(model)}
     return {path: module for path, module in modules.items() if isinstance(module, Linear) and path != "lm_head"}

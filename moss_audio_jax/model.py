@@ -22,9 +22,10 @@ from moss_audio_jax.config import DOWNSAMPLE_RATE, MossAudioConfig
 from moss_audio_jax.encoder import AudioEncoder
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.inputs import ModelInputs
+from moss_audio_jax.int8 import declare_scales
 from moss_audio_jax.language_model import DecoderLayer, HiddenStates, KVCache, LanguageModel
 from moss_audio_jax.layers import GatedMLP, Linear, map_layers, rematerialized, with_masters
-from moss_audio_jax.lora import add_adapters, with_adapter_dropout
+from moss_audio_jax.lora import add_adapters, linear_layers, with_adapter_dropout
 from moss_audio_jax.sharding import constrain, on_automatic_mesh, on_mesh_of
 from moss_audio_jax.tree import dotted
 
@@ -46,6 +47,8 @@ class MossAudio(nnx.Module):
         self.language_model = LanguageModel(language, rngs=rngs)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(language.hidden_size, language.vocab_size, ("embed", "vocab"), rngs=rngs)
+        if config.int8_layers:
+            declare_scales(linear_layers(self), config)
         if config.lora is not None:
             add_adapters(self, config.lora, rngs)
 

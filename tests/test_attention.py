@@ -5,6 +5,7 @@ import dataclasses
 import re
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ import pytest
 from flax import nnx
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, use_abstract_mesh
 from jax.sharding import PartitionSpec as P
+from jax.stages import Compiled
 
 from moss_audio_jax import MossAudio, MossAudioConfig, MossAudioError
 from moss_audio_jax import model as model_module
@@ -24,8 +26,8 @@ from moss_audio_jax.sampling_config import Sampling
 from moss_audio_jax.sharding import make_mesh, named_sharding
 from moss_audio_jax.splash import LANES, TILES, Tiles, serves, splash_attend
 from moss_audio_jax.weights.parameters import abstract_parameters, build_model
-from train.planning.hlo import collectives
-from train.planning.plan import one_batch
+from train.planning.hlo import collectives, hbm_bytes_in_loops
+from train.planning.plan import bytes_on_chip, one_batch
 from train.planning.topology import topology_devices
 
 SMALL_TILES = Tiles(256, 256, 128, 256, 256, 128)  # several a sequence, and in halves
@@ -251,6 +253,35 @@ def test_a_callers_own_programs_compile_for_several_chips(with_mesh, sharded, ch
     assert ('custom_call_target="tpu_custom_call"' in compiled.as_text()) == with_mesh
 
 
+def compiled_decoding(config: MossAudioConfig, batch: int, slots: int, mesh: Mesh) -> tuple[Compiled, list[Any]]:
+    """The compiled loop that decodes up to 16 tokens, and its keys and values."""
+    drawing = make_drawing(batch, Sampling(), (1,), 16)
+    with jax.default_matmul_precision("default"), jax.set_mesh(mesh):
+        graphdef, state = nnx.split(build_model(config, dict(abstract_parameters(config, jnp.bfloat16, mesh))))
+        inputs = one_batch(config, batch, slots - 16, 0, mesh).inputs
+        loop = jax.eval_shape(lambda *given: prefill_prompts(graphdef, *given, 16), state, inputs, drawing.fill)
+        loop = placed(loop, mesh)
+        compiled = decode_answers.trace(graphdef, state, None, loop, drawing, 16).lower().compile()
+    return compiled, [loop.cache.keys, loop.cache.values]
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize("int8", [(), ("language_model.layers.*_proj",)], ids=["bfloat16", "int8"])
+def test_a_token_reads_the_weights_and_the_cache_once(int8):
+    """One layer as wide as the 8B's, and its head, on four chips."""
+    pytest.importorskip("libtpu")
+    language = dataclasses.replace(MossAudioConfig.preset("8b").language_config, num_hidden_layers=1)
+    config = MossAudioConfig.preset("tiny")
+    config = dataclasses.replace(config, language_config=language, int8=int8, deepstack_num_inject_layers=1)
+    mesh = make_mesh(tensor=4, devices=topology_devices("v5e:2x2"))
+    compiled, cache = compiled_decoding(config, batch=8, slots=512, mesh=mesh)
+    read = ("language_model.layers.", "lm_head.")
+    parameters = abstract_parameters(config, jnp.bfloat16, mesh).items()
+    weights = bytes_on_chip([leaf for path, leaf in parameters if path.startswith(read)])
+    least = weights + bytes_on_chip(cache)
+    assert least < hbm_bytes_in_loops(compiled.as_text()) < 1.1 * least
+
+
 @pytest.mark.tpu
 @pytest.mark.parametrize(("batch", "tensor"), [(1, 1), (2, 1), (8, 4)])
 def test_decoding_holds_the_cache_once_and_gathers_no_head(batch, tensor):
@@ -261,12 +292,8 @@ def test_decoding_holds_the_cache_once_and_gathers_no_head(batch, tensor):
         MossAudioConfig.preset("4b").language_config, num_hidden_layers=4, intermediate_size=512, vocab_size=16384
     )
     config = dataclasses.replace(MossAudioConfig.preset("tiny"), language_config=language)
-    drawing, slots = make_drawing(batch, Sampling(), (1,), 16), 32768
-    with jax.default_matmul_precision("default"), jax.set_mesh(mesh):
-        graphdef, state = nnx.split(build_model(config, dict(abstract_parameters(config, jnp.bfloat16, mesh))))
-        inputs = one_batch(config, batch, slots - 16, 0, mesh).inputs
-        loop = jax.eval_shape(lambda *given: prefill_prompts(graphdef, *given, 16), state, inputs, drawing.fill)
-        compiled = decode_answers.trace(graphdef, state, None, placed(loop, mesh), drawing, 16).lower().compile()
+    slots = 32768
+    compiled, _ = compiled_decoding(config, batch, slots, mesh)
     text = compiled.as_text()
     assert not re.search(rf"= bf16\[[\d,]*\b{slots},[\d,]*\]\S* (copy|transpose)\(", text)
     assert compiled.memory_analysis().temp_size_in_bytes < 2**25  # scores, not keys or a stack of weights

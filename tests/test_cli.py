@@ -221,6 +221,23 @@ def test_what_cannot_be_answered_is_refused(released, options, message, monkeypa
     assert message in " ".join(err.replace("│", " ").split())
 
 
+@pytest.mark.parametrize("program", ["moss_audio_jax", "convert", "train"])
+@pytest.mark.usefixtures("heard_interrupts")
+def test_ctrl_c_during_the_imports_of_a_command(program, tmp_path):
+    (tmp_path / "tyro.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
+    process = subprocess.Popen(
+        [sys.executable, "-m", program, "--help"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None and process.stdout.readline() == "importing\n"
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert (process.returncode, errors) == (130, "\ninterrupted\n")
+
+
 @pytest.mark.usefixtures("heard_interrupts")
 def test_ctrl_c_during_the_imports_says_nothing(tmp_path):
     command = [sys.executable, "-X", "importtime", "-m", "convert", "inspect", str(tmp_path)]

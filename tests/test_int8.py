@@ -1,6 +1,7 @@
 """Kernels in int8: each weight within half a step, and a forward pass that is that of the rounded weights."""
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -8,15 +9,27 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moss_audio_jax import LoraConfig, MossAudio, MossAudioConfig, MossAudioError
+from convert.rehearse import rehearse
+from convert.to_orbax import convert_to_orbax
+from moss_audio_jax import LoraConfig, MossAudio, MossAudioConfig, MossAudioError, generate
 from moss_audio_jax.int8 import LARGEST, int8_kernels, quantize
 from moss_audio_jax.model import parameter_specs
-from moss_audio_jax.weights.checkpoint import merge_adapter
+from moss_audio_jax.weights.checkpoint import load_model, merge_adapter, save_model
 from moss_audio_jax.weights.parameters import build_model, parameters_of
 from tests.conftest import question
 
 TINY = MossAudioConfig.preset("tiny")
 EVERYWHERE = LoraConfig(rank=4, int8=("*_proj", "*.fc?"))
+
+
+DECODER = ("language_model.layers.*_proj",)
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("checkpoints") / "released"
+    rehearse("tiny", directory)
+    return directory
 
 
 def with_lora(lora: LoraConfig) -> MossAudioConfig:
@@ -52,8 +65,47 @@ def quantized(lora: LoraConfig, dtype: str = "float32") -> tuple[MossAudio, Moss
 
 
 def test_an_adapter_is_not_merged_into_int8():
-    with pytest.raises(MossAudioError, match="kernels are int8, as in training: load its base by load_model"):
+    with pytest.raises(MossAudioError, match="has int8 kernels, to which nothing can be added: load its base without"):
         merge_adapter(quantized(EVERYWHERE)[0])
+
+
+@pytest.mark.parametrize("layout", ["released", "orbax"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_checkpoint_is_loaded_in_int8(layout: str, dtype: str, released: Path, tmp_path: Path):
+    """Kernels are rounded as `quantize` does, the rest is as stored, and an adapter fits it."""
+    path = released
+    if layout == "orbax":
+        convert_to_orbax(released, path := tmp_path / "orbax")
+    plain, model = load_model(path, dtype=dtype), load_model(path, dtype=dtype, int8=DECODER)
+    stored, found = parameters_of(plain), parameters_of(model)
+    kernels = int8_kernels(found)
+    assert len(kernels) == 7 and model.config == dataclasses.replace(plain.config, int8=DECODER)
+    for kernel, scale in kernels.items():
+        for leaf, expected in zip((found.pop(kernel), found.pop(scale)), quantize(stored.pop(kernel)), strict=True):
+            assert leaf.dtype == expected.dtype
+            np.testing.assert_array_equal(leaf, expected)
+    assert found.keys() == stored.keys()
+    for name, leaf in found.items():
+        np.testing.assert_array_equal(leaf, stored[name])
+
+
+def test_int8_generates_as_the_rounded_weights(released: Path):
+    model = load_model(released, int8=DECODER)
+    parameters = parameters_of(model)
+    for kernel, scale in int8_kernels(parameters).items():
+        parameters[kernel] = parameters[kernel] * parameters.pop(scale)[..., None, :]
+    rounded = build_model(dataclasses.replace(model.config, int8=()), parameters)
+    inputs = question(model, [237, 400])
+    answers = [generate(one, inputs, max_new_tokens=12, eos_ids=()) for one in (model, rounded)]
+    np.testing.assert_array_equal(*answers)
+
+
+def test_int8_is_not_saved_and_its_patterns_are_checked(released: Path, tmp_path: Path):
+    with pytest.raises(MossAudioError, match="int8 pattern 'lm_head' matches no linear layer"):
+        load_model(released, int8=["lm_head"])
+    with pytest.raises(MossAudioError, match="floating-point parameters of its configuration alone, not"):
+        save_model(load_model(released, int8=DECODER), tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
 
 
 def test_the_forward_pass_is_that_of_the_rounded_weights():

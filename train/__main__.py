@@ -1,30 +1,34 @@
 """`moss-audio-train` prepares training data, trains and evaluates."""
 
 import argparse
+import dataclasses
 import inspect
 import logging
 import sys
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-import tyro
+from moss_audio_jax.commands.interruption import ends_on_ctrl_c
 
-from moss_audio_jax.commands.cli import Commands, run_cli
-from moss_audio_jax.commands.interruption import INTERRUPTED, end
-from moss_audio_jax.commands.json_output import write_json
-from moss_audio_jax.commands.paths import PathArgument
-from moss_audio_jax.commands.renamed import current_arguments
-from moss_audio_jax.errors import MossAudioError
-from moss_audio_jax.storage.paths import Path, require_writable
-from moss_audio_jax.storage.retries import retried
-from train.ablation_config import AblationConfig
-from train.config import RunConfig, with_paths
-from train.data.config import SceneConfig
-from train.evaluation.config import EvaluationConfig
-from train.recipes import DOCSTRINGS, RECIPES, read_recipe
-from train.running.config import DistributedConfig, ResumeConfig
-from train.running.config_file import stored_config
-from train.running.directory import is_begun
+with ends_on_ctrl_c():  # these imports take long enough to be interrupted
+    import tyro
+
+    from moss_audio_jax.commands.cli import Commands, run_cli
+    from moss_audio_jax.commands.interruption import INTERRUPTED, end
+    from moss_audio_jax.commands.json_output import write_json
+    from moss_audio_jax.commands.paths import PathArgument
+    from moss_audio_jax.commands.renamed import current_arguments
+    from moss_audio_jax.errors import MossAudioError
+    from moss_audio_jax.storage.paths import Path, require_writable
+    from moss_audio_jax.storage.retries import retried
+    from train.ablation_config import AblationConfig
+    from train.config import RunConfig, with_paths
+    from train.data.config import SceneConfig
+    from train.evaluation.config import EvaluationConfig
+    from train.recipes import DOCSTRINGS, RECIPES, read_recipe
+    from train.running.config import DistributedConfig, ResumeConfig
+    from train.running.config_file import stored_config
+    from train.running.directory import is_begun
 
 PREEMPTED = 75  # exit code, EX_TEMPFAIL: run it again
 
@@ -257,6 +261,7 @@ def plan_command(arguments: list[str]) -> Callable[..., None]:
         chunks: int | None = None,
         segments: int = 1,
         propose_batch: bool = False,
+        int8: tuple[str, ...] = (),
         eval_data: tuple[str, ...] = (),
         json: PathArgument | None = None,
         config: Annotated[RunConfig, tyro.conf.arg(name="")] = recipe_config,
@@ -278,6 +283,8 @@ def plan_command(arguments: list[str]) -> Callable[..., None]:
             segments: Clips packed into a sequence, of equal length. More segments need less attention.
             propose_batch: If the step fits, find the largest batch that does by doubling it. Compiles two or three more
                 programs. The evaluation is planned for the given batch.
+            int8: Globs over linear layers whose weights are int8 in generate and load, such as
+                'language_model.layers.*_proj'.
             eval_data: Data to evaluate on, as for `run`: the headers of its clips give the lengths of the questions.
                 With it, or --validation.every, the memory of the evaluation is planned too.
             json: Write JSON to this file instead of printing a table; - for stdout.
@@ -287,7 +294,7 @@ def plan_command(arguments: list[str]) -> Callable[..., None]:
         from train.planning.plan import plan_table, with_sizes
 
         config = with_paths(with_sizes(config, preset, slices, batch_size, tokens, chunks), eval_data=eval_data)
-        report = _plan(config, topology, mode, slices, segments, propose_batch)
+        report = _plan(config, topology, mode, slices, segments, propose_batch, int8)
         if json is None:
             print(plan_table(report))
         else:
@@ -299,14 +306,24 @@ def plan_command(arguments: list[str]) -> Callable[..., None]:
 
 
 def _plan(
-    config: RunConfig, topology: str, mode: str, slices: int, segments: int, propose_batch: bool
+    config: RunConfig,
+    topology: str,
+    mode: str,
+    slices: int,
+    segments: int,
+    propose_batch: bool,
+    int8: tuple[str, ...],
 ) -> dict[str, Any]:
     from train.planning import plan
     from train.planning.plan_evaluation import plan_evaluation
     from train.planning.topology import topology_devices, topology_of
 
     if mode != "train" and config.lora is not None and config.lora.int8:
-        raise MossAudioError(f"--lora.int8 is for training: leave it out of --mode {mode}, where no kernel is int8")
+        raise MossAudioError(f"--lora.int8 is for training: give --int8 for --mode {mode}")
+    if mode == "train" and int8:
+        raise MossAudioError(
+            "--int8 is for --mode generate and load: frozen kernels of training become int8 by --lora.int8"
+        )
     if mode != "train" and (segments != 1 or propose_batch):
         raise MossAudioError(f"--segments and --propose-batch are for training: leave them out of --mode {mode}")
     if not 1 <= segments <= config.data.tokens:
@@ -316,10 +333,11 @@ def _plan(
     topology = topology_of(topology)
     devices = topology_devices(topology, slices)
     named = {"model": config.model.preset, "topology": topology, "slices": slices, "chips": len(devices)}
+    model = dataclasses.replace(config.model_config(), int8=int8)
     if mode == "generate":
         data = config.data
         return named | plan.plan_generation(
-            config.model_config(),
+            model,
             devices,
             tensor=config.mesh.tensor,
             prompts=data.batch_size,
@@ -327,7 +345,7 @@ def _plan(
             chunks=data.chunks,
         )
     if mode == "load":
-        return named | plan.plan_load(config.model_config(), devices, tensor=config.mesh.tensor)
+        return named | plan.plan_load(model, devices, tensor=config.mesh.tensor)
     report = named | plan.plan_step(config, devices, segments)
     if not report["fits"]:
         report["would_fit"] = plan.what_would_fit(config, devices)

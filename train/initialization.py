@@ -9,7 +9,7 @@ Every parameter is made or read where it will lie, in the dtype it will have, an
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -19,21 +19,19 @@ from jax.sharding import Mesh
 
 from moss_audio_jax.config import ADAPTER_LEAVES, MODEL_TYPES, EncoderConfig, LanguageConfig, MossAudioConfig
 from moss_audio_jax.errors import MossAudioError
-from moss_audio_jax.int8 import int8_kernels, quantize
+from moss_audio_jax.int8 import int8_kernels
 from moss_audio_jax.model import MossAudio, parameter_specs
 from moss_audio_jax.storage.json_files import read_json
 from moss_audio_jax.weights.locate import locate
 from moss_audio_jax.weights.names import EMBEDDING
 from moss_audio_jax.weights.orbax import restore
 from moss_audio_jax.weights.parameters import abstract_parameters, parameters_of
+from moss_audio_jax.weights.quantized import Wanted, read_parameters
 from moss_audio_jax.weights.safetensors_reader import Qwen3Checkpoint, ReleasedCheckpoint, assemble
 from train.config import GIVES, ModelSource, RunConfig
 from train.optimizer import Parameters, is_frozen
 
 HEAD_PATH = "lm_head.kernel"
-# Path -> shape, dtype and place of a parameter that is to be read or made.
-Wanted = dict[str, jax.ShapeDtypeStruct]
-
 # A part may differ in these from the model it becomes part of: its parameters mean the same. (Dropout is the run's
 # choice, the taps are the mergers' affair, Qwen3's longest position limits nothing here.)
 UNCOMPARED = (
@@ -77,40 +75,19 @@ def first_parameters(
     Raises MossAudioError, before any parameter is read, for a part of other sizes than `config` with all differences,
     and for a directory whose files don't fit its own configuration.
     """
-    abstract = abstract_parameters(config, jnp.float32, mesh)
-    abstract |= {path: abstract[path].update(dtype=jnp.dtype(dtype)) for path, dtype in (dtypes or {}).items()}
+    unread = abstract_parameters(config, jnp.float32, mesh)
+    unread |= {path: unread[path].update(dtype=jnp.dtype(dtype)) for path, dtype in (dtypes or {}).items()}
+    paths = list(unread)
     parts = _open_parts(source)
     _check_parts(parts, config)
-    kernels = int8_kernels(abstract)
-    unread = {path: leaf for path, leaf in abstract.items() if path not in kernels.values()}
-    unread |= {path: unread[path].update(dtype=abstract[scale].dtype) for path, scale in kernels.items()}
     parameters: Parameters = {}
     for part in parts:
         given = [path for path in unread if path.startswith(part.prefixes) and not path.endswith(ADAPTER_LEAVES)]
-        for paths in _read_together(given, kernels):
-            read = _read(part, {path: unread.pop(path) for path in paths})
-            parameters |= _quantized(read, kernels, abstract)
+        read = functools.partial(_read, part)
+        parameters |= read_parameters(read, {path: unread.pop(path) for path in given})
     if unread:
-        parameters |= _quantized(random_parameters(config, unread, seed), kernels, abstract)
-    return {path: parameters[path] for path in abstract}
-
-
-def _read_together(paths: Sequence[str], kernels: Mapping[str, str]) -> Iterator[list[str]]:
-    """Each kernel that becomes int8 by itself, so that one float kernel is in memory at a time; all others at once."""
-    whole = [path for path in paths if path not in kernels]
-    yield from ([path] for path in paths if path in kernels)
-    if whole:
-        yield whole
-
-
-def _quantized(parameters: Parameters, kernels: Mapping[str, str], abstract: Wanted) -> Parameters:
-    """The parameters, with int8 and scales in place of those kernels."""
-    for kernel in [path for path in parameters if path in kernels]:
-        names = kernel, kernels[kernel]
-        places = tuple(abstract[name].sharding for name in names)
-        pair = jax.jit(quantize, out_shardings=places)(parameters.pop(kernel))
-        parameters |= dict(zip(names, pair, strict=True))
-    return parameters
+        parameters |= read_parameters(lambda wanted: random_parameters(config, wanted, seed), unread)
+    return {path: parameters[path] for path in paths}
 
 
 def random_parameters(config: MossAudioConfig, wanted: Wanted, seed: int) -> Parameters:

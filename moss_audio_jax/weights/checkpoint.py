@@ -5,6 +5,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -22,10 +23,11 @@ from moss_audio_jax.weights.locate import PARAMS, Location, copy_tokenizer, loca
 from moss_audio_jax.weights.names import SAFETENSORS_DTYPES
 from moss_audio_jax.weights.parameters import abstract_parameters, build_model, parameters_of
 from moss_audio_jax.weights.peft import PeftAdapter, adapted_config
+from moss_audio_jax.weights.quantized import read_parameters
 from moss_audio_jax.weights.safetensors_reader import ReleasedCheckpoint, assemble
 
 
-def load_model(path: AnyPath, *, dtype: Any = None, mesh: Mesh | None = None) -> MossAudio:
+def load_model(path: AnyPath, *, dtype: Any = None, mesh: Mesh | None = None, int8: Sequence[str] = ()) -> MossAudio:
     """Loads the model of a checkpoint onto its devices.
 
     path: one of
@@ -36,23 +38,27 @@ def load_model(path: AnyPath, *, dtype: Any = None, mesh: Mesh | None = None) ->
     dtype: of the parameters, and so of the computation; None takes bfloat16 on accelerators, and float32 on the CPU,
         where bfloat16 is slow.
     mesh: parameters are sharded over it by their logical axes (`sharding.RULES`); None takes the first device.
+    int8: globs over the paths of linear layers whose kernels are rounded to int8, such as
+        `language_model.layers.*_proj`; the computation stays in `dtype`. An adapter's are not.
     Orbax reads each shard straight onto its device. A released directory is read one stacked parameter at a time, so
     the host holds at most the largest one.
     """
     dtype = _compute_dtype(dtype)
     location = locate(path)
     if not location.is_adapter:
-        return _load_whole(location, dtype, mesh)
-    return _load_adapter(_load_whole(location.base(), dtype, mesh), location)
+        return _load_whole(location, dtype, mesh, tuple(int8))
+    return _load_adapter(_load_whole(location.base(), dtype, mesh, tuple(int8)), location)
 
 
-def _load_whole(location: Location, dtype: np.dtype, mesh: Mesh | None) -> MossAudio:
+def _load_whole(location: Location, dtype: np.dtype, mesh: Mesh | None, int8: tuple[str, ...]) -> MossAudio:
     if location.layout() == "released":
         released = ReleasedCheckpoint(location.path)
-        parameters = assemble(released, abstract_parameters(released.config, dtype, mesh))
-        return build_model(released.config, parameters)
-    config = MossAudioConfig.from_hf(location.files)
-    return build_model(config, orbax.restore(location, config, abstract_parameters(config, dtype, mesh)))
+        stored, read = released.config, functools.partial(assemble, released)
+    else:
+        stored = MossAudioConfig.from_hf(location.files)
+        read = functools.partial(orbax.restore, location, stored)
+    config = dataclasses.replace(stored, int8=int8)
+    return build_model(config, read_parameters(read, abstract_parameters(config, dtype, mesh)))
 
 
 def _compute_dtype(dtype: Any) -> np.dtype:
@@ -112,7 +118,7 @@ def merge_adapter(model: MossAudio) -> MossAudio:
     parameters = parameters_of(model)
     if int8_kernels(parameters):
         raise MossAudioError(
-            "the model's kernels are int8, as in training: load its base by load_model, and the adapter onto that"
+            "the model has int8 kernels, to which nothing can be added: load its base without them, then the adapter"
         )
     for path in list(parameters):
         if path.endswith(".lora_a"):

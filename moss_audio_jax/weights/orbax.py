@@ -48,11 +48,13 @@ def restore(
     averaged = stored_shapes(location.averages).keys() & abstract.keys()
     rest = {name: leaf for name, leaf in abstract.items() if name not in averaged}
     found = restore_tree(absolute(location.averages), {name: abstract[name] for name in averaged})
-    return found | (restore_tree(absolute(location.params), rest) if rest else {})
+    return found | restore_tree(absolute(location.params), rest)
 
 
 def restore_tree(params: Path, abstract: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
     """Restores some leaves of an Orbax tree that has been checked."""
+    if not abstract:
+        return {}
     target = unflatten(abstract)
     # Without a limit Orbax holds the whole checkpoint twice; it refuses a limit below the largest leaf.
     largest = max(leaf.size * leaf.dtype.itemsize for leaf in abstract.values())

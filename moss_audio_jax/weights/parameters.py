@@ -3,10 +3,12 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 
 from moss_audio_jax.config import MossAudioConfig
+from moss_audio_jax.int8 import int8_kernels
 from moss_audio_jax.model import MossAudio, parameter_specs
 from moss_audio_jax.sharding import automatic, check_heads, named_sharding
 from moss_audio_jax.tree import dotted
@@ -17,7 +19,7 @@ def abstract_parameters(
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """Path -> shape, dtype and sharding of every parameter: the target of a restore.
 
-    mesh: None places all parameters on the first device.
+    dtype: of all but int8 kernels. mesh: None places all parameters on the first device.
     Raises MossAudioError for a mesh that would split a dimension, or the attention's heads, into unequal parts.
     """
     if mesh is not None:
@@ -35,8 +37,12 @@ def abstract_parameters(
             return SingleDeviceSharding(jax.local_devices()[0])
         return named_sharding(path, spec.shape, spec.get_metadata("logical_axes"), mesh)
 
-    specs = parameter_specs(config).items()
-    return {path: jax.ShapeDtypeStruct(spec.shape, dtype, sharding=sharding(path, spec)) for path, spec in specs}
+    specs = parameter_specs(config)
+    dtypes = dict.fromkeys(specs, dtype) | dict.fromkeys(int8_kernels(specs), jnp.int8)
+    return {
+        path: jax.ShapeDtypeStruct(spec.shape, dtypes[path], sharding=sharding(path, spec))
+        for path, spec in specs.items()
+    }
 
 
 def parameters_of(model: MossAudio) -> dict[str, jax.Array]:

@@ -16,7 +16,7 @@ from flax import nnx
 
 from moss_audio_jax.config import LoraConfig, MossAudioConfig
 from moss_audio_jax.errors import MossAudioError, shown
-from moss_audio_jax.lora import adaptable_layers
+from moss_audio_jax.lora import linear_layers
 from moss_audio_jax.model import MossAudio
 from moss_audio_jax.schema import SWITCH, Rule, check_keys, integer, number
 from moss_audio_jax.storage.json_files import read_json
@@ -158,7 +158,7 @@ def _read_lora(content: dict[str, Any], config: MossAudioConfig) -> LoraConfig:
 @functools.lru_cache(maxsize=8)
 def _modules(config: MossAudioConfig) -> tuple[tuple[str, ...], dict[str, list[str]]]:
     """Returns the paths of layers that can have adapters, and path -> released modules of every parameter."""
-    layers = adaptable_layers(nnx.eval_shape(lambda: MossAudio(config, rngs=nnx.Rngs(0))))
+    layers = linear_layers(nnx.eval_shape(lambda: MossAudio(config, rngs=nnx.Rngs(0))))
     leaves = {path: [name.rpartition(".")[0] for name in leaf.names] for path, leaf in released_leaves(config).items()}
     return tuple(layers), leaves
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import pytest
@@ -53,22 +54,22 @@ def test_a_training_step(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     arrays = [array for sums in report["collectives"].values() for array in sums["arrays"]]
     # A block of the head is gathered, and its gradient scattered; the whole never, nor the embedding.
     assert any("128" in array for array in arrays) and not any("512" in array for array in arrays), arrays
+    assert dtypes_of_summed_kernels(report) == {"bf16", "f32"}  # float32: the head
     people = plan.plan_table(report)
     assert "FITS" in people and "ESTIMATE" in people and "8 sequences of 256 tokens" in people
 
 
-def test_gradients_are_summed_in_the_type_that_is_asked_for(
+def test_gradients_are_summed_in_float32_if_asked_for(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    """Kernels only: scalars and vectors are summed in either type, and some all-reduces of vectors are gathers."""
+    out = run(["--topology", "v5e:2x2", *SIZES, "--step.reduce-dtype", "float32", "--json", "-"], monkeypatch, capsys)
+    assert dtypes_of_summed_kernels(json.loads(out)) == {"f32"}
 
-    def summed(*options: str) -> set[str]:
-        report = json.loads(run(["--topology", "v5e:2x2", *SIZES, *options, "--json", "-"], monkeypatch, capsys))
-        reduced = [report["collectives"].get(kind, {"arrays": []}) for kind in ("all-reduce", "reduce-scatter")]
-        return {array.partition("[")[0] for sums in reduced for array in sums["arrays"] if "," in array}
 
-    assert summed() == {"bf16", "f32"}  # float32: the head
-    assert summed("--step.reduce-dtype", "float32") == {"f32"}
+def dtypes_of_summed_kernels(report: dict[str, Any]) -> set[str]:
+    """Scalars and vectors are left out: they are summed in either type, and some all-reduces of vectors are gathers."""
+    reduced = [report["collectives"].get(kind, {"arrays": []}) for kind in ("all-reduce", "reduce-scatter")]
+    return {array.partition("[")[0] for sums in reduced for array in sums["arrays"] if "," in array}
 
 
 def test_answering(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
@@ -117,7 +118,7 @@ def test_int8_is_for_training(mode: str, monkeypatch: pytest.MonkeyPatch, capsys
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 2
-    assert f"lora.int8 is for training: leave it out of --mode {mode}" in capsys.readouterr().err
+    assert f"lora.int8 is for training: give --int8 for --mode {mode}" in capsys.readouterr().err
 
 
 def test_two_slices_hold_a_replica_each(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
@@ -220,6 +221,7 @@ def test_a_batch_is_proposed_by_what_the_second_takes_more():
     [
         (["--segments", "0"], "--segments must be from 1 to the 256 tokens of a sequence, not 0"),
         (["--mode", "load", "--propose-batch"], "are for training: leave them out of --mode load"),
+        (["--int8", "language_model.*"], "frozen kernels of training become int8 by --lora.int8"),
         (["--topology", "v6e-12"], "rents by, such as v6e-16, v6e-8, not 'v6e-12'"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Collectives and matmuls of a compiled program, read from the text of its optimized HLO.
+"""Collectives, matmuls and HBM traffic of a compiled program, read from the text of its optimized HLO.
 
 What is in a loop counts once per iteration (XLA's own cost analysis counts the body once). On TPU an all-gather
 may be compiled to an all-reduce over zeros; it is reported as an all-reduce. Between slices there is no collective in
@@ -95,6 +95,40 @@ def matmul_flops(hlo: str) -> float:
             count = _dot if operation["opcode"] == "dot" else _convolution
             total += times * 2 * count(operation["rest"], left, right, _dimensions(operation["shape"]))
     return float(total)
+
+
+def hbm_bytes_in_loops(hlo: str) -> float:
+    """Returns bytes that the loops of a TPU program read from and write to HBM, each instruction once.
+
+    Arrays in a core's own memory, which have a memory space in their layout, don't count. A gather counts the rows that
+    it returns, any other instruction its whole operands, also where it reads a part of them.
+    """
+    computations = dict(_computations(hlo))
+    inlined = set(re.findall(r"(?:calls|to_apply)=%?([\w.\-]+)", hlo))
+    total = 0.0
+    for name, (is_entry, operations) in computations.items():
+        if is_entry or name in inlined:
+            continue
+        shapes = {operation["name"]: operation["shape"] for operation in operations}
+        for operation in operations:
+            opcode, rest = operation["opcode"], operation["rest"]
+            if opcode in _MOVING_NOTHING or opcode.endswith("-done"):
+                continue
+            fused = re.search(r"calls=%?([\w.\-]+)", rest)
+            gathers = fused is not None and any(part["opcode"] == "gather" for part in computations[fused[1]][1])
+            read = [] if gathers else [shapes.get(operand, "") for operand in _operands(rest)]
+            written = [] if opcode.endswith("-start") else [operation["shape"]]
+            total += sum(_bytes_of(_IN_HBM.findall(shape)) for shape in [*read, *written] if shape[:1] != "(")
+    return total
+
+
+_MOVING_NOTHING = ("parameter", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "constant")
+# An array whose layout, such as {1,0:T(8,128)(2,1)}, names no memory space.
+_IN_HBM = re.compile(rf"\b({'|'.join(_BYTES)})\[([0-9,]*)\](?!\{{[^}}]*S\([0-9]\))")
+
+
+def _operands(rest: str) -> list[str]:
+    return re.findall(r"%([\w.\-]+)", rest.partition("), ")[0])
 
 
 def _dimensions(shape: str) -> tuple[int, ...]:

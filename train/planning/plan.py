@@ -147,8 +147,9 @@ def report_step(config: RunConfig, mesh: Mesh, compiled: Compiled, segments: int
 def plan_generation(
     model: MossAudioConfig, devices: Sequence[Any], *, tensor: int, prompts: int, slots: int, chunks: int
 ) -> dict[str, Any]:
-    """Compiles generation in bfloat16: prefill of the prompts, and decoding with a full KV cache; returns its report.
+    """Compiles generation in bfloat16, with int8 kernels if the model has them; returns its report.
 
+    The programs are prefill of the prompts, and decoding with a full KV cache.
     slots: tokens of a prompt and its answer together, the length of the KV cache.
     """
     mesh = make_mesh(fsdp=-1, tensor=tensor, devices=devices)
