@@ -32,7 +32,7 @@ def generate(
     clips: Annotated[tuple[PathArgument, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[CLIP_OF_ONE_PROMPT ...]")],
     /,
     *,
-    prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
+    prompts: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(name="prompt")] = (),
     batch: PathArgument | None = None,
     out: PathArgument | None = None,
     slots: int = 8,
@@ -55,7 +55,7 @@ def generate(
     Args:
         checkpoint: Released directory, Orbax checkpoint (`moss-audio-convert to-orbax`), or training run.
         clips: Audio files (wav, flac, ogg, mp3) of one prompt, in order; none for text alone.
-        prompt: The question. Default with a clip: "Transcribe the audio." Give several for as many answers about the
+        prompts: The question. Default with a clip: "Transcribe the audio." Give several for as many answers about the
             same clips.
         batch: File of requests, a line of JSON each: prompt, clips (relative to the file), system, max_new_tokens, seed
             and sampling options, by default those of the command. Results are lines of JSON, in order.
@@ -72,21 +72,22 @@ def generate(
         int8: Globs over linear layers whose weights are rounded to int8, such as 'language_model.layers.*_proj'.
         mesh: Device mesh.
     """
-    if batch is not None or out is not None or len(prompt) > 1:
-        from moss_audio_jax.inference.asking import Asking, answer_batch, answer_prompts
+    if batch is not None or out is not None or len(prompts) > 1:
+        from moss_audio_jax.inference.asking import answer_batch, answer_prompts
+        from moss_audio_jax.inference.loading import Loading
 
         if special_tokens:
             raise MossAudioError("--special-tokens is for one prompt, not for several or for --batch: leave it out")
-        asking = Asking(checkpoint, adapter, dtype, dataclasses.asdict(mesh), slots)
+        loading = Loading(checkpoint, adapter, dtype, int8, dataclasses.asdict(mesh), slots)
         options = {"max_new_tokens": max_new_tokens, "sampling": sampling, "seed": seed}
         options |= {"system_prompt": system, "time_markers": time_markers}
         if batch is None and out is None:
-            return answer_prompts(asking, prompt, clips, options)
-        if batch is None or clips or len(prompt) > 1:
+            return answer_prompts(loading, prompts, clips, options)
+        if batch is None or clips or len(prompts) > 1:
             raise MossAudioError(
                 "--batch takes prompts and clips from its file, and --out its results: give them alone"
             )
-        return answer_batch(asking, batch, out, {"text": prompt[0] if prompt else DEFAULT_PROMPT, **options})
+        return answer_batch(loading, batch, out, {"text": prompts[0] if prompts else DEFAULT_PROMPT, **options})
     import numpy as np
 
     from moss_audio_jax.generation import check_request, stream
@@ -95,10 +96,10 @@ def generate(
     from moss_audio_jax.tokenizer import StreamDecoder
     from moss_audio_jax.weights.checkpoint import load_adapter, load_model
 
-    question = _checked_prompt(prompt[0] if prompt else None, len(clips))
+    prompt = _checked_prompt(prompts[0] if prompts else None, len(clips))
     processor = load_processor(checkpoint)
     with waiting("reading the clips"):
-        inputs = processor([question], [clips], system_prompt=system, time_markers=time_markers)
+        inputs = processor([prompt], [clips], system_prompt=system, time_markers=time_markers)
     check_request(processor.config, inputs, max_new_tokens, seed=seed)
     with waiting("loading the weights"):
         model = load_model(checkpoint, dtype=dtype, mesh=make_mesh(**dataclasses.asdict(mesh)), int8=int8)
@@ -156,6 +157,7 @@ def transcribe(
     seed: int = 0,
     time_markers: bool | None = None,
     dtype: Literal["bfloat16", "float32"] | None = None,
+    int8: tuple[str, ...] = (),
     mesh: MeshConfig = _ALL_DEVICES,
 ) -> None:
     """Transcribes recordings of any length and number into files, one of each format for each recording.
@@ -184,16 +186,15 @@ def transcribe(
         seed: Seed of the sampling, a whole number of 64 bits.
         time_markers: Insert time markers between audio tokens. Default: the checkpoint's setting.
         dtype: Dtype of weights and computation. Default: bfloat16, on the CPU float32.
+        int8: Globs over linear layers whose weights are rounded to int8, such as 'language_model.layers.*_proj'.
         mesh: Device mesh.
     """
+    from moss_audio_jax.inference.loading import Loading
     from moss_audio_jax.inference.transcription import Answers, transcribe_paths
 
-    answers = Answers(
-        *(checkpoint, adapter, timestamps, prompt, system, max_new_tokens),
-        *(sampling, seed, time_markers, dtype, window),
-    )
-    lists = () if list_ is None else (list_,)
-    transcribe_paths(paths, lists, out, format, answers, slots=slots, mesh=dataclasses.asdict(mesh))
+    loading = Loading(checkpoint, adapter, dtype, int8, dataclasses.asdict(mesh), slots)
+    answers = Answers(timestamps, prompt, system, max_new_tokens, sampling, seed, time_markers, window)
+    transcribe_paths(paths, () if list_ is None else (list_,), out, format, answers, loading)
 
 
 @app.command

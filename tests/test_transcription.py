@@ -312,7 +312,7 @@ def test_recordings_and_transcripts_on_gs(storage, bucket, tmp_path):
 def one_device(monkeypatch) -> None:
     """Models of commands that run in this process are on one of its eight devices: the programs are smaller."""
     mesh = functools.partial(make_mesh, devices=jax.devices()[:1])
-    for module in ("inference.asking", "inference.transcription", "sharding"):
+    for module in ("inference.loading", "sharding"):
         monkeypatch.setattr(f"moss_audio_jax.{module}.make_mesh", mesh)
 
 

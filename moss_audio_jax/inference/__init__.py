@@ -10,5 +10,6 @@ transcription     `moss-audio transcribe`: many recordings through one engine
 recording_files   files, folders, globs and lists of recordings, and names of their outputs
 transcript_files  formats, and records of what is done
 asking            `moss-audio generate` with several prompts, or a file of requests
+loading           the engine of a command
 batch_file        a file of requests, and its results
 """

@@ -2,57 +2,32 @@
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from moss_audio_jax.audio import SAMPLE_RATE, load_audio
 from moss_audio_jax.commands.progress import waiting
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.inference.batch_file import answer_lines, read_requests, request_length, to_line, with_lengths
-from moss_audio_jax.inference.engine import Engine, Request
-from moss_audio_jax.processor import Processor, load_processor
-from moss_audio_jax.sharding import make_mesh
+from moss_audio_jax.inference.engine import Request
+from moss_audio_jax.inference.loading import Loading
 from moss_audio_jax.storage.paths import AnyPath, GrowingFile, exists, require_writable
-from moss_audio_jax.weights.checkpoint import load_adapter, load_model
 
 _IN_FLIGHT = 2  # requests that wait for their answers, for each slot
 
 
-@dataclass(frozen=True)
-class Asking:
-    """Whom to ask, and how many answers are generated at the same time."""
-
-    checkpoint: AnyPath
-    adapter: AnyPath | None
-    dtype: str | None
-    mesh: Mapping[str, Any]
-    slots: int
-
-    def __post_init__(self):
-        if self.slots < 1:
-            raise MossAudioError(f"--slots must be 1 or more, not {self.slots}")
-
-    def engine(self, processor: Processor, requests: int, length: int) -> Engine:
-        """Loads the model. requests: their number. length: tokens of a prompt and its answer, at most."""
-        with waiting("loading the weights"):
-            model = load_model(self.checkpoint, dtype=self.dtype, mesh=make_mesh(**self.mesh))
-            model = model if self.adapter is None else load_adapter(model, self.adapter)
-        return Engine(model, processor, slots=min(self.slots, requests), max_length=length)
-
-
 def answer_prompts(
-    asking: Asking, prompts: Sequence[str], clips: Sequence[AnyPath], options: Mapping[str, Any]
+    loading: Loading, prompts: Sequence[str], clips: Sequence[AnyPath], options: Mapping[str, Any]
 ) -> None:
     """Prints the answers to several questions about the same clips, each under its question, in their order."""
     if not clips and not all(prompts):
         raise MossAudioError("there is nothing to answer: give a clip, or a question with each --prompt")
-    processor = load_processor(asking.checkpoint)
+    processor = loading.processor()
     requests = [Request(prompt, clips, **options) for prompt in prompts]
     with waiting("reading the clips"):
         length = max(request_length(request, processor) for request in requests)
         waves = [load_audio(clip) for clip in clips]
     requests = [Request(prompt, [(wave, SAMPLE_RATE) for wave in waves], **options) for prompt in prompts]
-    with asking.engine(processor, len(requests), length) as engine:
+    with loading.engine(processor, len(requests), length) as engine:
         handles = [engine.submit(request) for request in requests]
         for number, (prompt, handle) in enumerate(zip(prompts, handles, strict=True), start=1):
             print(f"{'' if number == 1 else chr(10)}# {prompt}")
@@ -66,23 +41,23 @@ def answer_prompts(
                 )
 
 
-def answer_batch(asking: Asking, batch: AnyPath, out: AnyPath | None, default: Mapping[str, Any]) -> None:
+def answer_batch(loading: Loading, batch: AnyPath, out: AnyPath | None, default: Mapping[str, Any]) -> None:
     """Answers a file of requests, and writes the results in order; exits with code 1 if one has an error."""
     lines = read_requests(batch, Request(**default))
     if out is not None:
         if exists(out):
             raise MossAudioError(f"{out} already exists: name a new file for the results, or remove it first")
         require_writable(out)
-    processor = load_processor(asking.checkpoint)
+    processor = loading.processor()
     with waiting("looking at the requests"):
         measured = list(with_lengths(lines, processor, str(batch)))
     lines, longest = [line for line, _ in measured], max(length for _, length in measured)
     asked = sum(line.request is not None for line in lines)
     failed = 0
-    engine = asking.engine(processor, asked, longest) if asked else None
+    engine = loading.engine(processor, asked, longest) if asked else None
     file = None if out is None else GrowingFile(out)
     try:
-        for result in answer_lines(lines, engine.submit if engine else _nobody, _IN_FLIGHT * asking.slots, str(batch)):
+        for result in answer_lines(lines, engine.submit if engine else _nobody, _IN_FLIGHT * loading.slots, str(batch)):
             failed += "error" in result
             if file is None:
                 print(to_line(result), end="", flush=True)

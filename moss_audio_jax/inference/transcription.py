@@ -12,7 +12,7 @@ import math
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,18 +21,17 @@ from moss_audio_jax.audio_stream import stream_audio
 from moss_audio_jax.commands.interruption import stops_on_ctrl_c
 from moss_audio_jax.commands.progress import waiting
 from moss_audio_jax.errors import MossAudioError
-from moss_audio_jax.inference.engine import Engine, Request
+from moss_audio_jax.inference.engine import Request
+from moss_audio_jax.inference.loading import Loading
 from moss_audio_jax.inference.recording_files import RecordingFile, find_recordings
 from moss_audio_jax.inference.recordings import Ask, Joiner, Transcript, answered
 from moss_audio_jax.inference.transcript_files import Outputs, parse_formats
 from moss_audio_jax.inference.windows import Cutting, Window, cut
-from moss_audio_jax.processor import Processor, load_processor
+from moss_audio_jax.processor import Processor
 from moss_audio_jax.prompts import build_prompt
 from moss_audio_jax.sampling_config import Sampling
-from moss_audio_jax.sharding import make_mesh
 from moss_audio_jax.storage.paths import AnyPath, absolute, is_remote, local_copy, require_writable, to_path
 from moss_audio_jax.timelines.prompts import PROMPTS
-from moss_audio_jax.weights.checkpoint import load_adapter, load_model
 
 TRANSCRIBE = "Transcribe the audio."
 # Tokens that an answer may have for each second of its window: fast speech, and seven or eight tokens for each time.
@@ -149,8 +148,6 @@ def _local(recording: RecordingFile) -> Iterator[Any]:
 class Answers:
     """How recordings are answered: options of `moss-audio transcribe`. prompt: None asks for the timestamps."""
 
-    checkpoint: AnyPath
-    adapter: AnyPath | None
     timestamps: str
     prompt: str | None
     system: str
@@ -158,20 +155,17 @@ class Answers:
     sampling: Sampling
     seed: int
     time_markers: bool | None
-    dtype: str | None
     window: float
 
     @property
     def question(self) -> str:
         return prompt_of(self.timestamps) if self.prompt is None else self.prompt
 
-    def record(self) -> dict[str, Any]:
+    def record(self, loading: Loading) -> dict[str, Any]:
         """Returns what an answer depends on, for JSON."""
-        paths = {
-            name: None if path is None else str(absolute(path))
-            for name, path in (("checkpoint", self.checkpoint), ("adapter", self.adapter))
-        }
-        return {**dataclasses.asdict(self), **paths, "prompt": self.question}
+        adapter = loading.adapter and str(absolute(loading.adapter))
+        model = {"checkpoint": str(absolute(loading.checkpoint)), "adapter": adapter, "dtype": loading.dtype}
+        return {**model, "int8": list(loading.int8), **dataclasses.asdict(self), "prompt": self.question}
 
     def request(self, window: Window) -> Request:
         return Request(
@@ -211,17 +205,15 @@ def transcribe_paths(
     out: AnyPath,
     formats: str,
     answers: Answers,
-    *,
-    slots: int,
-    mesh: Mapping[str, Any],
+    loading: Loading,
 ) -> None:
     """Transcribes recordings into a directory, and says what became of them; exits with code 1 if some were not.
 
     Raises MossAudioError for a mistake in the arguments, before the model is loaded.
     """
     cutting = Cutting.of(answers.window)
-    outputs = Outputs(out, parse_formats(formats), answers.record())
-    check_request_options(answers, slots)
+    outputs = Outputs(out, parse_formats(formats), answers.record(loading))
+    check_question(answers)
     stop = threading.Event()
     report = Reporter(stop)
     with waiting("looking for recordings"):
@@ -232,14 +224,11 @@ def transcribe_paths(
         report.say(f"left out, as they are not named like recordings: {_few(found.others)}")
     tally = Tally()
     if jobs:
-        processor = load_processor(answers.checkpoint)
+        processor = loading.processor()
         longest = min(max(job.seconds for job in jobs), cutting.window)
         length = answers.length(processor, longest)
         windows = sum(math.ceil(job.seconds / (cutting.window - cutting.search)) for job in jobs)
-        with waiting("loading the weights"):
-            model = load_model(answers.checkpoint, dtype=answers.dtype, mesh=make_mesh(**mesh))
-            model = model if answers.adapter is None else load_adapter(model, answers.adapter)
-        engine = Engine(model, processor, slots=min(slots, windows), max_length=length)
+        engine = loading.engine(processor, windows, length)
         with stops_on_ctrl_c(stop.set):
             try:
                 tally = transcribe_jobs(
@@ -248,7 +237,7 @@ def transcribe_paths(
                     lambda window: engine.submit(answers.request(window)),
                     report,
                     cutting=cutting,
-                    in_flight=IN_FLIGHT * slots,
+                    in_flight=IN_FLIGHT * loading.slots,
                 )
             except KeyboardInterrupt:
                 report.say(f"{report.progress()[1:-1]}; the same command goes on from here")
@@ -267,11 +256,10 @@ def transcribe_paths(
         sys.exit(1)
 
 
-def check_request_options(answers: Answers, slots: int) -> None:
+def check_question(answers: Answers) -> None:
     """Raises MossAudioError for an option that no window could be answered with."""
-    for name, value in (("--slots", slots), ("--max-new-tokens", answers.max_new_tokens)):
-        if value is not None and value < 1:
-            raise MossAudioError(f"{name} must be 1 or more, not {value}")
+    if answers.max_new_tokens is not None and answers.max_new_tokens < 1:
+        raise MossAudioError(f"--max-new-tokens must be 1 or more, not {answers.max_new_tokens}")
     if answers.prompt is not None and not answers.prompt.strip():
         raise MossAudioError("--prompt must be a question, not be empty: leave it out to transcribe")
 
