@@ -32,7 +32,10 @@ def generate(
     clips: Annotated[tuple[PathArgument, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[CLIP_OF_ONE_PROMPT ...]")],
     /,
     *,
-    prompt: str | None = None,
+    prompts: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(name="prompt")] = (),
+    batch: PathArgument | None = None,
+    out: PathArgument | None = None,
+    slots: int = 8,
     adapter: PathArgument | None = None,
     system: str = DEFAULT_SYSTEM_PROMPT,
     max_new_tokens: int = 1024,
@@ -44,15 +47,20 @@ def generate(
     int8: tuple[str, ...] = (),
     mesh: MeshConfig = _ALL_DEVICES,
 ) -> None:
-    """Answers one question about sounds, and prints the text as it is generated.
+    """Answers a question about sounds, several questions about the same sounds, or a file of requests.
 
-    All clips belong to one prompt, with one answer. For an answer per file, call it for each file, or give a manifest
-    of them to `moss-audio-train evaluate`.
+    The text is printed as it is generated. All clips belong to one prompt, with one answer. For an answer per file, use
+    `moss-audio transcribe`, with its --prompt, or --batch.
 
     Args:
         checkpoint: Released directory, Orbax checkpoint (`moss-audio-convert to-orbax`), or training run.
         clips: Audio files (wav, flac, ogg, mp3) of one prompt, in order; none for text alone.
-        prompt: The question. Default with a clip: "Transcribe the audio."
+        prompts: The question. Default with a clip: "Transcribe the audio." Give several for as many answers about the
+            same clips.
+        batch: File of requests, a line of JSON each: prompt, clips (relative to the file), system, max_new_tokens, seed
+            and sampling options, by default those of the command. Results are lines of JSON, in order.
+        out: New file for the results of --batch. Default: stdout.
+        slots: Answers that --batch, or several prompts, generate at the same time.
         adapter: LoRA adapter of the checkpoint: PEFT's directory, one of `from-peft`, or a training run.
         system: System prompt.
         max_new_tokens: Maximum tokens of the answer. An answer that is cut off is reported on stderr.
@@ -64,6 +72,22 @@ def generate(
         int8: Globs over linear layers whose weights are rounded to int8, such as 'language_model.layers.*_proj'.
         mesh: Device mesh.
     """
+    if batch is not None or out is not None or len(prompts) > 1:
+        from moss_audio_jax.inference.asking import answer_batch, answer_prompts
+        from moss_audio_jax.inference.loading import Loading
+
+        if special_tokens:
+            raise MossAudioError("--special-tokens is for one prompt, not for several or for --batch: leave it out")
+        loading = Loading(checkpoint, adapter, dtype, int8, dataclasses.asdict(mesh), slots)
+        options = {"max_new_tokens": max_new_tokens, "sampling": sampling, "seed": seed}
+        options |= {"system_prompt": system, "time_markers": time_markers}
+        if batch is None and out is None:
+            return answer_prompts(loading, prompts, clips, options)
+        if batch is None or clips or len(prompts) > 1:
+            raise MossAudioError(
+                "--batch takes prompts and clips from its file, and --out its results: give them alone"
+            )
+        return answer_batch(loading, batch, out, {"text": prompts[0] if prompts else DEFAULT_PROMPT, **options})
     import numpy as np
 
     from moss_audio_jax.generation import check_request, stream
@@ -72,7 +96,7 @@ def generate(
     from moss_audio_jax.tokenizer import StreamDecoder
     from moss_audio_jax.weights.checkpoint import load_adapter, load_model
 
-    prompt = _checked_prompt(prompt, len(clips))
+    prompt = _checked_prompt(prompts[0] if prompts else None, len(clips))
     processor = load_processor(checkpoint)
     with waiting("reading the clips"):
         inputs = processor([prompt], [clips], system_prompt=system, time_markers=time_markers)
@@ -106,11 +130,71 @@ def _checked_prompt(prompt: str | None, clips: int) -> str:
         raise MossAudioError("there is nothing to answer: give a clip, or a question with --prompt, or both")
     if clips > 1:
         print(
-            f"[all {clips} clips are in one prompt, for one answer; for an answer a file, call `generate` for each, or "
-            "`moss-audio-train evaluate` with a manifest]",
+            f"[all {clips} clips are in one prompt, for one answer; for an answer a file, use `moss-audio "
+            "transcribe`, or --batch]",
             file=sys.stderr,
         )
     return DEFAULT_PROMPT if prompt is None else prompt
+
+
+@app.command
+def transcribe(
+    checkpoint: tyro.conf.Positional[PathArgument],
+    paths: Annotated[tuple[PathArgument, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[PATH ...]")] = (),
+    /,
+    *,
+    out: PathArgument,
+    list_: Annotated[PathArgument | None, tyro.conf.arg(name="list")] = None,
+    format: str = "txt,json",
+    timestamps: Literal["none", "sentences", "words", "speakers", "events"] = "none",
+    prompt: str | None = None,
+    window: float = 300.0,
+    slots: int = 8,
+    adapter: PathArgument | None = None,
+    system: str = DEFAULT_SYSTEM_PROMPT,
+    max_new_tokens: int | None = None,
+    sampling: Annotated[Sampling, tyro.conf.arg(name="")] = _GREEDY,
+    seed: int = 0,
+    time_markers: bool | None = None,
+    dtype: Literal["bfloat16", "float32"] | None = None,
+    int8: tuple[str, ...] = (),
+    mesh: MeshConfig = _ALL_DEVICES,
+) -> None:
+    """Transcribes recordings of any length and number into files, one of each format for each recording.
+
+    Run it again after Ctrl-C, or with more recordings: those that are done, with the same options, are skipped. A
+    recording that can't be read is named, the others go on, and the exit code is 1.
+
+    Args:
+        checkpoint: Released directory, Orbax checkpoint (`moss-audio-convert to-orbax`), or training run.
+        paths: Recordings: files, folders, with all below them, globs in quotes, or @FILE, a list with a path on each
+            line.
+        out: Directory for the transcripts. Folders are mirrored; equal names keep their suffixes, or get more folders.
+        list_: List of recordings, a path on each line, relative to the list.
+        format: Formats, separated by commas, of txt, json, jsonl (a segment a line), csv, srt, vtt, tsv (labels of
+            Audacity).
+        timestamps: Times to ask for. speakers: of sentences, with their speakers; events: of sounds.
+        prompt: Question to ask instead of the one for --timestamps.
+        window: Longest part of a recording that is answered at once, in seconds. Longer ones are cut, at quiet places
+            where there are some. The authors advise 600 at most.
+        slots: Answers that are generated at the same time.
+        adapter: LoRA adapter of the checkpoint: PEFT's directory, one of `from-peft`, or a training run.
+        system: System prompt.
+        max_new_tokens: Maximum tokens of the answer to a window. Default: 64, and for each second 8 without times, 16
+            with times of sentences, 64 with times of words. An answer that is cut off is reported.
+        sampling: Sampling options.
+        seed: Seed of the sampling, a whole number of 64 bits.
+        time_markers: Insert time markers between audio tokens. Default: the checkpoint's setting.
+        dtype: Dtype of weights and computation. Default: bfloat16, on the CPU float32.
+        int8: Globs over linear layers whose weights are rounded to int8, such as 'language_model.layers.*_proj'.
+        mesh: Device mesh.
+    """
+    from moss_audio_jax.inference.loading import Loading
+    from moss_audio_jax.inference.transcription import Answers, transcribe_paths
+
+    loading = Loading(checkpoint, adapter, dtype, int8, dataclasses.asdict(mesh), slots)
+    answers = Answers(timestamps, prompt, system, max_new_tokens, sampling, seed, time_markers, window)
+    transcribe_paths(paths, () if list_ is None else (list_,), out, format, answers, loading)
 
 
 @app.command

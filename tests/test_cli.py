@@ -112,7 +112,7 @@ def test_version(package, monkeypatch, capsys):
         ("moss_audio_jax", "generat", "did you mean generate"),
         ("convert", "to-orbx", "did you mean to-orbax"),
         ("train", "evalute", "did you mean evaluate"),
-        ("moss_audio_jax", "xyz", "give one of generate, timeline, info"),
+        ("moss_audio_jax", "xyz", "give one of generate, transcribe, timeline, info"),
     ],
 )
 def test_a_mistyped_command_is_called_one(package, mistyped, advice, monkeypatch, capsys):
@@ -189,7 +189,7 @@ def test_an_answer_that_was_cut_off_and_several_clips_in_one_prompt_are_said(rel
     result = invoke("generate", released, *clips, "--max-new-tokens", 3, environment=one_device)
     assert result.returncode == 0, result.stderr
     lines = said(result)
-    assert lines[0].startswith("[all 2 clips are in one prompt, for one answer; for an answer a file, call `generate`")
+    assert lines[0].startswith("[all 2 clips are in one prompt, for one answer; for an answer a file, use `moss-audio")
     assert "tokens read, 3 written" in lines[1]
     assert lines[2] == "[the answer was not finished: it was cut off after --max-new-tokens 3; give more of them]"
 
@@ -197,7 +197,7 @@ def test_an_answer_that_was_cut_off_and_several_clips_in_one_prompt_are_said(rel
 def test_the_help_says_that_clips_are_of_one_prompt():
     shown = " ".join(invoke("generate", "--help").stdout.replace("│", " ").split())
     assert "CLIP_OF_ONE_PROMPT" in shown.split("Answers one question")[0]
-    assert "For an answer per file, call it for each file, or give a manifest of them to" in shown
+    assert "For an answer per file, use `moss-audio transcribe`, with its --prompt, or" in shown
 
 
 @pytest.mark.parametrize(
@@ -269,7 +269,10 @@ print(*{name.partition(".")[0] for name in sys.modules}, file=sys.stderr)
 
 @pytest.mark.parametrize(
     "command",
-    ["moss_audio_jax generate", "moss_audio_jax timeline", "convert verify", "train", "train run", "train evaluate"],
+    [
+        *("moss_audio_jax generate", "moss_audio_jax transcribe", "moss_audio_jax timeline"),
+        *("convert verify", "train", "train run", "train evaluate"),
+    ],
 )
 def test_help_imports_nothing_heavy(command):
     shown = subprocess.run([sys.executable, "-c", LOADED, *command.split(), "--help"], capture_output=True, text=True)

@@ -1,6 +1,6 @@
 """Sound files as mono waves, decoded by libsndfile through soundfile.
 
-    decode     read(), lengths(): the samples between two times, and warnings about what is missing
+    decode     read(), blocks(), lengths(): the samples, at once or in pieces, and warnings about what is missing
     streams    a stream as libsndfile decodes it; rates, lengths, unfinished headers
     spans      the streams of files that were joined one behind the other
     files      opening; what a file is if it is no sound

@@ -1,12 +1,13 @@
 """Decodes sound files to mono waves: all samples that a file holds, with a warning about those that are missing."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import soundfile
 
 from moss_audio_jax.errors import MossAudioError
-from moss_audio_jax.sound.files import OpenedFile, Source, warn_once, with_opened
+from moss_audio_jax.sound.files import OpenedFile, Source, opened, warn_once, with_opened
 from moss_audio_jax.sound.spans import ends_with_last_page
 from moss_audio_jax.sound.streams import DECODE_BLOCK, LONGEST_HOURS, Stream, streams_of
 
@@ -51,6 +52,30 @@ def read(source: Source, start: float | None, end: float | None, name: str) -> l
         return _merged([Section(wave, cut.stream.samplerate) for cut, wave in zip(cuts, waves, strict=True)])
 
     return with_opened(source, name, work)
+
+
+def blocks(source: Source, name: str) -> Iterator[Section]:
+    """Yields the samples of a whole file piece by piece: at most a few seconds are in memory. The rate may change.
+
+    Warnings and errors are those of `read`, as far as the file was read; any length can be read.
+    """
+    with opened(source, name) as file:
+        cuts, mix, found = _cuts(file, None, None, name), _Mix(), []
+        if any(cut.stream.counted and cut.last > LONGEST_HOURS * 3600 * cut.stream.samplerate for cut in cuts):
+            raise MossAudioError(
+                f"{name}: its header must say how long it is, as it has more than {LONGEST_HOURS} hours: rewrite it, "
+                "for example with `ffmpeg -i INPUT OUTPUT.flac`"
+            )
+        for cut in cuts:
+            found.append(0)
+            for wave in _mono_blocks(cut, mix, name):
+                found[-1] += len(wave)
+                yield Section(wave, cut.stream.samplerate)
+        if not sum(found):
+            raise MossAudioError(f"{name} must hold samples, not none: restore the file if it was cut short")
+        if file.error is None:
+            _warn_of_loss(name, cuts, found)
+        mix.warn_if_silent(name)
 
 
 def lengths(source: Source, start: float | None, end: float | None, name: str) -> list[tuple[int, int]]:
@@ -116,41 +141,41 @@ def _missing(file: OpenedFile, stream: Stream) -> int | None:
 def _read_cut(cut: _Cut, mix: "_Mix", name: str) -> np.ndarray:
     """Decodes a cut, up to a place that can't be decoded: the mean of its channels, float32 [samples]."""
     wave = bytearray()  # grows in place, so a header that promises too much costs no memory
-    stream, count = cut.stream.at(cut.first) if cut.first else cut.stream, cut.last - cut.first
-    try:
-        _read_mono(stream, count, DECODE_BLOCK, wave, mix, name)
-    except soundfile.LibsndfileError as error:
-        decoded = len(wave) // 4
-        try:
-            again = cut.stream.at(cut.first + decoded)
-            _read_mono(again, count - decoded, _RESCUE_BLOCK, wave, mix, name)
-        except soundfile.LibsndfileError:
-            if not wave:
-                raise error from None
+    for block in _mono_blocks(cut, mix, name):
+        wave += block.data
     return np.frombuffer(wave, np.float32)
 
 
-def _read_mono(stream: Stream, count: int, size: int, wave: bytearray, mix: "_Mix", name: str) -> None:
-    """Decodes the next `count` samples, or all there are, and appends the mean of their channels to `wave` (float32).
-
-    size: samples that are decoded at a time.
-    """
-    while count > 0:
-        block = stream.read(min(count, size), dtype="float32", always_2d=True)
+def _mono_blocks(cut: _Cut, mix: "_Mix", name: str) -> Iterator[np.ndarray]:
+    """Yields the mean of the channels of a cut, float32 [samples], up to a place that can't be decoded."""
+    stream = cut.stream.at(cut.first) if cut.first else cut.stream
+    decoded, count, size = 0, cut.last - cut.first, DECODE_BLOCK
+    failure: soundfile.LibsndfileError | None = None
+    while decoded < count:
+        try:
+            if failure is not None and size != _RESCUE_BLOCK:
+                stream, size = cut.stream.at(cut.first + decoded), _RESCUE_BLOCK
+            block = stream.read(min(count - decoded, size), dtype="float32", always_2d=True)
+        except soundfile.LibsndfileError as error:
+            if failure is None:
+                failure = error
+                continue
+            if not decoded:
+                raise failure from None
+            return
         if not len(block):
-            break
+            return
+        decoded += len(block)
         channels, low, high = block.shape[1], float(block.min()), float(block.max())
         if not np.isfinite(low + high):
-            second = (len(wave) / 4 + len(block)) / stream.samplerate
             raise MossAudioError(
-                f"{name} must have finite samples, not NaN or infinity before second {second:.1f} of the cut: repair "
-                "it, or leave it out"
+                f"{name} must have finite samples, not NaN or infinity before second "
+                f"{decoded / stream.samplerate:.1f} of the cut: repair it, or leave it out"
             )
         mono = np.divide(sum(block.T), channels, dtype=np.float32)  # far faster than mean(axis=1)
         if channels > 1:
             mix.add(max(high, -low), mono)
-        wave += mono.data
-        count -= len(block)
+        yield mono
 
 
 @dataclass

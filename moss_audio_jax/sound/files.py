@@ -6,7 +6,8 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, BinaryIO, TypeVar, cast
@@ -114,20 +115,39 @@ def with_opened(source: Source, name: str, work: Callable[[OpenedFile], Result])
     """
 
     def attempt() -> Result:
-        with io.BytesIO(source) if isinstance(source, bytes) else open_binary(source) as opened:
-            file = _file(opened, source, name)
-            try:
-                return work(file)
-            except soundfile.LibsndfileError as error:
-                raise file.error or _no_sound(file, name, error) from error
-            finally:
-                if file.error is not None:
-                    raise file.error
+        with _reading(source, name) as file:
+            return work(file)
 
+    with _named_errors(source, name):
+        return retried(name, attempt)
+
+
+@contextmanager
+def opened(source: Source, name: str) -> Iterator[OpenedFile]:
+    """Opens a file, to read it in pieces; errors are those of `with_opened`, but nothing is tried again."""
+    with _named_errors(source, name), _reading(source, name) as file:
+        yield file
+
+
+@contextmanager
+def _reading(source: Source, name: str) -> Iterator[OpenedFile]:
+    with io.BytesIO(source) if isinstance(source, bytes) else open_binary(source) as opened:
+        file = _file(opened, source, name)
+        try:
+            yield file
+        except soundfile.LibsndfileError as error:
+            raise file.error or _no_sound(file, name, error) from error
+        finally:
+            if file.error is not None:
+                raise file.error
+
+
+@contextmanager
+def _named_errors(source: Source, name: str) -> Iterator[None]:
     if not isinstance(source, bytes) and "\0" in os.fspath(source):
         raise MossAudioError(f"{name!r} must be a path, not text with a null character: give an audio file as bytes")
     try:
-        return retried(name, attempt)
+        yield
     except OSError as error:
         raise MossAudioError(_cannot_open(name, error)) from error
 

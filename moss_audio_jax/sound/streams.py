@@ -40,6 +40,7 @@ class Stream(soundfile.SoundFile):
         super().__init__(cast(BinaryIO, Window(file, span)))
         self.source = file, span
         self.samples: int = self.frames if span.samples is None else span.samples
+        self.counted = self.samples == _UNKNOWN_LENGTH  # by decoding, in `streams_of`
 
     def seekable(self) -> bool:
         return False

@@ -12,6 +12,7 @@ Functions of this module retry while storage fails for a moment (`retries`).
 """
 
 import functools
+import glob
 import io
 import itertools
 import os
@@ -138,6 +139,30 @@ def children(directory: AnyPath) -> list[Path]:
         return []
     except PermissionError as error:
         raise _unreadable(directory, error) from error
+
+
+def files_below(directory: AnyPath) -> list[Path]:
+    """Lists all files below a directory, sorted; without those whose name, or a directory of theirs, begins with a dot.
+
+    Links to directories are not followed.
+    """
+    directory = to_path(directory)
+    if is_remote(directory):
+        root = str(directory).rstrip("/")
+        names = retried(directory, lambda: _gcs(directory).find(root))
+        found = [to_path(f"gs://{name}") for name in names]
+    else:
+        found = [Path(place, name) for place, _, names in os.walk(directory) for name in names]
+        found = [path for path in found if os.path.isfile(path)]
+    return sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(directory).parts))
+
+
+def matching(pattern: AnyPath) -> list[Path]:
+    """Lists what matches a glob, sorted: `*` and `?` within a name, `**` across directories."""
+    text = os.fspath(to_path(pattern))
+    if is_remote(text):
+        return sorted(to_path(f"gs://{name}") for name in retried(text, lambda: _gcs(to_path(text)).glob(text)))
+    return sorted(Path(name) for name in retried(text, lambda: glob.glob(text, recursive=True)))
 
 
 def exists(path: AnyPath) -> bool:

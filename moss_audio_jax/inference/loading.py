@@ -1,0 +1,40 @@
+"""The engine of a command: a checkpoint, loaded as the command's options say."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from moss_audio_jax.commands.progress import waiting
+from moss_audio_jax.errors import MossAudioError
+from moss_audio_jax.inference.engine import Engine
+from moss_audio_jax.processor import Processor, load_processor
+from moss_audio_jax.sharding import make_mesh
+from moss_audio_jax.storage.paths import AnyPath
+from moss_audio_jax.weights.checkpoint import load_adapter, load_model
+
+
+@dataclass(frozen=True)
+class Loading:
+    """Options about the model. mesh: sizes of `make_mesh`. slots: answers that are generated at the same time."""
+
+    checkpoint: AnyPath
+    adapter: AnyPath | None
+    dtype: str | None
+    int8: Sequence[str]
+    mesh: Mapping[str, Any]
+    slots: int
+
+    def __post_init__(self):
+        if self.slots < 1:
+            raise MossAudioError(f"--slots must be 1 or more, not {self.slots}")
+
+    def processor(self) -> Processor:
+        return load_processor(self.checkpoint)
+
+    def engine(self, processor: Processor, requests: int, length: int) -> Engine:
+        """Loads the model. requests: their number. length: tokens of a prompt and its answer, at most."""
+        with waiting("loading the weights"):
+            mesh = make_mesh(**self.mesh)
+            model = load_model(self.checkpoint, dtype=self.dtype, mesh=mesh, int8=self.int8)
+            model = model if self.adapter is None else load_adapter(model, self.adapter)
+        return Engine(model, processor, slots=min(self.slots, requests), max_length=length)
