@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from moss_audio_jax.errors import MossAudioError
     from moss_audio_jax.generation import generate, stream
     from moss_audio_jax.inference.engine import Engine, Request
+    from moss_audio_jax.inference.sessions import listen
     from moss_audio_jax.inputs import ModelInputs, make_inputs
     from moss_audio_jax.model import MossAudio
     from moss_audio_jax.processor import Processor, load_processor
@@ -28,6 +29,7 @@ _MODULES = {
     "Request": "inference.engine",
     "Sampling": "sampling_config",
     "generate": "generation",
+    "listen": "inference.sessions",
     "load_adapter": "weights.checkpoint",
     "load_model": "weights.checkpoint",
     "load_processor": "processor",
@@ -47,6 +49,7 @@ __all__ = [
     "Request",
     "Sampling",
     "generate",
+    "listen",
     "load_adapter",
     "load_model",
     "load_processor",

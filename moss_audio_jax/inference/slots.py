@@ -1,4 +1,8 @@
-"""Answers in progress, one in each slot, on the devices: `generation.Answers` whose rows begin and end at any time."""
+"""Answers in progress, one in each slot, on the devices: `generation.Answers` whose rows begin and end at any time.
+
+read_prompt -> insert           a prompt that is read as a whole
+read_prompt -> widen -> read_on, for each piece of the question -> insert         clips that are read apart from it
+"""
 
 import dataclasses
 import functools
@@ -7,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from moss_audio_jax.compilation import jit
 from moss_audio_jax.config import DOWNSAMPLE_RATE, MossAudioConfig
@@ -17,6 +21,21 @@ from moss_audio_jax.language_model import KVCache
 from moss_audio_jax.sharding import constrain
 
 MIN_PROMPT = 128  # tokens of the smallest prompt program
+QUESTION_PIECES = (32, 128, 512)  # tokens that `read_on` reads at a time
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ReadPrompt:
+    """What the model has read of one prompt: its cache, its last hidden state, and the tokens in it."""
+
+    cache: KVCache
+    hidden: Float[Array, "1 hidden"]
+    seen: Bool[Array, "1 vocab"]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
@@ -31,40 +50,72 @@ def empty_slots(config: MossAudioConfig, slots: int, length: int, new_tokens: in
         stopped=jnp.ones(slots, bool),
         finite=jnp.ones(slots, bool),
         seen=jnp.zeros((slots, language.vocab_size), bool),
+        logprobs=jnp.zeros((slots, new_tokens), jnp.float32),
+        warmed=jnp.zeros(slots, jnp.int32),
     )
 
 
-@functools.partial(jit, static_argnames="graphdef", donate_argnames="answers")
-def admit(
-    graphdef: nnx.GraphDef, state: nnx.State, answers: Answers, inputs: ModelInputs, slot: Int[Any, ""]
-) -> Answers:
-    """Runs one prompt through the model, and begins its answer in a slot.
-
-    inputs: a batch of one, of a shape of `prompt_shapes`.
-    """
+@functools.partial(jit, static_argnames="graphdef")
+def read_prompt(graphdef: nnx.GraphDef, state: nnx.State, inputs: ModelInputs) -> ReadPrompt:
+    """Runs one prompt through the model. inputs: a batch of one, of a shape of `prompt_shapes`."""
     model = nnx.merge(graphdef, state)
-    hidden, new = model.prefill(inputs, inputs.tokens.shape[1])
+    hidden, cache = model.prefill(inputs, inputs.tokens.shape[1])
+    seen = jnp.zeros((1, model.config.language_config.vocab_size), bool)
+    return ReadPrompt(cache, hidden, seen.at[0, inputs.tokens[0]].max(inputs.segment_ids[0] != 0))
+
+
+@functools.partial(jax.jit, static_argnames="length")
+def widen(read: ReadPrompt, length: int) -> ReadPrompt:
+    """Makes room in the cache, for `length` tokens and the padding of any piece that `read_on` reads."""
+    read = jax.tree.map(jnp.copy, read)  # `read_on` takes the memory of its argument, and `read` may be kept
+    widths = [(0, 0)] * 3 + [(0, length + QUESTION_PIECES[-1] - read.cache.slots), (0, 0)]
+    keys, values = (jnp.pad(stack, widths) for stack in (read.cache.keys, read.cache.values))
+    return dataclasses.replace(read, cache=KVCache(keys, values, read.cache.lengths))
+
+
+@functools.partial(jit, static_argnames="graphdef", donate_argnames="read")
+def read_on(
+    graphdef: nnx.GraphDef, state: nnx.State, read: ReadPrompt, tokens: Int[Any, "1 t"], count: Int[Any, "1"]
+) -> ReadPrompt:
+    """Reads `count` more tokens, all of text, of a prompt that `widen` has made room for; the rest is padding."""
+    model = nnx.merge(graphdef, state)
+    hidden, cache = model.language_model.extend(model.language_model.embed_tokens(tokens), count, read.cache)
+    hidden = jnp.take_along_axis(hidden, count[:, None, None] - 1, axis=1)[:, 0]
+    seen = read.seen.at[0, tokens[0]].max(jnp.arange(tokens.shape[1]) < count)
+    return ReadPrompt(cache, hidden, seen)
+
+
+@functools.partial(jit, donate_argnames="answers")
+def insert(answers: Answers, read: ReadPrompt, slot: Int[Any, ""]) -> Answers:
+    """Begins the answer to a prompt in a slot."""
 
     def put(stack: Array, prompt: Array) -> Array:
         zero = jnp.zeros_like(slot)
+        prompt = prompt[:, :, :, : stack.shape[3]]
         written = jax.lax.dynamic_update_slice(stack, prompt, (zero, slot, zero, zero, zero))
         return constrain(written, "layers", "batch", "heads", None, None)
 
     cache = KVCache(
-        put(answers.cache.keys, new.keys),
-        put(answers.cache.values, new.values),
-        answers.cache.lengths.at[slot].set(new.lengths[0]),
+        put(answers.cache.keys, read.cache.keys),
+        put(answers.cache.values, read.cache.values),
+        answers.cache.lengths.at[slot].set(read.cache.lengths[0]),
     )
-    seen = jnp.zeros(answers.seen.shape[1], bool).at[inputs.tokens[0]].max(inputs.segment_ids[0] != 0)
     return dataclasses.replace(
         answers,
         cache=cache,
-        hidden=answers.hidden.at[slot].set(hidden[0]),
+        hidden=answers.hidden.at[slot].set(read.hidden[0]),
         counts=answers.counts.at[slot].set(0),
         stopped=answers.stopped.at[slot].set(False),
         finite=answers.finite.at[slot].set(True),
-        seen=answers.seen.at[slot].set(seen),
+        seen=answers.seen.at[slot].set(read.seen[0]),
+        warmed=answers.warmed.at[slot].set(0),
     )
+
+
+def question_pieces(tokens: int) -> list[int]:
+    """Returns the sizes of the pieces in which `read_on` reads this many tokens; the last one may be padded."""
+    whole, rest = divmod(tokens, QUESTION_PIECES[-1])
+    return [QUESTION_PIECES[-1]] * whole + [next(size for size in QUESTION_PIECES if size >= rest)] * (rest > 0)
 
 
 def prompt_shapes(config: MossAudioConfig, length: int) -> list[tuple[int, int]]:
