@@ -35,6 +35,8 @@ def generate(
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = _GREEDY,
     seed: int = 0,
     time_markers: bool | None = None,
+    thinking: Literal["show", "hide", "only"] = "show",
+    thinking_budget: int | None = None,
     special_tokens: bool = False,
     dtype: Literal["bfloat16", "float32"] | None = None,
     mesh: MeshConfig = _ALL_DEVICES,
@@ -54,6 +56,10 @@ def generate(
         sampling: Sampling options.
         seed: Seed of the sampling, a whole number of 64 bits.
         time_markers: Insert time markers between audio tokens. Default: the checkpoint's setting.
+        thinking: Show the thought before the answer of a Thinking checkpoint (dimmed on a terminal), hide it, or show
+            only it.
+        thinking_budget: Maximum tokens of the thought. Then it is ended with the words that Qwen3's report publishes,
+            and the answer follows. Default: no limit but that of all new tokens.
         special_tokens: Also print special tokens such as <|im_end|>.
         dtype: Dtype of weights and computation. Default: bfloat16, on the CPU float32.
         mesh: Device mesh.
@@ -61,6 +67,8 @@ def generate(
     import numpy as np
 
     from moss_audio_jax.generation import check_request, stream
+    from moss_audio_jax.inference.requests import Request, budget_of
+    from moss_audio_jax.inference.thinking import ThoughtPrinter, ThoughtSplitter, opens_thought, print_pieces
     from moss_audio_jax.processor import load_processor
     from moss_audio_jax.sharding import make_mesh
     from moss_audio_jax.tokenizer import StreamDecoder
@@ -71,21 +79,27 @@ def generate(
     with waiting("reading the clips"):
         inputs = processor([prompt], [clips], system_prompt=system, time_markers=time_markers)
     check_request(processor.config, inputs, max_new_tokens, seed=seed)
+    opened = opens_thought(processor.tokenizer, inputs.tokens[0][inputs.segment_ids[0] != 0].tolist())
+    request = Request(prompt, max_new_tokens=max_new_tokens, thinking_budget=thinking_budget)
+    steering = budget_of(request, processor, opened)
     with waiting("loading the weights"):
         model = load_model(checkpoint, dtype=dtype, mesh=make_mesh(**dataclasses.asdict(mesh)))
         model = model if adapter is None else load_adapter(model, adapter)
     read = int((inputs.segment_ids != 0).sum())
     decoder = StreamDecoder(processor.tokenizer, skip_special_tokens=not special_tokens)
     start, count, finished = time.perf_counter(), 0, False
-    pieces = stream(model, inputs, max_new_tokens=max_new_tokens, seed=seed, **dataclasses.asdict(sampling))
+    splitter, printer = ThoughtSplitter(opened), ThoughtPrinter(thinking, dim=sys.stdout.isatty())
+    options = dataclasses.asdict(sampling)
+    pieces = stream(model, inputs, max_new_tokens=max_new_tokens, seed=seed, steering=steering, **options)
     with waiting(f"reading {read:,} tokens, {int((inputs.audio_slots >= 0).sum()):,} of them of audio"):
         piece = next(pieces, None)
     while piece is not None:
         count += piece.shape[1]
         finished = bool(np.isin(piece, model.config.eos_ids).any())
-        print(decoder.feed(piece[0].tolist()), end="", flush=True)
+        print_pieces(splitter.feed(decoder.feed(piece[0].tolist())), printer)
         piece = next(pieces, None)
-    print(decoder.flush(), flush=True)
+    print_pieces([*splitter.feed(decoder.flush()), *splitter.flush()], printer)
+    print(printer.flush(), flush=True)
     seconds = time.perf_counter() - start
     print(f"[{read} tokens read, {count} written in {seconds:.1f} s, compilation included]", file=sys.stderr)
     if not finished:

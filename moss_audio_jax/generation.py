@@ -58,6 +58,7 @@ def make_drawing(
     limit: int,
     seed: int = 0,
     seeds: Sequence[int] | None = None,
+    steering: Steering | None = None,
 ) -> Drawing:
     """Makes NumPy arrays for rows that differ by their seeds alone; their shapes come from a few buckets."""
     return Drawing(
@@ -66,6 +67,7 @@ def make_drawing(
         padded_eos(eos_ids, bucket(len(eos_ids), MIN_EOS_IDS))[None],
         np.array([limit], np.int32),
         np.array([eos_ids[0] if eos_ids else 0], np.int32),
+        steering,
     )
 
 
@@ -133,11 +135,15 @@ def stream(
     eos_ids: Sequence[int] | None = None,
     seed: int = 0,
     seeds: Sequence[int] | None = None,
+    steering: Steering | None = None,
     **options: float,
 ) -> Iterator[Int[np.ndarray, "b piece"]]:
-    """Yields the answers of `generate` as they are produced, in pieces of up to `every` tokens."""
+    """Yields the answers of `generate` as they are produced, in pieces of up to `every` tokens.
+
+    steering: further options, a row for each prompt.
+    """
     sampling = dataclasses.replace(sampling, **options)
-    return _answers(model, inputs, max_new_tokens, every, sampling, eos_ids, seed, seeds)
+    return _answers(model, inputs, max_new_tokens, every, sampling, eos_ids, seed, seeds, steering)
 
 
 def _answers(
@@ -149,6 +155,7 @@ def _answers(
     eos_ids: Sequence[int] | None,
     seed: int,
     seeds: Sequence[int] | None,
+    steering: Steering | None = None,
 ) -> Iterator[Int[np.ndarray, "b piece"]]:
     """Checks the request at once, and returns an iterator over the pieces."""
     check_request(model.config, inputs, max_new_tokens, seed, seeds)
@@ -156,7 +163,7 @@ def _answers(
         raise MossAudioError(f"every must be 1 or more, not {every}")
     batch = len(inputs.tokens)
     eos = tuple(model.config.eos_ids if eos_ids is None else eos_ids)
-    drawing = make_drawing(batch, sampling, eos, max_new_tokens, seed, seeds)
+    drawing = make_drawing(batch, sampling, eos, max_new_tokens, seed, seeds, steering)
     return _pieces(model, inputs, max_new_tokens, every, drawing) if batch else iter(())
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 import math
 import shutil
 import threading
@@ -35,12 +34,8 @@ from moss_audio_jax.inputs import encode_sequence
 from moss_audio_jax.sharding import make_mesh
 from moss_audio_jax.steering import MAX_PERIOD, MIN_LOOP, REPEATS, ends_in_a_loop
 from moss_audio_jax.tokenizer import Tokenizer
-from tests.conftest import compilations, random_mel
+from tests.conftest import OPENED, THINK, THOUGHT, add_thinking_tokens, compilations, random_mel
 from tests.test_generate import broken, on_mesh
-
-THINK, THOUGHT = 259, 260
-# A whole prompt, which ends in an open thought.
-OPENED = "<|im_start|>user\n<|audio_bos|><|AUDIO|><|audio_eos|>\nHm?<|im_end|>\n<|im_start|>assistant\n<think>\n"
 
 
 @pytest.fixture(scope="module")
@@ -52,14 +47,7 @@ def model(released) -> MossAudio:
 def processor(released, tmp_path_factory) -> Processor:
     """With the tokens of a Thinking checkpoint."""
     directory = shutil.copytree(released, tmp_path_factory.mktemp("thinking") / "checkpoint")
-    path = directory / "tokenizer_config.json"
-    config = json.loads(path.read_text())
-    flags = config["added_tokens_decoder"]["256"] | {"special": False}
-    added = {"<think>": THINK, "</think>": THOUGHT}
-    config["added_tokens_decoder"] |= {str(id): flags | {"content": token} for token, id in added.items()}
-    path.write_text(json.dumps(config))
-    path = directory / "added_tokens.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | added))
+    add_thinking_tokens(directory)
     return load_processor(directory)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from moss_audio_jax.inference.thinking import HAND_OVER, STOP_THINKING, ThoughtSplitter
+from moss_audio_jax.inference.thinking import HAND_OVER, STOP_THINKING, Piece, ThoughtPrinter, ThoughtSplitter
 
 
 def split(text: str, size: int, opened: bool) -> tuple[str, str]:
@@ -33,3 +33,20 @@ def split(text: str, size: int, opened: bool) -> tuple[str, str]:
 )
 def test_split(text, opened, expected, size):
     assert split(text, size, opened) == expected
+
+
+@pytest.mark.parametrize(
+    ("shown", "dim", "expected"),
+    [
+        ("show", True, "\x1b[2m<think>\nA dog? No.\n</think>\x1b[0m\n\nA cat."),
+        ("show", False, "<think>\nA dog? No.\n</think>\n\nA cat."),
+        ("hide", True, "A cat."),
+        ("only", True, "A dog? No."),
+    ],
+)
+def test_print(shown, dim, expected):
+    printer = ThoughtPrinter(shown, dim)
+    pieces = [Piece("reasoning", "A dog?"), Piece("reasoning", " No."), Piece("text", "A "), Piece("text", "cat.")]
+    assert "".join(map(printer.feed, pieces)) + printer.flush() == expected
+    plain = ThoughtPrinter(shown, dim)
+    assert "".join(map(plain.feed, pieces[2:])) + plain.flush() == ("" if shown == "only" else "A cat.")

@@ -46,7 +46,7 @@ from moss_audio_jax.inference.slots import (
     read_prompt,
     widen,
 )
-from moss_audio_jax.inference.thinking import HAND_OVER, OPEN, require_thought_ids, thought_ids
+from moss_audio_jax.inference.thinking import HAND_OVER, opens_thought, thought_ids
 from moss_audio_jax.inputs import Mel, ModelInputs, bucket, encode_sequence, padded
 from moss_audio_jax.model import MossAudio
 from moss_audio_jax.processor import ClipLike, Processor
@@ -99,8 +99,8 @@ class Engine:
         self._seeds = np.zeros((slots, 2), np.uint32)
         self._eos_ids = np.full((slots, MIN_EOS_IDS), -1, np.int32)
         self._limits = np.zeros(slots, np.int32)
-        self._hand_over = processor.tokenizer.encode(HAND_OVER)
-        self._steering = Steering.none(slots, thought_ids(processor.tokenizer) or (-1, -1), self._hand_over)
+        marks, hand_over = thought_ids(processor.tokenizer), processor.tokenizer.encode(HAND_OVER)
+        self._steering = Steering.none(slots, marks or (-1, -1), hand_over)
         self._read_by_handle = np.zeros(slots, np.int32)  # tokens of each answer that its handle has
         self._waiting: collections.deque[Handle] = collections.deque()
         self._changed = threading.Condition()
@@ -182,19 +182,17 @@ class Engine:
 
     def _prompt(self, request: Request, ids: list[int], mels: Sequence[Mel]) -> Prompt:
         """Checks a request, and arranges what is read for it."""
-        config, opening = self._model.config, self._processor.tokenizer.encode(OPEN)
+        config = self._model.config
         whole = encode_sequence(ids, mels, config)
         check_request(config, whole, request.max_new_tokens, request.seed)
-        request.check(config, len(self._hand_over))
-        if request.thinking_budget is not None:
-            require_thought_ids(self._processor.tokenizer)
+        request.check(self._processor)
         if len(ids) + request.max_new_tokens > self._max_length:
             raise MossAudioError(
                 f"a prompt of {len(ids):,} tokens and max_new_tokens={request.max_new_tokens:,} are more than the "
                 f"engine's max_length of {self._max_length:,}: give shorter audio, fewer new tokens, or make an engine "
                 "with a larger max_length"
             )
-        opened = self._processor.tokenizer.decode(ids[-2 * len(opening) :]).rstrip().endswith(OPEN)
+        opened = opens_thought(self._processor.tokenizer, ids)
         cut, key = 0, b""
         if request.reuse and mels:
             cut = len(ids) - ids[::-1].index(config.processor.audio_end_id)

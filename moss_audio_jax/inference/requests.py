@@ -7,15 +7,14 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
-from moss_audio_jax.config import MossAudioConfig
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.generation import GREEDY
-from moss_audio_jax.inference.thinking import Piece, ThoughtSplitter
+from moss_audio_jax.inference.thinking import HAND_OVER, Piece, ThoughtSplitter, require_thought_ids
 from moss_audio_jax.inputs import ModelInputs
-from moss_audio_jax.processor import ClipLike
+from moss_audio_jax.processor import ClipLike, Processor
 from moss_audio_jax.prompts import AUDIO_SPAN, DEFAULT_SYSTEM_PROMPT
 from moss_audio_jax.sampling_config import Sampling
-from moss_audio_jax.steering import MAX_BIASED
+from moss_audio_jax.steering import MAX_BIASED, Steering
 from moss_audio_jax.tokenizer import StreamDecoder, Tokenizer
 
 FinishReason = Literal["stop", "length", "loop", "cancelled"]
@@ -70,9 +69,9 @@ class Request:
             )
         return "\n".join([*hints, self.text])
 
-    def check(self, config: MossAudioConfig, hand_over: int) -> None:
-        """Raises MossAudioError for options that can't be met. hand_over: tokens that end a thought."""
-        vocab = config.language_config.vocab_size
+    def check(self, processor: Processor) -> None:
+        """Raises MossAudioError for options that can't be met."""
+        vocab = processor.config.language_config.vocab_size
         if self.n < 1:
             raise MossAudioError(f"n must be 1 answer or more, not {self.n}")
         if not 0 <= self.min_new_tokens <= self.max_new_tokens:
@@ -90,6 +89,8 @@ class Request:
             raise MossAudioError(f"loops must be ignore, stop or warm, not {self.loops!r}")
         if self.thinking_budget is None:
             return
+        require_thought_ids(processor.tokenizer)
+        hand_over = len(processor.tokenizer.encode(HAND_OVER))
         if self.thinking_budget < 0:
             raise MossAudioError(f"thinking_budget must be 0 tokens or more, not {self.thinking_budget}")
         if self.thinking_budget + hand_over >= self.max_new_tokens:
@@ -97,6 +98,16 @@ class Request:
                 f"max_new_tokens={self.max_new_tokens:,} leave no room for an answer after a thinking_budget of "
                 f"{self.thinking_budget:,} and the {hand_over} tokens that end the thought: give more of them"
             )
+
+
+def budget_of(request: Request, processor: Processor, opened: bool) -> Steering | None:
+    """Returns the budget of a request's thought as the steering of one row, or None. opened: see `Prompt`."""
+    request.check(processor)
+    if request.thinking_budget is None:
+        return None
+    tokenizer = processor.tokenizer
+    marks, hand_over = require_thought_ids(tokenizer), tokenizer.encode(HAND_OVER)
+    return Steering.budget(request.thinking_budget, opened, marks, hand_over)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Thoughts: `<think>...</think>` before an answer, told from it while both are generated."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
 from moss_audio_jax.errors import MossAudioError
@@ -14,6 +14,8 @@ STOP_THINKING = (
 HAND_OVER = f"{STOP_THINKING}\n{CLOSE}.\n\n"
 
 Kind = Literal["reasoning", "text"]
+Shown = Literal["show", "hide", "only"]  # both parts of an answer, its text, its thought
+DIM, PLAIN = "\x1b[2m", "\x1b[0m"  # on a terminal
 
 
 class Piece(NamedTuple):
@@ -35,6 +37,12 @@ def require_thought_ids(tokenizer: Tokenizer) -> tuple[int, int]:
             "out, or use a Thinking checkpoint"
         )
     return ids
+
+
+def opens_thought(tokenizer: Tokenizer, ids: Sequence[int]) -> bool:
+    """Returns True if a prompt ends in `<think>`, so that its answer begins within a thought."""
+    end = ids[-len(tokenizer.encode(OPEN)) - 2 :]  # and white space
+    return tokenizer.decode(end).rstrip().endswith(OPEN)
 
 
 class ThoughtSplitter:
@@ -92,3 +100,30 @@ def _told(thought: str) -> int:
     """Returns how much of an open thought can be told: not white space at its end, nor the beginning of `</think>`."""
     begun = next((size for size in range(len(CLOSE) - 1, 0, -1) if thought.endswith(CLOSE[:size])), 0)
     return len(thought[: len(thought) - begun].rstrip())
+
+
+class ThoughtPrinter:
+    """Writes out the parts of an answer that are to be seen: what `feed` returns of each piece, then `flush`.
+
+    A thought stands between its marks, also if the prompt has opened it. dim: it is dimmed, for a terminal.
+    """
+
+    def __init__(self, shown: Shown, dim: bool):
+        self._shown, self._dim, self._open = shown, dim, False
+
+    def feed(self, piece: Piece) -> str:
+        if piece.kind == "text":
+            return self.flush() + piece.text if self._shown != "only" else ""
+        if self._shown != "show":
+            return piece.text if self._shown == "only" else ""
+        begun, self._open = "" if self._open else f"{DIM if self._dim else ''}{OPEN}\n", True
+        return begun + piece.text
+
+    def flush(self) -> str:
+        closed, self._open = f"\n{CLOSE}{PLAIN if self._dim else ''}\n\n" if self._open else "", False
+        return closed
+
+
+def print_pieces(pieces: Iterable[Piece], printer: ThoughtPrinter) -> None:
+    for piece in pieces:
+        print(printer.feed(piece), end="", flush=True)
