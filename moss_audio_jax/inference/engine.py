@@ -84,7 +84,7 @@ class Engine:
                 allowed = "1 or more" if most is None else f"1 to the model's {most:,} positions"
                 raise MossAudioError(f"{name} of an engine must be {allowed}, not {value}")
         self._model, self._processor = model, processor
-        self._max_length, self._every = max_length, every
+        self.max_length, self._every = max_length, every
         graphdef, state = nnx.split(model)
         self._graphdef, self._state = graphdef, on_automatic_mesh(state)
         self._shapes = prompt_shapes(model.config, max_length)
@@ -162,7 +162,7 @@ class Engine:
             if self._waiting or any(self._handles):
                 raise MossAudioError("the engine has requests: warm it up before the first")
             sequence = encode_sequence([0], [], self._model.config)
-            pieces = QUESTION_PIECES[: bisect.bisect_left(QUESTION_PIECES, self._max_length) + 1]
+            pieces = QUESTION_PIECES[: bisect.bisect_left(QUESTION_PIECES, self.max_length) + 1]
             for number, (tokens, chunks) in enumerate(self._shapes):
                 read = self._read(padded(sequence, tokens, chunks))
                 self._insert(read, 0)
@@ -186,10 +186,10 @@ class Engine:
         whole = encode_sequence(ids, mels, config)
         check_request(config, whole, request.max_new_tokens, request.seed)
         request.check(self._processor)
-        if len(ids) + request.max_new_tokens > self._max_length:
+        if len(ids) + request.max_new_tokens > self.max_length:
             raise MossAudioError(
                 f"a prompt of {len(ids):,} tokens and max_new_tokens={request.max_new_tokens:,} are more than the "
-                f"engine's max_length of {self._max_length:,}: give shorter audio, fewer new tokens, or make an engine "
+                f"engine's max_length of {self.max_length:,}: give shorter audio, fewer new tokens, or make an engine "
                 "with a larger max_length"
             )
         opened = opens_thought(self._processor.tokenizer, ids)
@@ -273,7 +273,7 @@ class Engine:
 
     def _read_on(self, before: ReadPrompt, ids: Sequence[int]) -> ReadPrompt:
         with on_mesh_of(self._state):
-            read, done = widen(before, self._max_length), 0
+            read, done = widen(before, self.max_length), 0
             for size in question_pieces(len(ids)):
                 piece = np.array(ids[done : done + size], np.int32)
                 tokens, done = np.pad(piece, (0, size - len(piece)))[None], done + size

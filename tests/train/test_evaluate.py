@@ -29,7 +29,7 @@ from tests.train.training_runs import ENVIRONMENT
 from train.config import ModelSource
 from train.data.config import SceneConfig
 from train.data.manifest import Clip, Message, TimedText
-from train.evaluation.answers import Answer, answer_questions, ask
+from train.evaluation.answers import Answer, answer_questions, answers_by_index, ask
 from train.evaluation.config import AnswerConfig, EvaluationConfig
 from train.evaluation.evaluate import Evaluation, clip_title, evaluate, indices_of_all_labels, read_questions
 from train.evaluation.measures import measure, measures_table
@@ -142,6 +142,17 @@ def test_sampled_answers_repeat_with_their_seed(model, processor, mixed):
         answer_questions(model, processor, mixed, dataclasses.replace(config, batch_size=size)) for size in (3, 1)
     )
     assert together == alone
+
+
+def test_an_engine_gives_the_same_answers(model, processor, mixed):
+    """Also where a prompt is longer than those before it, so that a larger engine is made."""
+    longest_last = [*mixed, item("text", "", noise(1), "ä" * 250)]  # estimated as shorter than 6.5 s of sound
+    config = AnswerConfig(batch_size=2, max_new_tokens=12, sampling=Sampling(temperature=1.0))
+    found = answers_by_index(model, processor, longest_last, config, seed=4)
+    assert [found[i] for i in range(6)] == answer_questions(model, processor, longest_last, config, seed=4)
+    some = answers_by_index(model, processor, longest_last, config, seed=4, stop=lambda: True)
+    assert len(some) == 1 and some.items() <= found.items()
+    assert answers_by_index(model, processor, [], config) == {}
 
 
 def test_clips_that_cannot_be_heard_are_named(model, processor, corpus):

@@ -16,7 +16,7 @@ class AnswerConfig:
     """Options of generating answers."""
 
     batch_size: int = 8
-    """Questions per batch, rounded up to a multiple of the data-parallel devices."""
+    """Questions that are answered at once, rounded up to a multiple of the data-parallel devices."""
     max_new_tokens: int = 512
     """Maximum tokens of an answer. Longer answers are cut off and counted as unfinished."""
     time_markers: bool | None = None
