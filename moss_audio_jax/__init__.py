@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from moss_audio_jax.config import LoraConfig, MossAudioConfig
     from moss_audio_jax.errors import MossAudioError
     from moss_audio_jax.generation import generate, stream
+    from moss_audio_jax.inference.choices import choose
     from moss_audio_jax.inference.engine import Engine, Request
     from moss_audio_jax.inference.sessions import listen
     from moss_audio_jax.inputs import ModelInputs, make_inputs
@@ -28,6 +29,7 @@ _MODULES = {
     "Processor": "processor",
     "Request": "inference.engine",
     "Sampling": "sampling_config",
+    "choose": "inference.choices",
     "generate": "generation",
     "listen": "inference.sessions",
     "load_adapter": "weights.checkpoint",
@@ -48,6 +50,7 @@ __all__ = [
     "Processor",
     "Request",
     "Sampling",
+    "choose",
     "generate",
     "listen",
     "load_adapter",

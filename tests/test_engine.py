@@ -19,6 +19,7 @@ from moss_audio_jax import (
     Processor,
     Request,
     Sampling,
+    choose,
     generate,
     listen,
     load_model,
@@ -415,3 +416,24 @@ def test_questions_are_read_in_few_sizes():
         [512, 32],
         [512, 512, 512],
     ]
+
+
+# Choices
+
+
+def test_the_likeliest_option_is_chosen(model, processor):
+    """An option that begins another one, one of two tokens, more than a bucket holds; by one pass over each."""
+    clips, options = [noise(2)], ["a", "ab", "ä", "no", "yes, it is", "maybe"]
+    choice = choose(model, processor, "Which?", options, clips)
+    expected = []
+    for option in options:
+        ids = (*processor.tokenizer.encode(option), model.config.eos_ids[0])
+        expected.append(logprobs_of(model, processor, Request("Which?", clips), ids).sum())
+    np.testing.assert_allclose(choice.logprobs, expected, atol=1e-4, rtol=0)
+    assert (choice.index, choice.option) == (np.argmax(expected), options[np.argmax(expected)])
+    with compilations() as compiled:
+        choose(model, processor, "When?", options[:5], clips)
+    assert compiled == []
+    for none in ([], ["a", ""]):
+        with pytest.raises(MossAudioError, match="a choice needs options"):
+            choose(model, processor, "Which?", none, clips)
