@@ -40,8 +40,9 @@ def choose(
 ) -> Choice:
     """Returns the option that is the likeliest whole answer.
 
-    Compares the sums of the logprobs of each option's tokens and the end token. The prompt is read once. A longer option is less likely than a shorter one, all else being equal: letters are fairer
-    options than sentences. prompt_options: as of `Processor`.
+    Compares the sums of the logprobs of each option's tokens and the end token. The prompt is read once. A longer
+    option is less likely than a shorter one, all else being equal: letters are fairer options than sentences.
+    prompt_options: as of `Processor`.
     """
     inputs = processor([text], [list(audio)], **prompt_options)
     logprobs = option_logprobs(model, inputs, [processor.tokenizer.encode(option) for option in options])
