@@ -7,7 +7,8 @@ from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.tokenizer import Tokenizer
 
 OPEN, CLOSE = "<think>", "</think>"
-# Written into the answer when the budget of its thought is used up: the text of Qwen3's technical report ("Thinking Mode Fusion").
+# Written into the answer when the budget of its thought is used up: the text of Qwen3's technical report, section
+# "Thinking Mode Fusion".
 STOP_THINKING = (
     "Considering the limited time by the user, I have to give the solution based on the thinking directly now."
 )
