@@ -23,6 +23,7 @@ from moss_audio_jax.language_model import LanguageModel
 from moss_audio_jax.sampling_config import Sampling
 from moss_audio_jax.sharding import make_mesh, named_sharding
 from moss_audio_jax.splash import LANES, TILES, Tiles, serves, splash_attend
+from moss_audio_jax.steering import Steering
 from moss_audio_jax.weights.parameters import abstract_parameters, build_model
 from train.planning.hlo import collectives
 from train.planning.plan import one_batch
@@ -252,8 +253,8 @@ def test_a_callers_own_programs_compile_for_several_chips(with_mesh, sharded, ch
 
 
 @pytest.mark.tpu
-@pytest.mark.parametrize(("batch", "tensor"), [(1, 1), (2, 1), (8, 4)])
-def test_decoding_holds_the_cache_once_and_gathers_no_head(batch, tensor):
+@pytest.mark.parametrize(("batch", "tensor", "steered"), [(1, 1, False), (2, 1, True), (8, 4, True)])
+def test_decoding_holds_the_cache_once_and_gathers_no_head(batch, tensor, steered):
     """No copy of keys, values or weights, before the loop, in it or after it. Over `tensor` only logits are sent."""
     pytest.importorskip("libtpu")
     mesh = make_mesh(tensor=tensor, devices=topology_devices("v5e:2x2")[:tensor])
@@ -261,7 +262,8 @@ def test_decoding_holds_the_cache_once_and_gathers_no_head(batch, tensor):
         MossAudioConfig.preset("4b").language_config, num_hidden_layers=4, intermediate_size=512, vocab_size=16384
     )
     config = dataclasses.replace(MossAudioConfig.preset("tiny"), language_config=language)
-    drawing, slots = make_drawing(batch, Sampling(), (1,), 16), 32768
+    steering = Steering.none(batch, (2, 3), [4] * 30) if steered else None
+    drawing, slots = make_drawing(batch, Sampling(), (1,), 16, steering=steering), 32768
     with jax.default_matmul_precision("default"), jax.set_mesh(mesh):
         graphdef, state = nnx.split(build_model(config, dict(abstract_parameters(config, jnp.bfloat16, mesh))))
         inputs = one_batch(config, batch, slots - 16, 0, mesh).inputs
