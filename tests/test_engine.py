@@ -83,7 +83,7 @@ def steered(requests) -> list[Request]:
     return [
         dataclasses.replace(requests[0], reuse=True),
         dataclasses.replace(requests[0], text="And what else?", reuse=True),
-        dataclasses.replace(requests[1], logit_bias={65: 3.0, 66: -1e9}, min_new_tokens=3, eos_ids=range(100)),
+        dataclasses.replace(requests[1], logit_bias={65: 3.0, 66: -1e9}, min_new_tokens=3, eos_ids=range(8)),
         dataclasses.replace(requests[1], logit_bias={65: 1e9}, loops="warm", max_new_tokens=MIN_LOOP + 2),
         dataclasses.replace(requests[5], n=4, hot_words=["Amsel", "Drossel"]),
         Request(OPENED, [noise(1)], max_new_tokens=150, thinking_budget=9, eos_ids=()),
@@ -115,6 +115,15 @@ def test_a_reply_depends_on_its_request_alone(engine, requests, steered):
     assert len({reply.ids for reply in alone[:plain]}) == plain  # so that an exchange would show
     logprobs = [reply.logprobs for reply in alone]
     assert [reply.logprobs for reply in engine.run(requests[::-1])] == logprobs[::-1]
+
+
+def test_prompts_may_be_read_together(model, processor, engine, requests, steered):
+    """Several of one shape, with and without one that is alone; and nothing compiles after the warm-up."""
+    with Engine(model, processor, slots=5, max_length=256, prompts=2) as grouped:
+        grouped.warm_up()
+        with compilations() as compiled:
+            assert grouped.run([*requests, *steered]) == engine.run([*requests, *steered])
+    assert compiled == []
 
 
 @pytest.mark.parametrize("sizes", [{"fsdp": 4, "tensor": 2}, {"fsdp": 1, "tensor": 2}], ids=str)
@@ -231,7 +240,7 @@ def test_closing_ends_what_is_left(model, processor, requests):
     assert handles[-1].result(0).finish_reason in ("cancelled", "length")
     with pytest.raises(MossAudioError, match="the engine is closed"):
         engine.submit(requests[0])
-    for options in ({"slots": 0}, {"max_length": 10**9}, {"every": 0}):
+    for options in ({"slots": 0}, {"max_length": 10**9}, {"every": 0}, {"prompts": 0}):
         with pytest.raises(MossAudioError, match=f"{next(iter(options))} of an engine must be"):
             Engine(model, processor, **options)
 
@@ -252,13 +261,13 @@ def test_a_prompt_takes_the_smallest_program(model):
 @pytest.fixture
 def prompts_read(monkeypatch) -> list[int]:
     """A list that grows by the number of tokens of each prompt that an engine reads as a whole."""
-    counts, read = [], engine_module.read_prompt
+    counts, read = [], engine_module.read_prompts
 
     def counting(graphdef, state, inputs):
         counts.append(int((inputs.segment_ids != 0).sum()))
         return read(graphdef, state, inputs)
 
-    monkeypatch.setattr(engine_module, "read_prompt", counting)
+    monkeypatch.setattr(engine_module, "read_prompts", counting)
     return counts
 
 

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from moss_audio_jax.compilation import jit
 from moss_audio_jax.errors import MossAudioError
-from moss_audio_jax.inference.slots import ReadPrompt, read_prompt
+from moss_audio_jax.inference.slots import ReadPrompts, read_prompts
 from moss_audio_jax.inputs import ModelInputs, bucket
 from moss_audio_jax.language_model import KVCache
 from moss_audio_jax.model import MossAudio, check_positions
@@ -64,14 +64,14 @@ def option_logprobs(model: MossAudio, prompt: ModelInputs, options: Sequence[Seq
     graphdef, state = nnx.split(model)
     state = on_automatic_mesh(state)
     with on_mesh_of(state):
-        read = read_prompt(graphdef, state, prompt)
+        read = read_prompts(graphdef, state, prompt)
         found = _option_logprobs(graphdef, state, read, tokens, np.pad(counts, (0, rows - len(counts))))
     return on_host(found)[: len(whole)].tolist()
 
 
 @functools.partial(jit, static_argnames="graphdef")
 def _option_logprobs(
-    graphdef: nnx.GraphDef, state: nnx.State, read: ReadPrompt, tokens: Int[Any, "o t"], counts: Int[Any, " o"]
+    graphdef: nnx.GraphDef, state: nnx.State, read: ReadPrompts, tokens: Int[Any, "o t"], counts: Int[Any, " o"]
 ) -> Float[Array, " o"]:
     """Returns the sum of the logprobs of the first `counts` tokens of each option."""
     model, (rows, length) = nnx.merge(graphdef, state), tokens.shape

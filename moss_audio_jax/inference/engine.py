@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterable, Sequence
 from typing import Any, Self
 
+import jax
 import numpy as np
 from flax import nnx
 
@@ -36,14 +37,14 @@ from moss_audio_jax.inference.requests import Request as Request
 from moss_audio_jax.inference.sessions import Session
 from moss_audio_jax.inference.slots import (
     QUESTION_PIECES,
-    ReadPrompt,
+    ReadPrompts,
     empty_slots,
     insert,
     prompt_shape,
     prompt_shapes,
     question_pieces,
     read_on,
-    read_prompt,
+    read_prompts,
     widen,
 )
 from moss_audio_jax.inference.thinking import HAND_OVER, opens_thought, thought_ids
@@ -52,7 +53,7 @@ from moss_audio_jax.model import MossAudio
 from moss_audio_jax.processor import ClipLike, Processor
 from moss_audio_jax.prompts import build_prompt
 from moss_audio_jax.sampling import SamplingArrays, row_seeds
-from moss_audio_jax.sharding import on_automatic_mesh, on_host, on_mesh_of
+from moss_audio_jax.sharding import mesh_of, num_parts, on_automatic_mesh, on_host, on_mesh_of
 from moss_audio_jax.steering import IGNORE, NO_BUDGET, STOP, WARM, Steering
 
 _LOOPS = {"ignore": IGNORE, "stop": STOP, "warm": WARM}
@@ -63,6 +64,8 @@ class Engine:
 
     slots: answers in progress at most. max_length: tokens of a prompt and its answer at most; keys and values take
     slots * max_length * 2 * layers * key-value heads * head size. every: tokens between two pieces of a stream.
+    prompts: read together, each group filled up to this number; None takes the number of data-parallel parts of the
+    model's mesh. Clips of `reuse` are read one by one.
     prefix_bytes: memory for what was read of clips that further requests may ask about (`Request.reuse`, `listen`); the
     least recently used is dropped first.
     Close it, or use it as a context manager: `with moss.Engine(model, processor) as engine:`.
@@ -76,10 +79,15 @@ class Engine:
         slots: int = 16,
         max_length: int = 4096,
         every: int = 8,
+        prompts: int | None = None,
         prefix_bytes: int = 2**30,
     ):
         limit = model.config.language_config.max_position_embeddings
-        for name, value, most in (("slots", slots, None), ("max_length", max_length, limit), ("every", every, None)):
+        mesh = mesh_of(nnx.state(model))
+        prompts = (1 if mesh is None else num_parts("batch", mesh)) if prompts is None else prompts
+        most_of = {"slots": (slots, None), "max_length": (max_length, limit)}
+        most_of |= {"every": (every, None), "prompts": (prompts, None)}
+        for name, (value, most) in most_of.items():
             if value < 1 or (most is not None and value > most):
                 allowed = "1 or more" if most is None else f"1 to the model's {most:,} positions"
                 raise MossAudioError(f"{name} of an engine must be {allowed}, not {value}")
@@ -92,8 +100,8 @@ class Engine:
         with on_mesh_of(self._state):
             self._answers = empty_slots(model.config, slots, max_length, max_length, dtype)
             self._layers = copied_layers(self._graphdef, self._state)
-        self._prefixes = Prefixes(prefix_bytes)
-        self._just_read: tuple[Prompt, ReadPrompt] | None = None  # while further answers to it are to begin
+        self._prompts, self._prefixes = prompts, Prefixes(prefix_bytes)
+        self._just_read: tuple[Prompt, ReadPrompts] | None = None  # while further answers to it are to begin
         self._handles: list[Handle | None] = [None] * slots
         self._samplings = [GREEDY] * slots
         self._seeds = np.zeros((slots, 2), np.uint32)
@@ -138,8 +146,8 @@ class Engine:
         prompt = self._prompt(request, list(ids), mels)
         config, tokenizer = self._model.config, self._processor.tokenizer
         eos_ids = tuple(config.eos_ids if request.eos_ids is None else request.eos_ids)
-        others = [Handle(request, prompt, eos_ids, tokenizer) for _ in range(request.n - 1)]
-        first = Handle(request, prompt, eos_ids, tokenizer, others)
+        others = [Handle(request, prompt, eos_ids, tokenizer, number) for number in range(1, request.n)]
+        first = Handle(request, prompt, eos_ids, tokenizer, 0, others)
         with self._changed:
             if self._closed is not None:
                 raise MossAudioError(f"the engine is closed ({self._closed}): make another one")
@@ -164,11 +172,11 @@ class Engine:
             sequence = encode_sequence([0], [], self._model.config)
             pieces = QUESTION_PIECES[: bisect.bisect_left(QUESTION_PIECES, self.max_length) + 1]
             for number, (tokens, chunks) in enumerate(self._shapes):
-                read = self._read(padded(sequence, tokens, chunks))
-                self._insert(read, 0)
-                if chunks:
+                one = padded(sequence, tokens, chunks)
+                self._insert(self._read(_joined([one] * self._prompts)), [0] * self._prompts)
+                if chunks:  # clips that are read apart from questions, one by one
                     for piece in pieces if number == 1 else pieces[:1]:
-                        self._insert(self._read_on(read, [0] * piece), 0)
+                        self._insert(self._read_on(self._read(one), [0] * piece), [0])
             self._limits[0] = 0
             self._decode(steps=1)
 
@@ -229,30 +237,48 @@ class Engine:
                 if self._waiting:
                     self._handles[slot] = handle = self._waiting.popleft()
                     admitted.append((slot, handle))
-        for slot, handle in admitted:
-            self._begin(slot, handle)
+        self._begin(admitted)
         return True
 
-    def _begin(self, slot: int, handle: Handle) -> None:
-        """Reads a prompt, unless the last one was the same, and begins an answer to it."""
-        request, prompt, steering = handle.request, handle.prompt, self._steering
-        number, prompt.answers = request.n - prompt.answers, prompt.answers - 1
+    def _begin(self, admitted: list[tuple[int, Handle]]) -> None:
+        """Reads prompts, and begins answers to them in slots."""
+        groups: dict[tuple[int, int], list[tuple[int, Handle]]] = collections.defaultdict(list)
+        for slot, handle in admitted:
+            self._set_options(slot, handle)
+            prompt = handle.prompt
+            if self._prompts == 1 or prompt.question:
+                self._insert(self._read_once(prompt), [slot])
+            else:
+                groups[prompt.inputs.tokens.shape[1], prompt.inputs.audio_chunks.shape[1]].append((slot, handle))
+        for group in groups.values():
+            for start in range(0, len(group), self._prompts):
+                few = group[start : start + self._prompts]
+                few += few[-1:] * (self._prompts - len(few))
+                inputs = [handle.prompt.inputs for _, handle in few]
+                self._insert(self._read(_joined(inputs)), [slot for slot, _ in few])
+
+    def _set_options(self, slot: int, handle: Handle) -> None:
+        request, steering = handle.request, self._steering
         self._samplings[slot], self._limits[slot] = request.sampling, request.max_new_tokens
-        self._seeds[slot], self._read_by_handle[slot] = row_seeds(number + 1, request.seed, None)[number], 0
+        self._seeds[slot], self._read_by_handle[slot] = row_seeds(handle.number + 1, request.seed, None)[-1], 0
         self._set_eos_ids(slot, handle.eos_ids)
         steering.least[slot], steering.loops[slot] = request.min_new_tokens, _LOOPS[request.loops]
         steering.budgets[slot] = NO_BUDGET if request.thinking_budget is None else request.thinking_budget
-        steering.opened[slot] = prompt.opened
+        steering.opened[slot] = handle.prompt.opened
         steering.biased[slot], steering.bias[slot] = -1, 0
         for place, (token, bias) in enumerate(request.logit_bias.items()):
             steering.biased[slot, place], steering.bias[slot, place] = token, bias
+
+    def _read_once(self, prompt: Prompt) -> ReadPrompts:
+        """Reads a prompt, unless the last answer that has begun was to the same."""
         if self._just_read is None or self._just_read[0] is not prompt:
             self._just_read = prompt, self._read_whole(prompt)
-        self._insert(self._just_read[1], slot)
+        read, prompt.answers = self._just_read[1], prompt.answers - 1
         if not prompt.answers:
             self._just_read = None
+        return read
 
-    def _read_whole(self, prompt: Prompt) -> ReadPrompt:
+    def _read_whole(self, prompt: Prompt) -> ReadPrompts:
         if not prompt.question:
             return self._read(prompt.inputs)
         before = self._prefixes.get(prompt.key)
@@ -267,11 +293,11 @@ class Engine:
         self._eos_ids = np.pad(self._eos_ids, widths, constant_values=-1)
         self._eos_ids[slot] = padded_eos(eos_ids, size)
 
-    def _read(self, inputs: ModelInputs) -> ReadPrompt:
+    def _read(self, inputs: ModelInputs) -> ReadPrompts:
         with on_mesh_of(self._state):
-            return read_prompt(self._graphdef, self._state, inputs)
+            return read_prompts(self._graphdef, self._state, inputs)
 
-    def _read_on(self, before: ReadPrompt, ids: Sequence[int]) -> ReadPrompt:
+    def _read_on(self, before: ReadPrompts, ids: Sequence[int]) -> ReadPrompts:
         with on_mesh_of(self._state):
             read, done = widen(before, self.max_length), 0
             for size in question_pieces(len(ids)):
@@ -280,9 +306,9 @@ class Engine:
                 read = read_on(self._graphdef, self._state, read, tokens, np.array([len(piece)], np.int32))
             return read
 
-    def _insert(self, read: ReadPrompt, slot: int) -> None:
+    def _insert(self, read: ReadPrompts, slots: list[int]) -> None:
         with on_mesh_of(self._state):
-            self._answers = insert(self._answers, read, np.int32(slot))
+            self._answers = insert(self._answers, read, np.array(slots, np.int32))
 
     def _decode(self, steps: int, until_one_stops: bool = False) -> None:
         drawing = Drawing(
@@ -333,3 +359,8 @@ class Engine:
             self._waiting.clear()
         for handle in left:
             handle.finish("cancelled", error)
+
+
+def _joined(inputs: Sequence[ModelInputs]) -> ModelInputs:
+    """Makes one batch of several of the same shape."""
+    return jax.tree.map(lambda *arrays: np.concatenate(arrays), *inputs)

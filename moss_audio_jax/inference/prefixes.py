@@ -2,7 +2,7 @@
 
 import collections
 
-from moss_audio_jax.inference.slots import ReadPrompt
+from moss_audio_jax.inference.slots import ReadPrompts
 
 
 class Prefixes:
@@ -10,17 +10,17 @@ class Prefixes:
 
     def __init__(self, limit: int):
         self._limit, self.nbytes = limit, 0
-        self._kept: collections.OrderedDict[bytes, ReadPrompt] = collections.OrderedDict()
+        self._kept: collections.OrderedDict[bytes, ReadPrompts] = collections.OrderedDict()
 
     def __len__(self) -> int:
         return len(self._kept)
 
-    def get(self, key: bytes) -> ReadPrompt | None:
+    def get(self, key: bytes) -> ReadPrompts | None:
         if key in self._kept:
             self._kept.move_to_end(key)
         return self._kept.get(key)
 
-    def put(self, key: bytes, read: ReadPrompt) -> None:
+    def put(self, key: bytes, read: ReadPrompts) -> None:
         """Keeps a read prompt that is not kept yet, unless it is larger than the limit."""
         if read.nbytes > self._limit:
             return

@@ -27,7 +27,7 @@ class Request:
     text, audio, system_prompt, time_markers: as `Processor` takes them for one prompt.
     eos_ids: the answer stops after any of them; None takes the checkpoint's.
     stop: the answer's text ends before any of these strings. They are not looked for in a thought.
-    n: number of answers, the prompt is read once. Answer i is that of `seed` + i.
+    n: number of answers. Answer i is that of `seed` + i.
     min_new_tokens: no end token is drawn before the answer has as many.
     logit_bias: id -> what is added to its logit, for up to 64 ids; -1e9 forbids it.
     loops: what to do about an answer that repeats itself (`steering.MAX_PERIOD`): "ignore" it, "stop", or draw the rest
@@ -156,9 +156,11 @@ class Handle:
         prompt: Prompt,
         eos_ids: tuple[int, ...],
         tokenizer: Tokenizer,
+        number: int = 0,
         others: "Sequence[Handle]" = (),
     ):
-        self.request, self.prompt, self.eos_ids, self._others = request, prompt, eos_ids, others
+        self.request, self.prompt, self.eos_ids = request, prompt, eos_ids
+        self.number, self._others = number, others  # of the answers to the request
         self._pieces: queue.SimpleQueue[Piece | None] = queue.SimpleQueue()
         self._decoder = StreamDecoder(tokenizer)
         self._splitter = ThoughtSplitter(prompt.opened)

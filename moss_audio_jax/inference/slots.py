@@ -26,12 +26,12 @@ QUESTION_PIECES = (32, 128, 512)  # tokens that `read_on` reads at a time
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class ReadPrompt:
-    """What the model has read of one prompt: its cache, its last hidden state, and the tokens in it."""
+class ReadPrompts:
+    """What the model has read of prompts: their caches, their last hidden states, and the tokens in them."""
 
     cache: KVCache
-    hidden: Float[Array, "1 hidden"]
-    seen: Bool[Array, "1 vocab"]
+    hidden: Float[Array, "k hidden"]
+    seen: Bool[Array, "k vocab"]
 
     @property
     def nbytes(self) -> int:
@@ -56,16 +56,17 @@ def empty_slots(config: MossAudioConfig, slots: int, length: int, new_tokens: in
 
 
 @functools.partial(jit, static_argnames="graphdef")
-def read_prompt(graphdef: nnx.GraphDef, state: nnx.State, inputs: ModelInputs) -> ReadPrompt:
-    """Runs one prompt through the model. inputs: a batch of one, of a shape of `prompt_shapes`."""
-    model = nnx.merge(graphdef, state)
-    hidden, cache = model.prefill(inputs, inputs.tokens.shape[1])
-    seen = jnp.zeros((1, model.config.language_config.vocab_size), bool)
-    return ReadPrompt(cache, hidden, seen.at[0, inputs.tokens[0]].max(inputs.segment_ids[0] != 0))
+def read_prompts(graphdef: nnx.GraphDef, state: nnx.State, inputs: ModelInputs) -> ReadPrompts:
+    """Runs a batch of prompts through the model. inputs: of a shape of `prompt_shapes`."""
+    model, (rows, length) = nnx.merge(graphdef, state), inputs.tokens.shape
+    hidden, cache = model.prefill(inputs, length)
+    seen = jnp.zeros((rows, model.config.language_config.vocab_size), bool)
+    seen = seen.at[jnp.arange(rows)[:, None], inputs.tokens].max(inputs.segment_ids != 0)
+    return ReadPrompts(cache, hidden, seen)
 
 
 @functools.partial(jax.jit, static_argnames="length")
-def widen(read: ReadPrompt, length: int) -> ReadPrompt:
+def widen(read: ReadPrompts, length: int) -> ReadPrompts:
     """Makes room in the cache, for `length` tokens and the padding of any piece that `read_on` reads."""
     read = jax.tree.map(jnp.copy, read)  # `read_on` takes the memory of its argument, and `read` may be kept
     widths = [(0, 0)] * 3 + [(0, length + QUESTION_PIECES[-1] - read.cache.slots), (0, 0)]
@@ -75,40 +76,41 @@ def widen(read: ReadPrompt, length: int) -> ReadPrompt:
 
 @functools.partial(jit, static_argnames="graphdef", donate_argnames="read")
 def read_on(
-    graphdef: nnx.GraphDef, state: nnx.State, read: ReadPrompt, tokens: Int[Any, "1 t"], count: Int[Any, "1"]
-) -> ReadPrompt:
+    graphdef: nnx.GraphDef, state: nnx.State, read: ReadPrompts, tokens: Int[Any, "1 t"], count: Int[Any, "1"]
+) -> ReadPrompts:
     """Reads `count` more tokens, all of text, of a prompt that `widen` has made room for; the rest is padding."""
     model = nnx.merge(graphdef, state)
     hidden, cache = model.language_model.extend(model.language_model.embed_tokens(tokens), count, read.cache)
     hidden = jnp.take_along_axis(hidden, count[:, None, None] - 1, axis=1)[:, 0]
     seen = read.seen.at[0, tokens[0]].max(jnp.arange(tokens.shape[1]) < count)
-    return ReadPrompt(cache, hidden, seen)
+    return ReadPrompts(cache, hidden, seen)
 
 
 @functools.partial(jit, donate_argnames="answers")
-def insert(answers: Answers, read: ReadPrompt, slot: Int[Any, ""]) -> Answers:
-    """Begins the answer to a prompt in a slot."""
+def insert(answers: Answers, read: ReadPrompts, slots: Int[Any, " k"]) -> Answers:
+    """Begins the answer to each prompt in a slot. Equal prompts may have the same slot."""
 
-    def put(stack: Array, prompt: Array) -> Array:
-        zero = jnp.zeros_like(slot)
-        prompt = prompt[:, :, :, : stack.shape[3]]
-        written = jax.lax.dynamic_update_slice(stack, prompt, (zero, slot, zero, zero, zero))
-        return constrain(written, "layers", "batch", "heads", None, None)
+    def put(stack: Array, prompts: Array) -> Array:
+        prompts = prompts[:, :, :, : stack.shape[3]]
+        for row in range(len(slots)):
+            place = (0, slots[row], 0, 0, 0)
+            stack = jax.lax.dynamic_update_slice(stack, prompts[:, row : row + 1], place)
+        return constrain(stack, "layers", "batch", "heads", None, None)
 
     cache = KVCache(
         put(answers.cache.keys, read.cache.keys),
         put(answers.cache.values, read.cache.values),
-        answers.cache.lengths.at[slot].set(read.cache.lengths[0]),
+        answers.cache.lengths.at[slots].set(read.cache.lengths),
     )
     return dataclasses.replace(
         answers,
         cache=cache,
-        hidden=answers.hidden.at[slot].set(read.hidden[0]),
-        counts=answers.counts.at[slot].set(0),
-        stopped=answers.stopped.at[slot].set(False),
-        finite=answers.finite.at[slot].set(True),
-        seen=answers.seen.at[slot].set(read.seen[0]),
-        warmed=answers.warmed.at[slot].set(0),
+        hidden=answers.hidden.at[slots].set(read.hidden),
+        counts=answers.counts.at[slots].set(0),
+        stopped=answers.stopped.at[slots].set(False),
+        finite=answers.finite.at[slots].set(True),
+        seen=answers.seen.at[slots].set(read.seen),
+        warmed=answers.warmed.at[slots].set(0),
     )
 
 
