@@ -23,6 +23,8 @@ class AnswerConfig:
     """Insert time markers between audio tokens. Default: the checkpoint's setting."""
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = field(default_factory=Sampling)
     """Sampling options. Default: greedy decoding, as measures should be taken."""
+    choices: Literal["written", "likeliest"] = "written"
+    """Multiple choice: the option that the model writes, or the one whose letter is the likeliest answer."""
 
     def __post_init__(self):
         require_positive(self, None, "batch_size", "max_new_tokens")
