@@ -56,12 +56,6 @@ class Steering:
             hand_over=np.array(hand_over, np.int32),
         )
 
-    @classmethod
-    def budget(cls, budget: int, opened: bool, thought: tuple[int, int], hand_over: list[int]) -> "Steering":
-        """Makes one row that limits its thought."""
-        none = cls.none(1, thought, hand_over)
-        return dataclasses.replace(none, budgets=np.array([budget], np.int32), opened=np.array([opened]))
-
     def with_bias(self, logits: Float[Array, "b vocab"]) -> Float[Array, "b vocab"]:
         """Adds the bias to the logits."""
         vocab = logits.shape[1]

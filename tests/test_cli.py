@@ -211,6 +211,19 @@ def test_a_thought_is_ended_and_told_from_the_answer(released, tmp_path, monkeyp
     assert shown["show"] == f"<think>\n{shown['only']}\n</think>\n\n{shown['hide']}"
 
 
+def test_an_answer_that_repeats_itself_is_ended_and_hot_words_are_read(released, monkeypatch, capsys):
+    """A penalty that is a reward makes sure of it."""
+    command = ["generate", str(released), "--prompt", "?", "--max-new-tokens", "400", "--repetition-penalty", "0.5"]
+    code, _, err = ended("moss_audio_jax", [*command, "--loops", "stop"], monkeypatch, capsys)
+    assert code == 0, err
+    read, written = map(int, re.search(r"\[(\d+) tokens read, (\d+) written", err).groups())
+    assert 48 <= written < 400
+    assert err.splitlines()[-1] == "[the answer was not finished: it repeated itself, and --loops ended it]"
+    _, _, err = ended("moss_audio_jax", [*command, "--hot-words", "Amsel", "Fink"], monkeypatch, capsys)
+    added = len("These words may occur: Amsel, Fink.\n")  # a token for each byte
+    assert f"[{read + added} tokens read, " in err
+
+
 def test_the_help_says_that_clips_are_of_one_prompt():
     shown = " ".join(invoke("generate", "--help").stdout.replace("│", " ").split())
     assert "CLIP_OF_ONE_PROMPT" in shown.split("Answers one question")[0]

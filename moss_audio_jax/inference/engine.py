@@ -31,7 +31,7 @@ from moss_audio_jax.generation import (
 )
 from moss_audio_jax.inference.prefixes import Prefixes
 from moss_audio_jax.inference.requests import FinishReason as FinishReason
-from moss_audio_jax.inference.requests import Handle, Prompt
+from moss_audio_jax.inference.requests import Handle, Prompt, no_steering, steer
 from moss_audio_jax.inference.requests import Reply as Reply
 from moss_audio_jax.inference.requests import Request as Request
 from moss_audio_jax.inference.sessions import Session
@@ -47,16 +47,13 @@ from moss_audio_jax.inference.slots import (
     read_prompts,
     widen,
 )
-from moss_audio_jax.inference.thinking import HAND_OVER, opens_thought, thought_ids
+from moss_audio_jax.inference.thinking import opens_thought
 from moss_audio_jax.inputs import Mel, ModelInputs, bucket, encode_sequence, padded
 from moss_audio_jax.model import MossAudio
 from moss_audio_jax.processor import ClipLike, Processor
 from moss_audio_jax.prompts import build_prompt
 from moss_audio_jax.sampling import SamplingArrays, row_seeds
 from moss_audio_jax.sharding import mesh_of, num_parts, on_automatic_mesh, on_host, on_mesh_of
-from moss_audio_jax.steering import IGNORE, NO_BUDGET, STOP, WARM, Steering
-
-_LOOPS = {"ignore": IGNORE, "stop": STOP, "warm": WARM}
 
 
 class Engine:
@@ -107,8 +104,7 @@ class Engine:
         self._seeds = np.zeros((slots, 2), np.uint32)
         self._eos_ids = np.full((slots, MIN_EOS_IDS), -1, np.int32)
         self._limits = np.zeros(slots, np.int32)
-        marks, hand_over = thought_ids(processor.tokenizer), processor.tokenizer.encode(HAND_OVER)
-        self._steering = Steering.none(slots, marks or (-1, -1), hand_over)
+        self._steering = no_steering(slots, processor.tokenizer)
         self._read_by_handle = np.zeros(slots, np.int32)  # tokens of each answer that its handle has
         self._waiting: collections.deque[Handle] = collections.deque()
         self._changed = threading.Condition()
@@ -258,16 +254,11 @@ class Engine:
                 self._insert(self._read(_joined(inputs)), [slot for slot, _ in few])
 
     def _set_options(self, slot: int, handle: Handle) -> None:
-        request, steering = handle.request, self._steering
+        request = handle.request
         self._samplings[slot], self._limits[slot] = request.sampling, request.max_new_tokens
         self._seeds[slot], self._read_by_handle[slot] = row_seeds(handle.number + 1, request.seed, None)[-1], 0
         self._set_eos_ids(slot, handle.eos_ids)
-        steering.least[slot], steering.loops[slot] = request.min_new_tokens, _LOOPS[request.loops]
-        steering.budgets[slot] = NO_BUDGET if request.thinking_budget is None else request.thinking_budget
-        steering.opened[slot] = handle.prompt.opened
-        steering.biased[slot], steering.bias[slot] = -1, 0
-        for place, (token, bias) in enumerate(request.logit_bias.items()):
-            steering.biased[slot, place], steering.bias[slot, place] = token, bias
+        steer(self._steering, slot, request, handle.prompt.opened)
 
     def _read_once(self, prompt: Prompt) -> ReadPrompts:
         """Reads a prompt, unless the last answer that has begun was to the same."""

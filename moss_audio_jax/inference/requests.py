@@ -9,15 +9,17 @@ from typing import Literal
 
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.generation import GREEDY
-from moss_audio_jax.inference.thinking import HAND_OVER, Piece, ThoughtSplitter, require_thought_ids
+from moss_audio_jax.inference.thinking import HAND_OVER, Piece, ThoughtSplitter, require_thought_ids, thought_ids
 from moss_audio_jax.inputs import ModelInputs
 from moss_audio_jax.processor import ClipLike, Processor
 from moss_audio_jax.prompts import AUDIO_SPAN, DEFAULT_SYSTEM_PROMPT
 from moss_audio_jax.sampling_config import Sampling
-from moss_audio_jax.steering import MAX_BIASED, Steering
+from moss_audio_jax.steering import IGNORE, MAX_BIASED, NO_BUDGET, STOP, WARM, Steering
 from moss_audio_jax.tokenizer import StreamDecoder, Tokenizer
 
 FinishReason = Literal["stop", "length", "loop", "cancelled"]
+Loops = Literal["ignore", "stop", "warm"]
+_LOOPS = {"ignore": IGNORE, "stop": STOP, "warm": WARM}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Request:
     n: int = 1
     min_new_tokens: int = 0
     logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
-    loops: Literal["ignore", "stop", "warm"] = "ignore"
+    loops: Loops = "ignore"
     thinking_budget: int | None = None
     context: str = ""
     hot_words: Sequence[str] = ()
@@ -85,7 +87,7 @@ class Request:
                 raise MossAudioError(
                     f"logit_bias must be finite and of ids from 0 to {vocab - 1}, not {token}: {bias}; -1e9 forbids one"
                 )
-        if self.loops not in ("ignore", "stop", "warm"):
+        if self.loops not in _LOOPS:
             raise MossAudioError(f"loops must be ignore, stop or warm, not {self.loops!r}")
         if self.thinking_budget is None:
             return
@@ -100,14 +102,26 @@ class Request:
             )
 
 
-def budget_of(request: Request, processor: Processor, opened: bool) -> Steering | None:
-    """Returns the budget of a request's thought as the steering of one row, or None. opened: see `Prompt`."""
+def steering_of(request: Request, processor: Processor, opened: bool) -> Steering:
+    """Returns the options of a request as the steering of one row. opened: see `Prompt`."""
     request.check(processor)
-    if request.thinking_budget is None:
-        return None
-    tokenizer = processor.tokenizer
-    marks, hand_over = require_thought_ids(tokenizer), tokenizer.encode(HAND_OVER)
-    return Steering.budget(request.thinking_budget, opened, marks, hand_over)
+    row = no_steering(1, processor.tokenizer)
+    steer(row, 0, request, opened)
+    return row
+
+
+def no_steering(rows: int, tokenizer: Tokenizer) -> Steering:
+    return Steering.none(rows, thought_ids(tokenizer) or (-1, -1), tokenizer.encode(HAND_OVER))
+
+
+def steer(steering: Steering, row: int, request: Request, opened: bool) -> None:
+    """Writes the options of a request into a row of NumPy arrays."""
+    steering.least[row], steering.loops[row] = request.min_new_tokens, _LOOPS[request.loops]
+    steering.budgets[row] = NO_BUDGET if request.thinking_budget is None else request.thinking_budget
+    steering.opened[row] = opened
+    steering.biased[row], steering.bias[row] = -1, 0
+    for place, (token, bias) in enumerate(request.logit_bias.items()):
+        steering.biased[row, place], steering.bias[row, place] = token, bias
 
 
 @dataclasses.dataclass(frozen=True)
