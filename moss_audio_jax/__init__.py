@@ -10,7 +10,9 @@ if TYPE_CHECKING:
     from moss_audio_jax.config import LoraConfig, MossAudioConfig
     from moss_audio_jax.errors import MossAudioError
     from moss_audio_jax.generation import generate, stream
+    from moss_audio_jax.inference.choices import choose
     from moss_audio_jax.inference.engine import Engine, Request
+    from moss_audio_jax.inference.sessions import listen
     from moss_audio_jax.inputs import ModelInputs, make_inputs
     from moss_audio_jax.model import MossAudio
     from moss_audio_jax.processor import Processor, load_processor
@@ -29,7 +31,9 @@ _MODULES = {
     "Request": "inference.engine",
     "Sampling": "sampling_config",
     "Timeline": "timelines.timeline",
+    "choose": "inference.choices",
     "generate": "generation",
+    "listen": "inference.sessions",
     "load_adapter": "weights.checkpoint",
     "load_model": "weights.checkpoint",
     "load_processor": "processor",
@@ -49,7 +53,9 @@ __all__ = [
     "Request",
     "Sampling",
     "Timeline",
+    "choose",
     "generate",
+    "listen",
     "load_adapter",
     "load_model",
     "load_processor",

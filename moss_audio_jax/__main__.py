@@ -42,6 +42,11 @@ def generate(
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = _GREEDY,
     seed: int = 0,
     time_markers: bool | None = None,
+    context: str = "",
+    hot_words: tuple[str, ...] = (),
+    loops: Literal["ignore", "stop", "warm"] = "ignore",
+    thinking: Literal["show", "hide", "only"] = "show",
+    thinking_budget: int | None = None,
     special_tokens: bool = False,
     dtype: Literal["bfloat16", "float32"] | None = None,
     int8: tuple[str, ...] = (),
@@ -67,11 +72,20 @@ def generate(
         sampling: Sampling options.
         seed: Seed of the sampling, a whole number of 64 bits.
         time_markers: Insert time markers between audio tokens. Default: the checkpoint's setting.
+        context: What is known about the clips, such as "A podcast about birds."; stands before the question.
+        hot_words: Names and terms that may occur; stand before the question too.
+        loops: What to do about an answer that repeats the same words without end: ignore it, stop the answer, or draw
+            the rest of it at a temperature of 1 (warm) and stop at a second loop.
+        thinking: Show the thought before the answer of a Thinking checkpoint (dimmed on a terminal), hide it, or show
+            only it.
+        thinking_budget: Maximum tokens of the thought. Then it is ended with the words that Qwen3's report publishes,
+            and the answer follows. Default: no limit but that of all new tokens.
         special_tokens: Also print special tokens such as <|im_end|>.
         dtype: Dtype of weights and computation. Default: bfloat16, on the CPU float32.
         int8: Globs over linear layers whose weights are rounded to int8, such as 'language_model.layers.*_proj'.
         mesh: Device mesh.
     """
+    options = {"thinking_budget": thinking_budget, "context": context, "hot_words": hot_words, "loops": loops}
     if batch is not None or out is not None or len(prompts) > 1:
         from moss_audio_jax.inference.asking import answer_batch, answer_prompts
         from moss_audio_jax.inference.loading import Loading
@@ -79,46 +93,60 @@ def generate(
         if special_tokens:
             raise MossAudioError("--special-tokens is for one prompt, not for several or for --batch: leave it out")
         loading = Loading(checkpoint, adapter, dtype, int8, dataclasses.asdict(mesh), slots)
-        options = {"max_new_tokens": max_new_tokens, "sampling": sampling, "seed": seed}
+        options |= {"max_new_tokens": max_new_tokens, "sampling": sampling, "seed": seed}
         options |= {"system_prompt": system, "time_markers": time_markers}
         if batch is None and out is None:
-            return answer_prompts(loading, prompts, clips, options)
+            return answer_prompts(loading, prompts, clips, options, thinking)
         if batch is None or clips or len(prompts) > 1:
             raise MossAudioError(
                 "--batch takes prompts and clips from its file, and --out its results: give them alone"
+            )
+        if thinking != "show":
+            raise MossAudioError(
+                "--thinking is for printed answers: --batch gives thoughts as `reasoning`, so leave it out"
             )
         return answer_batch(loading, batch, out, {"text": prompts[0] if prompts else DEFAULT_PROMPT, **options})
     import numpy as np
 
     from moss_audio_jax.generation import check_request, stream
+    from moss_audio_jax.inference.requests import Request, steering_of
+    from moss_audio_jax.inference.thinking import ThoughtPrinter, ThoughtSplitter, opens_thought, print_pieces
     from moss_audio_jax.processor import load_processor
     from moss_audio_jax.sharding import make_mesh
     from moss_audio_jax.tokenizer import StreamDecoder
     from moss_audio_jax.weights.checkpoint import load_adapter, load_model
 
     prompt = _checked_prompt(prompts[0] if prompts else None, len(clips))
+    request = Request(prompt, max_new_tokens=max_new_tokens, **options)
     processor = load_processor(checkpoint)
     with waiting("reading the clips"):
-        inputs = processor([prompt], [clips], system_prompt=system, time_markers=time_markers)
+        inputs = processor([request.asked], [clips], system_prompt=system, time_markers=time_markers)
     check_request(processor.config, inputs, max_new_tokens, seed=seed)
+    opened = opens_thought(processor.tokenizer, inputs.tokens[0][inputs.segment_ids[0] != 0].tolist())
+    steering = steering_of(request, processor, opened)
     with waiting("loading the weights"):
         model = load_model(checkpoint, dtype=dtype, mesh=make_mesh(**dataclasses.asdict(mesh)), int8=int8)
         model = model if adapter is None else load_adapter(model, adapter)
     read = int((inputs.segment_ids != 0).sum())
     decoder = StreamDecoder(processor.tokenizer, skip_special_tokens=not special_tokens)
     start, count, finished = time.perf_counter(), 0, False
-    pieces = stream(model, inputs, max_new_tokens=max_new_tokens, seed=seed, **dataclasses.asdict(sampling))
+    splitter, printer = ThoughtSplitter(opened), ThoughtPrinter(thinking, dim=sys.stdout.isatty())
+    sampled = dataclasses.asdict(sampling)
+    pieces = stream(model, inputs, max_new_tokens=max_new_tokens, seed=seed, steering=steering, **sampled)
     with waiting(f"reading {read:,} tokens, {int((inputs.audio_slots >= 0).sum()):,} of them of audio"):
         piece = next(pieces, None)
     while piece is not None:
         count += piece.shape[1]
         finished = bool(np.isin(piece, model.config.eos_ids).any())
-        print(decoder.feed(piece[0].tolist()), end="", flush=True)
+        print_pieces(splitter.feed(decoder.feed(piece[0].tolist())), printer)
         piece = next(pieces, None)
-    print(decoder.flush(), flush=True)
+    print_pieces([*splitter.feed(decoder.flush()), *splitter.flush()], printer)
+    print(printer.flush(), flush=True)
     seconds = time.perf_counter() - start
     print(f"[{read} tokens read, {count} written in {seconds:.1f} s, compilation included]", file=sys.stderr)
-    if not finished:
+    if not finished and count < max_new_tokens:
+        print("[the answer was not finished: it repeated itself, and --loops ended it]", file=sys.stderr)
+    elif not finished:
         print(
             f"[the answer was not finished: it was cut off after --max-new-tokens {max_new_tokens}; give more of them]",
             file=sys.stderr,

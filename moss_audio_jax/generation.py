@@ -26,6 +26,7 @@ from moss_audio_jax.model import MossAudio, check_positions
 from moss_audio_jax.sampling import SamplingArrays, row_keys, row_seeds
 from moss_audio_jax.sampling_config import Sampling
 from moss_audio_jax.sharding import constrain, on_automatic_mesh, on_cpu, on_host, on_mesh_of
+from moss_audio_jax.steering import STOP, WARM_TEMPERATURE, Steering
 from moss_audio_jax.weights.finite import first_nonfinite
 
 GREEDY = Sampling()
@@ -39,7 +40,7 @@ class Drawing:
     """Arrays that tokens are drawn by; a leading axis of 1 serves all rows.
 
     seeds: high and low 32 bits. eos_ids: an answer stops after any of them; padded with -1.
-    limits: tokens of an answer at most. fill: the token after an answer's end.
+    limits: tokens of an answer at most. fill: the token after an answer's end. steering: None steers nothing.
     """
 
     sampling: SamplingArrays
@@ -47,6 +48,7 @@ class Drawing:
     eos_ids: Int[Any, "b n"]
     limits: Int[Any, " b"]
     fill: Int[Any, " b"]
+    steering: Steering | None = None
 
 
 def make_drawing(
@@ -56,6 +58,7 @@ def make_drawing(
     limit: int,
     seed: int = 0,
     seeds: Sequence[int] | None = None,
+    steering: Steering | None = None,
 ) -> Drawing:
     """Makes NumPy arrays for rows that differ by their seeds alone; their shapes come from a few buckets."""
     return Drawing(
@@ -64,6 +67,7 @@ def make_drawing(
         padded_eos(eos_ids, bucket(len(eos_ids), MIN_EOS_IDS))[None],
         np.array([limit], np.int32),
         np.array([eos_ids[0] if eos_ids else 0], np.int32),
+        steering,
     )
 
 
@@ -80,6 +84,8 @@ class Answers:
     stopped: ends at one of its eos ids, at its limit, or at logits that are not finite.
     finite: True while all logits of a sequence were finite.
     seen: tokens of the prompt and of the answer so far.
+    logprobs: of the drawn tokens, by the model's own logits.
+    warmed: number of tokens after which the answer was warmed up, to leave a loop; 0 if it was not.
     """
 
     cache: KVCache
@@ -89,6 +95,8 @@ class Answers:
     stopped: Bool[Array, " b"]
     finite: Bool[Array, " b"]
     seen: Bool[Array, "b vocab"]
+    logprobs: Float[Array, "b new"]
+    warmed: Int[Array, " b"]
 
 
 def generate(
@@ -127,11 +135,15 @@ def stream(
     eos_ids: Sequence[int] | None = None,
     seed: int = 0,
     seeds: Sequence[int] | None = None,
+    steering: Steering | None = None,
     **options: float,
 ) -> Iterator[Int[np.ndarray, "b piece"]]:
-    """Yields the answers of `generate` as they are produced, in pieces of up to `every` tokens."""
+    """Yields the answers of `generate` as they are produced, in pieces of up to `every` tokens.
+
+    steering: further options, a row for each prompt.
+    """
     sampling = dataclasses.replace(sampling, **options)
-    return _answers(model, inputs, max_new_tokens, every, sampling, eos_ids, seed, seeds)
+    return _answers(model, inputs, max_new_tokens, every, sampling, eos_ids, seed, seeds, steering)
 
 
 def _answers(
@@ -143,6 +155,7 @@ def _answers(
     eos_ids: Sequence[int] | None,
     seed: int,
     seeds: Sequence[int] | None,
+    steering: Steering | None = None,
 ) -> Iterator[Int[np.ndarray, "b piece"]]:
     """Checks the request at once, and returns an iterator over the pieces."""
     check_request(model.config, inputs, max_new_tokens, seed, seeds)
@@ -150,7 +163,7 @@ def _answers(
         raise MossAudioError(f"every must be 1 or more, not {every}")
     batch = len(inputs.tokens)
     eos = tuple(model.config.eos_ids if eos_ids is None else eos_ids)
-    drawing = make_drawing(batch, sampling, eos, max_new_tokens, seed, seeds)
+    drawing = make_drawing(batch, sampling, eos, max_new_tokens, seed, seeds, steering)
     return _pieces(model, inputs, max_new_tokens, every, drawing) if batch else iter(())
 
 
@@ -211,6 +224,8 @@ def prefill_prompts(
         stopped=jnp.zeros(batch, bool),
         finite=jnp.ones(batch, bool),
         seen=seen,
+        logprobs=jnp.zeros((batch, new_slots), jnp.float32),
+        warmed=jnp.zeros(batch, jnp.int32),
     )
 
 
@@ -271,20 +286,40 @@ def _draw(model: MossAudio, answers: Answers, drawing: Drawing) -> tuple[Answers
     # come back sharded over the vocabulary first; otherwise XLA would all-gather the head's columns.
     logits = constrain(model.logits(constrain(answers.hidden, None, "embed")), None, "vocab")
     logits = constrain(logits, "batch", None)
-    token = jnp.where(active, drawing.sampling(logits, answers.seen, keys), drawing.fill)
+    token = jnp.where(active, _chosen(logits, answers, drawing, keys), drawing.fill)
+    own = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0] - jax.nn.logsumexp(logits, axis=-1)
     finite = answers.finite & (~active | jnp.isfinite(logits).all(-1))
     at_count = active[:, None] & (jnp.arange(answers.tokens.shape[1]) == counts[:, None])
-    counts = counts + active
+    counts, warmed = counts + active, answers.warmed
+    tokens = jnp.where(at_count, token[:, None], answers.tokens)
     ended = (token[:, None] == drawing.eos_ids).any(-1) | (counts >= drawing.limits) | ~finite
+    if drawing.steering is not None:
+        looping = drawing.steering.looping(tokens, counts, warmed) & active
+        ended |= looping & ((drawing.steering.loops == STOP) | (warmed > 0))
+        warmed = jnp.where(looping & (warmed == 0), counts, warmed)
     answers = dataclasses.replace(
         answers,
-        tokens=jnp.where(at_count, token[:, None], answers.tokens),
+        tokens=tokens,
         counts=counts,
         stopped=answers.stopped | ended,
         finite=finite,
         seen=answers.seen.at[jnp.arange(token.shape[0]), token].set(True),
+        logprobs=jnp.where(at_count, own[:, None], answers.logprobs),
+        warmed=warmed,
     )
     return answers, token
+
+
+def _chosen(logits: Float[Array, "b vocab"], answers: Answers, drawing: Drawing, keys: jax.Array) -> Int[Array, " b"]:
+    """Returns the next token of each answer."""
+    sampling, steering = drawing.sampling, drawing.steering
+    if steering is None:
+        return sampling(logits, answers.seen, keys)
+    warm = jnp.maximum(sampling.temperature, WARM_TEMPERATURE)
+    sampling = dataclasses.replace(sampling, temperature=jnp.where(answers.warmed > 0, warm, sampling.temperature))
+    banned = steering.banned(drawing.eos_ids, answers.counts)
+    token = sampling(steering.with_bias(logits), answers.seen, keys, banned)
+    return steering.forced(token, answers.tokens, answers.counts)
 
 
 def why_not_finite(model: MossAudio, row: int, count: int) -> str:

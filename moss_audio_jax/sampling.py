@@ -48,10 +48,19 @@ class SamplingArrays:
         )
 
     def __call__(
-        self, logits: Float[Array, "b vocab"], seen: Bool[Array, "b vocab"], keys: jax.Array
+        self,
+        logits: Float[Array, "b vocab"],
+        seen: Bool[Array, "b vocab"],
+        keys: jax.Array,
+        banned: Int[Array, "b n"] | None = None,
     ) -> Int[Array, " b"]:
-        """Draws one token for each sequence. seen: tokens of the prompt and answer so far. keys: random keys [b]."""
+        """Draws one token for each sequence.
+
+        seen: tokens of the prompt and answer so far. keys: random keys [b]. banned: ids not to draw, padded with -1.
+        """
         logits = self._penalised(logits, seen)
+        if banned is not None:
+            logits = jax.lax.cond((banned >= 0).any(), _without, lambda logits, _: logits, logits, banned)
         likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
         def drawn() -> Int[Array, " b"]:
@@ -83,6 +92,12 @@ class SamplingArrays:
             return jnp.where(nucleus[:, None], _top_p(logits, self.top_p), logits)
 
         return jax.lax.cond(nucleus.any(), within_top_p, lambda: logits)
+
+
+def _without(logits: Float[Array, "b vocab"], banned: Int[Array, "b n"]) -> Float[Array, "b vocab"]:
+    """Sets the logits of ids to -inf."""
+    ids = jnp.where(banned < 0, logits.shape[1], banned)  # outside: dropped
+    return logits.at[jnp.arange(len(ids))[:, None], ids].set(-jnp.inf, mode="drop")
 
 
 def _top_k(logits: Float[Array, "b vocab"], k: Int[Array, " b"]) -> Float[Array, "b vocab"]:

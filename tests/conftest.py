@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import hashlib
+import json
 import math
 import os
 import signal
@@ -36,6 +37,9 @@ TESTS = Path(__file__).parent
 # So that neither of two workers is left alone with one of them.
 LONGEST = ("test_loop.py", "test_lora.py", "test_processes.py", "test_ablation.py", "test_finetune.py", "test_step.py")
 TINY_AUDIO_ID = 511  # tests/data/tiny has no processor_config.json to say so
+THINK, THOUGHT = 259, 260  # ids of <think> and </think> after `add_thinking_tokens`
+# A whole prompt about one clip, which ends in an open thought.
+OPENED = "<|im_start|>user\n<|audio_bos|><|AUDIO|><|audio_eos|>\nHm?<|im_end|>\n<|im_start|>assistant\n<think>\n"
 _TINY = MossAudioConfig.preset("tiny")
 # The preset with fewer layers: each scan over them takes seconds to compile.
 SMALL_MODEL = dataclasses.replace(
@@ -165,6 +169,18 @@ def released_tensors(config: MossAudioConfig, parameters: nnx.State) -> dict[str
         for index, name in enumerate(leaf.names):
             tensors[name] = leaf.layout.to_released(array[index] if leaf.stacked else array)
     return tensors
+
+
+def add_thinking_tokens(directory: Path) -> None:
+    """Gives the tokenizer of a small checkpoint the tokens of a Thinking one."""
+    added = {"<think>": THINK, "</think>": THOUGHT}
+    path = directory / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    flags = config["added_tokens_decoder"]["256"] | {"special": False}
+    config["added_tokens_decoder"] |= {str(id): flags | {"content": token} for token, id in added.items()}
+    path.write_text(json.dumps(config))
+    path = directory / "added_tokens.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | added))
 
 
 @pytest.fixture(scope="session")

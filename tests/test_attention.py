@@ -25,6 +25,7 @@ from moss_audio_jax.language_model import LanguageModel
 from moss_audio_jax.sampling_config import Sampling
 from moss_audio_jax.sharding import make_mesh, named_sharding
 from moss_audio_jax.splash import LANES, TILES, Tiles, serves, splash_attend
+from moss_audio_jax.steering import Steering
 from moss_audio_jax.weights.parameters import abstract_parameters, build_model
 from train.planning.hlo import collectives, hbm_bytes_in_loops
 from train.planning.plan import bytes_on_chip, one_batch
@@ -253,9 +254,11 @@ def test_a_callers_own_programs_compile_for_several_chips(with_mesh, sharded, ch
     assert ('custom_call_target="tpu_custom_call"' in compiled.as_text()) == with_mesh
 
 
-def compiled_decoding(config: MossAudioConfig, batch: int, slots: int, mesh: Mesh) -> tuple[Compiled, list[Any]]:
+def compiled_decoding(
+    config: MossAudioConfig, batch: int, slots: int, mesh: Mesh, steering: Steering | None = None
+) -> tuple[Compiled, list[Any]]:
     """The compiled loop that decodes up to 16 tokens, and its keys and values."""
-    drawing = make_drawing(batch, Sampling(), (1,), 16)
+    drawing = make_drawing(batch, Sampling(), (1,), 16, steering=steering)
     with jax.default_matmul_precision("default"), jax.set_mesh(mesh):
         graphdef, state = nnx.split(build_model(config, dict(abstract_parameters(config, jnp.bfloat16, mesh))))
         inputs = one_batch(config, batch, slots - 16, 0, mesh).inputs
@@ -283,8 +286,8 @@ def test_a_token_reads_the_weights_and_the_cache_once(int8):
 
 
 @pytest.mark.tpu
-@pytest.mark.parametrize(("batch", "tensor"), [(1, 1), (2, 1), (8, 4)])
-def test_decoding_holds_the_cache_once_and_gathers_no_head(batch, tensor):
+@pytest.mark.parametrize(("batch", "tensor", "steered"), [(1, 1, False), (2, 1, True), (8, 4, True)])
+def test_decoding_holds_the_cache_once_and_gathers_no_head(batch, tensor, steered):
     """No copy of keys, values or weights, before the loop, in it or after it. Over `tensor` only logits are sent."""
     pytest.importorskip("libtpu")
     mesh = make_mesh(tensor=tensor, devices=topology_devices("v5e:2x2")[:tensor])
@@ -292,8 +295,8 @@ def test_decoding_holds_the_cache_once_and_gathers_no_head(batch, tensor):
         MossAudioConfig.preset("4b").language_config, num_hidden_layers=4, intermediate_size=512, vocab_size=16384
     )
     config = dataclasses.replace(MossAudioConfig.preset("tiny"), language_config=language)
-    slots = 32768
-    compiled, _ = compiled_decoding(config, batch, slots, mesh)
+    slots, steering = 32768, Steering.none(batch, (2, 3), [4] * 30) if steered else None
+    compiled, _ = compiled_decoding(config, batch, slots, mesh, steering)
     text = compiled.as_text()
     assert not re.search(rf"= bf16\[[\d,]*\b{slots},[\d,]*\]\S* (copy|transpose)\(", text)
     assert compiled.memory_analysis().temp_size_in_bytes < 2**25  # scores, not keys or a stack of weights

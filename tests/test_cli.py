@@ -4,6 +4,7 @@ import errno
 import importlib
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,7 +24,9 @@ from moss_audio_jax.commands import progress
 from moss_audio_jax.commands.cli import run_cli
 from moss_audio_jax.commands.compilation_cache import cpu_name
 from moss_audio_jax.commands.renamed import current_arguments
+from moss_audio_jax.inference.thinking import STOP_THINKING
 from moss_audio_jax.model import parameter_specs
+from tests.conftest import OPENED, add_thinking_tokens
 from tests.xla_flags import QUICK
 
 
@@ -194,6 +197,33 @@ def test_an_answer_that_was_cut_off_and_several_clips_in_one_prompt_are_said(rel
     assert lines[2] == "[the answer was not finished: it was cut off after --max-new-tokens 3; give more of them]"
 
 
+def test_a_thought_is_ended_and_told_from_the_answer(released, tmp_path, monkeypatch, capsys):
+    checkpoint, clip = shutil.copytree(released, tmp_path / "thinking"), tmp_path / "a.wav"
+    add_thinking_tokens(checkpoint)
+    soundfile.write(clip, np.sin(np.arange(8000) / 5), 16000)
+    command = ["generate", checkpoint, clip, "--prompt", OPENED, "--max-new-tokens", 140, "--thinking-budget", 3]
+    shown = {}
+    for thinking in ("show", "hide", "only"):
+        code, out, err = ended("moss_audio_jax", [*map(str, command), "--thinking", thinking], monkeypatch, capsys)
+        assert code == 0, err
+        shown[thinking] = out.removesuffix("\n")
+    assert shown["only"].endswith(STOP_THINKING) and shown["hide"]
+    assert shown["show"] == f"<think>\n{shown['only']}\n</think>\n\n{shown['hide']}"
+
+
+def test_an_answer_that_repeats_itself_is_ended_and_hot_words_are_read(released, monkeypatch, capsys):
+    """A penalty that is a reward makes sure of it."""
+    command = ["generate", str(released), "--prompt", "?", "--max-new-tokens", "400", "--repetition-penalty", "0.5"]
+    code, _, err = ended("moss_audio_jax", [*command, "--loops", "stop"], monkeypatch, capsys)
+    assert code == 0, err
+    read, written = map(int, re.search(r"\[(\d+) tokens read, (\d+) written", err).groups())
+    assert 48 <= written < 400
+    assert err.splitlines()[-1] == "[the answer was not finished: it repeated itself, and --loops ended it]"
+    _, _, err = ended("moss_audio_jax", [*command, "--hot-words", "Amsel", "Fink"], monkeypatch, capsys)
+    added = len("These words may occur: Amsel, Fink.\n")  # a token for each byte
+    assert f"[{read + added} tokens read, " in err
+
+
 def test_the_help_says_that_clips_are_of_one_prompt():
     shown = " ".join(invoke("generate", "--help").stdout.replace("│", " ").split())
     assert "CLIP_OF_ONE_PROMPT" in shown.split("Answers one question")[0]
@@ -210,6 +240,7 @@ def test_the_help_says_that_clips_are_of_one_prompt():
             ("--prompt", "?", "--max-new-tokens", 40_960),
             "max_position_embeddings of 40,960: let max_new_tokens be 40,9",
         ),
+        (("--prompt", "?", "--thinking-budget", 5), "a thinking_budget needs a tokenizer with the tokens <think> and"),
         (("--prompt", "?", "--temperature", -1), "temperature must be 0 or more"),
         (("--prompt", "?", "--adapter", ""), "a path must name a file or a directory, not be empty"),
     ],

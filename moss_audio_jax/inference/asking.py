@@ -10,15 +10,19 @@ from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.inference.batch_file import answer_lines, read_requests, request_length, to_line, with_lengths
 from moss_audio_jax.inference.engine import Request
 from moss_audio_jax.inference.loading import Loading
+from moss_audio_jax.inference.thinking import Shown, ThoughtPrinter, print_pieces
 from moss_audio_jax.storage.paths import AnyPath, GrowingFile, exists, require_writable
 
 _IN_FLIGHT = 2  # requests that wait for their answers, for each slot
 
 
 def answer_prompts(
-    loading: Loading, prompts: Sequence[str], clips: Sequence[AnyPath], options: Mapping[str, Any]
+    loading: Loading, prompts: Sequence[str], clips: Sequence[AnyPath], options: Mapping[str, Any], thinking: Shown
 ) -> None:
-    """Prints the answers to several questions about the same clips, each under its question, in their order."""
+    """Prints the answers to several questions about the same clips, each under its question, in their order.
+
+    The clips are read once. thinking: what is printed of each answer.
+    """
     if not clips and not all(prompts):
         raise MossAudioError("there is nothing to answer: give a clip, or a question with each --prompt")
     processor = loading.processor()
@@ -26,14 +30,15 @@ def answer_prompts(
     with waiting("reading the clips"):
         length = max(request_length(request, processor) for request in requests)
         waves = [load_audio(clip) for clip in clips]
-    requests = [Request(prompt, [(wave, SAMPLE_RATE) for wave in waves], **options) for prompt in prompts]
+    audio = [(wave, SAMPLE_RATE) for wave in waves]
+    requests = [Request(prompt, audio, reuse=bool(audio), **options) for prompt in prompts]
     with loading.engine(processor, len(requests), length) as engine:
         handles = [engine.submit(request) for request in requests]
         for number, (prompt, handle) in enumerate(zip(prompts, handles, strict=True), start=1):
             print(f"{'' if number == 1 else chr(10)}# {prompt}")
-            for piece in handle:
-                print(piece, end="", flush=True)
-            print(flush=True)
+            printer = ThoughtPrinter(thinking, dim=sys.stdout.isatty())
+            print_pieces(handle.pieces(), printer)
+            print(printer.flush(), flush=True)
             if handle.result().finish_reason != "stop":
                 print(
                     f"[answer {number} was not finished ({handle.result().finish_reason}): give more --max-new-tokens]",

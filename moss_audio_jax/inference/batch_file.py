@@ -3,7 +3,9 @@
 A request is a line of JSON; only the prompt, or a clip, is needed:
 
     {"prompt": "When does it bark?", "clips": ["dog.wav"], "max_new_tokens": 64, "temperature": 1.0, "top_k": 50,
-     "top_p": 0.9, "repetition_penalty": 1.1, "seed": 7, "system": "You are a helpful assistant."}
+     "top_p": 0.9, "repetition_penalty": 1.1, "seed": 7, "system": "You are a helpful assistant.", "stop": ["."]}
+
+`context`, `hot_words`, `loops`, `min_new_tokens` and `thinking_budget` are those of `Request` too.
 
 A result is a line too, in the order of the requests:
 
@@ -29,6 +31,15 @@ from moss_audio_jax.storage.json_files import parse_json
 from moss_audio_jax.storage.paths import AnyPath, join, read_bytes, reason, to_path
 
 _SAMPLING = tuple(option.name for option in dataclasses.fields(Sampling))
+# Fields of `Request`, which has further rules for them.
+_STEERING: dict[str, Rule] = {
+    "context": TEXT,
+    "hot_words": each(TEXT),
+    "stop": each(TEXT),
+    "loops": TEXT,
+    "min_new_tokens": integer(0, 2**20),
+    "thinking_budget": integer(0, 2**20),
+}
 _RULES: dict[str, Rule] = {
     "prompt": TEXT,
     "clips": each(TEXT),
@@ -36,6 +47,7 @@ _RULES: dict[str, Rule] = {
     "max_new_tokens": integer(1, 2**20),
     "seed": integer(-(2**63), 2**64 - 1),
     **{name: number(-1e9, 1e9) for name in _SAMPLING},  # `Sampling` has the rules
+    **_STEERING,
 }
 
 
@@ -95,6 +107,7 @@ def _request(path: Any, content: Mapping[str, Any], default: Request) -> Request
         seed=given.get("seed", default.seed),
         system_prompt=given.get("system", default.system_prompt),
         sampling=dataclasses.replace(default.sampling, **sampling),
+        **{name: given[name] for name in _STEERING if name in given},
     )
 
 
@@ -122,7 +135,7 @@ def request_length(request: Request, processor: Processor) -> int:
     clips = [num_audio_tokens(mel_frames(num_samples(clip))) for clip in request.audio]
     prompt = build_prompt(
         processor.tokenizer,
-        request.text,
+        request.asked,
         clips,
         system_prompt=request.system_prompt,
         time_markers=request.time_markers,
@@ -164,6 +177,7 @@ def _result(line: Line, answer: Answering | MossAudioError, where: str) -> dict[
     return {
         "line": line.number,
         "text": reply.text,
+        **({"reasoning": reply.reasoning} if reply.reasoning else {}),
         "tokens": len(reply.ids),
         "finish_reason": reply.finish_reason,
     }

@@ -6,13 +6,14 @@ One thread runs the devices. It decodes all slots together in a compiled loop, w
 while requests wait, as soon as an answer has ended. An answer depends on its request alone.
 """
 
+import bisect
 import collections
-import dataclasses
-import queue
+import hashlib
 import threading
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal, Self
+from collections.abc import Iterable, Sequence
+from typing import Any, Self
 
+import jax
 import numpy as np
 from flax import nnx
 
@@ -28,116 +29,31 @@ from moss_audio_jax.generation import (
     padded_eos,
     why_not_finite,
 )
-from moss_audio_jax.inference.slots import admit, empty_slots, prompt_shape, prompt_shapes
-from moss_audio_jax.inputs import ModelInputs, bucket, encode_sequence, padded
+from moss_audio_jax.inference.prefixes import Prefixes
+from moss_audio_jax.inference.requests import FinishReason as FinishReason
+from moss_audio_jax.inference.requests import Handle, Prompt, no_steering, steer
+from moss_audio_jax.inference.requests import Reply as Reply
+from moss_audio_jax.inference.requests import Request as Request
+from moss_audio_jax.inference.sessions import Session
+from moss_audio_jax.inference.slots import (
+    QUESTION_PIECES,
+    ReadPrompts,
+    empty_slots,
+    insert,
+    prompt_shape,
+    prompt_shapes,
+    question_pieces,
+    read_on,
+    read_prompts,
+    widen,
+)
+from moss_audio_jax.inference.thinking import opens_thought
+from moss_audio_jax.inputs import Mel, ModelInputs, bucket, encode_sequence, padded
 from moss_audio_jax.model import MossAudio
 from moss_audio_jax.processor import ClipLike, Processor
-from moss_audio_jax.prompts import DEFAULT_SYSTEM_PROMPT, build_prompt
+from moss_audio_jax.prompts import build_prompt
 from moss_audio_jax.sampling import SamplingArrays, row_seeds
-from moss_audio_jax.sampling_config import Sampling
-from moss_audio_jax.sharding import on_automatic_mesh, on_host, on_mesh_of
-from moss_audio_jax.tokenizer import StreamDecoder
-
-FinishReason = Literal["stop", "length", "cancelled"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """A question about clips, and how it is answered.
-
-    text, audio, system_prompt, time_markers: as `Processor` takes them for one prompt.
-    eos_ids: the answer stops after any of them; None takes the checkpoint's.
-    stop: the answer ends before any of these strings.
-    """
-
-    text: str
-    audio: Sequence[ClipLike] = ()
-    max_new_tokens: int = 1024
-    sampling: Sampling = GREEDY
-    seed: int = 0
-    eos_ids: Sequence[int] | None = None
-    stop: Sequence[str] = ()
-    system_prompt: str = DEFAULT_SYSTEM_PROMPT
-    time_markers: bool | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Reply:
-    """An answer. ids: all that were drawn. finish_reason: "length" if it was cut off at `max_new_tokens`."""
-
-    text: str
-    ids: tuple[int, ...]
-    finish_reason: FinishReason
-
-
-class Handle:
-    """An answer that is coming. Iterating over it yields its pieces of text, each once."""
-
-    def __init__(self, request: Request, prompt: ModelInputs, eos_ids: tuple[int, ...], processor: Processor):
-        self.request, self.prompt, self.eos_ids = request, prompt, eos_ids
-        self._pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        self._decoder = StreamDecoder(processor.tokenizer)
-        self._ids: list[int] = []
-        self._text, self._shown = "", 0
-        self._done, self._lock = threading.Event(), threading.RLock()  # both threads may end it
-        self._reason: FinishReason | None = None
-        self._error: Exception | None = None
-
-    def __iter__(self) -> Iterator[str]:
-        while (piece := self._pieces.get()) is not None:
-            yield piece
-        self._pieces.put(None)  # for the next iteration
-        if self._error is not None:
-            raise self._error
-
-    def result(self, timeout: float | None = None) -> Reply:
-        """Waits for the whole answer. Raises TimeoutError after `timeout` seconds, and what went wrong, if it did."""
-        if not self._done.wait(timeout):
-            raise TimeoutError(f"no answer within {timeout} s")
-        if self._error is not None:
-            raise self._error
-        assert self._reason is not None
-        return Reply(self._text, tuple(self._ids), self._reason)
-
-    def cancel(self) -> None:
-        """Ends the answer with what there is; its slot is free after the next tokens."""
-        self.finish("cancelled")
-
-    @property
-    def done(self) -> bool:
-        return self._done.is_set()
-
-    def feed(self, ids: Sequence[int], *, last: bool) -> None:
-        """Takes the next ids, from the engine's thread; ends the answer at a stop string."""
-        with self._lock:
-            if self.done:
-                return
-            self._ids += ids
-            self._text += self._decoder.feed(ids) + (self._decoder.flush() if last else "")
-            found = [index for stop in self.request.stop if (index := self._text.find(stop)) >= 0]
-            if found:
-                self._text = self._text[: min(found)]
-                self.finish("stop")
-                return
-            # The end of the text may be the beginning of a stop string.
-            held_back = 0 if last else max(map(len, self.request.stop), default=1) - 1
-            self._show(len(self._text) - held_back)
-            if last:
-                self.finish("stop" if self._ids[-1] in self.eos_ids else "length")
-
-    def finish(self, reason: FinishReason, error: Exception | None = None) -> None:
-        with self._lock:
-            if self.done:
-                return
-            self._show(len(self._text))
-            self._reason, self._error = reason, error
-            self._done.set()
-            self._pieces.put(None)
-
-    def _show(self, end: int) -> None:
-        if end > self._shown:
-            self._pieces.put(self._text[self._shown : end])
-            self._shown = end
+from moss_audio_jax.sharding import mesh_of, num_parts, on_automatic_mesh, on_host, on_mesh_of
 
 
 class Engine:
@@ -145,19 +61,35 @@ class Engine:
 
     slots: answers in progress at most. max_length: tokens of a prompt and its answer at most; keys and values take
     slots * max_length * 2 * layers * key-value heads * head size. every: tokens between two pieces of a stream.
+    prompts: read together, each group filled up to this number; None takes the number of data-parallel parts of the
+    model's mesh. Clips of `reuse` are read one by one.
+    prefix_bytes: memory for what was read of clips that further requests may ask about (`Request.reuse`, `listen`); the
+    least recently used is dropped first.
     Close it, or use it as a context manager: `with moss.Engine(model, processor) as engine:`.
     """
 
     def __init__(
-        self, model: MossAudio, processor: Processor, *, slots: int = 16, max_length: int = 4096, every: int = 8
+        self,
+        model: MossAudio,
+        processor: Processor,
+        *,
+        slots: int = 16,
+        max_length: int = 4096,
+        every: int = 8,
+        prompts: int | None = None,
+        prefix_bytes: int = 2**30,
     ):
         limit = model.config.language_config.max_position_embeddings
-        for name, value, most in (("slots", slots, None), ("max_length", max_length, limit), ("every", every, None)):
+        mesh = mesh_of(nnx.state(model))
+        prompts = (1 if mesh is None else num_parts("batch", mesh)) if prompts is None else prompts
+        most_of = {"slots": (slots, None), "max_length": (max_length, limit)}
+        most_of |= {"every": (every, None), "prompts": (prompts, None)}
+        for name, (value, most) in most_of.items():
             if value < 1 or (most is not None and value > most):
                 allowed = "1 or more" if most is None else f"1 to the model's {most:,} positions"
                 raise MossAudioError(f"{name} of an engine must be {allowed}, not {value}")
         self._model, self._processor = model, processor
-        self._max_length, self._every = max_length, every
+        self.max_length, self._every = max_length, every
         graphdef, state = nnx.split(model)
         self._graphdef, self._state = graphdef, on_automatic_mesh(state)
         self._shapes = prompt_shapes(model.config, max_length)
@@ -165,12 +97,15 @@ class Engine:
         with on_mesh_of(self._state):
             self._answers = empty_slots(model.config, slots, max_length, max_length, dtype)
             self._layers = copied_layers(self._graphdef, self._state)
+        self._prompts, self._prefixes = prompts, Prefixes(prefix_bytes)
+        self._just_read: tuple[Prompt, ReadPrompts] | None = None  # while further answers to it are to begin
         self._handles: list[Handle | None] = [None] * slots
         self._samplings = [GREEDY] * slots
         self._seeds = np.zeros((slots, 2), np.uint32)
         self._eos_ids = np.full((slots, MIN_EOS_IDS), -1, np.int32)
         self._limits = np.zeros(slots, np.int32)
-        self._read = np.zeros(slots, np.int32)  # tokens of each answer that its handle has
+        self._steering = no_steering(slots, processor.tokenizer)
+        self._read_by_handle = np.zeros(slots, np.int32)  # tokens of each answer that its handle has
         self._waiting: collections.deque[Handle] = collections.deque()
         self._changed = threading.Condition()
         self._closed: str | None = None
@@ -188,29 +123,58 @@ class Engine:
 
         Raises MossAudioError for a request that can't be answered.
         """
-        handle = self._handle(request)
+        return self.submit_mels(request, [self._processor.mel(clip) for clip in request.audio])
+
+    def submit_mels(self, request: Request, mels: Sequence[Mel]) -> Handle:
+        """Queues a request whose clips are given as mels; those of the request are not read."""
+        ids = build_prompt(
+            self._processor.tokenizer,
+            request.asked,
+            [num_audio_tokens(mel.shape[1]) for mel in mels],
+            system_prompt=request.system_prompt,
+            time_markers=request.time_markers,
+            processor=self._model.config.processor,
+        )
+        return self.submit_ids(request, ids, mels)
+
+    def submit_ids(self, request: Request, ids: Sequence[int], mels: Sequence[Mel]) -> Handle:
+        """Queues a request whose prompt is encoded already: its own text, clips and system prompt are not read."""
+        prompt = self._prompt(request, list(ids), mels)
+        config, tokenizer = self._model.config, self._processor.tokenizer
+        eos_ids = tuple(config.eos_ids if request.eos_ids is None else request.eos_ids)
+        others = [Handle(request, prompt, eos_ids, tokenizer, number) for number in range(1, request.n)]
+        first = Handle(request, prompt, eos_ids, tokenizer, 0, others)
         with self._changed:
             if self._closed is not None:
                 raise MossAudioError(f"the engine is closed ({self._closed}): make another one")
-            self._waiting.append(handle)
+            self._waiting += [first, *others]
             self._changed.notify()
-        return handle
+        return first
 
     def run(self, requests: Iterable[Request]) -> list[Reply]:
         """Answers requests, and returns the replies in their order."""
         handles = [self.submit(request) for request in requests]
         return [handle.result() for handle in handles]
 
+    def listen(self, *audio: ClipLike, **options: Any) -> Session:
+        """Reads clips, for any number of questions about them. options: the other fields of each `Request`."""
+        return Session(self, [self._processor.mel(clip) for clip in audio], options)
+
     def warm_up(self) -> None:
         """Compiles all programs. Call it before the first request; otherwise each compiles when it is needed first."""
         with self._changed:
             if self._waiting or any(self._handles):
                 raise MossAudioError("the engine has requests: warm it up before the first")
-            config = self._model.config
-            for tokens, chunks in self._shapes:
-                self._admit(0, padded(encode_sequence([0], [], config), tokens, chunks))
-                self._limits[0] = 0
-                self._decode(steps=1)
+            sequence = encode_sequence([0], [], self._model.config)
+            pieces = QUESTION_PIECES[: bisect.bisect_left(QUESTION_PIECES, self.max_length) + 1]
+            for number, (tokens, chunks) in enumerate(self._shapes):
+                one = padded(sequence, tokens, chunks)
+                self._insert(self._read(_joined([one] * self._prompts)), [0] * self._prompts)
+                if chunks:  # clips that are read apart from questions, one by one
+                    for piece in pieces if number == 1 else pieces[:1]:
+                        self._insert(self._read_on(self._read(one), [0] * piece), [0])
+            self._limits[0] = 0
+            self._decode(steps=1)
 
     def close(self) -> None:
         """Ends all answers as cancelled, and frees the thread."""
@@ -220,27 +184,28 @@ class Engine:
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
-    def _handle(self, request: Request) -> Handle:
-        processor, config = self._processor, self._model.config
-        mels = [processor.mel(clip) for clip in request.audio]
-        ids = build_prompt(
-            processor.tokenizer,
-            request.text,
-            [num_audio_tokens(mel.shape[1]) for mel in mels],
-            system_prompt=request.system_prompt,
-            time_markers=request.time_markers,
-            processor=config.processor,
-        )
-        prompt = encode_sequence(ids, mels, config)
-        check_request(config, prompt, request.max_new_tokens, request.seed)
-        if len(ids) + request.max_new_tokens > self._max_length:
+    def _prompt(self, request: Request, ids: list[int], mels: Sequence[Mel]) -> Prompt:
+        """Checks a request, and arranges what is read for it."""
+        config = self._model.config
+        whole = encode_sequence(ids, mels, config)
+        check_request(config, whole, request.max_new_tokens, request.seed)
+        request.check(self._processor)
+        if len(ids) + request.max_new_tokens > self.max_length:
             raise MossAudioError(
                 f"a prompt of {len(ids):,} tokens and max_new_tokens={request.max_new_tokens:,} are more than the "
-                f"engine's max_length of {self._max_length:,}: give shorter audio, fewer new tokens, or make an engine "
+                f"engine's max_length of {self.max_length:,}: give shorter audio, fewer new tokens, or make an engine "
                 "with a larger max_length"
             )
-        eos_ids = tuple(config.eos_ids if request.eos_ids is None else request.eos_ids)
-        return Handle(request, padded(prompt, *prompt_shape(self._shapes, prompt)), eos_ids, processor)
+        opened = opens_thought(self._processor.tokenizer, ids)
+        cut, key = 0, b""
+        if request.reuse and mels:
+            cut = len(ids) - ids[::-1].index(config.processor.audio_end_id)
+            digest = hashlib.sha256(np.asarray(ids[:cut], np.int64).tobytes())
+            for mel in mels:
+                digest.update(mel.tobytes())
+            key, whole = digest.digest(), encode_sequence(ids[:cut], mels, config)
+        inputs = padded(whole, *prompt_shape(self._shapes, whole))
+        return Prompt(inputs, ids[cut:] if cut else (), key, opened, request.n)
 
     # The thread
 
@@ -268,13 +233,50 @@ class Engine:
                 if self._waiting:
                     self._handles[slot] = handle = self._waiting.popleft()
                     admitted.append((slot, handle))
-        for slot, handle in admitted:
-            request = handle.request
-            self._samplings[slot], self._limits[slot] = request.sampling, request.max_new_tokens
-            self._seeds[slot], self._read[slot] = row_seeds(1, request.seed, None)[0], 0
-            self._set_eos_ids(slot, handle.eos_ids)
-            self._admit(slot, handle.prompt)
+        self._begin(admitted)
         return True
+
+    def _begin(self, admitted: list[tuple[int, Handle]]) -> None:
+        """Reads prompts, and begins answers to them in slots."""
+        groups: dict[tuple[int, int], list[tuple[int, Handle]]] = collections.defaultdict(list)
+        for slot, handle in admitted:
+            self._set_options(slot, handle)
+            prompt = handle.prompt
+            if self._prompts == 1 or prompt.question:
+                self._insert(self._read_once(prompt), [slot])
+            else:
+                groups[prompt.inputs.tokens.shape[1], prompt.inputs.audio_chunks.shape[1]].append((slot, handle))
+        for group in groups.values():
+            for start in range(0, len(group), self._prompts):
+                few = group[start : start + self._prompts]
+                few += few[-1:] * (self._prompts - len(few))
+                inputs = [handle.prompt.inputs for _, handle in few]
+                self._insert(self._read(_joined(inputs)), [slot for slot, _ in few])
+
+    def _set_options(self, slot: int, handle: Handle) -> None:
+        request = handle.request
+        self._samplings[slot], self._limits[slot] = request.sampling, request.max_new_tokens
+        self._seeds[slot], self._read_by_handle[slot] = row_seeds(handle.number + 1, request.seed, None)[-1], 0
+        self._set_eos_ids(slot, handle.eos_ids)
+        steer(self._steering, slot, request, handle.prompt.opened)
+
+    def _read_once(self, prompt: Prompt) -> ReadPrompts:
+        """Reads a prompt, unless the last answer that has begun was to the same."""
+        if self._just_read is None or self._just_read[0] is not prompt:
+            self._just_read = prompt, self._read_whole(prompt)
+        read, prompt.answers = self._just_read[1], prompt.answers - 1
+        if not prompt.answers:
+            self._just_read = None
+        return read
+
+    def _read_whole(self, prompt: Prompt) -> ReadPrompts:
+        if not prompt.question:
+            return self._read(prompt.inputs)
+        before = self._prefixes.get(prompt.key)
+        if before is None:
+            before = self._read(prompt.inputs)
+            self._prefixes.put(prompt.key, before)
+        return self._read_on(before, prompt.question)
 
     def _set_eos_ids(self, slot: int, eos_ids: Sequence[int]) -> None:
         size = bucket(len(eos_ids), self._eos_ids.shape[1])
@@ -282,13 +284,31 @@ class Engine:
         self._eos_ids = np.pad(self._eos_ids, widths, constant_values=-1)
         self._eos_ids[slot] = padded_eos(eos_ids, size)
 
-    def _admit(self, slot: int, prompt: ModelInputs) -> None:
+    def _read(self, inputs: ModelInputs) -> ReadPrompts:
         with on_mesh_of(self._state):
-            self._answers = admit(self._graphdef, self._state, self._answers, prompt, np.int32(slot))
+            return read_prompts(self._graphdef, self._state, inputs)
+
+    def _read_on(self, before: ReadPrompts, ids: Sequence[int]) -> ReadPrompts:
+        with on_mesh_of(self._state):
+            read, done = widen(before, self.max_length), 0
+            for size in question_pieces(len(ids)):
+                piece = np.array(ids[done : done + size], np.int32)
+                tokens, done = np.pad(piece, (0, size - len(piece)))[None], done + size
+                read = read_on(self._graphdef, self._state, read, tokens, np.array([len(piece)], np.int32))
+            return read
+
+    def _insert(self, read: ReadPrompts, slots: list[int]) -> None:
+        with on_mesh_of(self._state):
+            self._answers = insert(self._answers, read, np.array(slots, np.int32))
 
     def _decode(self, steps: int, until_one_stops: bool = False) -> None:
         drawing = Drawing(
-            SamplingArrays.of(*self._samplings), self._seeds, self._eos_ids, self._limits, np.zeros_like(self._limits)
+            SamplingArrays.of(*self._samplings),
+            self._seeds,
+            self._eos_ids,
+            self._limits,
+            np.zeros_like(self._limits),
+            self._steering,
         )
         with on_mesh_of(self._state):
             self._answers = decode_answers(
@@ -304,19 +324,20 @@ class Engine:
     def _deliver(self) -> None:
         """Gives each handle its new tokens, and frees the slots of the answers that have ended."""
         answers = self._answers
-        tokens, counts, stopped, finite = map(
-            on_host, (answers.tokens, answers.counts, answers.stopped, answers.finite)
+        tokens, counts, stopped, finite, logprobs = map(
+            on_host, (answers.tokens, answers.counts, answers.stopped, answers.finite, answers.logprobs)
         )
         for slot, handle in enumerate(self._handles):
             if handle is None:
                 continue
-            begin, end = self._read[slot], counts[slot]
+            begin, end = self._read_by_handle[slot], counts[slot]
             if not finite[slot]:
                 error = MossAudioError(why_not_finite(self._model, slot, int(end)))
                 handle.finish("cancelled", error)
             elif end > begin:
-                handle.feed(tokens[slot, begin:end].tolist(), last=bool(stopped[slot]))
-            self._read[slot] = end
+                new = slice(begin, end)
+                handle.feed(tokens[slot, new].tolist(), logprobs[slot, new].tolist(), last=bool(stopped[slot]))
+            self._read_by_handle[slot] = end
             if stopped[slot]:
                 self._handles[slot] = None
             elif handle.done:  # cancelled, or at a stop string: it ends at its next token
@@ -329,3 +350,8 @@ class Engine:
             self._waiting.clear()
         for handle in left:
             handle.finish("cancelled", error)
+
+
+def _joined(inputs: Sequence[ModelInputs]) -> ModelInputs:
+    """Makes one batch of several of the same shape."""
+    return jax.tree.map(lambda *arrays: np.concatenate(arrays), *inputs)

@@ -1,4 +1,8 @@
-"""Answers in progress, one in each slot, on the devices: `generation.Answers` whose rows begin and end at any time."""
+"""Answers in progress, one in each slot, on the devices: `generation.Answers` whose rows begin and end at any time.
+
+read_prompt -> insert           a prompt that is read as a whole
+read_prompt -> widen -> read_on, for each piece of the question -> insert         clips that are read apart from it
+"""
 
 import dataclasses
 import functools
@@ -7,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from moss_audio_jax.compilation import jit
 from moss_audio_jax.config import DOWNSAMPLE_RATE, MossAudioConfig
@@ -17,6 +21,21 @@ from moss_audio_jax.language_model import KVCache
 from moss_audio_jax.sharding import constrain
 
 MIN_PROMPT = 128  # tokens of the smallest prompt program
+QUESTION_PIECES = (32, 128, 512)  # tokens that `read_on` reads at a time
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ReadPrompts:
+    """What the model has read of prompts: their caches, their last hidden states, and the tokens in them."""
+
+    cache: KVCache
+    hidden: Float[Array, "k hidden"]
+    seen: Bool[Array, "k vocab"]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
@@ -31,40 +50,74 @@ def empty_slots(config: MossAudioConfig, slots: int, length: int, new_tokens: in
         stopped=jnp.ones(slots, bool),
         finite=jnp.ones(slots, bool),
         seen=jnp.zeros((slots, language.vocab_size), bool),
+        logprobs=jnp.zeros((slots, new_tokens), jnp.float32),
+        warmed=jnp.zeros(slots, jnp.int32),
     )
 
 
-@functools.partial(jit, static_argnames="graphdef", donate_argnames="answers")
-def admit(
-    graphdef: nnx.GraphDef, state: nnx.State, answers: Answers, inputs: ModelInputs, slot: Int[Any, ""]
-) -> Answers:
-    """Runs one prompt through the model, and begins its answer in a slot.
+@functools.partial(jit, static_argnames="graphdef")
+def read_prompts(graphdef: nnx.GraphDef, state: nnx.State, inputs: ModelInputs) -> ReadPrompts:
+    """Runs a batch of prompts through the model. inputs: of a shape of `prompt_shapes`."""
+    model, (rows, length) = nnx.merge(graphdef, state), inputs.tokens.shape
+    hidden, cache = model.prefill(inputs, length)
+    seen = jnp.zeros((rows, model.config.language_config.vocab_size), bool)
+    seen = seen.at[jnp.arange(rows)[:, None], inputs.tokens].max(inputs.segment_ids != 0)
+    return ReadPrompts(cache, hidden, seen)
 
-    inputs: a batch of one, of a shape of `prompt_shapes`.
-    """
+
+@functools.partial(jax.jit, static_argnames="length")
+def widen(read: ReadPrompts, length: int) -> ReadPrompts:
+    """Makes room in the cache, for `length` tokens and the padding of any piece that `read_on` reads."""
+    read = jax.tree.map(jnp.copy, read)  # `read_on` takes the memory of its argument, and `read` may be kept
+    widths = [(0, 0)] * 3 + [(0, length + QUESTION_PIECES[-1] - read.cache.slots), (0, 0)]
+    keys, values = (jnp.pad(stack, widths) for stack in (read.cache.keys, read.cache.values))
+    return dataclasses.replace(read, cache=KVCache(keys, values, read.cache.lengths))
+
+
+@functools.partial(jit, static_argnames="graphdef", donate_argnames="read")
+def read_on(
+    graphdef: nnx.GraphDef, state: nnx.State, read: ReadPrompts, tokens: Int[Any, "1 t"], count: Int[Any, "1"]
+) -> ReadPrompts:
+    """Reads `count` more tokens, all of text, of a prompt that `widen` has made room for; the rest is padding."""
     model = nnx.merge(graphdef, state)
-    hidden, new = model.prefill(inputs, inputs.tokens.shape[1])
+    hidden, cache = model.language_model.extend(model.language_model.embed_tokens(tokens), count, read.cache)
+    hidden = jnp.take_along_axis(hidden, count[:, None, None] - 1, axis=1)[:, 0]
+    seen = read.seen.at[0, tokens[0]].max(jnp.arange(tokens.shape[1]) < count)
+    return ReadPrompts(cache, hidden, seen)
 
-    def put(stack: Array, prompt: Array) -> Array:
-        zero = jnp.zeros_like(slot)
-        written = jax.lax.dynamic_update_slice(stack, prompt, (zero, slot, zero, zero, zero))
-        return constrain(written, "layers", "batch", "heads", None, None)
+
+@functools.partial(jit, donate_argnames="answers")
+def insert(answers: Answers, read: ReadPrompts, slots: Int[Any, " k"]) -> Answers:
+    """Begins the answer to each prompt in a slot. Equal prompts may have the same slot."""
+
+    def put(stack: Array, prompts: Array) -> Array:
+        prompts = prompts[:, :, :, : stack.shape[3]]
+        for row in range(len(slots)):
+            place = (0, slots[row], 0, 0, 0)
+            stack = jax.lax.dynamic_update_slice(stack, prompts[:, row : row + 1], place)
+        return constrain(stack, "layers", "batch", "heads", None, None)
 
     cache = KVCache(
-        put(answers.cache.keys, new.keys),
-        put(answers.cache.values, new.values),
-        answers.cache.lengths.at[slot].set(new.lengths[0]),
+        put(answers.cache.keys, read.cache.keys),
+        put(answers.cache.values, read.cache.values),
+        answers.cache.lengths.at[slots].set(read.cache.lengths),
     )
-    seen = jnp.zeros(answers.seen.shape[1], bool).at[inputs.tokens[0]].max(inputs.segment_ids[0] != 0)
     return dataclasses.replace(
         answers,
         cache=cache,
-        hidden=answers.hidden.at[slot].set(hidden[0]),
-        counts=answers.counts.at[slot].set(0),
-        stopped=answers.stopped.at[slot].set(False),
-        finite=answers.finite.at[slot].set(True),
-        seen=answers.seen.at[slot].set(seen),
+        hidden=answers.hidden.at[slots].set(read.hidden),
+        counts=answers.counts.at[slots].set(0),
+        stopped=answers.stopped.at[slots].set(False),
+        finite=answers.finite.at[slots].set(True),
+        seen=answers.seen.at[slots].set(read.seen),
+        warmed=answers.warmed.at[slots].set(0),
     )
+
+
+def question_pieces(tokens: int) -> list[int]:
+    """Returns the sizes of the pieces in which `read_on` reads this many tokens; the last one may be padded."""
+    whole, rest = divmod(tokens, QUESTION_PIECES[-1])
+    return [QUESTION_PIECES[-1]] * whole + [next(size for size in QUESTION_PIECES if size >= rest)] * (rest > 0)
 
 
 def prompt_shapes(config: MossAudioConfig, length: int) -> list[tuple[int, int]]:

@@ -15,7 +15,7 @@ import pytest
 import soundfile
 from flax import nnx
 
-from moss_audio_jax import MossAudioError, load_model, load_processor
+from moss_audio_jax import MossAudioError, choose, load_model, load_processor
 from moss_audio_jax.commands.options import MeshConfig
 from moss_audio_jax.generation import generate
 from moss_audio_jax.sampling_config import Sampling
@@ -29,7 +29,7 @@ from tests.train.training_runs import ENVIRONMENT
 from train.config import ModelSource
 from train.data.config import SceneConfig
 from train.data.manifest import Clip, Message, TimedText
-from train.evaluation.answers import Answer, answer_questions, ask
+from train.evaluation.answers import Answer, answer_questions, answers_by_index, ask
 from train.evaluation.config import AnswerConfig, EvaluationConfig
 from train.evaluation.evaluate import Evaluation, clip_title, evaluate, indices_of_all_labels, read_questions
 from train.evaluation.measures import measure, measures_table
@@ -142,6 +142,30 @@ def test_sampled_answers_repeat_with_their_seed(model, processor, mixed):
         answer_questions(model, processor, mixed, dataclasses.replace(config, batch_size=size)) for size in (3, 1)
     )
     assert together == alone
+
+
+def test_an_engine_gives_the_same_answers(model, processor, mixed):
+    """Also where a prompt is longer than those before it, so that a larger engine is made."""
+    longest_last = [*mixed, item("text", "", noise(1), "ä" * 250)]  # estimated as shorter than 6.5 s of sound
+    config = AnswerConfig(batch_size=2, max_new_tokens=12, sampling=Sampling(temperature=1.0))
+    found = answers_by_index(model, processor, longest_last, config, seed=4)
+    assert [found[i] for i in range(6)] == answer_questions(model, processor, longest_last, config, seed=4)
+    some = answers_by_index(model, processor, longest_last, config, seed=4, stop=lambda: True)
+    assert len(some) == 1 and some.items() <= found.items()
+    assert answers_by_index(model, processor, [], config) == {}
+
+
+def test_the_likeliest_letter_may_answer_a_multiple_choice(model, processor, mixed):
+    """The other questions are answered as ever, also with their seeds."""
+    options = ("a dog", "a cat", "an owl")
+    items = [item("choice", "B", noise(1), "Which?", choices=options), mixed[0], item("choice", "A", choices=options)]
+    config = AnswerConfig(max_new_tokens=12, sampling=Sampling(temperature=1.0), choices="likeliest")
+    found = answers_by_index(model, processor, items, config, seed=2)
+    for index in (0, 2):
+        clips = [clip.wave() for clip in items[index].clips]
+        expected = choose(model, processor, items[index].text, ["A", "B", "C"], clips).option
+        assert found[index] == Answer(expected, True)
+    assert found[1] == answer_questions(model, processor, items, config, seed=2)[1]
 
 
 def test_clips_that_cannot_be_heard_are_named(model, processor, corpus):

@@ -16,13 +16,15 @@ class AnswerConfig:
     """Options of generating answers."""
 
     batch_size: int = 8
-    """Questions per batch, rounded up to a multiple of the data-parallel devices."""
+    """Questions that are answered at once, rounded up to a multiple of the data-parallel devices."""
     max_new_tokens: int = 512
     """Maximum tokens of an answer. Longer answers are cut off and counted as unfinished."""
     time_markers: bool | None = None
     """Insert time markers between audio tokens. Default: the checkpoint's setting."""
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = field(default_factory=Sampling)
     """Sampling options. Default: greedy decoding, as measures should be taken."""
+    choices: Literal["written", "likeliest"] = "written"
+    """Multiple choice: the option that the model writes, or the one whose letter is the likeliest answer."""
 
     def __post_init__(self):
         require_positive(self, None, "batch_size", "max_new_tokens")

@@ -148,7 +148,7 @@ def evaluate(
 ) -> Evaluation:
     """Loads a checkpoint, asks it all questions and measures its answers.
 
-    keep_partial: Ctrl-C stops after the current batch, and the answers so far are measured.
+    keep_partial: Ctrl-C stops after the next answer, and the answers so far are measured.
     """
     processor = load_processor(checkpoint)
     model = load_model(checkpoint, dtype=config.dtype, mesh=make_mesh(**asdict(config.mesh)))
