@@ -6,6 +6,7 @@ import math
 import shutil
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ import pytest
 from moss_audio_jax import (
     Engine,
     MossAudio,
+    MossAudioConfig,
     MossAudioError,
     Processor,
     Request,
@@ -29,14 +31,24 @@ from moss_audio_jax import (
 from moss_audio_jax.inference import engine as engine_module
 from moss_audio_jax.inference.prefixes import Prefixes
 from moss_audio_jax.inference.requests import Reply
-from moss_audio_jax.inference.slots import prompt_shape, prompt_shapes, question_pieces
+from moss_audio_jax.inference.slots import (
+    ReadPrompts,
+    empty_slots,
+    insert,
+    prompt_shape,
+    prompt_shapes,
+    question_pieces,
+)
 from moss_audio_jax.inference.thinking import HAND_OVER, STOP_THINKING
 from moss_audio_jax.inputs import encode_sequence
+from moss_audio_jax.language_model import KVCache
 from moss_audio_jax.sharding import make_mesh
 from moss_audio_jax.steering import MAX_PERIOD, MIN_LOOP, REPEATS, ends_in_a_loop
 from moss_audio_jax.tokenizer import Tokenizer
 from tests.conftest import OPENED, THINK, THOUGHT, add_thinking_tokens, compilations, random_mel
+from tests.test_attention import placed
 from tests.test_generate import broken, on_mesh
+from train.planning.topology import topology_devices
 
 
 @pytest.fixture(scope="module")
@@ -446,3 +458,26 @@ def test_the_likeliest_option_is_chosen(model, processor):
     for none in ([], ["a", ""]):
         with pytest.raises(MossAudioError, match="a choice needs options"):
             choose(model, processor, "Which?", none, clips)
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize(("sizes", "prompts"), [({"tensor": 4}, 1), ({"fsdp": 2, "tensor": 2}, 2)], ids=str)
+def test_a_prompt_enters_a_slot_without_a_copy_of_the_others(sizes, prompts):
+    pytest.importorskip("libtpu")
+    mesh = make_mesh(**sizes, devices=topology_devices("v5e:2x2"))
+    language = dataclasses.replace(MossAudioConfig.preset("4b").language_config, num_hidden_layers=4, vocab_size=16384)
+    config = dataclasses.replace(MossAudioConfig.preset("tiny"), language_config=language)
+    with jax.set_mesh(mesh):
+        answers = placed(jax.eval_shape(lambda: empty_slots(config, 8, 8192, 8192, jnp.bfloat16)), mesh)
+        read = jax.eval_shape(
+            lambda: ReadPrompts(
+                KVCache.empty(language, prompts, 1024, jnp.bfloat16),
+                jnp.zeros((prompts, language.hidden_size), jnp.bfloat16),
+                jnp.zeros((prompts, language.vocab_size), bool),
+            )
+        )
+        read = placed(read, mesh) if prompts > 1 else read
+        compiled = insert.trace(answers, read, np.zeros(prompts, np.int32)).lower().compile()
+    memory: Any = compiled.memory_analysis()
+    held = 2 * math.prod(answers.cache.keys.shape) * 2 // mesh.size
+    assert memory.alias_size_in_bytes >= held and memory.temp_size_in_bytes < held / 100
