@@ -253,7 +253,7 @@ def plan_command(arguments: list[str]) -> Callable[..., None]:
         *,
         topology: str,
         recipe: str = "pretrain_stage2",
-        mode: Literal["train", "generate", "load"] = "train",
+        mode: Literal["train", "generate", "serve", "load"] = "train",
         preset: str | None = None,
         slices: int = 1,
         batch_size: int | None = None,
@@ -274,7 +274,8 @@ def plan_command(arguments: list[str]) -> Callable[..., None]:
             topology: Kind and shape of the TPU, such as v5e:2x4, v5p:4x4x4 or v6e:8x8, or the name that it is rented
                 by, such as v5litepod-8, v5p-128 or v6e-64.
             recipe: Recipe, or config.json of a run, that gives the other options their defaults.
-            mode: train: a training step. generate: prefill and decoding of a token, in bfloat16. load: loading alone.
+            mode: train: a training step. generate: prefill and decoding of a token, in bfloat16. serve: an engine with
+                --batch-size slots of --tokens. load: loading alone.
             preset: Size of the model, short for --model.preset.
             slices: Number of such TPUs, each with a replica.
             batch_size: Sequences of a step (or prompts) in all, short for --data.batch-size.
@@ -344,6 +345,13 @@ def _plan(
             slots=data.tokens,
             chunks=data.chunks,
         )
+    if mode == "serve":
+        from moss_audio_jax.sharding import make_mesh
+        from train.planning.plan_serving import plan_serving
+
+        sizes = {"slots": config.data.batch_size, "length": config.data.tokens}
+        mesh = make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
+        return named | plan_serving(model, mesh, **sizes)
     if mode == "load":
         return named | plan.plan_load(model, devices, tensor=config.mesh.tensor)
     report = named | plan.plan_step(config, devices, segments)

@@ -90,7 +90,7 @@ def report_step(config: RunConfig, mesh: Mesh, compiled: Compiled, segments: int
     segments: number of equally long segments packed into a sequence. Attention within segments lowers model FLOPs; the
         attention kernel still computes whole sequences.
     """
-    model, data, state, place = config.model_config(), config.data, planned_state(config, mesh), _slice(mesh)
+    model, data, state, place = config.model_config(), config.data, planned_state(config, mesh), slice_of(mesh)
     # FLOPs and memory traffic: `whole` is executed, `packed` is useful.
     whole = Content(
         tokens=data.batch_size * data.tokens,
@@ -137,7 +137,7 @@ def report_step(config: RunConfig, mesh: Mesh, compiled: Compiled, segments: int
         "tokens_per_sequence": data.tokens,
         "segments_per_sequence": segments,
         "chunks_per_sequence": data.chunks,
-        **_memory(compiled, place.chip, by_kind),
+        **memory(compiled, place.chip, by_kind),
         "recomputed_flops": sum(again.values()),
         **estimate,
         **calibrated(place.chip, estimate["estimated_mfu"]),
@@ -177,7 +177,7 @@ def compile_answering(
         if prefill.problem is not None:
             return prefill, prefill, 0
         # Decoding takes the outputs of prefill with their shardings.
-        loop = jax.tree.map(_placed, reading.out_info, prefill.outputs)
+        loop = jax.tree.map(placed, reading.out_info, prefill.outputs)
         decode = compile_for_memory(decode_answers.trace(graphdef, state, None, loop, drawing, new_tokens), mesh)
     return prefill, decode, bytes_on_chip((loop.cache.keys, loop.cache.values))
 
@@ -194,7 +194,7 @@ def report_generation(
     cache: int,
 ) -> dict[str, Any]:
     """Returns the report of generation from its compiled programs. cache: bytes of the KV cache on one device."""
-    place, prompt = _slice(mesh), slots - MIN_NEW_TOKENS
+    place, prompt = slice_of(mesh), slots - MIN_NEW_TOKENS
     parameters = abstract_parameters(model, jnp.bfloat16, mesh)
     weights = bytes_on_chip(parameters)
     worst = max((prefill, decode), key=lambda compiled: (compiled.problem is not None, compiled.total))
@@ -210,7 +210,7 @@ def report_generation(
         "sequences_per_chip": prompts / mesh.size,
         "tokens_per_sequence": slots,
         "chunks_per_sequence": chunks,
-        **_memory(worst, place.chip, {"parameters": weights, "cache": cache}),
+        **memory(worst, place.chip, {"parameters": weights, "cache": cache}),
         "recomputed_flops": 0.0,
         **speed(place, prefill.collectives, model_flops=flops, executed_flops=flops, moved=moved),
         "decode_temporary_bytes_per_chip": decode.temporaries,
@@ -235,12 +235,13 @@ def plan_load(model: MossAudioConfig, devices: Sequence[Any], *, tensor: int) ->
         "mode": "load",
         "parameters": sum(leaf.size for leaf in parameters.values()),
         "mesh": dict(mesh.shape),
-        **_memory(Compiled(problem, on_chip, 0, 0, tuple(sizes[:8]), (), 0.0), chip, {"parameters": on_chip}),
+        **memory(Compiled(problem, on_chip, 0, 0, tuple(sizes[:8]), (), 0.0), chip, {"parameters": on_chip}),
         "host_bytes": on_chip * sum(device.process_index == devices[0].process_index for device in devices),
     }
 
 
-def _placed(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+def placed(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+    """Returns an abstract array with a sharding."""
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
@@ -254,6 +255,14 @@ def bytes_on_chip(tree: Any) -> int:
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
+def unused_bytes(parameters: Any, compiled: Compiled) -> int:
+    """Bytes of the parameters (a program's first argument) that it does not use, though they are on the chip."""
+    if compiled.inputs is None:
+        return 0
+    unused = jax.tree.map(lambda leaf, place: leaf if place is None else None, parameters, compiled.inputs[0][0])
+    return bytes_on_chip(unused)
+
+
 def _chip(devices: Sequence[Any]) -> Chip:
     chip = chip_of(devices[0].device_kind)
     if chip is None:
@@ -263,7 +272,7 @@ def _chip(devices: Sequence[Any]) -> Chip:
     return chip
 
 
-def _slice(mesh: Mesh) -> Slice:
+def slice_of(mesh: Mesh) -> Slice:
     """Returns the `Slice` of a mesh. The first slice's devices come first, since a slice holds whole replicas."""
     devices = list(mesh.devices.flat)
     first = [device for device in devices if getattr(device, "slice_index", 0) == getattr(devices[0], "slice_index", 0)]
@@ -271,7 +280,8 @@ def _slice(mesh: Mesh) -> Slice:
     return Slice(_chip(devices), slice_shape(first), coordinates, len(devices), devices[0].num_cores)
 
 
-def _memory(compiled: Compiled, chip: Chip, by_kind: dict[str, int]) -> dict[str, Any]:
+def memory(compiled: Compiled, chip: Chip, by_kind: dict[str, int]) -> dict[str, Any]:
+    """Returns the fields of a report about memory. by_kind: bytes on a chip of what is known by name."""
     rest = compiled.total - compiled.code - sum(by_kind.values())
     by_kind |= {"temporaries": max(rest, 0), "code": compiled.code}  # temporaries include the batch
     return {
@@ -382,6 +392,9 @@ def plan_table(report: dict[str, Any]) -> str:
         lines += [f"largest batch that fits: {report['largest_batch']}"]
     if "evaluation" in report:
         lines += _evaluation(report["evaluation"])
+    if "slots" in report:
+        programs = ", ".join(f"{name} {size / GIB:.2f}" for name, size in report["hbm_bytes_by_program"].items())
+        lines += [f"{report['slots']} slots of {report['max_length']} tokens; GiB by program, without code: {programs}"]
     if report["mode"] == "load":
         return "\n".join([*lines, f"{report['host_bytes'] / GIB:.2f} GiB pass through a host"])
     total = report["model_flops"]
@@ -393,7 +406,12 @@ def plan_table(report: dict[str, Any]) -> str:
         f"{sums['sent_bytes_per_chip'] / GIB:.2f}"
         for kind, sums in report["collectives"].items()
     ]
-    return "\n".join([*lines, *_estimate(report)])
+    lines += _estimate(report)
+    if "estimated_decode_seconds_per_token" in report:
+        seconds = report["estimated_decode_seconds_per_token"]
+        speed_of_all = report.get("slots", report.get("sequences")) / seconds
+        lines += [f"ESTIMATE: {1000 * seconds:.1f} ms a token with full caches, {speed_of_all:,.0f} tokens/s in all"]
+    return "\n".join(lines)
 
 
 def _evaluation(report: dict[str, Any]) -> list[str]:

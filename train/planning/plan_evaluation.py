@@ -23,7 +23,7 @@ from train.config import RunConfig
 from train.evaluation.answers import whole_batch
 from train.optimizer import Parameters
 from train.planning.compilation import Compiled, compile_for_memory
-from train.planning.plan import bytes_on_chip, compile_answering, one_batch, planned_state
+from train.planning.plan import bytes_on_chip, compile_answering, one_batch, planned_state, unused_bytes
 from train.running.validation import EvaluationShapes, evaluation_shapes, questions_and_texts
 from train.step import in_compute_dtype, validation_sums
 
@@ -98,15 +98,7 @@ def _compiled(
     inputs = dataclasses.replace(inputs, audio_chunks=inputs.audio_chunks.update(dtype=jnp.float32))
     prefill, decode, _ = compile_answering(graphdef, state, inputs, shapes.new_tokens, model.eos_ids, mesh)
     return {
-        "loss": (loss, _unused_bytes(copies, loss)),
-        "prefill": (prefill, _unused_bytes(state, prefill)),
-        "decode": (decode, _unused_bytes(state, decode)),
+        "loss": (loss, unused_bytes(copies, loss)),
+        "prefill": (prefill, unused_bytes(state, prefill)),
+        "decode": (decode, unused_bytes(state, decode)),
     }
-
-
-def _unused_bytes(parameters: Any, compiled: Compiled) -> int:
-    """Bytes of the parameters (a program's first argument) that it does not use, though they are on the chip."""
-    if compiled.inputs is None:
-        return 0
-    unused = jax.tree.map(lambda leaf, place: leaf if place is None else None, parameters, compiled.inputs[0][0])
-    return bytes_on_chip(unused)
