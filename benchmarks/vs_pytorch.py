@@ -3,8 +3,8 @@
 Both frameworks get the same float32 weights and the same inputs in one process. The repeats are interleaved, so that a
 machine that slows down slows both; medians are compared. The model has the released widths of the encoder, where the
 kernels are the released model's, but few layers: the whole takes minutes. Needs the extra `test` (PyTorch).
-An epoch of fine-tuning (`benchmarks.fine_tuning`) follows, and last, in CPU seconds, what feeds the model:
-`benchmarks.input_pipeline` says how, and compares more of it.
+Answers through the engine (`benchmarks.answering`) and an epoch of fine-tuning (`benchmarks.fine_tuning`) follow, and
+last, in CPU seconds, what feeds the model: `benchmarks.input_pipeline` says how, and compares more of it.
 """
 
 import dataclasses
@@ -54,7 +54,7 @@ CONFIG = MossAudioConfig(
     eos_ids=(32764,),
     processor=ProcessorConfig(audio_token_id=32767, audio_start_id=32765, audio_end_id=32766),
 )
-Part = Literal["matmuls", "model", "fine-tuning", "inputs"]
+Part = Literal["matmuls", "model", "answers", "fine-tuning", "inputs"]
 NEW_TOKENS = 64
 # Tokens, inputs and outputs: of the encoder MLP, of a tap of a convolution, of the language model MLP, and of the head
 # for one token.
@@ -178,6 +178,14 @@ def model_rows(directory: Path, repeats: int) -> Iterator[Comparison]:
     """`rows` of a checkpoint that is written to a new directory."""
     write_random_checkpoint(CONFIG, directory)
     yield from rows(directory, repeats)
+
+
+def answering_rows(directory: Path, repeats: int) -> Iterator[Comparison]:
+    """Answers through the engine, of a checkpoint that is written to a new directory."""
+    from benchmarks import answering
+
+    write_random_checkpoint(CONFIG, directory)
+    yield from answering.rows(directory, repeats)
 
 
 def fine_tuning_rows(scratch: Path, repeats: int) -> Iterator[Comparison]:
@@ -320,13 +328,15 @@ def run(
     Args:
         json_file: Write the rows there as a JSON list.
         repeats: Timed runs of each side (three at most on ten minutes of sound).
-        parts: What to measure: plain matmuls, the model, an epoch of fine-tuning, what feeds the model.
+        parts: What to measure: plain matmuls, the model, answers of an engine, an epoch of fine-tuning, the input
+            pipeline.
     """
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
         measured: dict[Part, Callable[[], Iterator[Comparison]]] = {
             "matmuls": lambda: matmul_rows(repeats),
             "model": lambda: model_rows(scratch / "model", repeats),
+            "answers": lambda: answering_rows(scratch / "answering", repeats),
             "fine-tuning": lambda: fine_tuning_rows(scratch / "small", repeats),
             "inputs": lambda: input_rows(scratch, repeats),
         }

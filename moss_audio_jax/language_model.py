@@ -55,16 +55,33 @@ class KVCache:
         self, keys: Float[Array, "layers b kv t d"], values: Float[Array, "layers b kv t d"], counts: Int[Array, " b"]
     ) -> "KVCache":
         """Returns the cache with t more slots of each sequence written, of which the first `counts` hold its tokens."""
-
-        @functools.partial(jax.vmap, in_axes=(1, 1, 0), out_axes=1)
-        def written(stack, new, length):
-            zero = jnp.zeros_like(length)
-            return jax.lax.dynamic_update_slice(stack, new, (zero, zero, length, zero))
-
-        # In place: this compiles to one loop over the sequences.
+        written = _written_on_cpu if on_cpu() else _written  # in place: each compiles to one loop over the sequences
         return KVCache(
             written(self.keys, keys, self.lengths), written(self.values, values, self.lengths), self.lengths + counts
         )
+
+
+@functools.partial(jax.vmap, in_axes=(1, 1, 0), out_axes=1)
+def _written(stack: Float[Array, "layers kv slots d"], new: Float[Array, "layers kv t d"], length: Int[Array, ""]):
+    """Writes the new tokens of each sequence into its slots from `length` on."""
+    zero = jnp.zeros_like(length)
+    return jax.lax.dynamic_update_slice(stack, new, (zero, zero, length, zero))
+
+
+def _written_on_cpu(
+    stack: Float[Array, "layers b kv slots d"], new: Float[Array, "layers b kv t d"], lengths: Int[Array, " b"]
+) -> Float[Array, "layers b kv slots d"]:
+    """Computes the same. `vmap` moves the batch axis, for which XLA's CPU backend copies the cache in every step."""
+    window = jax.lax.ScatterDimensionNumbers(
+        update_window_dims=(0, 2, 3, 4),
+        inserted_window_dims=(),
+        scatter_dims_to_operand_dims=(3,),
+        operand_batching_dims=(1,),
+        scatter_indices_batching_dims=(0,),
+    )
+    return jax.lax.scatter(
+        stack, lengths[:, None], new, window, unique_indices=True, indices_are_sorted=True, mode="clip"
+    )
 
 
 class Embedding(nnx.Module):

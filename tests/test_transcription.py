@@ -340,7 +340,7 @@ def test_a_folder_is_transcribed_stopped_and_gone_on_with(released, tmp_path, mo
                 break
         rest = process.stderr.read()
     assert process.returncode == 130, "".join(seen) + rest
-    assert "the same command goes on from here" in rest and "Traceback" not in rest
+    assert "the same command resumes from here" in rest and "Traceback" not in rest
     before = {path: path.read_bytes() for path in out.rglob("*.*") if path.is_file()}
     texts = [path for path in before if path.suffix == ".txt"]
     assert 1 <= len(texts) < 10

@@ -5,8 +5,8 @@ Segments of the overlap are paired in two steps:
 1. The same text at the same time is one segment, from the earlier begin to the later end: the first window holds only
    the beginning of what its end cuts through, and the second only the rest.
 2. What is left, and lies at the same time in both, are two versions of the same: a sentence that a window holds in
-   part, a word that its end cut through. Their words are aligned, and after a word that both have the second version
-   goes on. Without such a word, the window whose edge is farther away is believed.
+   part, a word that its end cut through. Their words are aligned, and the second version follows
+   a word that both have. Without such a word, the version of the window whose edge is farther away is taken.
 
 All other segments are kept. Texts without times are aligned word by word: the end of one with the beginning of the
 next.
@@ -25,7 +25,7 @@ import numpy as np
 from moss_audio_jax.timelines.segment import Segment
 
 SLACK = 0.3  # seconds that two windows may disagree about a time
-_TOUCHING = 0.1  # seconds between a quiet cut and what goes on across it
+_TOUCHING = 0.1  # seconds between a quiet cut and sound that continues across it
 _WORD_SLACK = 2.0  # seconds between the same word in two sentences, whose words are spread evenly
 _SHARED_WORDS = 0.34  # of the shorter version's words: at least these are in both
 _WORDS_PER_SECOND = 6  # at most, to bound the alignment of texts without times
@@ -66,7 +66,7 @@ def join_texts(before: str, after: str, seconds: float) -> tuple[str, str]:
 
 
 def join_pieces(first: str, second: str) -> str:
-    """Joins two texts with a space, unless one of Han or kana characters goes on in the other."""
+    """Joins two texts with a space, unless Han or kana characters meet."""
     if not first or not second:
         return first or second
     together = _UNSPACED.fullmatch(first[-1]) and _UNSPACED.fullmatch(second[0])

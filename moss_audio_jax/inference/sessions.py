@@ -1,4 +1,4 @@
-"""Several questions about the same clips, which are heard once."""
+"""Several questions about the same clips, which are read once."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Self

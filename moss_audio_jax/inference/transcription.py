@@ -3,7 +3,7 @@
     paths -> recordings that are not done yet -> in order of length: windows -> engine -> transcripts -> files
 
 Windows of all recordings, short and long, are answered together: at most twice as many as the engine has slots wait.
-A recording that can't be read or answered is named and counted, and the others go on.
+A recording that can't be read or answered is named and counted, and the others are processed.
 """
 
 import contextlib
@@ -240,7 +240,7 @@ def transcribe_paths(
                     in_flight=IN_FLIGHT * loading.slots,
                 )
             except KeyboardInterrupt:
-                report.say(f"{report.progress()[1:-1]}; the same command goes on from here")
+                report.say(f"{report.progress()[1:-1]}; the same command resumes from here")
                 raise
         engine.close()
         report.say(f"{tally.written} of {len(jobs)} files transcribed, {report.summary()}")
