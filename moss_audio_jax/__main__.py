@@ -184,6 +184,7 @@ def transcribe(
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = _GREEDY,
     seed: int = 0,
     time_markers: bool | None = None,
+    loops: Literal["ignore", "stop", "warm"] = "stop",
     dtype: Literal["bfloat16", "float32"] | None = None,
     int8: tuple[str, ...] = (),
     mesh: MeshConfig = _ALL_DEVICES,
@@ -191,7 +192,7 @@ def transcribe(
     """Transcribes recordings of any length and number into files, one of each format for each recording.
 
     Run it again after Ctrl-C, or with more recordings: those that are done, with the same options, are skipped. A
-    recording that can't be read is named, the others go on, and the exit code is 1.
+    recording that can't be read is named, the others are transcribed, and the exit code is 1.
 
     Args:
         checkpoint: Released directory, Orbax checkpoint (`moss-audio-convert to-orbax`), or training run.
@@ -213,6 +214,8 @@ def transcribe(
         sampling: Sampling options.
         seed: Seed of the sampling, a whole number of 64 bits.
         time_markers: Insert time markers between audio tokens. Default: the checkpoint's setting.
+        loops: What to do about an answer that repeats the same words without end: ignore it, stop the answer, or draw
+            the rest of it at a temperature of 1 (warm) and stop at a second loop.
         dtype: Dtype of weights and computation. Default: bfloat16, on the CPU float32.
         int8: Globs over linear layers whose weights are rounded to int8, such as 'language_model.layers.*_proj'.
         mesh: Device mesh.
@@ -221,7 +224,7 @@ def transcribe(
     from moss_audio_jax.inference.transcription import Answers, transcribe_paths
 
     loading = Loading(checkpoint, adapter, dtype, int8, dataclasses.asdict(mesh), slots)
-    answers = Answers(timestamps, prompt, system, max_new_tokens, sampling, seed, time_markers, window)
+    answers = Answers(timestamps, prompt, system, max_new_tokens, sampling, seed, time_markers, loops, window)
     transcribe_paths(paths, () if list_ is None else (list_,), out, format, answers, loading)
 
 
@@ -236,9 +239,9 @@ def timeline(
     row_seconds: float | None = None,
     question: Annotated[timelines.Question, tyro.conf.arg(name="")] = timelines.Question(),  # noqa: B008
 ) -> None:
-    """Prints what is heard in a clip with its times, and writes it as subtitles, labels, data or a picture.
+    """Prints the sounds or words of a clip with their times, and writes them as subtitles, labels, data or a picture.
 
-    A checkpoint is asked. Or an answer that is there already is read: `moss-audio timeline answer.txt clip.wav`. What
+    A checkpoint is asked, or an existing answer is read: `moss-audio timeline answer.txt clip.wav`. What
     could not be read, and times that can't be right, are reported on stderr.
 
     Args:

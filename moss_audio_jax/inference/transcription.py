@@ -25,6 +25,7 @@ from moss_audio_jax.inference.engine import Request
 from moss_audio_jax.inference.loading import Loading
 from moss_audio_jax.inference.recording_files import RecordingFile, find_recordings
 from moss_audio_jax.inference.recordings import Ask, Joiner, Transcript, answered
+from moss_audio_jax.inference.requests import Loops
 from moss_audio_jax.inference.transcript_files import Outputs, parse_formats
 from moss_audio_jax.inference.windows import Cutting, Window, cut
 from moss_audio_jax.processor import Processor
@@ -155,6 +156,7 @@ class Answers:
     sampling: Sampling
     seed: int
     time_markers: bool | None
+    loops: Loops
     window: float
 
     @property
@@ -176,6 +178,7 @@ class Answers:
             seed=self.seed,
             system_prompt=self.system,
             time_markers=self.time_markers,
+            loops=self.loops,
         )
 
     def length(self, processor: Processor, seconds: float) -> int:
@@ -303,7 +306,8 @@ class Reporter:
             reasons = " and ".join(sorted({window.finish_reason for window in unfinished}))
             self.say(
                 f"{recording.path}: {len(unfinished)} of {len(transcript.windows)} answers did not come to their end, "
-                f"the first at {_clock(unfinished[0].place.begin)} ({reasons}); `length` needs more --max-new-tokens"
+                f"the first at {_clock(unfinished[0].place.begin)} ({reasons}); `length` needs more --max-new-tokens, "
+                "`loop` repeated itself (--loops)"
             )
 
     def glance(self) -> None:
