@@ -270,7 +270,7 @@ def test_answers_without_times_are_text_and_a_segment_a_window(tmp_path, capsys)
     assert (out / "a.txt").read_text() == "hello there\n"
     assert (out / "a.srt").read_text() == "1\n00:00:00,000 --> 00:00:08,000\nhello there\n"
     assert json.loads((out / "a.json").read_text())["unread"] == ["<think>hm</think>"]
-    assert "1 of 1 answers did not come to their end" in capsys.readouterr().err
+    assert "1 of 1 answers are unfinished, from 0:00:00 on: cut off" in capsys.readouterr().err
 
 
 def test_a_stop_leaves_whole_files_and_says_how_far_it_came(tmp_path, capsys):
@@ -335,7 +335,7 @@ def test_a_folder_is_transcribed_stopped_and_gone_on_with(released, tmp_path, mo
         seen = []
         for line in process.stderr:
             seen.append(line)
-            if "did not come to their end" in line:  # said of a file that is written
+            if "answers are unfinished" in line:  # said of a file that is written
                 process.send_signal(signal.SIGINT)
                 break
         rest = process.stderr.read()

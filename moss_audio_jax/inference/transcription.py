@@ -274,6 +274,11 @@ def _few(paths: Sequence[Any]) -> str:
 
 # What the user sees
 
+_UNFINISHED = {
+    "length": "cut off, give more --max-new-tokens",
+    "loop": "ended as it repeated itself (--loops)",
+    "cancelled": "cancelled",
+}
 SILENCE = 30.0  # seconds between lines where stderr is no terminal; then twice as many, and so on
 BLINK = 0.5  # on a terminal
 
@@ -303,12 +308,10 @@ class Reporter:
         self._written += 1
         unfinished = [window for window in transcript.windows if window.finish_reason != "stop"]
         if unfinished:
-            reasons = " and ".join(sorted({window.finish_reason for window in unfinished}))
-            self.say(
-                f"{recording.path}: {len(unfinished)} of {len(transcript.windows)} answers did not come to their end, "
-                f"the first at {_clock(unfinished[0].place.begin)} ({reasons}); `length` needs more --max-new-tokens, "
-                "`loop` repeated itself (--loops)"
-            )
+            why = " and ".join(sorted({_UNFINISHED[window.finish_reason] for window in unfinished}))
+            first = _clock(unfinished[0].place.begin)
+            count = f"{len(unfinished)} of {len(transcript.windows)} answers"
+            self.say(f"{recording.path}: {count} are unfinished, from {first} on: {why}")
 
     def glance(self) -> None:
         if self._stop.is_set():
