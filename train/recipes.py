@@ -52,7 +52,7 @@ def finetune() -> RunConfig:
     Launch: moss-audio-train run --recipe finetune --out runs/mine --init moss-4b --data train.jsonl
     --eval-data test.jsonl
 
-    Chips: v5e:2x4 for the 4B, 13.14 of 15.75 GiB a chip; v6e:2x4 for the 8B, 20.31 of 31.24 GiB (estimated). Time:
+    Chips: v5e:2x4 for the 4B, 12.14 of 15.75 GiB a chip; v6e:2x4 for the 8B, 19.14 of 31.24 GiB (estimated). Time:
     1.35 s and 0.61 s a step, 11 and 5 minutes for 500 steps (estimated). Result: not measured at 4B or 8B.
     """
     return RunConfig(
