@@ -2,7 +2,6 @@
 
 import dataclasses
 import sys
-import time
 from typing import Annotated, Literal
 
 from moss_audio_jax.commands.interruption import ends_on_ctrl_c
@@ -13,7 +12,6 @@ with ends_on_ctrl_c():  # these imports take long enough to be interrupted
     from moss_audio_jax.commands.cli import Commands, run_cli
     from moss_audio_jax.commands.options import MeshConfig
     from moss_audio_jax.commands.paths import PathArgument
-    from moss_audio_jax.commands.progress import waiting
     from moss_audio_jax.errors import MossAudioError
     from moss_audio_jax.prompts import DEFAULT_SYSTEM_PROMPT
     from moss_audio_jax.sampling_config import Sampling
@@ -86,71 +84,27 @@ def generate(
         mesh: Device mesh.
     """
     options = {"thinking_budget": thinking_budget, "context": context, "hot_words": hot_words, "loops": loops}
-    if batch is not None or out is not None or len(prompts) > 1:
-        from moss_audio_jax.inference.asking import answer_batch, answer_prompts
-        from moss_audio_jax.inference.loading import Loading
+    options |= {"max_new_tokens": max_new_tokens, "sampling": sampling, "seed": seed}
+    options |= {"system_prompt": system, "time_markers": time_markers}
 
-        if special_tokens:
-            raise MossAudioError("--special-tokens is for one prompt, not for several or for --batch: leave it out")
-        loading = Loading(checkpoint, adapter, dtype, int8, dataclasses.asdict(mesh), slots)
-        options |= {"max_new_tokens": max_new_tokens, "sampling": sampling, "seed": seed}
-        options |= {"system_prompt": system, "time_markers": time_markers}
-        if batch is None and out is None:
-            return answer_prompts(loading, prompts, clips, options, thinking)
-        if batch is None or clips or len(prompts) > 1:
-            raise MossAudioError(
-                "--batch takes prompts and clips from its file, and --out its results: give them alone"
-            )
-        if thinking != "show":
-            raise MossAudioError(
-                "--thinking is for printed answers: --batch gives thoughts as `reasoning`, so leave it out"
-            )
-        return answer_batch(loading, batch, out, {"text": prompts[0] if prompts else DEFAULT_PROMPT, **options})
-    import numpy as np
+    from moss_audio_jax.inference.asking import answer_batch, answer_prompt, answer_prompts
+    from moss_audio_jax.inference.loading import Loading
 
-    from moss_audio_jax.generation import check_request, stream
-    from moss_audio_jax.inference.requests import Request, steering_of
-    from moss_audio_jax.inference.thinking import ThoughtPrinter, ThoughtSplitter, opens_thought, print_pieces
-    from moss_audio_jax.processor import load_processor
-    from moss_audio_jax.sharding import make_mesh
-    from moss_audio_jax.tokenizer import StreamDecoder
-    from moss_audio_jax.weights.checkpoint import load_adapter, load_model
-
-    prompt = _checked_prompt(prompts[0] if prompts else None, len(clips))
-    request = Request(prompt, max_new_tokens=max_new_tokens, **options)
-    processor = load_processor(checkpoint)
-    with waiting("reading the clips"):
-        inputs = processor([request.asked], [clips], system_prompt=system, time_markers=time_markers)
-    check_request(processor.config, inputs, max_new_tokens, seed=seed)
-    opened = opens_thought(processor.tokenizer, inputs.tokens[0][inputs.segment_ids[0] != 0].tolist())
-    steering = steering_of(request, processor, opened)
-    with waiting("loading the weights"):
-        model = load_model(checkpoint, dtype=dtype, mesh=make_mesh(**dataclasses.asdict(mesh)), int8=int8)
-        model = model if adapter is None else load_adapter(model, adapter)
-    read = int((inputs.segment_ids != 0).sum())
-    decoder = StreamDecoder(processor.tokenizer, skip_special_tokens=not special_tokens)
-    start, count, finished = time.perf_counter(), 0, False
-    splitter, printer = ThoughtSplitter(opened), ThoughtPrinter(thinking, dim=sys.stdout.isatty())
-    sampled = dataclasses.asdict(sampling)
-    pieces = stream(model, inputs, max_new_tokens=max_new_tokens, seed=seed, steering=steering, **sampled)
-    with waiting(f"reading {read:,} tokens, {int((inputs.audio_slots >= 0).sum()):,} of them of audio"):
-        piece = next(pieces, None)
-    while piece is not None:
-        count += piece.shape[1]
-        finished = bool(np.isin(piece, model.config.eos_ids).any())
-        print_pieces(splitter.feed(decoder.feed(piece[0].tolist())), printer)
-        piece = next(pieces, None)
-    print_pieces([*splitter.feed(decoder.flush()), *splitter.flush()], printer)
-    print(printer.flush(), flush=True)
-    seconds = time.perf_counter() - start
-    print(f"[{read} tokens read, {count} written in {seconds:.1f} s, compilation included]", file=sys.stderr)
-    if not finished and count < max_new_tokens:
-        print("[the answer was not finished: it repeated itself, and --loops ended it]", file=sys.stderr)
-    elif not finished:
-        print(
-            f"[the answer was not finished: it was cut off after --max-new-tokens {max_new_tokens}; give more of them]",
-            file=sys.stderr,
+    loading = Loading(checkpoint, adapter, dtype, int8, dataclasses.asdict(mesh), slots)
+    if batch is None and out is None and len(prompts) < 2:
+        prompt = _checked_prompt(prompts[0] if prompts else None, len(clips))
+        return answer_prompt(loading, prompt, clips, options, thinking, special_tokens=special_tokens)
+    if special_tokens:
+        raise MossAudioError("--special-tokens is for one prompt, not for several or for --batch: leave it out")
+    if batch is None and out is None:
+        return answer_prompts(loading, prompts, clips, options, thinking)
+    if batch is None or clips or len(prompts) > 1:
+        raise MossAudioError("--batch takes prompts and clips from its file, and --out its results: give them alone")
+    if thinking != "show":
+        raise MossAudioError(
+            "--thinking is for printed answers: --batch gives thoughts as `reasoning`, so leave it out"
         )
+    answer_batch(loading, batch, out, {"text": prompts[0] if prompts else DEFAULT_PROMPT, **options})
 
 
 def _checked_prompt(prompt: str | None, clips: int) -> str:

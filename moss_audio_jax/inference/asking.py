@@ -1,19 +1,81 @@
-"""Several questions at once on the command line: about the same clips, or in a file of requests."""
+"""Questions on the command line: one, several about the same clips, or those in a file of requests."""
 
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from moss_audio_jax.audio import SAMPLE_RATE, load_audio
 from moss_audio_jax.commands.progress import waiting
 from moss_audio_jax.errors import MossAudioError
+from moss_audio_jax.generation import check_request, stream
 from moss_audio_jax.inference.batch_file import answer_lines, read_requests, request_length, to_line, with_lengths
 from moss_audio_jax.inference.engine import Request
 from moss_audio_jax.inference.loading import Loading
-from moss_audio_jax.inference.thinking import Shown, ThoughtPrinter, print_pieces
+from moss_audio_jax.inference.requests import steering_of
+from moss_audio_jax.inference.thinking import Shown, ThoughtPrinter, ThoughtSplitter, opens_thought, print_pieces
 from moss_audio_jax.storage.paths import AnyPath, GrowingFile, exists, require_writable
+from moss_audio_jax.tokenizer import StreamDecoder
 
 _IN_FLIGHT = 2  # requests that wait for their answers, for each slot
+
+
+def answer_prompt(
+    loading: Loading,
+    prompt: str,
+    clips: Sequence[AnyPath],
+    options: Mapping[str, Any],
+    thinking: Shown,
+    *,
+    special_tokens: bool,
+) -> None:
+    """Prints the answer to one prompt as it is generated, and on stderr whether it is finished.
+
+    options: the other fields of its `Request`. thinking: what is printed of the answer.
+    """
+    request = Request(prompt, clips, **options)
+    processor = loading.processor()
+    with waiting("reading the clips"):
+        inputs = processor(
+            [request.asked], [clips], system_prompt=request.system_prompt, time_markers=request.time_markers
+        )
+    check_request(processor.config, inputs, request.max_new_tokens, seed=request.seed)
+    opened = opens_thought(processor.tokenizer, inputs.tokens[0][inputs.segment_ids[0] != 0].tolist())
+    steering = steering_of(request, processor, opened)
+    model = loading.model()
+    read = int((inputs.segment_ids != 0).sum())
+    decoder = StreamDecoder(processor.tokenizer, skip_special_tokens=not special_tokens)
+    splitter, printer = ThoughtSplitter(opened), ThoughtPrinter(thinking, dim=sys.stdout.isatty())
+    start, count, finished = time.perf_counter(), 0, False
+    pieces = stream(
+        model,
+        inputs,
+        max_new_tokens=request.max_new_tokens,
+        sampling=request.sampling,
+        seed=request.seed,
+        steering=steering,
+    )
+    with waiting(f"reading {read:,} tokens, {int((inputs.audio_slots >= 0).sum()):,} of them of audio"):
+        piece = next(pieces, None)
+    while piece is not None:
+        count += piece.shape[1]
+        finished = bool(np.isin(piece, model.config.eos_ids).any())
+        print_pieces(splitter.feed(decoder.feed(piece[0].tolist())), printer)
+        piece = next(pieces, None)
+    print_pieces([*splitter.feed(decoder.flush()), *splitter.flush()], printer)
+    print(printer.flush(), flush=True)
+    seconds = time.perf_counter() - start
+    print(f"[{read} tokens read, {count} written in {seconds:.1f} s, compilation included]", file=sys.stderr)
+    if not finished and count < request.max_new_tokens:
+        print("[the answer was not finished: it repeated itself, and --loops ended it]", file=sys.stderr)
+    elif not finished:
+        print(
+            f"[the answer was not finished: it was cut off after --max-new-tokens {request.max_new_tokens}; give more "
+            "of them]",
+            file=sys.stderr,
+        )
 
 
 def answer_prompts(

@@ -40,6 +40,7 @@ from moss_audio_jax.inference.slots import (
     ReadPrompts,
     empty_slots,
     insert,
+    newest,
     prompt_shape,
     prompt_shapes,
     question_pieces,
@@ -175,6 +176,7 @@ class Engine:
                         self._insert(self._read_on(self._read(one), [0] * piece), [0])
             self._limits[0] = 0
             self._decode(steps=1)
+            self._newest()
 
     def close(self) -> None:
         """Ends all answers as cancelled, and frees the thread."""
@@ -321,12 +323,17 @@ class Engine:
                 np.bool_(until_one_stops),
             )
 
+    def _newest(self) -> tuple[np.ndarray, np.ndarray]:
+        """Fetches the ids and logprobs that the handles lack: at most `every` of each answer, not all of them."""
+        with on_mesh_of(self._state):
+            tokens, logprobs = newest(self._answers, self._read_by_handle, self._every)
+        return on_host(tokens), on_host(logprobs)
+
     def _deliver(self) -> None:
         """Gives each handle its new tokens, and frees the slots of the answers that have ended."""
         answers = self._answers
-        tokens, counts, stopped, finite, logprobs = map(
-            on_host, (answers.tokens, answers.counts, answers.stopped, answers.finite, answers.logprobs)
-        )
+        tokens, logprobs = self._newest()
+        counts, stopped, finite = map(on_host, (answers.counts, answers.stopped, answers.finite))
         for slot, handle in enumerate(self._handles):
             if handle is None:
                 continue
@@ -335,7 +342,7 @@ class Engine:
                 error = MossAudioError(why_not_finite(self._model, slot, int(end)))
                 handle.finish("cancelled", error)
             elif end > begin:
-                new = slice(begin, end)
+                new = slice(end - begin)
                 handle.feed(tokens[slot, new].tolist(), logprobs[slot, new].tolist(), last=bool(stopped[slot]))
             self._read_by_handle[slot] = end
             if stopped[slot]:

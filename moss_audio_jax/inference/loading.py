@@ -1,4 +1,4 @@
-"""The engine of a command: a checkpoint, loaded as the command's options say."""
+"""The model, or the engine, of a command: a checkpoint, loaded as the command's options say."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,6 +7,7 @@ from typing import Any
 from moss_audio_jax.commands.progress import waiting
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.inference.engine import Engine
+from moss_audio_jax.model import MossAudio
 from moss_audio_jax.processor import Processor, load_processor
 from moss_audio_jax.sharding import make_mesh
 from moss_audio_jax.storage.paths import AnyPath
@@ -31,10 +32,11 @@ class Loading:
     def processor(self) -> Processor:
         return load_processor(self.checkpoint)
 
+    def model(self) -> MossAudio:
+        with waiting("loading the weights"):
+            model = load_model(self.checkpoint, dtype=self.dtype, mesh=make_mesh(**self.mesh), int8=self.int8)
+            return model if self.adapter is None else load_adapter(model, self.adapter)
+
     def engine(self, processor: Processor, requests: int, length: int) -> Engine:
         """Loads the model. requests: their number. length: tokens of a prompt and its answer, at most."""
-        with waiting("loading the weights"):
-            mesh = make_mesh(**self.mesh)
-            model = load_model(self.checkpoint, dtype=self.dtype, mesh=mesh, int8=self.int8)
-            model = model if self.adapter is None else load_adapter(model, self.adapter)
-        return Engine(model, processor, slots=min(self.slots, requests), max_length=length)
+        return Engine(self.model(), processor, slots=min(self.slots, requests), max_length=length)

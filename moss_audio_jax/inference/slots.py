@@ -114,6 +114,15 @@ def insert(answers: Answers, read: ReadPrompts, slots: Int[Any, " k"]) -> Answer
     )
 
 
+@functools.partial(jax.jit, static_argnames="count")
+def newest(
+    answers: Answers, begins: Int[Any, " slots"], count: int
+) -> tuple[Int[Array, "slots count"], Float[Array, "slots count"]]:
+    """Returns the ids and logprobs of each answer from its `begins` on; what is past its own count has no meaning."""
+    places = jnp.minimum(begins[:, None] + jnp.arange(count), answers.tokens.shape[1] - 1)
+    return jnp.take_along_axis(answers.tokens, places, axis=1), jnp.take_along_axis(answers.logprobs, places, axis=1)
+
+
 def question_pieces(tokens: int) -> list[int]:
     """Returns the sizes of the pieces in which `read_on` reads this many tokens; the last one may be padded."""
     whole, rest = divmod(tokens, QUESTION_PIECES[-1])

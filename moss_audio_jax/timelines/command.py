@@ -58,6 +58,8 @@ class Question:
     """Insert time markers between audio tokens. Default: the checkpoint's setting."""
     dtype: Literal["bfloat16", "float32"] | None = None
     """Dtype of weights and computation. Default: bfloat16, on the CPU float32."""
+    int8: tuple[str, ...] = ()
+    """Globs over linear layers whose weights are rounded to int8, such as 'language_model.layers.*_proj'."""
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     """Device mesh."""
 
@@ -105,18 +107,15 @@ def answer(checkpoint: Path, wave: "np.ndarray", question: Question) -> str:
     import numpy as np
 
     from moss_audio_jax.generation import check_request, generate
-    from moss_audio_jax.processor import load_processor
-    from moss_audio_jax.sharding import make_mesh
-    from moss_audio_jax.weights.checkpoint import load_adapter, load_model
+    from moss_audio_jax.inference.loading import Loading
 
-    processor = load_processor(checkpoint)
+    mesh = dataclasses.asdict(question.mesh)
+    loading = Loading(checkpoint, question.adapter, question.dtype, question.int8, mesh, slots=1)
+    processor = loading.processor()
     prompt = PROMPTS[question.ask] if question.prompt is None else question.prompt
     inputs = processor(prompt, wave, system_prompt=question.system, time_markers=question.time_markers)
     check_request(processor.config, inputs, question.max_new_tokens, seed=question.seed)
-    with waiting("loading the weights"):
-        mesh = make_mesh(**dataclasses.asdict(question.mesh))
-        model = load_model(checkpoint, dtype=question.dtype, mesh=mesh)
-        model = model if question.adapter is None else load_adapter(model, question.adapter)
+    model = loading.model()
     with waiting("answering"):
         ids = generate(
             model,
