@@ -402,7 +402,7 @@ def test_generate_takes_an_adapter(base: Path, run: Path, capsys, monkeypatch):
             sys, "argv", ["moss-audio", "generate", *arguments, "--prompt", "Hello", "--mesh.fsdp", "1"]
         )
         one_device = functools.partial(make_mesh, devices=jax.devices()[:1])
-        monkeypatch.setattr("moss_audio_jax.sharding.make_mesh", one_device)
+        monkeypatch.setattr("moss_audio_jax.inference.loading.make_mesh", one_device)
         ask()
         return capsys.readouterr().out
 
