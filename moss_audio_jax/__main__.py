@@ -141,6 +141,7 @@ def transcribe(
     loops: Literal["ignore", "stop", "warm"] = "stop",
     dtype: Literal["bfloat16", "float32"] | None = None,
     int8: tuple[str, ...] = (),
+    kv_int8: bool = False,
     mesh: MeshConfig = _ALL_DEVICES,
 ) -> None:
     """Transcribes recordings of any length and number into files, one of each format for each recording.
@@ -172,12 +173,13 @@ def transcribe(
             the rest of it at a temperature of 1 (warm) and stop at a second loop.
         dtype: Dtype of weights and computation. Default: bfloat16, on the CPU float32.
         int8: Globs over linear layers whose weights are rounded to int8, such as 'language_model.layers.*_proj'.
+        kv_int8: Round keys and values to int8: about half their memory.
         mesh: Device mesh.
     """
     from moss_audio_jax.inference.loading import Loading
     from moss_audio_jax.inference.transcription import Answers, transcribe_paths
 
-    loading = Loading(checkpoint, adapter, dtype, int8, dataclasses.asdict(mesh), slots)
+    loading = Loading(checkpoint, adapter, dtype, int8, dataclasses.asdict(mesh), slots, kv_int8)
     answers = Answers(timestamps, prompt, system, max_new_tokens, sampling, seed, time_markers, loops, window)
     transcribe_paths(paths, () if list_ is None else (list_,), out, format, answers, loading)
 

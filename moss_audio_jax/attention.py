@@ -1,12 +1,14 @@
 """Grouped-query attention, the masks of packed sequences, and rotary position embedding."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from moss_audio_jax.inputs import coarse_buckets
+from moss_audio_jax.kv_cache import Int8Slots, KVCache, Slots
 from moss_audio_jax.splash import serves, splash_attend
 
 # Queries in a block. Scores take [heads, block, tokens] of memory instead of [heads, tokens, tokens].
@@ -105,15 +107,13 @@ def cached_attend(
     query: Float[Array, "b t heads d"],
     key: Float[Array, "b t kv d"],
     value: Float[Array, "b t kv d"],
-    cached_keys: Float[Array, "layers b kv slots d"],
-    cached_values: Float[Array, "layers b kv slots d"],
+    cache: KVCache,
     layer: Int[Array, ""],
-    lengths: Int[Array, " b"],
     choice: Int[Array, ""],
 ) -> Float[Array, "b t heads d"]:
     """Computes attention of the next tokens of each sequence to its cached tokens and, causally, to each other.
 
-    lengths: cached tokens of each sequence. choice: of `choose_slots`; no more slots than it says are read.
+    choice: of `choose_slots`; no more slots than it says are read.
     """
     batch, tokens, _, head_dim = query.shape
     # [b, t, heads, d] -> [b, kv, t * g, d]: a key-value head is attended to by the g query heads of each of t tokens
@@ -122,9 +122,11 @@ def cached_attend(
     grouped = grouped.reshape(batch, key.shape[2], tokens * groups, head_dim) * head_dim**-0.5
     least = jnp.finfo(jnp.float32).min
 
-    def scores(keys: Float[Array, "b kv s d"], mask: Bool[Array, "b 1 x s"]) -> Float[Array, "b kv tg s"]:
+    def scores(
+        keys: Float[Array, "b kv s d"], mask: Bool[Array, "b 1 x s"], scales: Float[Array, "b kv 1 s"] | float = 1.0
+    ) -> Float[Array, "b kv tg s"]:
         found = jnp.einsum("bksd,bkxd->bkxs", keys, grouped, preferred_element_type=jnp.float32)
-        return jnp.where(mask, found, least)
+        return jnp.where(mask, found * scales, least)
 
     def summed(weights: Float[Array, "b kv tg s"], values: Float[Array, "b kv s d"]) -> Float[Array, "b kv tg d"]:
         return jnp.einsum("bkxs,bksd->bkxd", weights.astype(value.dtype), values, preferred_element_type=jnp.float32)
@@ -134,20 +136,32 @@ def cached_attend(
     new_scores, new_values = scores(key.swapaxes(1, 2), causal), value.swapaxes(1, 2)
 
     def attend_to(slots: int) -> Float[Array, "b kv tg d"]:
-        def first(stack):
-            shape = (1, *stack.shape[1:3], slots, head_dim)
-            return jax.lax.dynamic_slice(stack, (layer, *[jnp.zeros_like(layer)] * 4), shape)[0]
-
-        old_scores = scores(first(cached_keys), (jnp.arange(slots) < lengths[:, None])[:, None, None])
+        keys, key_scales = _first_slots(cache.keys, layer, slots, key.dtype)
+        old_scores = scores(keys, (jnp.arange(slots) < cache.lengths[:, None])[:, None, None], key_scales)
         highest = jnp.maximum(old_scores.max(-1, keepdims=True), new_scores.max(-1, keepdims=True))
         old, new = jnp.exp(old_scores - highest), jnp.exp(new_scores - highest)
         total = old.sum(-1, keepdims=True) + new.sum(-1, keepdims=True)
-        return summed(old / total, first(cached_values)) + summed(new / total, new_values)
+        values, value_scales = _first_slots(cache.values, layer, slots, value.dtype)
+        return summed(old / total * value_scales, values) + summed(new / total, new_values)
 
-    sizes = slot_buckets(cached_keys.shape[3])
+    sizes = slot_buckets(cache.slots)
     out = jax.lax.switch(choice, [functools.partial(attend_to, size) for size in sizes])
     out = out.reshape(batch, -1, tokens, groups, head_dim).swapaxes(1, 2)  # [b, t, kv, g, d]
     return out.reshape(query.shape).astype(query.dtype)
+
+
+def _first_slots(
+    stack: Slots, layer: Int[Array, ""], slots: int, dtype: Any
+) -> tuple[Float[Array, "b kv s d"], Float[Array, "b kv 1 s"] | float]:
+    """Returns the first slots of a layer in that dtype, and the scales that its products need."""
+
+    def first(array: Array) -> Array:
+        shape = (1, *array.shape[1:3], slots, *array.shape[4:])
+        return jax.lax.dynamic_slice(array, (layer, *[jnp.zeros_like(layer)] * (array.ndim - 1)), shape)[0]
+
+    if isinstance(stack, Int8Slots):
+        return first(stack.steps).astype(dtype), first(stack.scales)[:, :, None]
+    return first(stack), 1.0
 
 
 def rotary_phases(

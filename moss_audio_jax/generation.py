@@ -20,8 +20,9 @@ from moss_audio_jax.compilation import jit
 from moss_audio_jax.config import MossAudioConfig
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.inputs import ModelInputs, bucket
-from moss_audio_jax.language_model import KVCache
-from moss_audio_jax.layers import unstacked
+from moss_audio_jax.kv_cache import KVCache
+from moss_audio_jax.language_model import DecoderLayer
+from moss_audio_jax.layers import by_output, unstacked
 from moss_audio_jax.model import MossAudio, check_positions
 from moss_audio_jax.sampling import SamplingArrays, row_keys, row_seeds
 from moss_audio_jax.sampling_config import Sampling
@@ -229,25 +230,26 @@ def prefill_prompts(
     )
 
 
-def copied_layers(graphdef: nnx.GraphDef, state: nnx.State) -> list[nnx.State] | None:
+def copied_layers(graphdef: nnx.GraphDef, state: nnx.State) -> list[DecoderLayer] | None:
     """Returns a copy of the decoder layers, each with arrays of its own, where `decode_answers` needs it; else None.
 
     XLA's CPU backend copies a layer's float32 weights out of the stack to multiply: here once, not for every token.
+    The copy has its kernels `by_output`.
     """
     embedding = nnx.merge(graphdef, state).language_model.embed_tokens.embedding
     return _unstacked_layers(graphdef, state) if on_cpu() and embedding.dtype == jnp.float32 else None
 
 
 @functools.partial(jax.jit, static_argnames="graphdef")
-def _unstacked_layers(graphdef: nnx.GraphDef, state: nnx.State) -> list[nnx.State]:
-    return [nnx.state(layer) for layer in unstacked(nnx.merge(graphdef, state).language_model.layers)]
+def _unstacked_layers(graphdef: nnx.GraphDef, state: nnx.State) -> list[DecoderLayer]:
+    return [by_output(layer) for layer in unstacked(nnx.merge(graphdef, state).language_model.layers)]
 
 
 @functools.partial(jit, static_argnames="graphdef", donate_argnames="answers")
 def decode_answers(
     graphdef: nnx.GraphDef,
     state: nnx.State,
-    layers: list[nnx.State] | None,
+    layers: list[DecoderLayer] | None,
     answers: Answers,
     drawing: Drawing,
     steps: Int[Any, ""],
@@ -258,15 +260,13 @@ def decode_answers(
     layers: of `copied_layers`. until_one_stops: return early once one of them has.
     """
     model = nnx.merge(graphdef, state)
-    of_layer = nnx.graphdef(model.language_model.layers)
-    copies = None if layers is None else [nnx.merge(of_layer, layer) for layer in layers]
     stopped_before = answers.stopped
 
     def step(carry: tuple[Int[Array, ""], Answers]) -> tuple[Int[Array, ""], Answers]:
         done, answers = carry
         active = ~answers.stopped
         answers, token = _draw(model, answers, drawing)
-        hidden, cache = model.decode(token, active, answers.cache, copies)
+        hidden, cache = model.decode(token, active, answers.cache, layers)
         return done + 1, dataclasses.replace(answers, cache=cache, hidden=hidden)
 
     def unfinished(carry: tuple[Int[Array, ""], Answers]) -> Bool[Array, ""]:

@@ -1,6 +1,5 @@
 """Qwen3 with DeepStack: features of the audio encoder's early layers are added to the outputs of its first layers."""
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -14,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from moss_audio_jax.attention import cached_attend, choose_slots, rotary_phases, rotate, self_attend
 from moss_audio_jax.config import LanguageConfig
 from moss_audio_jax.errors import MossAudioError
+from moss_audio_jax.kv_cache import KVCache
 from moss_audio_jax.layers import (
     GatedMLP,
     Linear,
@@ -27,61 +27,6 @@ from moss_audio_jax.layers import (
     weighted,
 )
 from moss_audio_jax.sharding import constrain, on_cpu
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class KVCache:
-    """Rotated keys, and values, of the tokens so far: token i of a sequence is in its slot i.
-
-    lengths: tokens of each sequence. What the slots from there on hold is never read.
-    """
-
-    keys: Float[Array, "layers b kv slots d"]
-    values: Float[Array, "layers b kv slots d"]
-    lengths: Int[Array, " b"]
-
-    @classmethod
-    def empty(cls, config: LanguageConfig, batch: int, slots: int, dtype: jnp.dtype) -> "KVCache":
-        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, slots, config.head_dim)
-        keys, values = (constrain(jnp.zeros(shape, dtype), "layers", "batch", "heads", None, None) for _ in range(2))
-        return cls(keys, values, jnp.zeros(batch, jnp.int32))
-
-    @property
-    def slots(self) -> int:
-        return self.keys.shape[3]
-
-    def extended(
-        self, keys: Float[Array, "layers b kv t d"], values: Float[Array, "layers b kv t d"], counts: Int[Array, " b"]
-    ) -> "KVCache":
-        """Returns the cache with t more slots of each sequence written, of which the first `counts` hold its tokens."""
-        written = _written_on_cpu if on_cpu() else _written  # in place: each compiles to one loop over the sequences
-        return KVCache(
-            written(self.keys, keys, self.lengths), written(self.values, values, self.lengths), self.lengths + counts
-        )
-
-
-@functools.partial(jax.vmap, in_axes=(1, 1, 0), out_axes=1)
-def _written(stack: Float[Array, "layers kv slots d"], new: Float[Array, "layers kv t d"], length: Int[Array, ""]):
-    """Writes the new tokens of each sequence into its slots from `length` on."""
-    zero = jnp.zeros_like(length)
-    return jax.lax.dynamic_update_slice(stack, new, (zero, zero, length, zero))
-
-
-def _written_on_cpu(
-    stack: Float[Array, "layers b kv slots d"], new: Float[Array, "layers b kv t d"], lengths: Int[Array, " b"]
-) -> Float[Array, "layers b kv slots d"]:
-    """Computes the same. `vmap` moves the batch axis, for which XLA's CPU backend copies the cache in every step."""
-    window = jax.lax.ScatterDimensionNumbers(
-        update_window_dims=(0, 2, 3, 4),
-        inserted_window_dims=(),
-        scatter_dims_to_operand_dims=(3,),
-        operand_batching_dims=(1,),
-        scatter_indices_batching_dims=(0,),
-    )
-    return jax.lax.scatter(
-        stack, lengths[:, None], new, window, unique_indices=True, indices_are_sorted=True, mode="clip"
-    )
 
 
 class Embedding(nnx.Module):
@@ -288,11 +233,11 @@ class LanguageModel(nnx.Module):
         choice = choose_slots(cache.slots, jnp.where(counts > 0, cache.lengths, 0))
 
         def attend(layer, query, key, value):
-            return cached_attend(query, key, value, cache.keys, cache.values, layer, cache.lengths, choice)
+            return cached_attend(query, key, value, cache, layer, choice)
 
         positions = cache.lengths[:, None] + jnp.arange(x.shape[1])
         x, new = self._run_caching(x, positions, attend, deepstack, layers=layers)
-        return x, cache.extended(*new, counts)
+        return x, cache.extended(*new, counts, read=x)
 
     def _run_caching(
         self,

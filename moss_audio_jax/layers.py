@@ -110,10 +110,12 @@ _with_float32_gradient.defvjp(_forward, _backward)
 class Linear(nnx.Module):
     """y = x W + b, with the kernel stored [in, out]; plus scale (x A) B if `lora.add_adapters` declared A and B.
 
+    by_output: the kernel is stored [out, in] (`by_output`).
     kernel_scale: a scale per output, if the kernel is int8 (`int8`).
     lora_keys: a key per layer of a stack, if the adapter's dropout is on (`lora.with_adapter_dropout`).
     """
 
+    by_output = False
     kernel_scale: nnx.Param
     lora: LoraConfig
     lora_a: nnx.Param
@@ -137,10 +139,11 @@ class Linear(nnx.Module):
             self.bias = parameter(rngs, (out_features,), axes[1:], nnx.initializers.zeros, layers)
 
     def __call__(self, x: Float[Array, "... in"]) -> Float[Array, "... out"]:
+        matmul = _matmul_by_output if self.by_output else _matmul
         if hasattr(self, "kernel_scale"):
-            y = _matmul(x, self.kernel[...].astype(x.dtype)) * self.kernel_scale[...]
+            y = matmul(x, self.kernel[...].astype(x.dtype)) * self.kernel_scale[...]
         else:
-            y = weighted(self, "kernel", _matmul, x)
+            y = weighted(self, "kernel", matmul, x)
         if hasattr(self, "lora_a"):
             key = self.lora_keys[...] if hasattr(self, "lora_keys") else None
             low = weighted(self, "lora_a", jnp.matmul, dropout(x, self.lora.dropout, key))
@@ -153,6 +156,23 @@ def _matmul(x: Float[Array, "... in"], kernel: Float[Array, "in out"]) -> Float[
     if not on_cpu():
         return x @ kernel
     return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+def _matmul_by_output(x: Float[Array, "... in"], kernel: Float[Array, "out in"]) -> Float[Array, "... out"]:
+    return jnp.einsum("ri,oi->ro", x.reshape(-1, x.shape[-1]), kernel).reshape(*x.shape[:-1], kernel.shape[0])
+
+
+def by_output(module: Module) -> Module:
+    """Returns a copy of one layer whose kernels are stored [out, in].
+
+    XLA's CPU backend multiplies a few rows faster by such a kernel: 16 rows of 1024 in 1.3 instead of 1.9 ms.
+    """
+    module = copied(module)
+    for _, part in nnx.iter_modules(module):
+        if isinstance(part, Linear):
+            part.kernel = nnx.Param(part.kernel[...].T)
+            part.by_output = True
+    return module
 
 
 class LayerNorm(nnx.Module):

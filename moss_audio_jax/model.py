@@ -8,8 +8,9 @@
 Module and parameter names follow the released checkpoint.
 """
 
+import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -23,13 +24,15 @@ from moss_audio_jax.encoder import AudioEncoder
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.inputs import ModelInputs
 from moss_audio_jax.int8 import declare_scales
-from moss_audio_jax.language_model import DecoderLayer, HiddenStates, KVCache, LanguageModel
+from moss_audio_jax.kv_cache import KVCache
+from moss_audio_jax.language_model import DecoderLayer, HiddenStates, LanguageModel
 from moss_audio_jax.layers import GatedMLP, Linear, map_layers, rematerialized, with_masters
 from moss_audio_jax.lora import add_adapters, linear_layers, with_adapter_dropout
 from moss_audio_jax.sharding import constrain, on_automatic_mesh, on_mesh_of
 from moss_audio_jax.tree import dotted
 
 TOKENS_PER_SECOND = 100 / DOWNSAMPLE_RATE  # of audio: a mel frame each 10 ms
+CHUNKS_TOGETHER = 4  # of a sequence, at most, that are encoded together while prompts are read
 ADAPTER_DROPOUT = 1  # folded into a dropout key, to draw for the adapters independently of the encoder
 
 
@@ -109,10 +112,15 @@ class MossAudio(nnx.Module):
         self, inputs: ModelInputs, *, dropout_key: jax.Array | None = None, remat: str = "none"
     ) -> tuple[Float[Array, "b s hidden"], Float[Array, "injected b s hidden"]]:
         """Returns the decoder input with audio in place, and the DeepStack features of its first layers (0 at text)."""
+        return self._embed(inputs, functools.partial(self.encode_audio, dropout_key=dropout_key, remat=remat))
+
+    def _embed(
+        self, inputs: ModelInputs, encode: Callable[[ModelInputs], tuple[jax.Array, jax.Array]]
+    ) -> tuple[Float[Array, "b s hidden"], Float[Array, "injected b s hidden"]]:
         x = constrain(self.language_model.embed_tokens(inputs.tokens), "batch", "sequence", "features")
         if inputs.audio_chunks.shape[1] == 0:
             return x, jnp.zeros((0, *x.shape), x.dtype)
-        adapted, merged = self.encode_audio(inputs, dropout_key=dropout_key, remat=remat)
+        adapted, merged = encode(inputs)
         at_audio = (inputs.audio_slots >= 0)[..., None]
         # [injected, b, audio tokens, hidden] -> [injected, b, s, hidden]
         place = jax.vmap(lambda feature, slot: feature[slot], in_axes=(0, 0))
@@ -134,9 +142,36 @@ class MossAudio(nnx.Module):
         merged = map_layers(self.deepstack_audio_merger_list, taps[: self.config.num_deepstack], remat=remat)
         return adapted, constrain(merged, None, "batch")
 
+    def encode_full_groups(
+        self, inputs: ModelInputs
+    ) -> tuple[Float[Array, "b audio hidden"], Float[Array, "injected b audio hidden"]]:
+        """Computes `encode_audio` in groups of chunks; the features of a group without audio are zeros.
+
+        So a prompt that is padded with chunks takes little more time than those with audio need.
+        """
+        batch, count = inputs.chunk_frames.shape
+        size = min(CHUNKS_TOGETHER, -(-count // 2))
+
+        def grouped(x: jax.Array) -> jax.Array:
+            """[b, c, ...] -> [groups, b, c', ...]"""
+            x = jnp.pad(x, [(0, 0), (0, -count % size)] + [(0, 0)] * (x.ndim - 2))
+            return x.reshape(batch, -1, size, *x.shape[2:]).swapaxes(0, 1)
+
+        def of_group(chunks: jax.Array, chunk_frames: jax.Array, stem_frames: jax.Array):
+            group = dataclasses.replace(inputs, audio_chunks=chunks, chunk_frames=chunk_frames, stem_frames=stem_frames)
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(self.encode_audio, group))
+            return jax.lax.cond((chunk_frames > 0).any(), self.encode_audio, lambda _: zeros, group)
+
+        groups = grouped(inputs.audio_chunks), grouped(inputs.chunk_frames), grouped(inputs.stem_frames)
+        adapted, merged = jax.lax.map(lambda group: of_group(*group), groups)
+        # [groups, b, audio', hidden] -> [b, audio, hidden]; [groups, injected, ...] -> [injected, ...]
+        adapted = adapted.swapaxes(0, 1).reshape(batch, -1, adapted.shape[-1])
+        merged = jnp.moveaxis(merged, 0, 2).reshape(merged.shape[1], *adapted.shape)
+        return constrain(adapted, "batch"), constrain(merged, None, "batch")
+
     def prefill(self, inputs: ModelInputs, slots: int) -> tuple[Float[Array, "b hidden"], KVCache]:
         """Fills a new cache of `slots` slots with the prompts; returns the hidden state of each one's last token."""
-        x, deepstack = self.embed(inputs)
+        x, deepstack = self._embed(inputs, self.encode_full_groups)
         counts = (inputs.segment_ids != 0).sum(1, dtype=jnp.int32)
         hidden, cache = self.language_model.prefill(x, counts, slots, deepstack)
         return jnp.take_along_axis(hidden, counts[:, None, None] - 1, axis=1)[:, 0], cache

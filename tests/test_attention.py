@@ -21,6 +21,7 @@ from moss_audio_jax import model as model_module
 from moss_audio_jax import splash as splash_module
 from moss_audio_jax.attention import causal_attend, rotary_phases, self_attend
 from moss_audio_jax.generation import decode_answers, make_drawing, prefill_prompts
+from moss_audio_jax.kv_cache import KVCache
 from moss_audio_jax.language_model import LanguageModel
 from moss_audio_jax.sampling_config import Sampling
 from moss_audio_jax.sharding import make_mesh, named_sharding
@@ -255,7 +256,12 @@ def test_a_callers_own_programs_compile_for_several_chips(with_mesh, sharded, ch
 
 
 def compiled_decoding(
-    config: MossAudioConfig, batch: int, slots: int, mesh: Mesh, steering: Steering | None = None
+    config: MossAudioConfig,
+    batch: int,
+    slots: int,
+    mesh: Mesh,
+    steering: Steering | None = None,
+    kv_int8: bool = False,
 ) -> tuple[Compiled, list[Any]]:
     """The compiled loop that decodes up to 16 tokens, and its keys and values."""
     drawing = make_drawing(batch, Sampling(), (1,), 16, steering=steering)
@@ -263,21 +269,25 @@ def compiled_decoding(
         graphdef, state = nnx.split(build_model(config, dict(abstract_parameters(config, jnp.bfloat16, mesh))))
         inputs = one_batch(config, batch, slots - 16, 0, mesh).inputs
         loop = jax.eval_shape(lambda *given: prefill_prompts(graphdef, *given, 16), state, inputs, drawing.fill)
+        if kv_int8:
+            cache = jax.eval_shape(lambda: KVCache.empty(config.language_config, batch, slots, np.int8))
+            loop = dataclasses.replace(loop, cache=cache)
         loop = placed(loop, mesh)
         compiled = decode_answers.trace(graphdef, state, None, loop, drawing, 16).lower().compile()
     return compiled, [loop.cache.keys, loop.cache.values]
 
 
 @pytest.mark.tpu
+@pytest.mark.parametrize("kv_int8", [False, True], ids=["", "kv_int8"])
 @pytest.mark.parametrize("int8", [(), ("language_model.layers.*_proj",)], ids=["bfloat16", "int8"])
-def test_a_token_reads_the_weights_and_the_cache_once(int8):
+def test_a_token_reads_the_weights_and_the_cache_once(int8, kv_int8):
     """One layer as wide as the 8B's, and its head, on four chips."""
     pytest.importorskip("libtpu")
     language = dataclasses.replace(MossAudioConfig.preset("8b").language_config, num_hidden_layers=1)
     config = MossAudioConfig.preset("tiny")
     config = dataclasses.replace(config, language_config=language, int8=int8, deepstack_num_inject_layers=1)
     mesh = make_mesh(tensor=4, devices=topology_devices("v5e:2x2"))
-    compiled, cache = compiled_decoding(config, batch=8, slots=512, mesh=mesh)
+    compiled, cache = compiled_decoding(config, batch=8, slots=512, mesh=mesh, kv_int8=kv_int8)
     read = ("language_model.layers.", "lm_head.")
     parameters = abstract_parameters(config, jnp.bfloat16, mesh).items()
     weights = bytes_on_chip([leaf for path, leaf in parameters if path.startswith(read)])
@@ -286,8 +296,10 @@ def test_a_token_reads_the_weights_and_the_cache_once(int8):
 
 
 @pytest.mark.tpu
-@pytest.mark.parametrize(("batch", "tensor", "steered"), [(1, 1, False), (2, 1, True), (8, 4, True)])
-def test_decoding_holds_the_cache_once_and_gathers_no_head(batch, tensor, steered):
+@pytest.mark.parametrize(
+    ("batch", "tensor", "steered", "kv_int8"), [(1, 1, False, False), (2, 1, True, True), (8, 4, True, False)]
+)
+def test_decoding_holds_the_cache_once_and_gathers_no_head(batch, tensor, steered, kv_int8):
     """No copy of keys, values or weights, before the loop, in it or after it. Over `tensor` only logits are sent."""
     pytest.importorskip("libtpu")
     mesh = make_mesh(tensor=tensor, devices=topology_devices("v5e:2x2")[:tensor])
@@ -296,7 +308,7 @@ def test_decoding_holds_the_cache_once_and_gathers_no_head(batch, tensor, steere
     )
     config = dataclasses.replace(MossAudioConfig.preset("tiny"), language_config=language)
     slots, steering = 32768, Steering.none(batch, (2, 3), [4] * 30) if steered else None
-    compiled, _ = compiled_decoding(config, batch, slots, mesh, steering)
+    compiled, _ = compiled_decoding(config, batch, slots, mesh, steering, kv_int8)
     text = compiled.as_text()
     assert not re.search(rf"= bf16\[[\d,]*\b{slots},[\d,]*\]\S* (copy|transpose)\(", text)
     assert compiled.memory_analysis().temp_size_in_bytes < 2**25  # scores, not keys or a stack of weights
@@ -307,10 +319,14 @@ def test_decoding_holds_the_cache_once_and_gathers_no_head(batch, tensor, steere
 
 def placed(loop, mesh: Mesh):
     """The state of decoding as it is sharded: keys and values by heads too, the rest by sequences."""
-    keys = loop.cache.keys
-    stack = shaped(mesh, keys.shape, keys.dtype, "layers", "batch", "heads", None, None)
+    cache = loop.cache
+
+    def as_stack(x):
+        return shaped(mesh, x.shape, x.dtype, *["layers", "batch", "heads", None, None][: x.ndim])
+
+    keys, values = jax.tree.map(as_stack, (cache.keys, cache.values))
     loop = jax.tree.map(lambda x: shaped(mesh, x.shape, x.dtype, *["batch", *[None] * 4][: x.ndim]), loop)
-    return dataclasses.replace(loop, cache=dataclasses.replace(loop.cache, keys=stack, values=stack))
+    return dataclasses.replace(loop, cache=dataclasses.replace(loop.cache, keys=keys, values=values))
 
 
 def assert_splash(compiled, tokens: int, *, kernels: int):

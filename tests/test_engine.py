@@ -41,7 +41,7 @@ from moss_audio_jax.inference.slots import (
 )
 from moss_audio_jax.inference.thinking import HAND_OVER, STOP_THINKING
 from moss_audio_jax.inputs import encode_sequence
-from moss_audio_jax.language_model import KVCache
+from moss_audio_jax.kv_cache import KVCache
 from moss_audio_jax.sharding import make_mesh
 from moss_audio_jax.steering import MAX_PERIOD, MIN_LOOP, REPEATS, ends_in_a_loop
 from moss_audio_jax.tokenizer import Tokenizer

@@ -262,6 +262,7 @@ def plan_command(arguments: list[str]) -> Callable[..., None]:
         segments: int = 1,
         propose_batch: bool = False,
         int8: tuple[str, ...] = (),
+        kv_int8: bool = False,
         eval_data: tuple[str, ...] = (),
         json: PathArgument | None = None,
         config: Annotated[RunConfig, tyro.conf.arg(name="")] = recipe_config,
@@ -284,8 +285,9 @@ def plan_command(arguments: list[str]) -> Callable[..., None]:
             segments: Clips packed into a sequence, of equal length. More segments need less attention.
             propose_batch: If the step fits, find the largest batch that does by doubling it. Compiles two or three more
                 programs. The evaluation is planned for the given batch.
-            int8: Globs over linear layers whose weights are int8 in generate and load, such as
+            int8: Globs over linear layers whose weights are int8 in generate, serve and load, such as
                 'language_model.layers.*_proj'.
+            kv_int8: Keys and values are int8 in serve.
             eval_data: Data to evaluate on, as for `run`: the headers of its clips give the lengths of the questions.
                 With it, or --validation.every, the memory of the evaluation is planned too.
             json: Write JSON to this file instead of printing a table; - for stdout.
@@ -295,7 +297,7 @@ def plan_command(arguments: list[str]) -> Callable[..., None]:
         from train.planning.plan import plan_table, with_sizes
 
         config = with_paths(with_sizes(config, preset, slices, batch_size, tokens, chunks), eval_data=eval_data)
-        report = _plan(config, topology, mode, slices, segments, propose_batch, int8)
+        report = _plan(config, topology, mode, slices, segments, propose_batch, int8, kv_int8)
         if json is None:
             print(plan_table(report))
         else:
@@ -314,6 +316,7 @@ def _plan(
     segments: int,
     propose_batch: bool,
     int8: tuple[str, ...],
+    kv_int8: bool,
 ) -> dict[str, Any]:
     from train.planning import plan
     from train.planning.plan_evaluation import plan_evaluation
@@ -323,8 +326,10 @@ def _plan(
         raise MossAudioError(f"--lora.int8 is for training: give --int8 for --mode {mode}")
     if mode == "train" and int8:
         raise MossAudioError(
-            "--int8 is for --mode generate and load: frozen kernels of training become int8 by --lora.int8"
+            "--int8 is for --mode generate, serve and load: frozen kernels of training become int8 by --lora.int8"
         )
+    if mode != "serve" and kv_int8:
+        raise MossAudioError(f"--kv-int8 is for --mode serve: leave it out of --mode {mode}")
     if mode != "train" and (segments != 1 or propose_batch):
         raise MossAudioError(f"--segments and --propose-batch are for training: leave them out of --mode {mode}")
     if not 1 <= segments <= config.data.tokens:
@@ -349,7 +354,7 @@ def _plan(
         from moss_audio_jax.sharding import make_mesh
         from train.planning.plan_serving import plan_serving
 
-        sizes = {"slots": config.data.batch_size, "length": config.data.tokens}
+        sizes = {"slots": config.data.batch_size, "length": config.data.tokens, "kv_int8": kv_int8}
         mesh = make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
         return named | plan_serving(model, mesh, **sizes)
     if mode == "load":

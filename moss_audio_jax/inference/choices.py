@@ -14,7 +14,7 @@ from moss_audio_jax.compilation import jit
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.inference.slots import ReadPrompts, read_prompts
 from moss_audio_jax.inputs import ModelInputs, bucket
-from moss_audio_jax.language_model import KVCache
+from moss_audio_jax.kv_cache import KVCache
 from moss_audio_jax.model import MossAudio, check_positions
 from moss_audio_jax.processor import ClipLike, Processor
 from moss_audio_jax.sharding import on_automatic_mesh, on_host, on_mesh_of

@@ -66,6 +66,7 @@ class Engine:
     model's mesh. Clips of `reuse` are read one by one.
     prefix_bytes: memory for what was read of clips that further requests may ask about (`Request.reuse`, `listen`); the
     least recently used is dropped first.
+    kv_int8: keys and values are rounded to int8, with a float32 scale for each token of a head (`Int8Slots`).
     Close it, or use it as a context manager: `with moss.Engine(model, processor) as engine:`.
     """
 
@@ -79,6 +80,7 @@ class Engine:
         every: int = 8,
         prompts: int | None = None,
         prefix_bytes: int = 2**30,
+        kv_int8: bool = False,
     ):
         limit = model.config.language_config.max_position_embeddings
         mesh = mesh_of(nnx.state(model))
@@ -96,7 +98,9 @@ class Engine:
         self._shapes = prompt_shapes(model.config, max_length)
         dtype = model.language_model.embed_tokens.embedding.dtype
         with on_mesh_of(self._state):
-            self._answers = empty_slots(model.config, slots, max_length, max_length, dtype)
+            self._answers = empty_slots(
+                model.config, slots, max_length, max_length, dtype, np.int8 if kv_int8 else None
+            )
             self._layers = copied_layers(self._graphdef, self._state)
         self._prompts, self._prefixes = prompts, Prefixes(prefix_bytes)
         self._just_read: tuple[Prompt, ReadPrompts] | None = None  # while further answers to it are to begin
@@ -214,7 +218,10 @@ class Engine:
     def _work(self) -> None:
         try:
             while self._next_requests():
-                self._decode(self._every, until_one_stops=bool(self._waiting))
+                in_use = np.array([handle is not None for handle in self._handles])
+                has_begun = (in_use & (self._read_by_handle == 0)).any()
+                steps = 1 if has_begun else self._every  # a first token is delivered at once
+                self._decode(steps, until_one_stops=bool(self._waiting))
                 self._deliver()
         except Exception as error:  # each caller gets it
             self._close_with(error)

@@ -16,7 +16,10 @@ from moss_audio_jax.weights.checkpoint import load_adapter, load_model
 
 @dataclass(frozen=True)
 class Loading:
-    """Options about the model. mesh: sizes of `make_mesh`. slots: answers that are generated at the same time."""
+    """Options about the model.
+
+    mesh: sizes of `make_mesh`. slots: answers that are generated at the same time. kv_int8: see `Engine`.
+    """
 
     checkpoint: AnyPath
     adapter: AnyPath | None
@@ -24,6 +27,7 @@ class Loading:
     int8: Sequence[str]
     mesh: Mapping[str, Any]
     slots: int
+    kv_int8: bool = False
 
     def __post_init__(self):
         if self.slots < 1:
@@ -39,4 +43,5 @@ class Loading:
 
     def engine(self, processor: Processor, requests: int, length: int) -> Engine:
         """Loads the model. requests: their number. length: tokens of a prompt and its answer, at most."""
-        return Engine(self.model(), processor, slots=min(self.slots, requests), max_length=length)
+        slots = min(self.slots, requests)
+        return Engine(self.model(), processor, slots=slots, max_length=length, kv_int8=self.kv_int8)

@@ -17,8 +17,7 @@ from moss_audio_jax.compilation import jit
 from moss_audio_jax.config import DOWNSAMPLE_RATE, MossAudioConfig
 from moss_audio_jax.generation import Answers
 from moss_audio_jax.inputs import ModelInputs, bucket, coarse_buckets
-from moss_audio_jax.language_model import KVCache
-from moss_audio_jax.sharding import constrain
+from moss_audio_jax.kv_cache import KVCache, Slots, kept_as, sharded
 
 MIN_PROMPT = 128  # tokens of the smallest prompt program
 QUESTION_PIECES = (32, 128, 512)  # tokens that `read_on` reads at a time
@@ -38,12 +37,17 @@ class ReadPrompts:
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
-def empty_slots(config: MossAudioConfig, slots: int, length: int, new_tokens: int, dtype: Any) -> Answers:
-    """Makes `slots` slots without answers. length: tokens of a prompt and its answer. new_tokens: of an answer."""
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))
+def empty_slots(
+    config: MossAudioConfig, slots: int, length: int, new_tokens: int, dtype: Any, kv_dtype: Any = None
+) -> Answers:
+    """Makes `slots` slots without answers.
+
+    length: tokens of a prompt and its answer. new_tokens: of an answer. kv_dtype: of the cache; None: `dtype`.
+    """
     language = config.language_config
     return Answers(
-        KVCache.empty(language, slots, length, dtype),
+        KVCache.empty(language, slots, length, kv_dtype or dtype),
         hidden=jnp.zeros((slots, language.hidden_size), dtype),
         tokens=jnp.zeros((slots, new_tokens), jnp.int32),
         counts=jnp.zeros(slots, jnp.int32),
@@ -93,13 +97,16 @@ def insert(answers: Answers, read: ReadPrompts, slots: Int[Any, " k"]) -> Answer
     def put(stack: Array, prompts: Array) -> Array:
         prompts = prompts[:, :, :, : stack.shape[3]]
         for row in range(len(slots)):
-            place = (0, slots[row], 0, 0, 0)
+            place = (0, slots[row], 0, 0, 0)[: stack.ndim]
             stack = jax.lax.dynamic_update_slice(stack, prompts[:, row : row + 1], place)
-        return constrain(stack, "layers", "batch", "heads", None, None)
+        return sharded(stack)
+
+    def put_all(stack: Slots, prompts: Slots) -> Slots:
+        return jax.tree.map(put, stack, kept_as(stack, prompts))
 
     cache = KVCache(
-        put(answers.cache.keys, read.cache.keys),
-        put(answers.cache.values, read.cache.values),
+        put_all(answers.cache.keys, read.cache.keys),
+        put_all(answers.cache.values, read.cache.values),
         answers.cache.lengths.at[slots].set(read.cache.lengths),
     )
     return dataclasses.replace(

@@ -221,6 +221,7 @@ def test_a_batch_is_proposed_by_what_the_second_takes_more():
     [
         (["--segments", "0"], "--segments must be from 1 to the 256 tokens of a sequence, not 0"),
         (["--mode", "load", "--propose-batch"], "are for training: leave them out of --mode load"),
+        (["--kv-int8"], "--kv-int8 is for --mode serve: leave it out of --mode train"),
         (["--int8", "language_model.*"], "frozen kernels of training become int8 by --lora.int8"),
         (["--topology", "v6e-12"], "rents by, such as v6e-16, v6e-8, not 'v6e-12'"),
     ],

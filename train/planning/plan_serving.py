@@ -27,10 +27,12 @@ from train.planning.flops import Content, forward_flops, moved_bytes
 from train.planning.plan import bytes_on_chip, memory, one_batch, placed, slice_of, unused_bytes
 
 
-def plan_serving(model: MossAudioConfig, mesh: Mesh, *, slots: int, length: int) -> dict[str, Any]:
+def plan_serving(
+    model: MossAudioConfig, mesh: Mesh, *, slots: int, length: int, kv_int8: bool = False
+) -> dict[str, Any]:
     """Compiles an engine's programs in bfloat16, with int8 kernels if the model has them; returns the report.
 
-    slots: answers in progress. length: tokens of a prompt and its answer at most (`max_length`).
+    slots: answers in progress. length: tokens of a prompt and its answer at most (`max_length`). kv_int8: see `Engine`.
     """
     place, parts = slice_of(mesh), num_parts("batch", mesh)
     parameters = abstract_parameters(model, jnp.bfloat16, mesh)
@@ -39,7 +41,7 @@ def plan_serving(model: MossAudioConfig, mesh: Mesh, *, slots: int, length: int)
     tokens, chunks = shapes[-1]
     inputs = one_batch(model, parts, tokens, chunks, mesh).inputs
     with jax.set_mesh(mesh):
-        empty = empty_slots.trace(model, slots, length, length, jnp.bfloat16)
+        empty = empty_slots.trace(model, slots, length, length, jnp.bfloat16, np.int8 if kv_int8 else None)
         answers = jax.tree.map(placed, empty.out_info, compile_for_memory(empty, mesh).outputs)
         reading = read_prompts.trace(graphdef, state, inputs)
         read = compile_for_memory(reading, mesh)
