@@ -82,9 +82,9 @@ class KVCache:
         return KVCache(written(self.keys, keys), written(self.values, values), self.lengths + counts)
 
 
-def kept_as(stack: Slots, x: Float[Array, "layers b kv t d"]) -> Slots:
+def kept_as(stack: Slots, x: Slots) -> Slots:
     """Returns keys or values in the form that the stack has."""
-    return Int8Slots.of(x) if isinstance(stack, Int8Slots) else x
+    return Int8Slots.of(x) if isinstance(stack, Int8Slots) and not isinstance(x, Int8Slots) else x
 
 
 def sharded(stack: Array) -> Array:

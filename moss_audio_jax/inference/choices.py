@@ -75,7 +75,7 @@ def _option_logprobs(
 ) -> Float[Array, " o"]:
     """Returns the sum of the logprobs of the first `counts` tokens of each option."""
     model, (rows, length) = nnx.merge(graphdef, state), tokens.shape
-    keys, values = (jnp.repeat(stack, rows, axis=1) for stack in (read.cache.keys, read.cache.values))
+    keys, values = jax.tree.map(lambda x: jnp.repeat(x, rows, axis=1), (read.cache.keys, read.cache.values))
     cache = KVCache(keys, values, jnp.repeat(read.cache.lengths, rows))
     hidden, _ = model.language_model.extend(model.language_model.embed_tokens(tokens), counts, cache)
     before = jnp.broadcast_to(read.hidden[:, None], (rows, 1, read.hidden.shape[1]))

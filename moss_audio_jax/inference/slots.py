@@ -74,7 +74,7 @@ def widen(read: ReadPrompts, length: int) -> ReadPrompts:
     """Makes room in the cache, for `length` tokens and the padding of any piece that `read_on` reads."""
     read = jax.tree.map(jnp.copy, read)  # `read_on` takes the memory of its argument, and `read` may be kept
     widths = [(0, 0)] * 3 + [(0, length + QUESTION_PIECES[-1] - read.cache.slots), (0, 0)]
-    keys, values = (jnp.pad(stack, widths) for stack in (read.cache.keys, read.cache.values))
+    keys, values = jax.tree.map(lambda x: jnp.pad(x, widths[: x.ndim]), (read.cache.keys, read.cache.values))
     return dataclasses.replace(read, cache=KVCache(keys, values, read.cache.lengths))
 
 

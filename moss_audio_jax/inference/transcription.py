@@ -165,9 +165,14 @@ class Answers:
 
     def record(self, loading: Loading) -> dict[str, Any]:
         """Returns what an answer depends on, for JSON."""
-        adapter = loading.adapter and str(absolute(loading.adapter))
-        model = {"checkpoint": str(absolute(loading.checkpoint)), "adapter": adapter, "dtype": loading.dtype}
-        return {**model, "int8": list(loading.int8), "kv_int8": loading.kv_int8, **dataclasses.asdict(self), "prompt": self.question}
+        model = {
+            "checkpoint": str(absolute(loading.checkpoint)),
+            "adapter": loading.adapter and str(absolute(loading.adapter)),
+            "dtype": loading.dtype,
+            "int8": list(loading.int8),
+            "kv_int8": loading.kv_int8,
+        }
+        return {**model, **dataclasses.asdict(self), "prompt": self.question}
 
     def request(self, window: Window) -> Request:
         return Request(
