@@ -28,7 +28,7 @@ from moss_audio_jax.kv_cache import KVCache
 from moss_audio_jax.language_model import DecoderLayer, HiddenStates, LanguageModel
 from moss_audio_jax.layers import GatedMLP, Linear, map_layers, rematerialized, with_masters
 from moss_audio_jax.lora import add_adapters, linear_layers, with_adapter_dropout
-from moss_audio_jax.sharding import constrain, on_automatic_mesh, on_mesh_of
+from moss_audio_jax.sharding import constrain, on_automatic_mesh, on_cpu, on_mesh_of
 from moss_audio_jax.tree import dotted
 
 TOKENS_PER_SECOND = 100 / DOWNSAMPLE_RATE  # of audio: a mel frame each 10 ms
@@ -147,7 +147,8 @@ class MossAudio(nnx.Module):
     ) -> tuple[Float[Array, "b audio hidden"], Float[Array, "injected b audio hidden"]]:
         """Computes `encode_audio` in groups of chunks; the features of a group without audio are zeros.
 
-        So a prompt that is padded with chunks takes little more time than those with audio need.
+        So a prompt that is padded with chunks takes little more time than those with audio need. Only on a CPU: sharded
+        weights would be gathered for each group, and beside a language model of 4B or 8B the encoder is small.
         """
         batch, count = inputs.chunk_frames.shape
         size = min(CHUNKS_TOGETHER, -(-count // 2))
@@ -171,7 +172,7 @@ class MossAudio(nnx.Module):
 
     def prefill(self, inputs: ModelInputs, slots: int) -> tuple[Float[Array, "b hidden"], KVCache]:
         """Fills a new cache of `slots` slots with the prompts; returns the hidden state of each one's last token."""
-        x, deepstack = self._embed(inputs, self.encode_full_groups)
+        x, deepstack = self._embed(inputs, self.encode_full_groups if on_cpu() else self.encode_audio)
         counts = (inputs.segment_ids != 0).sum(1, dtype=jnp.int32)
         hidden, cache = self.language_model.prefill(x, counts, slots, deepstack)
         return jnp.take_along_axis(hidden, counts[:, None, None] - 1, axis=1)[:, 0], cache
