@@ -5,8 +5,21 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 
+from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.inference.requests import Handle, Reply
 from moss_audio_jax.inference.thinking import Piece
+from moss_audio_jax.serving.errors import ApiError, unavailable
+
+
+def reply_of(handle: Handle) -> Reply:
+    """Returns an answer that has ended. Raises ApiError if it failed, or was ended from outside."""
+    try:
+        reply = handle.reply()
+    except MossAudioError as error:
+        raise ApiError(str(error), 500, code="answer_failed") from error
+    if reply.finish_reason == "cancelled":
+        raise unavailable("the server ended the answer, as it is shutting down")
+    return reply
 
 
 class Answers:
@@ -54,7 +67,7 @@ class Answers:
         """Waits for all answers. Raises what went wrong with one."""
         async for _ in self.pieces():
             pass
-        return [handle.reply() for handle in self.handles]
+        return [reply_of(handle) for handle in self.handles]
 
     def cancel(self) -> None:
         """Ends what has not ended, and frees its slots."""

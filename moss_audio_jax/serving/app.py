@@ -54,14 +54,7 @@ def make_app(service: Service, *, page: bool = False) -> Starlette:
     app = Starlette(
         routes=routes,
         middleware=[Middleware(_Gate, service=service, open_paths=open_paths, known=known)],
-        exception_handlers={
-            ApiError: _told,
-            MossAudioError: _told,
-            HTTPException: _http_error,
-            Gone: _gone,
-            ClientDisconnect: _gone,
-            Exception: _told,
-        },
+        exception_handlers={HTTPException: _http_error, Exception: _told},
     )
     app.state.service = service
     return app
@@ -69,7 +62,14 @@ def make_app(service: Service, *, page: bool = False) -> Starlette:
 
 def _bound(service: Service, endpoint: Endpoint) -> Callable[[Request], Awaitable[Response]]:
     async def bound(request: Request) -> Response:
-        return await endpoint(service, request)
+        try:
+            return await endpoint(service, request)
+        except HTTPException:
+            raise
+        except (Gone, ClientDisconnect):
+            return Response(status_code=_CLOSED_BY_CLIENT)
+        except Exception as error:  # Starlette would answer too, but close the connection
+            return await _told(request, error)
 
     return bound
 
@@ -103,7 +103,10 @@ def _described(service: Service, name: str) -> dict[str, Any]:
 
 
 async def _told(request: Request, error: Exception) -> Response:
-    return api_error(error).response()
+    told = api_error(error)
+    if not isinstance(error, ApiError | MossAudioError):
+        log.error("a request failed", exc_info=error)
+    return told.response()
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
@@ -111,10 +114,6 @@ async def _http_error(request: Request, error: Exception) -> Response:
     path = f"{request.method} {request.url.path[:100]!a}"
     messages = {404: f"there is no {path}", 405: f"{path} is not allowed: use another method"}
     return ApiError(messages.get(error.status_code, str(error.detail)), error.status_code).response()
-
-
-async def _gone(request: Request, error: Exception) -> Response:
-    return Response(status_code=_CLOSED_BY_CLIENT)
 
 
 class _Gate:
@@ -144,6 +143,9 @@ class _Gate:
             else:
                 await _linger(receive)
                 await refusal.response()(scope, receive, noted)
+        except asyncio.CancelledError:  # at the end of draining
+            if not status:
+                await unavailable("the server has shut down").response()(scope, receive, noted)
         finally:
             service.requests -= 1
             path = scope["path"] if scope["path"] in self._known else "other"

@@ -67,9 +67,9 @@ def require_server() -> None:
     """Raises MossAudioError if a library of the extra `serve` is not installed."""
     try:
         import httpx  # noqa: F401
-        import multipart  # noqa: F401
         import prometheus_client  # noqa: F401
         import pydantic  # noqa: F401
+        import python_multipart  # noqa: F401
         import starlette  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:

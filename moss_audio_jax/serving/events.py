@@ -10,7 +10,8 @@ from starlette.requests import Request
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from moss_audio_jax.serving.errors import api_error
+from moss_audio_jax.errors import MossAudioError
+from moss_audio_jax.serving.errors import ApiError, api_error
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +67,6 @@ async def _lines(events: AsyncIterator[Mapping[str, Any] | str]) -> AsyncIterato
             yield f"data: {event if isinstance(event, str) else json.dumps(event, ensure_ascii=False)}\n\n"
     except Exception as error:
         told = api_error(error)
-        if told.status >= 500:
-            log.exception("a stream ended with an error")
+        if not isinstance(error, ApiError | MossAudioError):
+            log.exception("a stream failed")
         yield f"data: {json.dumps(told.content())}\n\n"

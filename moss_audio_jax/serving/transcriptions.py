@@ -15,8 +15,7 @@ from moss_audio_jax.inference.requests import Handle
 from moss_audio_jax.inference.transcription import Answers as Asking
 from moss_audio_jax.inference.windows import SHORTEST_WINDOW, Cutting, Place, Window, cut
 from moss_audio_jax.prompts import DEFAULT_SYSTEM_PROMPT
-from moss_audio_jax.serving.answers import Answers
-from moss_audio_jax.serving.chat import finish_reason
+from moss_audio_jax.serving.answers import Answers, reply_of
 from moss_audio_jax.serving.errors import ApiError
 from moss_audio_jax.serving.events import DONE, Events, unless_gone
 from moss_audio_jax.serving.media import pieces_of
@@ -87,7 +86,7 @@ class _Work:
                     held, told = held[len(shown) :], told + shown
                     if shown:
                         yield _delta(shown)
-                joiner.add(place, _reply(answers))
+                joiner.add(place, reply_of(answers.handles[0]))
             else:
                 await _add(joiner, place, answers)
             settled = joiner.settled
@@ -164,13 +163,7 @@ def _spare_place(served: Served) -> QueuePlace | None:
 
 async def _add(joiner: Joiner, place: Place, answers: Answers) -> None:
     await answers.replies()
-    joiner.add(place, _reply(answers))
-
-
-def _reply(answers: Answers) -> Any:
-    reply = answers.handles[0].reply()
-    finish_reason(reply)  # raises, if it was ended from outside
-    return reply
+    joiner.add(place, reply_of(answers.handles[0]))
 
 
 def _delta(text: str) -> dict[str, Any]:

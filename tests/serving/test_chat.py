@@ -214,7 +214,8 @@ BAD: dict[str, tuple[dict[str, Any], int, str | None, str]] = {
     "messages": ({"messages": "hi"}, 400, "messages", "list"),
     "role": ({"messages": [{"role": "tool", "content": "?"}]}, 400, "messages[0].role", ""),
     "a part's type": (
-        {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages[0].content[0]", "audio_url",
+        {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages[0].content[0]",
+        "audio_url",
     ),
     "a part's field": ({"messages": [user({"type": "text", "text": 5})]}, 400, "messages[0].content[0].text", "string"),
     "a clip of the system": ({"messages": [{"role": "system", "content": [CLIP]}]}, 400, None, "message of the user"),

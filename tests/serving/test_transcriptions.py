@@ -164,7 +164,7 @@ BAD: dict[str, tuple[dict[str, Any], bytes, int, str | None, str]] = {
         {"timestamp_granularities[]": "phone", "response_format": "verbose_json"}, WAV, 400,
         "timestamp_granularities[0]", "segment",
     ),
-    "granularity without verbose_json": ({"timestamp_granularities[]": "word"}, WAV, 400, "timestamp_granularities", ""),
+    "granularity without verbose": ({"timestamp_granularities[]": "word"}, WAV, 400, "timestamp_granularities", ""),
     "a stream of subtitles": ({"stream": "true", "response_format": "srt"}, WAV, 400, "stream", "can be streamed"),
     "logprobs": ({"include[]": "logprobs"}, WAV, 400, "include", "not supported"),
     "an unknown field": ({"diarize": "1"}, WAV, 400, "diarize", "is no field"),
