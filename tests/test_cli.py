@@ -301,7 +301,7 @@ print(*{name.partition(".")[0] for name in sys.modules}, file=sys.stderr)
 @pytest.mark.parametrize(
     "command",
     [
-        *("moss_audio_jax generate", "moss_audio_jax transcribe", "moss_audio_jax timeline"),
+        *("moss_audio_jax generate", "moss_audio_jax transcribe", "moss_audio_jax timeline", "moss_audio_jax serve"),
         *("convert verify", "train", "train run", "train evaluate"),
     ],
 )

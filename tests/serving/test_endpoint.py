@@ -113,7 +113,7 @@ def test_a_client_that_leaves_frees_its_slot(server, client, slow):
     with pytest.raises(httpx.ReadTimeout), post(server, LONG, timeout=0.3):
         pass
     until(lambda: is_idle(server))
-    url, files = f"{server.url}/v1/audio/transcriptions", {"file": encoded(noise(25))}
+    url, files = f"{server.url}/v1/audio/transcriptions", {"file": encoded(noise(25), subtype="PCM_U8")}
     with pytest.raises(httpx.ReadTimeout):
         headers = {"Authorization": f"Bearer {KEY}"}
         httpx.post(url, files=files, data={"model": "small"}, headers=headers, timeout=0.2)
