@@ -33,16 +33,22 @@ Content = Callable[[], bytes]  # of a clip; called in a thread
 
 async def chat(service: Service, request: HttpRequest) -> Response:
     """Answers a chat."""
-    async with service.body():
-        body = read_chat(await request.body())
-    answers, prompt_tokens = await unless_gone(request, _begin(service, body))
-    made = _Made(service.served(body.model), body, answers, prompt_tokens)
+    body = await _read(service, request)
+    answers, prompt_usage = await unless_gone(request, _begin(service, body))
+    made = _Made(service.served(body.model), body, answers, prompt_usage)
+    body.messages.clear()  # megabytes of clips
     if body.stream:
         return Events(made.chunks(), answers.cancel)
     try:
         return JSONResponse(await unless_gone(request, made.completion()))
     finally:
         answers.cancel()
+
+
+async def _read(service: Service, request: HttpRequest) -> ChatBody:
+    async with service.body():
+        pieces = [piece async for piece in request.stream()]  # `request.body()` would keep it
+        return read_chat(b"".join(pieces))
 
 
 async def _begin(service: Service, body: ChatBody) -> tuple[Answers, Mapping[str, Any]]:
