@@ -155,8 +155,8 @@ class _Gate:
         headers, path, key = dict(scope["headers"]), scope["path"], self._service.key
         is_open = path in self._open or any(path.startswith(f"{each}/") for each in self._open if each != "/")
         if key is not None and not is_open:
-            given = headers.get(b"authorization", b"")
-            if not hmac.compare_digest(given, b"Bearer " + key.encode()):
+            scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+            if not hmac.compare_digest(given, key.encode()) or scheme.lower() != b"bearer":
                 return ApiError("a valid key must be given as `Authorization: Bearer KEY`", 401, code="invalid_api_key")
         if scope["method"] == "POST" and (trouble := self._service.trouble()) is not None:
             return unavailable(trouble)

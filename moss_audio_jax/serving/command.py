@@ -16,6 +16,7 @@ from moss_audio_jax.serving.limits import Limits
 from moss_audio_jax.storage.paths import AnyPath, to_path
 
 if TYPE_CHECKING:
+    from moss_audio_jax.inference.engine import Engine
     from moss_audio_jax.inference.loading import Loading
     from moss_audio_jax.serving.service import Service
 
@@ -126,13 +127,23 @@ def _service(
     turns, engines = Turns(), dict[str, Engine]()
     for name, model in models.items():
         engines[name] = Engine(model, processor, slots=loading.slots, max_length=length, turns=turns)
-        with waiting(f"compiling the programs of {name}"):
-            engines[name].warm_up()
+        _warm_up(name, engines[name])
     files = None if serving.allow_files is None else os.fspath(serving.allow_files)
     media = Media(limits, frozenset(host.lower() for host in serving.allow_url_hosts), files)
     return Service(
         engines, processor, limits=limits, media=media, key=key, sampling=serving.sampling, window=serving.window
     )
+
+
+def _warm_up(name: str, engine: "Engine") -> None:
+    told = f"compiling the programs of {name}"
+
+    def tell(done: int, of: int) -> None:
+        nonlocal told
+        told = f"compiling the programs of {name}, {done} of {of} shapes done"
+
+    with waiting(lambda: told):
+        engine.warm_up(tell)
 
 
 async def run(app: Any, service: "Service", listening: socket.socket, drain_seconds: float) -> None:
