@@ -34,6 +34,7 @@ class Answers:
         self.handles = handle.answers
         self.first_piece: float | None = None  # seconds from the request to it
         self._queue: asyncio.Queue[tuple[int, Piece | None]] = asyncio.Queue()
+        self._end = asyncio.Event()
         self._left, self._done, self._begun = len(self.handles), done, begun
         for number, answer in enumerate(self.handles):
             answer.listen(self._listener(number, loop))
@@ -52,6 +53,7 @@ class Answers:
         self._left -= piece is None
         if not self._left:
             self._left = -1  # only once
+            self._end.set()
             self._done(self)
 
     async def pieces(self) -> AsyncIterator[tuple[int, Piece | None]]:
@@ -63,10 +65,13 @@ class Answers:
                 if piece is None:
                     break
 
+    async def ended(self) -> None:
+        """Waits until all answers have ended."""
+        await self._end.wait()
+
     async def replies(self) -> Sequence[Reply]:
         """Waits for all answers. Raises what went wrong with one."""
-        async for _ in self.pieces():
-            pass
+        await self.ended()
         return [reply_of(handle) for handle in self.handles]
 
     def cancel(self) -> None:

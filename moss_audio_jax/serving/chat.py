@@ -5,7 +5,7 @@ body -> clips -> turns -> ids and mels -> engine -> answers -> completion, or ch
 
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
@@ -20,7 +20,7 @@ from moss_audio_jax.sampling_config import Sampling
 from moss_audio_jax.serving.answers import Answers, reply_of
 from moss_audio_jax.serving.chat_body import AudioUrlPart, ChatBody, TextPart, read_chat
 from moss_audio_jax.serving.errors import ApiError
-from moss_audio_jax.serving.events import DONE, Events, unless_gone
+from moss_audio_jax.serving.events import DONE, Events, EventStream, unless_gone
 from moss_audio_jax.serving.media import from_base64, too_large, too_long
 from moss_audio_jax.serving.service import Served, Service
 from moss_audio_jax.tokenizer import Tokenizer
@@ -189,7 +189,7 @@ class _Made:
         ]
         return {**self._about, "object": "chat.completion", "choices": choices, "usage": self._usage()}
 
-    async def chunks(self) -> AsyncIterator[Mapping[str, Any] | str]:
+    async def chunks(self) -> EventStream:
         """Yields the answers as they come."""
         handles = self._answers.handles
         told = [0] * len(handles)  # logprobs

@@ -5,8 +5,9 @@ import dataclasses
 import os
 import socket
 import sys
+import threading
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from moss_audio_jax.commands.interruption import end, stops_on_ctrl_c
 from moss_audio_jax.commands.progress import waiting
@@ -59,9 +60,7 @@ def serve(loading: "Loading", serving: Serving, limits: Limits) -> None:
     host = f"[{serving.host}]" if ":" in serving.host else serving.host
     names = ", ".join(service.models)
     print(f"[{names} at http://{host}:{listening.getsockname()[1]}; Ctrl-C ends]", file=sys.stderr, flush=True)
-    asyncio.run(run(app, service, listening, serving.drain_seconds))
-    service.close()
-    end(0)
+    asyncio.run(_run_and_end(app, service, listening, serving.drain_seconds))
 
 
 def require_server() -> None:
@@ -144,6 +143,15 @@ def _warm_up(name: str, engine: "Engine") -> None:
 
     with waiting(lambda: told):
         engine.warm_up(tell)
+
+
+async def _run_and_end(app: Any, service: "Service", listening: socket.socket, drain_seconds: float) -> NoReturn:
+    """Serves, and ends the process whatever still waits: for a device, or for the address of a host."""
+    await run(app, service, listening, drain_seconds)
+    closing = threading.Thread(target=service.close, daemon=True)
+    closing.start()
+    closing.join(_LAST_SECONDS)
+    end(0)
 
 
 async def run(app: Any, service: "Service", listening: socket.socket, drain_seconds: float) -> None:

@@ -118,6 +118,10 @@ def test_a_client_that_leaves_frees_its_slot(server, client, slow):
         headers = {"Authorization": f"Bearer {KEY}"}
         httpx.post(url, files=files, data={"model": "small"}, headers=headers, timeout=0.2)
     until(lambda: is_idle(server))
+    data = {"model": "small", "stream": "true"}
+    with httpx.stream("POST", url, files=files, data=data, headers=headers, timeout=60) as streaming:
+        assert next(streaming.iter_lines()).startswith("data: ")
+    until(lambda: is_idle(server))
     seconds = time.monotonic() - begun
     assert seconds < 20  # an answer takes 27 s
 
