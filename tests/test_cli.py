@@ -286,7 +286,7 @@ def test_ctrl_c_during_the_imports_says_nothing(tmp_path):
     assert "Traceback" not in rest and "KeyboardInterrupt" not in rest
 
 
-HEAVY = {"jax", "flax", "orbax", "optax", "grain", "matplotlib", "scipy", "soundfile", "torch"}
+HEAVY = {"jax", "flax", "orbax", "optax", "grain", "matplotlib", "scipy", "soundfile", "torch", "starlette", "uvicorn"}
 LOADED = """
 import runpy, sys
 sys.argv = sys.argv[1:]

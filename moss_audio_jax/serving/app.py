@@ -28,6 +28,7 @@ from moss_audio_jax.serving.transcriptions import transcriptions
 log = logging.getLogger(__name__)
 
 _LINGER = 5.0  # seconds in which the body of a refused request is read, so that its client sees the answer
+_READ = "moss_audio_jax.read"  # in a request's scope: whether its body has been read to the end
 _CLOSED_BY_CLIENT = 499  # as nginx counts them; nobody reads it
 
 Endpoint = Callable[[Service, Request], Awaitable[Response]]
@@ -69,7 +70,10 @@ def _bound(service: Service, endpoint: Endpoint) -> Callable[[Request], Awaitabl
         except (Gone, ClientDisconnect):
             return Response(status_code=_CLOSED_BY_CLIENT)
         except Exception as error:  # Starlette would answer too, but close the connection
-            return await _told(request, error)
+            told = await _told(request, error)
+            if told.status_code != 408 and not request.scope.get(_READ):
+                await _linger(request.receive)
+            return told
 
     return bound
 
@@ -139,7 +143,7 @@ class _Gate:
         try:
             refusal = self._refusal(scope)
             if refusal is None:
-                await self._app(scope, self._limited(receive), noted)
+                await self._app(scope, self._limited(scope, receive), noted)
             else:
                 await _linger(receive)
                 await refusal.response()(scope, receive, noted)
@@ -169,14 +173,15 @@ class _Gate:
         most = self._service.limits.max_body_mb
         return ApiError(f"the body must have at most {most} MB", 413, code="body_too_large")
 
-    def _limited(self, receive: Receive) -> Receive:
-        seen = 0
+    def _limited(self, scope: Scope, receive: Receive) -> Receive:
+        seen, most = 0, self._service.limits.max_body
 
         async def limited() -> Message:
             nonlocal seen
             message = await receive()
-            seen += len(message.get("body", b""))
-            if seen > self._service.limits.max_body:
+            before, seen = seen, seen + len(message.get("body", b""))
+            scope[_READ] = not message.get("more_body")
+            if before <= most < seen:  # only once, so that the rest can be skipped
                 raise self._too_large()
             return message
 
