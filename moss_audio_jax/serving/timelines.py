@@ -24,7 +24,7 @@ _WRITERS: Mapping[str, Callable[[Timeline], str]] = {
 class TimelineBody(Body):
     """text: an answer. seconds: length of its clip."""
 
-    text: Annotated[str, Field(max_length=1_000_000)]
+    text: Annotated[str, Field(max_length=200_000)]
     seconds: Annotated[float, Field(ge=0, le=1e7)] | None = None
     format: str = "json"
 
