@@ -5,7 +5,7 @@ body -> clips -> turns -> ids and mels -> engine -> answers -> completion, or ch
 
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
@@ -18,7 +18,7 @@ from moss_audio_jax.inputs import Mel
 from moss_audio_jax.prompts import Turn, build_conversation
 from moss_audio_jax.sampling_config import Sampling
 from moss_audio_jax.serving.answers import Answers, reply_of
-from moss_audio_jax.serving.chat_body import AudioUrlPart, ChatBody, TextPart, read_chat
+from moss_audio_jax.serving.chat_body import AudioUrlPart, ChatBody, Part, TextPart, read_chat
 from moss_audio_jax.serving.errors import ApiError
 from moss_audio_jax.serving.events import DONE, Events, EventStream, unless_gone
 from moss_audio_jax.serving.media import from_base64, too_large, too_long
@@ -126,6 +126,7 @@ def _submit(
 ) -> Handle:
     """Decodes the clips, encodes the conversation, and queues the request."""
     config = served.processor.config
+    served.check_text("".join(part.text for part in _parts(body) if isinstance(part, TextPart)), "messages")
     mels = _mels(service, served, contents)
     counts = iter([num_audio_tokens(mel.shape[1]) for mel in mels])
     turns = [
@@ -149,6 +150,10 @@ def _submit(
     usage |= {"prompt_tokens": len(ids), "prompt_tokens_details": {"audio_tokens": audio, "cached_tokens": 0}}
     length = asked or min(service.limits.max_new_tokens, room)
     return served.engine.submit_ids(Request("", max_new_tokens=length, **options), ids, mels)
+
+
+def _parts(body: ChatBody) -> Iterator[Part]:
+    return (part for message in body.messages for part in message.content)
 
 
 def _mels(service: Service, served: Served, contents: Sequence[tuple[str, Content]]) -> list[Mel]:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import time
+import unicodedata
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -21,6 +22,8 @@ from moss_audio_jax.serving.metrics import Metrics
 
 Result = TypeVar("Result")
 
+_LONGEST_TOKEN = 128  # characters: spaces, in Qwen's vocabulary
+_MOST_MARKS = 100  # on a letter; putting them in order, as NFC does, takes quadratic time. Unicode advises 30 at most
 _LONGEST_RETRY = 60  # seconds that a client is told to wait
 
 
@@ -57,6 +60,22 @@ class Served:
         if self.held + answers > most:
             raise overloaded(self.seconds * self.held / self.engine.slots)
         return Place(self, answers)
+
+    def check_text(self, text: str, where: str) -> None:
+        """Raises ApiError for a text that is far too long, or takes too long to encode. where: its field."""
+        if len(text) > _LONGEST_TOKEN * self.engine.max_length:
+            raise ApiError(
+                f"{where} has {len(text):,} characters, more than the {self.engine.max_length:,} tokens of a request "
+                "can hold: give a shorter text",
+                param=where,
+                code="context_length_exceeded",
+            )
+        marks = 0
+        for character in "" if text.isascii() else text:
+            marks = marks + 1 if unicodedata.combining(character) else 0
+            if marks > _MOST_MARKS:
+                message = f"{where} has a letter with more than {_MOST_MARKS} combining marks: remove them"
+                raise ApiError(message, param=where, code="invalid_value")
 
 
 def overloaded(seconds: float) -> ApiError:

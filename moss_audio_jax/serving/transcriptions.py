@@ -31,6 +31,7 @@ async def transcriptions(service: Service, request: HttpRequest) -> Response:
         form, file = read_form(sent)
         content = await file.read()
     served = service.served(form.model)
+    served.check_text(form.context, "prompt")
     place = served.admit()
     try:
         work = _Work(service, served, form, content)

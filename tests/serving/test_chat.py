@@ -232,6 +232,8 @@ BAD: dict[str, tuple[dict[str, Any], int, str | None, str]] = {
     "too long": (clip(encoded(np.zeros(16000 * 103, np.float32), subtype="PCM_U8")), 400, AUDIO, "at most 102.4 s"),
     "a format": (clip(encoded(noise(1)), "pcm16"), 400, "messages[0].content[0].input_audio.format", "wav"),
     "a scheme": ({"messages": [user({"type": "audio_url", "audio_url": {"url": "gopher://a/b"}})]}, 400, None, "data:"),
+    "a very long text": ({"messages": [user("x" * 200_000)]}, 400, "messages", "200,000 characters"),
+    "marks without end": ({"messages": [user("a" + "\u0301\u0327" * 80_000)]}, 400, "messages", "combining marks"),
     "a long text": ({"messages": [user("x" * 5000)]}, 400, "messages", "tokens"),
 }  # fmt: skip
 
