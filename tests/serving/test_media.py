@@ -277,8 +277,10 @@ def test_what_a_header_claims_is_not_allocated(monkeypatch):
 
     monkeypatch.setattr(np, "empty", counted)
     media = Media(LIMITS)
-    many = encoded(np.zeros((16000, 200), np.float32), subtype="PCM_U8")
+    many = encoded(np.zeros((8000, 90), np.float32), 8000, subtype="PCM_U8")
     assert len(media.wave(many, "clip", 60.0)) == 16000
+    with pytest.raises(ApiError, match="at most 768,000 samples a second in all channels, not 200 times 16,000"):
+        media.wave(encoded(np.zeros((16000, 200), np.float32), subtype="PCM_U8"), "clip", 60.0)
     claimed = bytearray(encoded(noise(1)))
     at = claimed.index(b"data") + 4
     claimed[at : at + 4] = (4 * 16000 * 7200).to_bytes(4, "little")
