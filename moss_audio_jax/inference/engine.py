@@ -49,6 +49,7 @@ from moss_audio_jax.inference.slots import (
     widen,
 )
 from moss_audio_jax.inference.thinking import opens_thought
+from moss_audio_jax.inference.turns import Turns
 from moss_audio_jax.inputs import Mel, ModelInputs, bucket, encode_sequence, padded
 from moss_audio_jax.model import MossAudio
 from moss_audio_jax.processor import ClipLike, Processor
@@ -66,6 +67,7 @@ class Engine:
     model's mesh. Clips of `reuse` are read one by one.
     prefix_bytes: memory for what was read of clips that further requests may ask about (`Request.reuse`, `listen`); the
     least recently used is dropped first.
+    turns: shared by engines on the same devices, which then use them one at a time.
     Close it, or use it as a context manager: `with moss.Engine(model, processor) as engine:`.
     """
 
@@ -79,6 +81,7 @@ class Engine:
         every: int = 8,
         prompts: int | None = None,
         prefix_bytes: int = 2**30,
+        turns: Turns | None = None,
     ):
         limit = model.config.language_config.max_position_embeddings
         mesh = mesh_of(nnx.state(model))
@@ -90,7 +93,7 @@ class Engine:
                 allowed = "1 or more" if most is None else f"1 to the model's {most:,} positions"
                 raise MossAudioError(f"{name} of an engine must be {allowed}, not {value}")
         self._model, self._processor = model, processor
-        self.max_length, self._every = max_length, every
+        self.slots, self.max_length, self._every = slots, max_length, every
         graphdef, state = nnx.split(model)
         self._graphdef, self._state = graphdef, on_automatic_mesh(state)
         self._shapes = prompt_shapes(model.config, max_length)
@@ -110,6 +113,7 @@ class Engine:
         self._waiting: collections.deque[Handle] = collections.deque()
         self._changed = threading.Condition()
         self._closed: str | None = None
+        self._turns = turns or Turns()
         self._thread = threading.Thread(target=self._work, name="moss-audio engine", daemon=True)
         self._thread.start()
 
@@ -148,9 +152,26 @@ class Engine:
         with self._changed:
             if self._closed is not None:
                 raise MossAudioError(f"the engine is closed ({self._closed}): make another one")
-            self._waiting += [first, *others]
+            still = [handle for handle in self._waiting if not handle.done]  # without those that were cancelled
+            self._waiting = collections.deque([*still, first, *others])
             self._changed.notify()
         return first
+
+    @property
+    def closed(self) -> str | None:
+        """Why it takes no requests: by `close`, or after an error; None while it takes them."""
+        return self._closed
+
+    @property
+    def waiting(self) -> int:
+        """Answers that wait for a slot."""
+        with self._changed:
+            return sum(not handle.done for handle in self._waiting)
+
+    @property
+    def busy(self) -> int:
+        """Slots in use."""
+        return sum(handle is not None for handle in self._handles)
 
     def run(self, requests: Iterable[Request]) -> list[Reply]:
         """Answers requests, and returns the replies in their order."""
@@ -213,21 +234,26 @@ class Engine:
 
     def _work(self) -> None:
         try:
-            while self._next_requests():
-                self._decode(self._every, until_one_stops=bool(self._waiting))
-                self._deliver()
+            while self._requests_came():
+                with self._turns:
+                    self._begin(self._admitted())
+                    self._decode(self._every, until_one_stops=bool(self._waiting))
+                    self._deliver()
         except Exception as error:  # each caller gets it
             self._close_with(error)
         else:
             self._close_with(None)
 
-    def _next_requests(self) -> bool:
-        """Puts waiting requests into free slots; waits if there is nothing to do. Returns False when closed."""
+    def _requests_came(self) -> bool:
+        """Waits while there is nothing to do. Returns False when closed."""
         with self._changed:
             while self._closed is None and not self._waiting and not any(self._handles):
                 self._changed.wait()
-            if self._closed is not None:
-                return False
+            return self._closed is None
+
+    def _admitted(self) -> list[tuple[int, Handle]]:
+        """Puts waiting requests into free slots, and returns them."""
+        with self._changed:
             admitted = []
             for slot in (slot for slot, handle in enumerate(self._handles) if handle is None):
                 while self._waiting and self._waiting[0].done:  # cancelled
@@ -235,8 +261,7 @@ class Engine:
                 if self._waiting:
                     self._handles[slot] = handle = self._waiting.popleft()
                     admitted.append((slot, handle))
-        self._begin(admitted)
-        return True
+        return admitted
 
     def _begin(self, admitted: list[tuple[int, Handle]]) -> None:
         """Reads prompts, and begins answers to them in slots."""

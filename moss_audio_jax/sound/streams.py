@@ -70,8 +70,16 @@ _SHORTER = re.compile(r"(?:^| )(?:data|SSND|Data Size) *: (\d+) \(should be (\d+
 _NEVER_FINISHED = 0x7FFF0000  # bytes: a writer through a pipe leaves about the largest value of the field
 
 
-def streams_of(file: OpenedFile, name: str) -> list[Stream]:
-    """Opens the file's streams, in order; raises MossAudioError if there is no sample."""
+def block_size(stream: soundfile.SoundFile) -> int:
+    """Returns the samples to decode at a time: fewer of a file with hundreds of channels, which few bytes can claim."""
+    return max(1, DECODE_BLOCK * 8 // max(8, stream.channels))
+
+
+def streams_of(file: OpenedFile, name: str, longest: float | None = None) -> list[Stream]:
+    """Opens the file's streams, in order; raises MossAudioError if there is no sample.
+
+    longest: seconds of each after which counting its samples may end.
+    """
     whole = Span(0, file.size)
     stream = Stream(file, whole)
     spans = (whole,)
@@ -83,7 +91,7 @@ def streams_of(file: OpenedFile, name: str) -> list[Stream]:
     for each in streams:
         require_rate(each.samplerate, name)
         if each.samples == _UNKNOWN_LENGTH:
-            each.samples = _counted(file, each.source[1])
+            each.samples = _counted(file, each.source[1], longest)
     streams = [each for each in streams if each.samples]
     if not streams:
         raise MossAudioError(
@@ -93,11 +101,11 @@ def streams_of(file: OpenedFile, name: str) -> list[Stream]:
     return streams
 
 
-def _counted(file: OpenedFile, span: Span) -> int:
+def _counted(file: OpenedFile, span: Span, longest: float | None) -> int:
     """Counts the samples of a stream without their number in its header, such as FLAC through a pipe, by decoding."""
     stream, count = Stream(file, span), 0
-    most = LONGEST_HOURS * 3600 * stream.samplerate
-    while count <= most and (block := len(stream.read(DECODE_BLOCK, dtype="int16", always_2d=True))):
+    most = (LONGEST_HOURS * 3600 if longest is None else longest) * stream.samplerate
+    while count <= most and (block := len(stream.read(block_size(stream), dtype="int16", always_2d=True))):
         count += block
     return count
 

@@ -361,7 +361,7 @@ function show(found) {
 /** Returns a segment's text with its speaker as S01, not as [S01]. */
 function said({ speaker, text }) {
   const label = `[${speaker}]`;
-  return speaker && text.startsWith(label) ? `${speaker}  ${text.slice(label.length).trim()}` : text;
+  return speaker && text.startsWith(label) ? `${speaker} ${text.slice(label.length).trim()}` : text;
 }
 
 function row(segment, index) {
