@@ -15,6 +15,7 @@ ANSWERS = {
     "Transcribe the audio.": ["Good morning. ", "Is it on?"],
     "List the sounds": ["[0.50]tone[1.30]", "[2.00]tone[2.80][3.50]tone[4.30]"],
     "backwards": ["[2.00]hum[1.00]", "[3.00]end"],
+    "many": ["".join(f"[{0.01 * number:.2f}]hum[{0.01 * number + 0.01:.2f}]" for number in range(400))],
     "think": ["<think>Hm, a tone.", "</think>", "A tone."],
     "": ["<i>A</i> ", "tone."],
 }

@@ -146,8 +146,7 @@ def expect_done(page: Page) -> None:
 
 
 def expect_position(page: Page, least: float, most: float) -> None:
-    now = "Number(document.querySelector('#wave').ariaValueNow)"
-    page.wait_for_function(f"{least} <= {now} && {now} <= {most}")
+    until(lambda: least <= float(page.get_attribute("#wave", "aria-valuenow") or -1) <= most)
 
 
 def test_from_a_file_to_a_click_on_a_segment(page: Page, server: Running):
@@ -280,6 +279,19 @@ def test_times_that_can_not_be_right_are_said_and_earlier_segments_come_back(pag
     page.get_by_role("button", name="Show its 3 segments").click()
     expect(page.locator("#rows-body tr")).to_have_count(3)
     expect(page.locator("#doubts")).to_be_hidden()
+
+
+def test_of_many_segments_those_in_view_are_drawn(page: Page):
+    choose(page)
+    ask(page, "many")
+    expect(page.locator("#rows-body tr")).to_have_count(400)
+    expect(page.locator("#zoom-in")).to_be_visible()
+    regions = page.locator("#wave [part~=region]")
+    assert regions.count() == 0
+    page.fill("#zoom", "1")  # four times as wide
+    expect(page.locator("#zoom-in")).to_be_hidden()
+    expect(regions.first).to_have_text("hum")
+    assert 50 < regions.count() < 300
 
 
 def test_the_keyboard_is_enough(page: Page):

@@ -5,6 +5,7 @@ from.
 """
 
 import secrets
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from starlette.requests import Request
@@ -56,7 +57,7 @@ async def _examples(request: Request) -> Response:
     return JSONResponse([{"name": name, "prompt": prompt} for name, prompt in EXAMPLES.items()], headers=HEADERS)
 
 
-def _file(path: Path):
+def _file(path: Path) -> Callable[[Request], Awaitable[Response]]:
     async def send(request: Request) -> Response:
         return FileResponse(path, media_type=TYPES[path.suffix], headers=HEADERS)
 

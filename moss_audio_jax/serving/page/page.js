@@ -7,7 +7,7 @@ import WaveSurfer from "./vendor/wavesurfer.esm.js";
 
 const COLOURS = [210, 30, 140, 280, 350, 60, 180, 320, 100, 250].map((hue) => `hsl(${hue} 75% 50% / 0.3)`);
 const READ_BY_SERVER = ["mp3", "flac", "ogg", "opus", "wav"]; // endings; other files are decoded here if they can be
-const MOST_LABELS = 300; // segments; with more, texts on the waveform can't be read, and placing them takes seconds
+const MOST_DRAWN = 300; // segments on the waveform; more take wavesurfer.js seconds, and can't be told apart
 
 const $ = (id) => document.getElementById(id);
 const server = new Server(askForKey);
@@ -15,11 +15,12 @@ const server = new Server(askForKey);
 // {name, file, seconds, samples, sent: {file, format}}; a browser that can't decode it has only the name and `sent`.
 let clip = null;
 let turns = []; // {question, answer} of the conversation about the clip
-let shown = null; // {text, timeline}: the answer whose segments are shown
+let shown = null; // {text, timeline, colours}: the answer whose segments are shown
 let working = null; // the AbortController of the request under way
-let recording = null;
+let recording = null; // {stop, ticking}, or "asks"
 let wave = null;
 let regions = null;
+let drawn = null; // {from, to, scale}: where segments are drawn
 
 // Small parts
 
@@ -66,11 +67,11 @@ async function takeFile(file, name = file.name) {
   say("clip-problem", null);
   const ending = name.split(".").pop().toLowerCase();
   const format = READ_BY_SERVER.includes(ending) ? ending : "wav"; // the server goes by the bytes in the end
-  try {
-    const samples = await decode(file);
+  const samples = await decode(file).catch(() => null);
+  if (samples) {
     const sent = READ_BY_SERVER.includes(ending) && file.size < wavBytes(samples) ? { file, format } : null;
     takeSamples(samples, name, sent);
-  } catch {
+  } else {
     takeClip({ name, sent: { file, format }, samples: null, seconds: null });
     say("clip-problem", new Failure("This browser can't play the file. It is sent as it is, and the server may read it."));
   }
@@ -84,6 +85,9 @@ function takeSamples(samples, name, sent = null) {
 
 function takeClip(made) {
   working?.abort();
+  wave?.destroy();
+  wave = regions = null;
+  showPlaying(false);
   clip = made;
   say("clip-problem", null);
   say("problem", null);
@@ -96,7 +100,6 @@ function takeClip(made) {
 }
 
 function drawWave() {
-  wave?.destroy();
   regions = Regions.create();
   wave = WaveSurfer.create({
     container: $("wave"),
@@ -107,6 +110,7 @@ function drawWave() {
     ...waveColours(),
   });
   wave.on("timeupdate", showPosition);
+  for (const event of ["scroll", "zoom", "resize"]) wave.on(event, onView);
   wave.on("play", () => showPlaying(true));
   wave.on("pause", () => showPlaying(false));
   regions.on("region-clicked", (region, event) => {
@@ -167,6 +171,7 @@ function waveKey(event) {
 
 async function toggleRecording() {
   const button = $("record");
+  if (recording === "asks") return; // the browser asks whether the microphone may be used
   if (recording) {
     const { stop, ticking } = recording;
     recording = null;
@@ -181,6 +186,7 @@ async function toggleRecording() {
     say("clip-problem", new Failure("Browsers record only on pages from https or from this machine."));
     return;
   }
+  recording = "asks";
   try {
     const { stop } = await startRecording();
     const began = Date.now();
@@ -189,6 +195,7 @@ async function toggleRecording() {
     tick();
     button.classList.add("on");
   } catch (error) {
+    recording = null;
     const why = error.name === "NotFoundError" ? "No microphone was found." : "The microphone can't be used: allow it.";
     say("clip-problem", new Failure(why));
   }
@@ -333,7 +340,7 @@ async function showSegments(turn, text, about, signal) {
   const timeline = JSON.parse(await server.timeline(text, about.seconds, "json", signal));
   const number = timeline.segments.length;
   if (!number) return;
-  const found = { text, timeline };
+  const found = { text, timeline, colours: coloursOf(timeline.segments) };
   const button = element("button", {
     type: "button",
     className: "small",
@@ -348,14 +355,14 @@ function show(found) {
   shown = found;
   $("found").hidden = found === null;
   $("no-segments").hidden = found !== null;
-  regions?.clearRegions();
   const { segments, problems } = found?.timeline ?? { segments: [], problems: [] };
   $("doubts").replaceChildren(...problems.map((textContent) => element("li", { textContent })));
   $("doubts").hidden = !problems.length;
-  $("rows-body").replaceChildren(...segments.map(row));
+  $("rows-body").replaceChildren(...segments.map((segment, index) => row(segment, found.colours[index])));
   const first = $("rows-body").querySelector("button");
   if (first) first.tabIndex = 0;
-  if (clip?.samples && found) drawRegions(segments);
+  $("zoom-in").hidden = true;
+  drawRegions();
 }
 
 /** Returns a segment's text with its speaker as S01, not as [S01]. */
@@ -364,7 +371,7 @@ function said({ speaker, text }) {
   return speaker && text.startsWith(label) ? `${speaker} ${text.slice(label.length).trim()}` : text;
 }
 
-function row(segment, index) {
+function row(segment, colour) {
   const { begin, end } = segment;
   const text = said(segment);
   let time = clock(begin);
@@ -379,46 +386,60 @@ function row(segment, index) {
     element("td", { textContent: end === null ? "" : clock(end) }),
     element("td", { textContent: text }),
   );
-  made.style.setProperty("--segment", colourOf(index));
+  made.style.setProperty("--segment", colour);
   return made;
 }
 
-/** Returns the colour of a segment: of its speaker, or of its text where few texts come again and again. */
-function colourOf(index) {
-  const { segments } = shown.timeline;
-  const speakers = segments.map(({ speaker }) => speaker);
-  const texts = [...new Set(segments.map(({ text }) => text))];
-  if (speakers.some(Boolean)) return COLOURS[[...new Set(speakers)].indexOf(speakers[index]) % COLOURS.length];
-  if (texts.length <= COLOURS.length) return COLOURS[texts.indexOf(segments[index].text)];
-  return COLOURS[index % 2];
+/** Returns the colours of segments: by speaker, or by text where few texts come again and again. */
+function coloursOf(segments) {
+  const hasSpeakers = segments.some(({ speaker }) => speaker);
+  const names = segments.map(({ speaker, text }) => (hasSpeakers ? speaker : text));
+  const places = new Map([...new Set(names)].map((name, place) => [name, place]));
+  const areFew = hasSpeakers || places.size <= COLOURS.length;
+  return names.map((name, index) => COLOURS[(areFew ? places.get(name) : index % 2) % COLOURS.length]);
 }
 
-function drawRegions(segments) {
+/** Returns what is in view: from and to, and seconds a pixel. */
+function view() {
+  const scale = clip.seconds / wave.getWrapper().clientWidth;
+  const from = wave.getScroll() * scale;
+  return { from, to: from + wave.getWidth() * scale, scale };
+}
+
+/** Draws the segments in view and to both sides of it, unless they are too many. */
+function drawRegions() {
+  regions?.clearRegions();
+  drawn = null;
+  if (!clip?.samples || !shown) return;
+  const { from, to, scale } = view();
+  drawn = { from: 2 * from - to, to: 2 * to - from, scale };
+  const { colours, timeline } = shown;
+  const near = timeline.segments
+    .map((segment, index) => ({ ...segment, index, until: Math.max(segment.end ?? segment.begin, segment.begin) }))
+    .filter(({ begin, until }) => begin <= drawn.to && until >= drawn.from);
+  $("zoom-in").hidden = near.length <= MOST_DRAWN;
+  if (near.length > MOST_DRAWN) return;
   const lanes = []; // where the last label of each line ends, in seconds
-  segments.forEach((segment, index) => {
-    const { begin, end } = segment;
+  for (const segment of near) {
+    const { begin, until, index } = segment;
+    const isPoint = until === begin; // so is one that ends before it begins
+    let lane = lanes.findIndex((last) => last <= begin + 0.01);
+    if (lane < 0) lane = lanes.length;
+    lanes[lane] = isPoint ? begin + 100 * scale : until;
     const text = said(segment);
-    const until = Math.max(end ?? begin, begin); // one that runs backwards is drawn as a point
-    const isPoint = until === begin;
-    let content;
-    if (segments.length <= MOST_LABELS) {
-      let lane = lanes.findIndex((last) => last <= begin + 0.01);
-      if (lane < 0) lane = lanes.length;
-      lanes[lane] = isPoint ? begin + clip.seconds / 10 : until;
-      content = element("div", { textContent: text, title: `${clock(begin)} ${text}` });
-      content.style.setProperty("--lane", lane);
-      content.style.setProperty("--room", isPoint ? "8rem" : "100%");
-    }
-    regions.addRegion({
-      id: `segment-${index}`,
-      start: begin,
-      end: until,
-      content,
-      color: colourOf(index),
-      drag: false,
-      resize: false,
-    });
-  });
+    const content = element("div", { textContent: text, title: `${clock(begin)} ${text}` });
+    content.style.setProperty("--lane", lane);
+    content.style.setProperty("--room", isPoint ? "100px" : "100%");
+    const where = { id: `segment-${index}`, start: begin, end: until, drag: false, resize: false };
+    regions.addRegion({ ...where, content, color: colours[index] });
+  }
+}
+
+/** Draws the segments again when the view has left those that are drawn, or has another scale. */
+function onView() {
+  if (!drawn) return;
+  const { from, to, scale } = view();
+  if (from < drawn.from || to > drawn.to || scale !== drawn.scale) drawRegions();
 }
 
 async function download(format) {
@@ -436,7 +457,10 @@ async function download(format) {
 
 // What the reader does
 
-$("file").onchange = () => $("file").files[0] && takeFile($("file").files[0]);
+$("file").onchange = () => {
+  if ($("file").files[0]) takeFile($("file").files[0]);
+  $("file").value = ""; // so that the same file can be chosen again
+};
 $("record").onclick = toggleRecording;
 for (const name of SOUND_NAMES) {
   const onclick = () => takeSamples(makeSound(name), name);
@@ -458,8 +482,8 @@ document.addEventListener("drop", (event) => {
 $("play").onclick = () => (wave.isPlaying() ? wave.pause() : play());
 $("wave").onkeydown = waveKey;
 $("zoom").oninput = () => {
-  const whole = $("wave").clientWidth / clip.seconds;
-  wave.zoom(whole * (Math.max(1, 100 / whole) ** $("zoom").value)); // up to 100 pixels a second
+  const whole = $("wave").clientWidth / clip.seconds; // pixels a second
+  wave.zoom(whole * Math.max(4, 100 / whole) ** $("zoom").value);
 };
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => wave?.setOptions(waveColours()));
 
