@@ -286,7 +286,7 @@ def test_ctrl_c_during_the_imports_says_nothing(tmp_path):
     assert "Traceback" not in rest and "KeyboardInterrupt" not in rest
 
 
-HEAVY = {"jax", "flax", "orbax", "optax", "grain", "matplotlib", "scipy", "soundfile", "torch"}
+HEAVY = {"jax", "flax", "orbax", "optax", "grain", "matplotlib", "scipy", "soundfile", "torch", "starlette", "uvicorn"}
 LOADED = """
 import runpy, sys
 sys.argv = sys.argv[1:]
@@ -301,7 +301,7 @@ print(*{name.partition(".")[0] for name in sys.modules}, file=sys.stderr)
 @pytest.mark.parametrize(
     "command",
     [
-        *("moss_audio_jax generate", "moss_audio_jax transcribe", "moss_audio_jax timeline"),
+        *("moss_audio_jax generate", "moss_audio_jax transcribe", "moss_audio_jax timeline", "moss_audio_jax serve"),
         *("convert verify", "train", "train run", "train evaluate"),
     ],
 )

@@ -10,7 +10,7 @@ import bisect
 import collections
 import hashlib
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Self
 
 import jax
@@ -182,8 +182,11 @@ class Engine:
         """Reads clips, for any number of questions about them. options: the other fields of each `Request`."""
         return Session(self, [self._processor.mel(clip) for clip in audio], options)
 
-    def warm_up(self) -> None:
-        """Compiles all programs. Call it before the first request; otherwise each compiles when it is needed first."""
+    def warm_up(self, progress: Callable[[int, int], None] = lambda done, of: None) -> None:
+        """Compiles all programs. Call it before the first request; otherwise each compiles when it is needed first.
+
+        progress: called with the number of prompt shapes that are done, and of all.
+        """
         with self._changed:
             if self._waiting or any(self._handles):
                 raise MossAudioError("the engine has requests: warm it up before the first")
@@ -195,6 +198,7 @@ class Engine:
                 if chunks:  # clips that are read apart from questions, one by one
                     for piece in pieces if number == 1 else pieces[:1]:
                         self._insert(self._read_on(self._read(one), [0] * piece), [0])
+                progress(number + 1, len(self._shapes))
             self._limits[0] = 0
             self._decode(steps=1)
             self._newest()

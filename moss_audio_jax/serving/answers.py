@@ -5,8 +5,21 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 
+from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.inference.requests import Handle, Reply
 from moss_audio_jax.inference.thinking import Piece
+from moss_audio_jax.serving.errors import ApiError, unavailable
+
+
+def reply_of(handle: Handle) -> Reply:
+    """Returns an answer that has ended. Raises ApiError if it failed, or was ended from outside."""
+    try:
+        reply = handle.reply()
+    except MossAudioError as error:
+        raise ApiError(str(error), 500, code="answer_failed") from error
+    if reply.finish_reason == "cancelled":
+        raise unavailable("the server ended the answer, as it is shutting down")
+    return reply
 
 
 class Answers:
@@ -21,6 +34,7 @@ class Answers:
         self.handles = handle.answers
         self.first_piece: float | None = None  # seconds from the request to it
         self._queue: asyncio.Queue[tuple[int, Piece | None]] = asyncio.Queue()
+        self._end = asyncio.Event()
         self._left, self._done, self._begun = len(self.handles), done, begun
         for number, answer in enumerate(self.handles):
             answer.listen(self._listener(number, loop))
@@ -39,6 +53,7 @@ class Answers:
         self._left -= piece is None
         if not self._left:
             self._left = -1  # only once
+            self._end.set()
             self._done(self)
 
     async def pieces(self) -> AsyncIterator[tuple[int, Piece | None]]:
@@ -50,11 +65,14 @@ class Answers:
                 if piece is None:
                     break
 
+    async def ended(self) -> None:
+        """Waits until all answers have ended."""
+        await self._end.wait()
+
     async def replies(self) -> Sequence[Reply]:
         """Waits for all answers. Raises what went wrong with one."""
-        async for _ in self.pieces():
-            pass
-        return [handle.reply() for handle in self.handles]
+        await self.ended()
+        return [reply_of(handle) for handle in self.handles]
 
     def cancel(self) -> None:
         """Ends what has not ended, and frees its slots."""

@@ -28,6 +28,7 @@ from moss_audio_jax.serving.transcriptions import transcriptions
 log = logging.getLogger(__name__)
 
 _LINGER = 5.0  # seconds in which the body of a refused request is read, so that its client sees the answer
+_READ = "moss_audio_jax.read"  # in a request's scope: whether its body has been read to the end
 _CLOSED_BY_CLIENT = 499  # as nginx counts them; nobody reads it
 
 Endpoint = Callable[[Service, Request], Awaitable[Response]]
@@ -54,14 +55,7 @@ def make_app(service: Service, *, page: bool = False) -> Starlette:
     app = Starlette(
         routes=routes,
         middleware=[Middleware(_Gate, service=service, open_paths=open_paths, known=known)],
-        exception_handlers={
-            ApiError: _told,
-            MossAudioError: _told,
-            HTTPException: _http_error,
-            Gone: _gone,
-            ClientDisconnect: _gone,
-            Exception: _told,
-        },
+        exception_handlers={HTTPException: _http_error, Exception: _told},
     )
     app.state.service = service
     return app
@@ -69,7 +63,17 @@ def make_app(service: Service, *, page: bool = False) -> Starlette:
 
 def _bound(service: Service, endpoint: Endpoint) -> Callable[[Request], Awaitable[Response]]:
     async def bound(request: Request) -> Response:
-        return await endpoint(service, request)
+        try:
+            return await endpoint(service, request)
+        except HTTPException:
+            raise
+        except (Gone, ClientDisconnect):
+            return Response(status_code=_CLOSED_BY_CLIENT)
+        except Exception as error:  # Starlette would answer too, but close the connection
+            told = await _told(request, error)
+            if told.status_code != 408 and not request.scope.get(_READ):
+                await _linger(request.receive)
+            return told
 
     return bound
 
@@ -103,7 +107,10 @@ def _described(service: Service, name: str) -> dict[str, Any]:
 
 
 async def _told(request: Request, error: Exception) -> Response:
-    return api_error(error).response()
+    told = api_error(error)
+    if not isinstance(error, ApiError | MossAudioError):
+        log.error("a request failed", exc_info=error)
+    return told.response()
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
@@ -111,10 +118,6 @@ async def _http_error(request: Request, error: Exception) -> Response:
     path = f"{request.method} {request.url.path[:100]!a}"
     messages = {404: f"there is no {path}", 405: f"{path} is not allowed: use another method"}
     return ApiError(messages.get(error.status_code, str(error.detail)), error.status_code).response()
-
-
-async def _gone(request: Request, error: Exception) -> Response:
-    return Response(status_code=_CLOSED_BY_CLIENT)
 
 
 class _Gate:
@@ -140,10 +143,13 @@ class _Gate:
         try:
             refusal = self._refusal(scope)
             if refusal is None:
-                await self._app(scope, self._limited(receive), noted)
+                await self._app(scope, self._limited(scope, receive), noted)
             else:
                 await _linger(receive)
                 await refusal.response()(scope, receive, noted)
+        except asyncio.CancelledError:  # at the end of draining
+            if not status:
+                await unavailable("the server has shut down").response()(scope, receive, noted)
         finally:
             service.requests -= 1
             path = scope["path"] if scope["path"] in self._known else "other"
@@ -153,8 +159,8 @@ class _Gate:
         headers, path, key = dict(scope["headers"]), scope["path"], self._service.key
         is_open = path in self._open or any(path.startswith(f"{each}/") for each in self._open if each != "/")
         if key is not None and not is_open:
-            given = headers.get(b"authorization", b"")
-            if not hmac.compare_digest(given, b"Bearer " + key.encode()):
+            scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+            if not hmac.compare_digest(given, key.encode()) or scheme.lower() != b"bearer":
                 return ApiError("a valid key must be given as `Authorization: Bearer KEY`", 401, code="invalid_api_key")
         if scope["method"] == "POST" and (trouble := self._service.trouble()) is not None:
             return unavailable(trouble)
@@ -167,14 +173,15 @@ class _Gate:
         most = self._service.limits.max_body_mb
         return ApiError(f"the body must have at most {most} MB", 413, code="body_too_large")
 
-    def _limited(self, receive: Receive) -> Receive:
-        seen = 0
+    def _limited(self, scope: Scope, receive: Receive) -> Receive:
+        seen, most = 0, self._service.limits.max_body
 
         async def limited() -> Message:
             nonlocal seen
             message = await receive()
-            seen += len(message.get("body", b""))
-            if seen > self._service.limits.max_body:
+            before, seen = seen, seen + len(message.get("body", b""))
+            scope[_READ] = not message.get("more_body")
+            if before <= most < seen:  # only once, so that the rest can be skipped
                 raise self._too_large()
             return message
 

@@ -5,7 +5,7 @@ body -> clips -> turns -> ids and mels -> engine -> answers -> completion, or ch
 
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
@@ -13,14 +13,14 @@ from starlette.responses import JSONResponse, Response
 
 from moss_audio_jax.audio import SAMPLE_RATE, model_mel, num_audio_tokens
 from moss_audio_jax.inference.engine import Request
-from moss_audio_jax.inference.requests import Handle, Reply
+from moss_audio_jax.inference.requests import Handle
 from moss_audio_jax.inputs import Mel
 from moss_audio_jax.prompts import Turn, build_conversation
 from moss_audio_jax.sampling_config import Sampling
-from moss_audio_jax.serving.answers import Answers
+from moss_audio_jax.serving.answers import Answers, reply_of
 from moss_audio_jax.serving.chat_body import AudioUrlPart, ChatBody, TextPart, read_chat
-from moss_audio_jax.serving.errors import ApiError, unavailable
-from moss_audio_jax.serving.events import DONE, Events, unless_gone
+from moss_audio_jax.serving.errors import ApiError
+from moss_audio_jax.serving.events import DONE, Events, EventStream, unless_gone
 from moss_audio_jax.serving.media import from_base64, too_large, too_long
 from moss_audio_jax.serving.service import Served, Service
 from moss_audio_jax.tokenizer import Tokenizer
@@ -33,16 +33,22 @@ Content = Callable[[], bytes]  # of a clip; called in a thread
 
 async def chat(service: Service, request: HttpRequest) -> Response:
     """Answers a chat."""
-    async with service.body():
-        body = read_chat(await request.body())
-    answers, prompt_tokens = await unless_gone(request, _begin(service, body))
-    made = _Made(service.served(body.model), body, answers, prompt_tokens)
+    body = await _read(service, request)
+    answers, prompt_usage = await unless_gone(request, _begin(service, body))
+    made = _Made(service.served(body.model), body, answers, prompt_usage)
+    body.messages.clear()  # megabytes of clips
     if body.stream:
         return Events(made.chunks(), answers.cancel)
     try:
         return JSONResponse(await unless_gone(request, made.completion()))
     finally:
         answers.cancel()
+
+
+async def _read(service: Service, request: HttpRequest) -> ChatBody:
+    async with service.body():
+        pieces = [piece async for piece in request.stream()]  # `request.body()` would keep it
+        return read_chat(b"".join(pieces))
 
 
 async def _begin(service: Service, body: ChatBody) -> tuple[Answers, Mapping[str, Any]]:
@@ -177,13 +183,13 @@ class _Made:
                     "refusal": None,
                 },
                 "logprobs": self._logprobs(number, 0),
-                "finish_reason": finish_reason(reply),
+                "finish_reason": _FINISH[reply.finish_reason],
             }
             for number, reply in enumerate(replies)
         ]
         return {**self._about, "object": "chat.completion", "choices": choices, "usage": self._usage()}
 
-    async def chunks(self) -> AsyncIterator[Mapping[str, Any] | str]:
+    async def chunks(self) -> EventStream:
         """Yields the answers as they come."""
         handles = self._answers.handles
         told = [0] * len(handles)  # logprobs
@@ -191,7 +197,7 @@ class _Made:
         for number in range(len(handles)):
             yield self._chunk(number, {"role": "assistant", "content": ""}, with_usage=with_usage)
         async for number, piece in self._answers.pieces():
-            reason = None if piece is not None else finish_reason(handles[number].reply())
+            reason = None if piece is not None else _FINISH[reply_of(handles[number]).finish_reason]
             kind = "reasoning_content" if piece is not None and piece.kind == "reasoning" else "content"
             delta = {} if piece is None else {kind: piece.text}
             logprobs = self._logprobs(number, told[number])
@@ -235,10 +241,3 @@ def _token(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, Any]:
         "logprob": max(logprob, -9999.0),
         "top_logprobs": [],
     }
-
-
-def finish_reason(reply: Reply) -> str:
-    """Returns OpenAI's name of how an answer ended; raises ApiError for one that was ended from outside."""
-    if reply.finish_reason == "cancelled":
-        raise unavailable("the server ended the answer, as it is shutting down")
-    return _FINISH[reply.finish_reason]

@@ -9,6 +9,7 @@ from moss_audio_jax.serving.errors import ApiError, of_validation, refuse_unsupp
 from moss_audio_jax.storage.json_files import parse_json
 
 _MOST_TOKENS = 2**20
+_MARKS, _MOST_MARKS = (b",", b"[", b"{"), 50_000  # base64 has none of them
 # Fields that are refused, unless they have one of these values.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "tools": ([],),
@@ -111,12 +112,19 @@ class ChatBody(Body):
     min_tokens: Annotated[int, Field(ge=0, le=_MOST_TOKENS)] | None = None
 
 
-def read_chat(content: bytes) -> ChatBody:
-    """Reads a body; raises ApiError, which names the field, for what is wrong or not supported."""
+def read_object(content: bytes) -> dict[str, Any]:
+    """Reads an object of JSON; raises ApiError for anything else, and for one of very many values."""
+    if sum(map(content.count, _MARKS)) > _MOST_MARKS:  # each takes a hundred bytes of memory or more
+        raise ApiError("the body has far more values than any request needs", 413, code="body_too_large")
     try:
-        body = parse_json(content)
+        return parse_json(content)
     except ValueError as error:
         raise ApiError(f"the body must be an object of JSON ({error})", code="invalid_json") from error
+
+
+def read_chat(content: bytes) -> ChatBody:
+    """Reads a body; raises ApiError, which names the field, for what is wrong or not supported."""
+    body = read_object(content)
     refuse_unsupported(body, _UNSUPPORTED)
     known = {name: value for name, value in body.items() if name not in _UNSUPPORTED and name not in _IGNORED}
     try:

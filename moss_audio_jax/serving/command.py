@@ -5,8 +5,9 @@ import dataclasses
 import os
 import socket
 import sys
+import threading
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from moss_audio_jax.commands.interruption import end, stops_on_ctrl_c
 from moss_audio_jax.commands.progress import waiting
@@ -16,6 +17,7 @@ from moss_audio_jax.serving.limits import Limits
 from moss_audio_jax.storage.paths import AnyPath, to_path
 
 if TYPE_CHECKING:
+    from moss_audio_jax.inference.engine import Engine
     from moss_audio_jax.inference.loading import Loading
     from moss_audio_jax.serving.service import Service
 
@@ -58,18 +60,16 @@ def serve(loading: "Loading", serving: Serving, limits: Limits) -> None:
     host = f"[{serving.host}]" if ":" in serving.host else serving.host
     names = ", ".join(service.models)
     print(f"[{names} at http://{host}:{listening.getsockname()[1]}; Ctrl-C ends]", file=sys.stderr, flush=True)
-    asyncio.run(run(app, service, listening, serving.drain_seconds))
-    service.close()
-    end(0)
+    asyncio.run(_run_and_end(app, service, listening, serving.drain_seconds))
 
 
 def require_server() -> None:
     """Raises MossAudioError if a library of the extra `serve` is not installed."""
     try:
         import httpx  # noqa: F401
-        import multipart  # noqa: F401
         import prometheus_client  # noqa: F401
         import pydantic  # noqa: F401
+        import python_multipart  # noqa: F401
         import starlette  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
@@ -126,13 +126,32 @@ def _service(
     turns, engines = Turns(), dict[str, Engine]()
     for name, model in models.items():
         engines[name] = Engine(model, processor, slots=loading.slots, max_length=length, turns=turns)
-        with waiting(f"compiling the programs of {name}"):
-            engines[name].warm_up()
+        _warm_up(name, engines[name])
     files = None if serving.allow_files is None else os.fspath(serving.allow_files)
     media = Media(limits, frozenset(host.lower() for host in serving.allow_url_hosts), files)
     return Service(
         engines, processor, limits=limits, media=media, key=key, sampling=serving.sampling, window=serving.window
     )
+
+
+def _warm_up(name: str, engine: "Engine") -> None:
+    told = f"compiling the programs of {name}"
+
+    def tell(done: int, of: int) -> None:
+        nonlocal told
+        told = f"compiling the programs of {name}, {done} of {of} shapes done"
+
+    with waiting(lambda: told):
+        engine.warm_up(tell)
+
+
+async def _run_and_end(app: Any, service: "Service", listening: socket.socket, drain_seconds: float) -> NoReturn:
+    """Serves, and ends the process whatever still waits: for a device, or for the address of a host."""
+    await run(app, service, listening, drain_seconds)
+    closing = threading.Thread(target=service.close, daemon=True)
+    closing.start()
+    closing.join(_LAST_SECONDS)
+    end(0)
 
 
 async def run(app: Any, service: "Service", listening: socket.socket, drain_seconds: float) -> None:

@@ -81,5 +81,6 @@ def refuse_unsupported(body: Mapping[str, Any], harmless: Mapping[str, Sequence[
     """
     for name, values in harmless.items():
         if body.get(name) is not None and body[name] not in values:
-            allowed = f" but as {' or '.join(json.dumps(value) for value in values)}" if values else ""
-            raise ApiError(f"{name} is not supported{allowed}: leave it out", param=name, code="unsupported_parameter")
+            only = [json.dumps(value) for value in values if value not in ([], None)]
+            message = f"{name} is not supported: leave it out" + (f", or give {' or '.join(only)}" if only else "")
+            raise ApiError(message, param=name, code="unsupported_parameter")

@@ -1,20 +1,24 @@
 """Server-sent events, and clients that leave before their answer has come."""
 
 import asyncio
+import contextlib
 import json
 import logging
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from moss_audio_jax.serving.errors import api_error
+from moss_audio_jax.errors import MossAudioError
+from moss_audio_jax.serving.errors import ApiError, api_error
 
 log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
+
+EventStream = AsyncGenerator[Mapping[str, Any] | str, None]  # texts as they are; it is closed at the end
 
 DONE = "[DONE]"
 
@@ -48,24 +52,26 @@ class Events(StreamingResponse):
     closed: called at the end, also if the client leaves before the first event.
     """
 
-    def __init__(self, events: AsyncIterator[Mapping[str, Any] | str], closed: Callable[[], None]):
+    def __init__(self, events: EventStream, closed: Callable[[], None]):
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        super().__init__(_lines(events), media_type="text/event-stream", headers=headers)
-        self._closed = closed
+        self._events, self._closed = _lines(events), closed
+        super().__init__(self._events, media_type="text/event-stream", headers=headers)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await super().__call__(scope, receive, send)
+            async with contextlib.aclosing(self._events):
+                await super().__call__(scope, receive, send)
         finally:
             self._closed()
 
 
-async def _lines(events: AsyncIterator[Mapping[str, Any] | str]) -> AsyncIterator[str]:
+async def _lines(events: EventStream) -> AsyncGenerator[str, None]:
     try:
-        async for event in events:
-            yield f"data: {event if isinstance(event, str) else json.dumps(event, ensure_ascii=False)}\n\n"
+        async with contextlib.aclosing(events):
+            async for event in events:
+                yield f"data: {event if isinstance(event, str) else json.dumps(event, ensure_ascii=False)}\n\n"
     except Exception as error:
         told = api_error(error)
-        if told.status >= 500:
-            log.exception("a stream ended with an error")
+        if not isinstance(error, ApiError | MossAudioError):
+            log.exception("a stream failed")
         yield f"data: {json.dumps(told.content())}\n\n"

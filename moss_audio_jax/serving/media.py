@@ -24,7 +24,7 @@ from moss_audio_jax.serving.fetching import fetch
 from moss_audio_jax.serving.limits import Limits
 
 FORMATS = ("wav", "mp3", "flac", "ogg", "opus")  # of `input_audio`; the bytes decide
-_DATA_URI = re.compile(r"data:([^,;]*)((?:;[^,;]*)*),", re.ASCII)
+_DATA_URI = re.compile(r"data:([^,;]*)((?:;[^,;]*)*),", re.ASCII | re.IGNORECASE)
 
 
 class Media:

@@ -7,10 +7,9 @@ from pydantic import Field, ValidationError
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from moss_audio_jax.serving.chat_body import Body
+from moss_audio_jax.serving.chat_body import Body, read_object
 from moss_audio_jax.serving.errors import ApiError, of_validation
 from moss_audio_jax.serving.service import Service
-from moss_audio_jax.storage.json_files import parse_json
 from moss_audio_jax.timelines.timeline import Timeline
 
 MEDIA_TYPES = {"srt": "application/x-subrip", "vtt": "text/vtt", "csv": "text/csv", "audacity": "text/plain"}
@@ -32,13 +31,11 @@ class TimelineBody(Body):
 
 async def timelines(service: Service, request: Request) -> Response:
     async with service.body():
-        content = await request.body()
+        content = read_object(await request.body())
     try:
-        body = TimelineBody.model_validate(parse_json(content))
+        body = TimelineBody.model_validate(content)
     except ValidationError as error:
         raise of_validation(error) from error
-    except ValueError as error:
-        raise ApiError(f"the body must be an object of JSON ({error})", code="invalid_json") from error
     if body.format != "json" and body.format not in _WRITERS:
         names = ", ".join(("json", *_WRITERS))
         raise ApiError(f"format must be one of {names}", param="format", code="invalid_value")

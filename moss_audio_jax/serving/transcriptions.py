@@ -1,9 +1,10 @@
 """/v1/audio/transcriptions: a recording of any length, window by window, with the seams of `moss-audio transcribe`."""
 
 import bisect
+import contextlib
 import dataclasses
 from collections import deque
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
@@ -15,10 +16,9 @@ from moss_audio_jax.inference.requests import Handle
 from moss_audio_jax.inference.transcription import Answers as Asking
 from moss_audio_jax.inference.windows import SHORTEST_WINDOW, Cutting, Place, Window, cut
 from moss_audio_jax.prompts import DEFAULT_SYSTEM_PROMPT
-from moss_audio_jax.serving.answers import Answers
-from moss_audio_jax.serving.chat import finish_reason
+from moss_audio_jax.serving.answers import Answers, reply_of
 from moss_audio_jax.serving.errors import ApiError
-from moss_audio_jax.serving.events import DONE, Events, unless_gone
+from moss_audio_jax.serving.events import DONE, Events, EventStream, unless_gone
 from moss_audio_jax.serving.media import pieces_of
 from moss_audio_jax.serving.service import Place as QueuePlace
 from moss_audio_jax.serving.service import Served, Service
@@ -45,14 +45,15 @@ async def transcriptions(service: Service, request: HttpRequest) -> Response:
     return response(form, found)
 
 
-async def _begun(events: AsyncIterator[Mapping[str, Any] | str]) -> AsyncIterator[Mapping[str, Any] | str]:
+async def _begun(events: EventStream) -> EventStream:
     """Returns the events once the first has come, so that a file that can't be read is an error with its status."""
     first = await anext(events)
 
-    async def all_of_them() -> AsyncIterator[Mapping[str, Any] | str]:
-        yield first
-        async for event in events:
-            yield event
+    async def all_of_them() -> EventStream:
+        async with contextlib.aclosing(events):
+            yield first
+            async for event in events:
+                yield event
 
     return all_of_them()
 
@@ -68,39 +69,33 @@ class _Work:
         found: dict[str, Transcript] = {}
         for timestamps in self._form.timestamps:
             joiner = Joiner()
-            async for place, answers in self._answered(timestamps):
-                await _add(joiner, place, answers)
+            async with contextlib.aclosing(self._answered(timestamps)) as answered:
+                async for place, answers in answered:
+                    await _add(joiner, place, answers)
             found[timestamps] = joiner.transcript()
         return found
 
-    async def events(self) -> AsyncIterator[Mapping[str, Any] | str]:
+    async def events(self) -> EventStream:
         """Yields the text as it comes: of a recording of one window piece by piece, of others window by window."""
         (timestamps,), joiner, told = self._form.timestamps, Joiner(), ""
-        async for place, answers in self._answered(timestamps):
-            if place.last and not told and not place.begin:
-                held = ""
-                async for _, piece in answers.pieces():
-                    if piece is None or piece.kind != "text":
-                        continue
-                    held = held + piece.text if told else (held + piece.text).lstrip()
-                    shown = held.rstrip()
-                    held, told = held[len(shown) :], told + shown
-                    if shown:
-                        yield _delta(shown)
-                joiner.add(place, _reply(answers))
-            else:
+        async with contextlib.aclosing(self._answered(timestamps)) as answered:
+            async for place, answers in answered:
+                if place.last and not place.begin:
+                    async for text in _stripped(answers):
+                        told += text
+                        yield _delta(text)
                 await _add(joiner, place, answers)
-            settled = joiner.settled
-            if len(settled) > len(told):
-                yield _delta(settled[len(told) :])
-                told = settled
+                settled = joiner.settled
+                if len(settled) > len(told):
+                    yield _delta(settled[len(told) :])
+                    told = settled
         transcript = joiner.transcript()
         if transcript.text.startswith(told) and transcript.text != told:
             yield _delta(transcript.text[len(told) :])
         yield {"type": "transcript.text.done", "text": transcript.text, "usage": usage(transcript)}
         yield DONE
 
-    async def _answered(self, timestamps: str) -> AsyncIterator[tuple[Place, Answers]]:
+    async def _answered(self, timestamps: str) -> AsyncGenerator[tuple[Place, Answers], None]:
         """Yields the windows in order, with their answers, which may not have ended.
 
         One window holds the place of the request; as many others as there are places for are answered meanwhile.
@@ -162,15 +157,21 @@ def _spare_place(served: Served) -> QueuePlace | None:
         return None
 
 
+async def _stripped(answers: Answers) -> AsyncGenerator[str, None]:
+    """Yields the text of an answer as it comes, without white space at both ends."""
+    begun, held = False, ""
+    async for _, piece in answers.pieces():
+        if piece is not None and piece.kind == "text":
+            held += piece.text
+            text = held.rstrip() if begun else held.strip()
+            if text:
+                begun, held = True, held[len(held.rstrip()) :]
+                yield text
+
+
 async def _add(joiner: Joiner, place: Place, answers: Answers) -> None:
-    await answers.replies()
-    joiner.add(place, _reply(answers))
-
-
-def _reply(answers: Answers) -> Any:
-    reply = answers.handles[0].reply()
-    finish_reason(reply)  # raises, if it was ended from outside
-    return reply
+    await answers.ended()
+    joiner.add(place, reply_of(answers.handles[0]))
 
 
 def _delta(text: str) -> dict[str, Any]:

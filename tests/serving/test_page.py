@@ -368,17 +368,21 @@ def test_a_key_is_asked_for_and_kept(browser: Browser, processor: Processor):
         opened(browser, server, viewport=DESKTOP) as page,
     ):
         expect(page.locator("#key-dialog")).to_be_visible()
+        page.keyboard.press("Escape")
+        expect(page.locator("#problem")).to_contain_text("needs a key")
+        choose(page)
+        ask(page, "First?")
         page.fill("#key", "wrong")
         page.press("#key", "Enter")
         expect(page.locator("#key-text")).to_contain_text("was refused")
         page.fill("#key", "sesame")
         page.press("#key", "Enter")
-        expect(page.locator("#key-dialog")).to_be_hidden()
-        page.select_option("#model", "moss-birds")
-        choose(page)
-        ask(page, "Hm?")
         expect_done(page)
-        assert server.chats()[0]["model"] == "moss-birds"
+        page.select_option("#model", "moss-birds")
+        ask(page, "Second?")
+        expect(page.locator("#turns h3").first).to_have_text("Second?")
+        expect_done(page)
+        assert [body["model"] for body in server.chats()] == ["moss", "moss-birds"]
         assert page.evaluate("Object.values(sessionStorage)") == ["sesame"]
 
 

@@ -268,6 +268,7 @@ async function ask(question) {
   const turn = addTurn(question);
   const about = clip;
   await work(async (signal) => {
+    await loadModels();
     const data = (about.base64 ??= await toBase64(about.sent.file));
     const audio = { type: "input_audio", input_audio: { data, format: about.sent.format } };
     const messages = [...turns, { question }].flatMap(({ question, answer }, index) => [
@@ -303,6 +304,7 @@ async function transcribe(unit) {
   const turn = addTurn(titles[unit] ?? "Transcript");
   const about = clip;
   await work(async (signal) => {
+    await loadModels();
     const name = about.sent.file === about.file ? "clip.wav" : about.name;
     const call = [about.sent.file, name, $("model").value];
     const onDelta = (text) => {
@@ -540,6 +542,12 @@ async function start() {
     };
     $("examples").append(element("button", { type: "button", className: "small", textContent: name, onclick }));
   }
+  await loadModels();
+}
+
+/** Fills the list of models, unless it is filled already. */
+async function loadModels() {
+  if ($("model").options.length) return;
   const models = await server.models();
   $("model").replaceChildren(...models.map((name) => new Option(name)));
   $("models").hidden = models.length < 2;
