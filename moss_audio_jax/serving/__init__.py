@@ -15,4 +15,5 @@ events          server-sent events, and clients that leave
 limits          what a request may cost
 errors          errors as OpenAI's clients expect them
 metrics         counters for Prometheus
+page            the page for a browser: its files, and the routes that serve them
 """

@@ -60,10 +60,10 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(service: Service) -> Iterator[Server]:
-    """Serves from another thread."""
+def serving(service: Service, app: Any = None) -> Iterator[Server]:
+    """Serves from another thread. app: that of the service, if it is not the usual one."""
     listening = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(make_app(service), log_level="warning", ws="none", lifespan="off")
+    config = uvicorn.Config(app or make_app(service), log_level="warning", ws="none", lifespan="off")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve([listening])))
     thread.start()
