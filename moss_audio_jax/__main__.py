@@ -246,6 +246,7 @@ def serve(
     page: bool = False,
     dtype: Literal["bfloat16", "float32"] | None = None,
     int8: tuple[str, ...] = (),
+    kv_int8: bool = False,
     mesh: MeshConfig = _ALL_DEVICES,
 ) -> None:
     """Serves a checkpoint, and adapters of it, over HTTP, for OpenAI's clients.
@@ -276,6 +277,7 @@ def serve(
         page: Also serve a page for a browser, at /.
         dtype: Dtype of weights and computation. Default: bfloat16, on the CPU float32.
         int8: Globs over linear layers whose weights are rounded to int8, such as 'language_model.layers.*_proj'.
+        kv_int8: Round keys and values to int8: about half their memory.
         mesh: Device mesh.
     """
     from moss_audio_jax.serving import command
@@ -283,7 +285,7 @@ def serve(
     command.require_server()
     from moss_audio_jax.inference.loading import Loading
 
-    loading = Loading(checkpoint, None, dtype, int8, dataclasses.asdict(mesh), slots)
+    loading = Loading(checkpoint, None, dtype, int8, dataclasses.asdict(mesh), slots, kv_int8)
     serving = command.Serving(
         host=host,
         port=port,

@@ -125,7 +125,9 @@ def _service(
             models[name] = load_adapter(models[base], path)
     turns, engines = Turns(), dict[str, Engine]()
     for name, model in models.items():
-        engines[name] = Engine(model, processor, slots=loading.slots, max_length=length, turns=turns)
+        engines[name] = Engine(
+            model, processor, slots=loading.slots, max_length=length, turns=turns, kv_int8=loading.kv_int8
+        )
         _warm_up(name, engines[name])
     files = None if serving.allow_files is None else os.fspath(serving.allow_files)
     media = Media(limits, frozenset(host.lower() for host in serving.allow_url_hosts), files)
