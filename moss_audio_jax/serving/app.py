@@ -162,6 +162,8 @@ class _Gate:
             scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
             if not hmac.compare_digest(given, key.encode()) or scheme.lower() != b"bearer":
                 return ApiError("a valid key must be given as `Authorization: Bearer KEY`", 401, code="invalid_api_key")
+        if self._service.requests > self._service.limits.connections:
+            return unavailable("the server has as many requests as it takes: try again later")
         if scope["method"] == "POST" and (trouble := self._service.trouble()) is not None:
             return unavailable(trouble)
         length = headers.get(b"content-length", b"0")

@@ -180,7 +180,7 @@ async def run(app: Any, service: "Service", listening: socket.socket, drain_seco
         lifespan="off",
         timeout_keep_alive=30,
         timeout_graceful_shutdown=_LAST_SECONDS,
-        limit_concurrency=service.limits.connections,
+        limit_concurrency=2 * service.limits.connections,  # uvicorn says so in plain text, `app` in JSON
     )
     server = Server(config)
     with stops_on_ctrl_c(drain):

@@ -28,7 +28,7 @@ class Limits:
     readers: int = 2
     """Threads that decode clips."""
     connections: int = 256
-    """Connections at the same time."""
+    """Requests at the same time, of any kind, and half of the open connections; beyond it 503."""
 
     def __post_init__(self):
         names = ("max_body_mb", "max_clips", "max_answers", "max_new_tokens", "readers", "connections")

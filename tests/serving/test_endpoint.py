@@ -214,6 +214,17 @@ def test_more_bodies_than_are_answered_are_refused(server, client):
                 create(client, **(SHORT | {"messages": [user(text)]}))
 
 
+def test_more_requests_than_the_limit_get_503_in_json(server, client, slow, monkeypatch):
+    limits = dataclasses.replace(LIMITS, connections=1)
+    monkeypatch.setattr(server.service, "limits", limits)
+    with post(server, LONG | {"stream": True}) as begun:
+        lines = begun.iter_lines()  # kept: the stream is closed with it
+        next(lines)
+        refused = httpx.get(f"{server.url}/health")
+        assert refused.status_code == 503 and refused.json()["error"]["code"] == "unavailable"
+        assert int(refused.headers["retry-after"]) > 0
+
+
 def test_metrics_count_what_was_done(server, client):
     before = metrics(server)
     create(client, **SHORT, n=2)
