@@ -303,6 +303,25 @@ def serve(
     command.serve(loading, serving, limits)
 
 
+@app.command
+def env(*, json: PathArgument | None = None) -> None:
+    """Prints versions, devices and settings: what to add to a report of a problem.
+
+    Values of keys and tokens are left out.
+
+    Args:
+        json: Write JSON to this file instead of printing a table; - for stdout.
+    """
+    from moss_audio_jax.commands.environment import environment, environment_table
+    from moss_audio_jax.commands.json_output import write_json
+
+    found = environment()
+    if json is None:
+        print(environment_table(found))
+    else:
+        write_json(json, found)
+
+
 def main() -> None:
     run_cli(lambda: app.cli(prog="moss-audio", description=__doc__))
 

@@ -2,6 +2,7 @@
 
 import errno
 import importlib
+import json
 import os
 import re
 import shutil
@@ -12,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 import soundfile
@@ -19,6 +21,7 @@ import soundfile
 from convert.rehearse import rehearse
 from convert.to_orbax import convert_to_orbax
 from moss_audio_jax import MossAudioConfig
+from moss_audio_jax.__main__ import main
 from moss_audio_jax.commands import cli as cli_module
 from moss_audio_jax.commands import progress
 from moss_audio_jax.commands.cli import run_cli
@@ -430,3 +433,17 @@ def test_what_takes_long_is_said_on_a_terminal_and_elsewhere(monkeypatch, capsys
     with progress.waiting("reading"):
         pass
     assert not capsys.readouterr().err
+
+
+def test_env_says_what_a_report_needs_and_no_secret(monkeypatch, capsys):
+    monkeypatch.setenv("MOSS_AUDIO_API_KEY", "sk-secret")
+    monkeypatch.setenv("HF_HOME", "/somewhere")
+    monkeypatch.setattr("sys.argv", ["moss-audio", "env", "--json", "-"])
+    main()
+    found = json.loads(capsys.readouterr().out)
+    assert found["packages"]["jax"] == jax.__version__ and found["devices"]["kind"] == "cpu"
+    assert found["settings"]["MOSS_AUDIO_API_KEY"] == "(set)" and found["settings"]["HF_HOME"] == "/somewhere"
+    monkeypatch.setattr("sys.argv", ["moss-audio", "env"])
+    main()
+    table = capsys.readouterr().out
+    assert f"package jax  {jax.__version__}" in re.sub(" {2,}", "  ", table) and "sk-secret" not in table
