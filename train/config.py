@@ -210,7 +210,7 @@ def model_config(source: ModelSource) -> MossAudioConfig:
     if source.checkpoint is None:
         config = MossAudioConfig.preset(source.preset)
     else:
-        checkpoint = locate(source.checkpoint)
+        checkpoint = locate(source.checkpoint, weights=False)
         checkpoint.layout()  # raises an error that says what the directory lacks
         config = MossAudioConfig.from_hf(checkpoint.files)
     if source.deepstack is not None:

@@ -33,8 +33,8 @@ def write_model_files(source: ModelSource, config: MossAudioConfig, order: Examp
     directory.mkdir(parents=True)
     if tokenizer == LEARNED:
         write_small_tokenizer(directory, _texts(order), config.processor.audio_start_id)
-    files = locate(source.checkpoint).companion_files() if source.checkpoint else []
-    for file in files + (locate(tokenizer).tokenizer_files() if tokenizer != LEARNED else []):
+    files = locate(source.checkpoint, weights=False).companion_files() if source.checkpoint else []
+    for file in files + (locate(tokenizer, weights=False).tokenizer_files() if tokenizer != LEARNED else []):
         if file.name not in CONFIG_FILES:
             file.copy(directory / file.name, overwrite=True)
     if config.lora is not None:
