@@ -25,7 +25,7 @@ class FakeHub:
         self.refused: dict[str, tuple[int, str]] = {}
         self.gated: dict[str, str] = {}
         self.cut: dict[str, int] = {}
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
+        self._server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
 
     def __enter__(self) -> Self:
@@ -53,6 +53,11 @@ class FakeHub:
 
 def _digest(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    block_on_close = False  # clients keep their connections
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -98,9 +103,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _revision(self, repository: str, revision: str) -> None:
         if self._is_refused(repository):
             return
-        revisions = self.hub.revisions[repository]
-        commit = revisions.get(revision, revision if revision in revisions.values() else None)
-        if commit is None:
+        commit = self.hub.revisions[repository].get(revision, revision)
+        if commit not in self.hub.commits:
             return self._send(404, {"X-Error-Code": "RevisionNotFound"})
         siblings = [{"rfilename": name} for name in self.hub.commits[commit]]
         body = json.dumps({"id": repository, "modelId": repository, "sha": commit, "siblings": siblings}).encode()

@@ -86,7 +86,7 @@ def snapshot(name: HubName, patterns: Sequence[str]) -> tuple[pathlib.Path, HubN
 @contextlib.contextmanager
 def _progress(name: HubName) -> Iterator[None]:
     """Shows huggingface_hub's bars on a terminal, and few lines elsewhere."""
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     if sys.stderr.isatty() or are_progress_bars_disabled():
         yield
@@ -128,7 +128,7 @@ def _sentences(name: HubName) -> Iterator[None]:
         if status in (401, 403):
             raise HubError(f"{name} can't be read, {_ACCESS}") from error
         raise StorageError(
-            f"{name}: no such directory, and the hub can't be reached ({summary(error.__cause__ or error)}): try again "
+            f"{name}: no such directory, and the hub can't be reached ({_reason(error.__cause__ or error)}): try again "
             f"later, or run `{name.command}` where there is a network"
         ) from error
     except errors.HfHubHTTPError as error:
@@ -137,7 +137,7 @@ def _sentences(name: HubName) -> Iterator[None]:
         raise StorageError(f"{name}: the hub failed ({summary(error)}): try again later") from error
     except _connection_errors() as error:
         raise StorageError(
-            f"{name}: the connection to the hub was lost ({summary(error)}); run the same command again, which resumes "
+            f"{name}: the connection to the hub was lost ({_reason(error)}); run the same command again, which resumes "
             "the download"
         ) from error
     except OSError as error:
@@ -150,9 +150,15 @@ def _sentences(name: HubName) -> Iterator[None]:
 
 
 _ACCESS = (
-    "and this token has no access, or there is none: accept the model's conditions on its page, and set HF_TOKEN or run "
-    "`hf auth login`"
+    "and this token has no access, or there is none: accept the model's conditions on its page, and set HF_TOKEN or "
+    "run `hf auth login`"
 )
+
+
+def _reason(error: BaseException) -> str:
+    """Returns the system's words for a failed connection, out of the long ones of several libraries."""
+    found = re.search(r"\[Errno -?\d+\] ([\w ]+)", str(error))
+    return found[1] if found else summary(error)
 
 
 def _status(error: BaseException | None) -> int | None:

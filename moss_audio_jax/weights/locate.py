@@ -26,7 +26,7 @@ from typing import Any, Literal
 import orbax.checkpoint as ocp
 
 from moss_audio_jax.config import CONFIG_FILES, MODEL_TYPES
-from moss_audio_jax.errors import MossAudioError, shown
+from moss_audio_jax.errors import MossAudioError, StorageError, shown
 from moss_audio_jax.schema import TEXT, Rule, integer, none_or
 from moss_audio_jax.storage.hub import HubError, HubName, hub_name, snapshot
 from moss_audio_jax.storage.json_files import read_json
@@ -55,7 +55,8 @@ TOKENIZER_FILES = (
 class Location:
     """The parts of a checkpoint.
 
-    path: as the user gave it, or the directory of a name of the hub. files: the directory of the configuration and tokenizer files.
+    path: as the user gave it; of a name of the hub its directory in the cache.
+    files: the directory of the configuration and tokenizer files.
     params: the directory of the Orbax tree; None in other layouts, and where there is no checkpoint.
     averages: an Orbax tree of some of the parameters, which replace those of the same names.
     hub: the name and commit of the repository that the files are of, if they are of one.
@@ -95,13 +96,13 @@ class Location:
 
     def base(self, *, weights: bool = True) -> "Location":
         """Locates the model that this adapter was made for, on this machine or the hub; weights: see `locate`."""
-        name, base, why = base_name(self.files), None, ""
+        name, base, why, kind = base_name(self.files), None, "", MossAudioError
         try:
             base = None if name is None else locate(name, weights=weights)
-        except HubError as error:
-            why = f" ({error})"
+        except (HubError, StorageError) as error:
+            why, kind = f" ({error})", type(error)
         if name is None or base is None or (base.hub is None and not to_path(name).is_dir()):
-            raise MossAudioError(
+            raise kind(
                 f"{self.path} holds an adapter for {name or 'a model that it does not name'}, which is no directory "
                 f"here{why}: name the model's directory, and the adapter beside it (generate MODEL --adapter, convert "
                 "--base)"
@@ -182,8 +183,8 @@ def _described(name: HubName) -> Location:
     kind = read_json(file_in(directory, CONFIG_FILES[0])).get("model_type")
     if kind not in (*MODEL_TYPES, "qwen3"):
         raise MossAudioError(
-            f"{name} on the hub holds a model of type {shown(kind)}, and not MOSS-Audio: name one of its releases, or a "
-            "model that was trained from them"
+            f"{name} on the hub holds a model of type {shown(kind)}, and not MOSS-Audio: name one of its releases, or "
+            "a model that was trained from one"
         )
     return location
 

@@ -73,7 +73,7 @@ def _nothing_there(path: Path, wanted: str) -> str:
     meant = nearest(path)
     if hub_name(path) is not None:
         found = f"did you mean {meant}? Or," if meant else f"give {wanted}; or,"
-        return f"{path} does not exist in {path.parent}: {found} for the model {path} of the Hugging Face hub, {path}@main"
+        return f"{path} does not exist in {path.parent}: {found} for the Hugging Face hub's model {path}, {path}@main"
     if meant is not None:
         return f"{path} does not exist: did you mean {meant}?"
     if str(path) in RELEASED_NAMES:
