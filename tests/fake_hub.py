@@ -27,6 +27,7 @@ class FakeHub:
         self.cut: dict[str, int] = {}
         self._server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+        self.storage = self.url.replace("127.0.0.1", "localhost")  # another host than the hub's, as the real one
 
     def __enter__(self) -> Self:
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
@@ -78,6 +79,8 @@ class _Handler(BaseHTTPRequestHandler):
         parts = path.strip("/").split("/")
         if parts[:2] == ["api", "models"] and parts[4:5] == ["revision"]:
             self._revision("/".join(parts[2:4]), "/".join(parts[5:]))
+        elif parts[:2] == ["api", "models"] and parts[4:5] == ["tree"]:
+            self._tree("/".join(parts[2:4]), parts[5])
         elif parts[2:3] == ["resolve"]:
             self._resolve("/".join(parts[:2]), parts[3], "/".join(parts[4:]))
         elif parts[:1] == ["storage"]:
@@ -107,8 +110,22 @@ class _Handler(BaseHTTPRequestHandler):
         if commit not in self.hub.commits:
             return self._send(404, {"X-Error-Code": "RevisionNotFound"})
         siblings = [{"rfilename": name} for name in self.hub.commits[commit]]
-        body = json.dumps({"id": repository, "modelId": repository, "sha": commit, "siblings": siblings}).encode()
-        self._send(200, {"Content-Type": "application/json"}, body)
+        self._send_json({"id": repository, "modelId": repository, "sha": commit, "siblings": siblings})
+
+    def _tree(self, repository: str, commit: str) -> None:
+        """The list of files that huggingface_hub 2 asks for."""
+        if self._is_refused(repository):
+            return
+        files = []
+        for name, file in self.hub.commits[commit].items():
+            digest, size = _digest(file), file.stat().st_size
+            files.append({"type": "file", "path": name, "oid": digest[:40], "size": size})
+            if name.endswith(".safetensors"):
+                files[-1]["lfs"] = {"oid": digest, "size": size, "pointerSize": 134}
+        self._send_json(files)
+
+    def _send_json(self, content: object) -> None:
+        self._send(200, {"Content-Type": "application/json"}, json.dumps(content).encode())
 
     def _resolve(self, repository: str, commit: str, name: str) -> None:
         if self._is_refused(repository):
@@ -119,7 +136,7 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {"X-Repo-Commit": commit}
         if name.endswith(".safetensors"):  # in LFS: kept elsewhere
             headers |= {"X-Linked-ETag": f'"{_digest(file)}"', "X-Linked-Size": str(file.stat().st_size)}
-            return self._send(302, headers | {"Location": f"{self.hub.url}/storage/{commit}/{name}"})
+            return self._send(302, headers | {"Location": f"{self.hub.storage}/storage/{commit}/{name}"})
         self._send_file(file, headers | {"ETag": f'"{_digest(file)[:40]}"'})
 
     def _send_file(self, file: Path, headers: dict[str, str] | None = None) -> None:

