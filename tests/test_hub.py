@@ -212,13 +212,17 @@ def test_without_a_network_the_cache_is_read(
     hub: FakeHub, published: str, released: Path, monkeypatch: pytest.MonkeyPatch
 ):
     set_offline(monkeypatch, to=True)
-    with pytest.raises(MossAudioError, match=r"not, or not whole, in the cache .*home/hub of the .* offline \(HF_HUB_OFFLINE\)"):
+    with pytest.raises(
+        MossAudioError, match=r"not, or not whole, in the cache .*home/hub of the .* offline \(HF_HUB_OFFLINE\)"
+    ):
         locate(NAME)
     set_offline(monkeypatch, to=False)
     load_processor(NAME)
     set_offline(monkeypatch, to=True)
     load_processor(NAME)
-    with pytest.raises(MossAudioError, match=f"lacks {SINGLE_FILE}, or that is not in the cache|not whole, in the cache"):
+    with pytest.raises(
+        MossAudioError, match=f"lacks {SINGLE_FILE}, or that is not in the cache|not whole, in the cache"
+    ):
         load_model(NAME)
     set_offline(monkeypatch, to=False)
     load_model(NAME)
