@@ -47,7 +47,8 @@ def to_orbax(
     configuration and tokenizer files are copied unchanged.
 
     Args:
-        source: A released directory: config.json, model*.safetensors and, for several shards, their index.
+        source: A released directory: config.json, model*.safetensors and, for several shards, their index. Or its
+            OWNER/NAME on the Hugging Face hub.
         target: The directory to write, new or empty.
         dtype: Dtype of all parameters, also in config.json. Default: as stored.
     """

@@ -12,10 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 from fake_hub import FakeHub
 from safetensors.numpy import load_file, save_file
 
 from moss_audio_jax import LoraConfig, MossAudioConfig, MossAudioError, load_model, load_processor
+from moss_audio_jax.__main__ import main as ask
 from moss_audio_jax.errors import StorageError
 from moss_audio_jax.storage.hub import HubName, hub_name
 from moss_audio_jax.weights.info import contents
@@ -30,6 +32,7 @@ from moss_audio_jax.weights.locate import (
 from moss_audio_jax.weights.names import adapter_leaves
 from moss_audio_jax.weights.parameters import parameters_of
 from moss_audio_jax.weights.peft import write_adapter_config
+from train.__main__ import main as train
 
 NAME = "Someone/tiny"
 ROOT = Path(__file__).parents[1]
@@ -169,7 +172,18 @@ def test_the_names_of_the_hub():
         "a--b/c",
         "a/b.git",
     )
-    for other in (*others, "a/.b", "a/b.", "-a/b", "a b/c", "a/b@-x", "a/b@x y", "~/b"):
+    for other in (
+        *others,
+        "a/.b",
+        "a/b.",
+        "-a/b",
+        "a b/c",
+        "a/b@-x",
+        "a/b@x y",
+        "~/b",
+        f"{'a' * 97}/b",
+        f"a/{'b' * 97}",
+    ):
         assert hub_name(other) is None, other
 
 
@@ -255,9 +269,17 @@ def test_a_lost_download_resumes(hub: FakeHub, published: str, released: Path, m
     assert half - 1000 < begin <= half
 
 
-def test_a_full_disk_is_named(hub: FakeHub, published: str, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+        RuntimeError(f"Data processing error: I/O error: {os.strerror(errno.ENOSPC)} (os error 28)"),  # of hf_xet
+    ],
+    ids=repr,
+)
+def test_a_full_disk_is_named(hub: FakeHub, published: str, error: Exception, monkeypatch: pytest.MonkeyPatch):
     def full(*_: object, **__: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise error
 
     monkeypatch.setattr("huggingface_hub.file_download.http_get", full)
     with pytest.raises(OSError, match="No space left on device") as caught:
@@ -348,9 +370,27 @@ def test_an_adapter_and_its_base_are_fetched(hub: FakeHub, adapter: str, publish
     assert model.config.lora is not None
     assert load_processor(adapter).tokenizer.encode("12") == [16, 17]
     assert run("convert", "to-hf", adapter, str(tmp_path / "merged")).returncode == 0
+    assert (tmp_path / "merged" / SINGLE_FILE).exists()
     content = json.loads((tmp_path / "adapter" / ADAPTER_CONFIG).read_text())
     (tmp_path / "adapter" / ADAPTER_CONFIG).write_text(json.dumps(content | {"base_model_name_or_path": "Gone/gone"}))
     with pytest.raises(
         MossAudioError, match=r"holds an adapter for Gone/gone@.*, which is no directory here \(.*--base"
     ):
         load_model(tmp_path / "adapter")
+
+
+def test_questions_and_checks_take_names(
+    hub: FakeHub, adapter: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    soundfile.write(tmp_path / "clip.wav", np.zeros(8000), 16000)
+    (tmp_path / "data.jsonl").write_text('{"audio": "clip.wav", "text": "what is said"}')
+    options = ("--adapter", adapter, "--max-new-tokens", "1")
+    for main, *arguments in (
+        (ask, "generate", NAME, "clip.wav", *options),
+        (ask, "timeline", NAME, "clip.wav", *options),
+        (train, "check", "data.jsonl", "--group", "speech", "--init", NAME),
+    ):
+        monkeypatch.setattr("sys.argv", ["command", *arguments])
+        main()
+    printed = capsys.readouterr()
+    assert "1 examples" in printed.out + printed.err and "error" not in printed.err

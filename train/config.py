@@ -151,7 +151,8 @@ class ModelSource:
     """Source of the first parameters. Parameters that no checkpoint gives are random."""
 
     checkpoint: str | None = None
-    """MOSS-Audio directory (released, Orbax or a training run) that gives configuration, parameters and tokenizer."""
+    """MOSS-Audio directory (released, Orbax or a training run), or OWNER/NAME on the Hugging Face hub, that gives
+    configuration, parameters and tokenizer."""
     preset: str = "4b"
     """Size of the model if there is no checkpoint: 4b, 8b, small or tiny."""
     encoder: str | None = None

@@ -6,6 +6,8 @@ a file is fetched, and not before.
 
 import contextlib
 import dataclasses
+import errno
+import os
 import pathlib
 import re
 import sys
@@ -17,7 +19,8 @@ from moss_audio_jax.storage.paths import AnyPath, to_path
 from moss_audio_jax.storage.retries import summary
 
 _NAME = re.compile(
-    r"(?P<repository>[A-Za-z0-9](?:[\w-]*\w)?/[A-Za-z0-9](?:[\w.-]{0,94}\w)?)(?:@(?P<revision>\w[\w./+-]*))?", re.ASCII
+    r"(?P<repository>[A-Za-z0-9](?:[\w-]{0,94}\w)?/[A-Za-z0-9](?:[\w.-]{0,94}\w)?)(?:@(?P<revision>\w[\w./+-]{0,199}))?",
+    re.ASCII,
 )
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 # Never fetched, whatever a pattern says: directories, code, pickles.
@@ -140,11 +143,14 @@ def _sentences(name: HubName) -> Iterator[None]:
             f"{name}: the connection to the hub was lost ({_reason(error)}); run the same command again, which resumes "
             "the download"
         ) from error
-    except OSError as error:
-        if error.errno is None:  # huggingface_hub's, for a file of another size
+    except (OSError, RuntimeError) as error:  # hf_xet raises the latter for everything
+        if os.strerror(errno.ENOSPC) in str(error):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), constants.HF_HUB_CACHE) from error
+        if getattr(error, "errno", None) is None:  # huggingface_hub's own, for example for a file of another size
             raise StorageError(
                 f"{name}: the download failed ({summary(error)}); run the same command again, which resumes it"
             ) from error
+        assert isinstance(error, OSError)
         error.filename = error.filename or constants.HF_HUB_CACHE  # `run_cli` names it, for example when it is full
         raise
 

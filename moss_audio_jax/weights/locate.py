@@ -236,7 +236,7 @@ def processor_directories(path: AnyPath) -> tuple[Path, Path]:
 
 def copy_tokenizer(source: AnyPath, target: AnyPath) -> None:
     """Copies a checkpoint's tokenizer files, byte for byte."""
-    for file in locate(source).tokenizer_files():
+    for file in locate(source, weights=False).tokenizer_files():
         file.copy(to_path(target) / file.name, overwrite=True)
 
 
@@ -263,7 +263,7 @@ def base_name(adapter: AnyPath) -> str | None:
     name, revision = content.get("base_model_name_or_path"), content.get("revision")
     if name:
         _BASE_NAME.check(f"{path}: base_model_name_or_path", name)
-    if name and revision and not to_path(name).is_dir() and hub_name(f"{name}@{revision}") is not None:
+    if name and revision and hub_name(f"{name}@{revision}") is not None and not to_path(name).is_dir():
         return f"{name}@{revision}"
     return name or None
 

@@ -65,7 +65,7 @@ def _base(checkpoint: str | None) -> Path | HubName:
     """
     if checkpoint is None:
         raise MossAudioError("--lora adapts a checkpoint: name it with --model.checkpoint")
-    found = locate(checkpoint)
+    found = locate(checkpoint, weights=False)  # other processes wait meanwhile
     return found.hub or absolute(found.averages or (found.path if found.params is None else found.params.parent))
 
 
