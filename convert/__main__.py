@@ -47,7 +47,8 @@ def to_orbax(
     configuration and tokenizer files are copied unchanged.
 
     Args:
-        source: A released directory: config.json, model*.safetensors and, for several shards, their index.
+        source: A released directory: config.json, model*.safetensors and, for several shards, their index. Or its
+            OWNER/NAME on the Hugging Face hub.
         target: The directory to write, new or empty.
         dtype: Dtype of all parameters, also in config.json. Default: as stored.
     """
@@ -68,6 +69,7 @@ def to_hf(
     dtype: Dtype | None = None,
     shard_gb: float = 5.0,
     base: PathArgument | None = None,
+    model_card: bool = False,
 ) -> None:
     """Converts an Orbax checkpoint to the released layout, which PyTorch reads.
 
@@ -79,6 +81,7 @@ def to_hf(
         dtype: Dtype of all tensors, also in config.json. Default: as stored.
         shard_gb: Maximum gigabytes (10^9 bytes) of tensors per file. A single file gets no index.
         base: Model that an adapter is merged into. Default: the one that it names.
+        model_card: Also write README.md for the Hugging Face hub: base model, licence, training facts, how to load it.
     """
     if not 1 <= shard_gb * 10**9 < math.inf:
         raise MossAudioError(f"--shard-gb must be a number of gigabytes above 0, not {shard_gb}")
@@ -87,7 +90,8 @@ def to_hf(
 
         from convert.to_hf import convert_to_hf
 
-        convert_to_hf(source, target, None if dtype is None else np.dtype(dtype), round(shard_gb * 10**9), base)
+        kind = None if dtype is None else np.dtype(dtype)
+        convert_to_hf(source, target, kind, round(shard_gb * 10**9), base, model_card)
 
 
 @app.command

@@ -103,7 +103,7 @@ def convert_from_peft(source: AnyPath, target: AnyPath, base: AnyPath | None = N
     if not location.is_adapter or location.params is not None:
         raise MossAudioError(f"{source} is no adapter of PEFT's: give a directory with {ADAPTER_CONFIG}")
     base_location = location.base() if base is None else locate(base)
-    adapter = PeftAdapter(source, open_checkpoint(base_location.path).config)
+    adapter = PeftAdapter(location.path, open_checkpoint(base_location.path).config)
     dtypes = leaf_dtypes(adapter, None)
     size = sum(math.prod(leaf.shape) * dtypes[path].itemsize for path, leaf in adapter.leaves.items())
     with staged(target, size) as work:

@@ -78,7 +78,7 @@ def compare_models(
     """
     from convert.pytorch_reference import reference_stages  # PyTorch may be missing
 
-    config = MossAudioConfig.from_hf(locate(checkpoint).files)
+    config = MossAudioConfig.from_hf(locate(checkpoint, weights=False).files)
     mel = model_mel(sound.wave, sound.name)
     ids = prompt_ids(released, config, num_audio_tokens(mel.shape[1]))
     expected = reference_stages(released, ids, [mel], config.processor.audio_token_id, dtype)

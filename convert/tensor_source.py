@@ -35,7 +35,8 @@ class Checkpoint(Protocol):
 
 def open_checkpoint(path: AnyPath) -> Checkpoint:
     """Opens a checkpoint of either layout and checks it against its configuration; reads no tensor."""
-    return OrbaxCheckpoint(path) if locate(path).layout() == "orbax" else ReleasedCheckpoint(path)
+    location = locate(path)
+    return OrbaxCheckpoint(path) if location.layout() == "orbax" else ReleasedCheckpoint(location.path)
 
 
 def by_released_name(leaves: dict[str, ReleasedLeaf]) -> dict[str, ReleasedLeaf]:

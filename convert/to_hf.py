@@ -7,6 +7,7 @@ import numpy as np
 
 from convert.adapters import MergedCheckpoint
 from convert.blocks import cast, row_blocks
+from convert.model_card import write_model_card
 from convert.orbax_files import OrbaxCheckpoint
 from convert.safetensors_files import SHARD_BYTES, TensorBlocks, write_safetensors
 from convert.staging import check_target, staged
@@ -22,11 +23,13 @@ def convert_to_hf(
     dtype: np.dtype | None = None,
     shard_bytes: int = SHARD_BYTES,
     base: AnyPath | None = None,
+    model_card: bool = False,
 ) -> None:
     """Writes `target`, a new directory, from the Orbax directory `source`.
 
     dtype: of all tensors; None keeps the stored type of each. shard_bytes: the most bytes of tensors in a file, unless
     one tensor is larger. base: the model that an adapter is merged into; None takes the one that it names.
+    model_card: also write README.md for a hub.
     """
     target = check_target(target)
     location = locate(source)
@@ -51,3 +54,5 @@ def convert_to_hf(
     with staged(target, sum(tensor.nbytes for tensor in tensors)) as work:
         copy_companions(checkpoint, work, dtype, export=True)
         write_safetensors(work, tensors, shard_bytes)
+        if model_card:
+            write_model_card(work, location, target.name)

@@ -23,9 +23,10 @@ def convert_to_orbax(source: AnyPath, target: AnyPath, dtype: np.dtype | None = 
     dtype: of all parameters; None keeps the stored type of each.
     """
     target = check_target(target)
-    if locate(source).layout() == "orbax":
+    location = locate(source)
+    if location.layout() == "orbax":
         raise MossAudioError(f"{source} is an Orbax checkpoint already: give a released directory")
-    released = ReleasedCheckpoint(source)
+    released = ReleasedCheckpoint(location.path)
     dtypes = leaf_dtypes(released, dtype)
     size = sum(math.prod(leaf.shape) * dtypes[path].itemsize for path, leaf in released.leaves.items())
     with staged(target, size) as work:

@@ -106,9 +106,10 @@ def verify(
 
 def pytorch_pair(source: AnyPath, target: AnyPath) -> tuple[Path, AnyPath] | None:
     """Returns the checkpoint for PyTorch and the one for JAX: PyTorch needs a released directory. None without one."""
-    if locate(source).layout() == "released":
-        return Path(source), target
-    return (Path(target), source) if locate(target).layout() == "released" else None
+    locations = locate(source), locate(target)
+    if locations[0].layout() == "released":
+        return Path(locations[0].path), target
+    return (Path(locations[1].path), source) if locations[1].layout() == "released" else None
 
 
 def unavailable_pytorch(has_released: bool) -> str:

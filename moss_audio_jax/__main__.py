@@ -57,7 +57,8 @@ def generate(
     `moss-audio transcribe`, with its --prompt, or --batch.
 
     Args:
-        checkpoint: Released directory, Orbax checkpoint (`moss-audio-convert to-orbax`), or training run.
+        checkpoint: Released directory, its OWNER/NAME on the Hugging Face hub, Orbax checkpoint (`moss-audio-convert
+            to-orbax`), or training run.
         clips: Audio files (wav, flac, ogg, mp3) of one prompt, in order; none for text alone.
         prompts: The question. Default with a clip: "Transcribe the audio." Give several for as many answers about the
             same clips.
@@ -65,7 +66,8 @@ def generate(
             and sampling options, by default those of the command. Results are lines of JSON, in order.
         out: New file for the results of --batch. Default: stdout.
         slots: Answers that --batch, or several prompts, generate at the same time.
-        adapter: LoRA adapter of the checkpoint: PEFT's directory, one of `from-peft`, or a training run.
+        adapter: LoRA adapter of the checkpoint: PEFT's directory or its OWNER/NAME on the hub, one of `from-peft`, or a
+            training run.
         system: System prompt.
         max_new_tokens: Maximum tokens of the answer. An answer that is cut off is reported on stderr.
         sampling: Sampling options.
@@ -151,7 +153,8 @@ def transcribe(
     recording that can't be read is named, the others are transcribed, and the exit code is 1.
 
     Args:
-        checkpoint: Released directory, Orbax checkpoint (`moss-audio-convert to-orbax`), or training run.
+        checkpoint: Released directory, its OWNER/NAME on the Hugging Face hub, Orbax checkpoint (`moss-audio-convert
+            to-orbax`), or training run.
         paths: Recordings: files, folders, with all below them, globs in quotes, or @FILE, a list with a path on each
             line.
         out: Directory for the transcripts. Folders are mirrored; equal names keep their suffixes, or get more folders.
@@ -163,7 +166,8 @@ def transcribe(
         window: Longest part of a recording that is answered at once, in seconds. Longer ones are cut, at quiet places
             where there are some. The authors advise 600 at most.
         slots: Answers that are generated at the same time.
-        adapter: LoRA adapter of the checkpoint: PEFT's directory, one of `from-peft`, or a training run.
+        adapter: LoRA adapter of the checkpoint: PEFT's directory or its OWNER/NAME on the hub, one of `from-peft`, or a
+            training run.
         system: System prompt.
         max_new_tokens: Maximum tokens of the answer to a window. Default: 64, and for each second 8 without times, 16
             with times of sentences, 64 with times of words. An answer that is cut off is reported.
@@ -202,8 +206,8 @@ def timeline(
     could not be read, and times that can't be right, are reported on stderr.
 
     Args:
-        source: Checkpoint to ask: released directory, Orbax checkpoint, or training run. Or a file with an answer, or
-            with a timeline in JSON, or `-` for one from stdin.
+        source: Checkpoint to ask: released directory, its OWNER/NAME on the Hugging Face hub, Orbax checkpoint, or
+            training run. Or a file with an answer, or with a timeline in JSON, or `-` for one from stdin.
         clip: Audio file (wav, flac, ogg, mp3). With an answer it is needed for --plot alone.
         out: Files to write, by their ends: .srt, .vtt (subtitles), .audacity.txt (labels), .csv, .tsv, .json, .txt.
         plot: PNG to write: waveform, mel, and segments with their texts; of several pages for a long clip.
@@ -218,7 +222,7 @@ def info(checkpoint: tyro.conf.Positional[PathArgument], /) -> None:
     """Prints the parts of a checkpoint: shapes, dtypes, parameters, bytes.
 
     Args:
-        checkpoint: Released directory, Orbax checkpoint, or training run.
+        checkpoint: Released directory, its OWNER/NAME on the Hugging Face hub, Orbax checkpoint, or training run.
     """
     from moss_audio_jax.weights.info import describe
 

@@ -10,6 +10,8 @@ import signal
 
 # Before JAX starts: eight devices on the CPU, for meshes.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# No test asks the real hub: nothing listens there, and `hub` starts a stand-in.
+os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"
 # The user's own compiled programs are left alone.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "")
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
@@ -26,11 +28,13 @@ import jax
 import numpy as np
 import pytest
 from fake_gcs import FakeGcs
+from fake_hub import FakeHub
 from flax import nnx
 
 from convert.rehearse import rehearse
 from moss_audio_jax import ModelInputs, MossAudio, MossAudioConfig, load_model, make_inputs
 from moss_audio_jax.tree import dotted
+from moss_audio_jax.weights.locate import forget_names
 from moss_audio_jax.weights.names import released_leaves
 
 TESTS = Path(__file__).parent
@@ -85,6 +89,26 @@ def storage() -> Iterator[FakeGcs]:
 def bucket(storage: FakeGcs, request: pytest.FixtureRequest) -> str:
     """A bucket of the test's own."""
     return f"gs://{hashlib.sha256(request.node.nodeid.encode()).hexdigest()[:20]}"
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    """The only hub that this process, and those it starts, can reach; with an empty cache below `tmp_path`/home."""
+    constants = pytest.importorskip("huggingface_hub.constants")
+    forget_names()
+    with FakeHub() as hub:
+        environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": ""}
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        # What huggingface_hub made of the environment when it was imported.
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, hub.url)
+        for module in ("constants", "file_download"):  # before and since huggingface_hub 1
+            monkeypatch.setattr(f"huggingface_hub.{module}.HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "home" / "token"))
+        yield hub
+    forget_names()
 
 
 @pytest.fixture

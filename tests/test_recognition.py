@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -189,12 +190,15 @@ def test_what_a_path_is_is_said(load: Callable, released: Path, tmp_path: Path, 
     soundfile.write(tmp_path / "clip.wav", np.zeros(1600), 16000)
     shutil.copytree(released, tmp_path / "models" / "tiny")
     (tmp_path / "empty").mkdir()
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     fetch = "`hf download OpenMOSS-Team/MOSS-Audio-4B-Instruct --local-dir MOSS-Audio-4B-Instruct`"
     cases = {
-        "OpenMOSS-Team/MOSS-Audio-4B-Instruct": f"does not exist on this machine: .* {fetch}",
-        "MOSS-Audio-4B-Instruct": f"does not exist on this machine: .* {fetch}",
-        "models/tinny": "does not exist: did you mean models/tiny",
-        "model/tiny": "does not exist: did you mean models/tiny",
+        "OpenMOSS-Team/MOSS-Audio-4B-Instruct": rf"pip install 'moss-audio-jax\[hub\]'`, or run {fetch}",
+        "MOSS-Audio-4B-Instruct": f"give OpenMOSS-Team/MOSS-Audio-4B-Instruct, .* {fetch}",
+        "models/tinny": "does not exist in models: did you mean models/tiny",
+        "models/large": "does not exist in models: give a released .*; or, .* Face hub's model .*, models/large@main",
+        "model/tiny": "pip install .* did you mean models/tiny",
+        "models/tiny/tinny": "does not exist: give a released",
         "elsewhere": "elsewhere does not exist: give a released MOSS-Audio directory",
         "clip.wav": "clip.wav is a sound: give the model first, then the clips",
         "models": "models holds no model itself: did you mean models/tiny",

@@ -183,7 +183,7 @@ def run_command(arguments: list[str]) -> Callable[..., None]:
         Args:
             recipe: Recipe, or config.json of any run, that gives the options of a new run their defaults.
             out: Directory of the run: config.json, metrics.jsonl, checkpoints/.
-            init: Checkpoint to start from, short for --model.checkpoint.
+            init: Checkpoint to start from, short for --model.checkpoint; OWNER/NAME on the Hugging Face hub, too.
             data: Conversations or labelled clips to train on, short for --mixture.conversations.paths.
             eval_data: Data to evaluate on, short for --validation.data; at each checkpoint unless --validation.every is
                 given.
@@ -413,8 +413,8 @@ def evaluate(
     exit code is 130. A second Ctrl-C ends it at once.
 
     Args:
-        checkpoint: Released directory, Orbax checkpoint (`moss-audio-convert to-orbax`), or training run, whose best
-            checkpoint is RUN/best.
+        checkpoint: Released directory, its OWNER/NAME on the Hugging Face hub, Orbax checkpoint (`moss-audio-convert
+            to-orbax`), or training run, whose best checkpoint is RUN/best.
         json: JSON file for all measures, their counts and this configuration.
         predictions: JSON-lines file for every question, its reference and the model's answer.
         plot: PNG file of the first clips with questions about events: spectrogram, true and predicted events.

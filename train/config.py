@@ -151,7 +151,8 @@ class ModelSource:
     """Source of the first parameters. Parameters that no checkpoint gives are random."""
 
     checkpoint: str | None = None
-    """MOSS-Audio directory (released, Orbax or a training run) that gives configuration, parameters and tokenizer."""
+    """MOSS-Audio directory (released, Orbax or a training run), or OWNER/NAME on the Hugging Face hub, that gives
+    configuration, parameters and tokenizer."""
     preset: str = "4b"
     """Size of the model if there is no checkpoint: 4b, 8b, small or tiny."""
     encoder: str | None = None
@@ -210,7 +211,7 @@ def model_config(source: ModelSource) -> MossAudioConfig:
     if source.checkpoint is None:
         config = MossAudioConfig.preset(source.preset)
     else:
-        checkpoint = locate(source.checkpoint)
+        checkpoint = locate(source.checkpoint, weights=False)
         checkpoint.layout()  # raises an error that says what the directory lacks
         config = MossAudioConfig.from_hf(checkpoint.files)
     if source.deepstack is not None:

@@ -144,7 +144,7 @@ def _open_language_model(directory: str) -> Part:
     if kind != "qwen3":
         part = _open_moss_audio("language_model", directory, prefixes)
         return dataclasses.replace(part, audio_config=None)
-    qwen3 = Qwen3Checkpoint(directory)
+    qwen3 = Qwen3Checkpoint(checkpoint.path)
     read = functools.partial(assemble, qwen3)
     return Part("language_model", directory, prefixes, None, qwen3.config, qwen3.tied, read)
 
@@ -160,7 +160,7 @@ def _open_moss_audio(option: str, directory: str, prefixes: tuple[str, ...]) -> 
         config = MossAudioConfig.from_hf(checkpoint.files)
         read = functools.partial(restore, checkpoint, config)
     else:
-        released = ReleasedCheckpoint(directory)
+        released = ReleasedCheckpoint(checkpoint.path)
         config, read = released.config, functools.partial(assemble, released)
     return Part(
         option, directory, prefixes, config.audio_config, config.language_config, config.tie_word_embeddings, read

@@ -46,6 +46,7 @@ from train.planning.chips import peak_flops
 from train.running.best import Best
 from train.running.checkpoints import Checkpoints
 from train.running.config import ResumeConfig
+from train.running.config_file import stored_source
 from train.running.directory import CONFIG_FILE, RECORDS, is_begun
 from train.running.distributed import (
     HostSums,
@@ -61,7 +62,7 @@ from train.running.overview import overview
 from train.running.preflight import require_usable, sample_maker
 from train.running.profiling import Profile
 from train.running.report import RunReport
-from train.running.resume import Record, compare, rewinds, write_or_check_config
+from train.running.resume import Record, compare, rewinds, with_commits, write_or_check_config
 from train.running.validation import Validation
 from train.running.watchdog import Watchdog
 from train.state import TrainState, abstract_state, new_state, with_new_data
@@ -133,6 +134,8 @@ def train(config: RunConfig, out: AnyPath, *, mesh: Mesh | None = None, resume: 
     skipped, for unusable data, and for checkpoints that can't be written or read.
     """
     out, resume = to_path(out), resume or ResumeConfig()
+    before = out if is_begun(out) else None if resume.origin is None else resume.origin[0]
+    config = dataclasses.replace(config, model=with_commits(config.model, before))
     source = _source(config, out, resume)
     model = dataclasses.replace(config, model=source).model_config()
     if source is config.model:
@@ -155,7 +158,7 @@ def train(config: RunConfig, out: AnyPath, *, mesh: Mesh | None = None, resume: 
         maker = sample_maker(config, tokenizer, model, Augmentation(config.augment))
         validation = Validation(config, Processor(tokenizer, model), maker, mesh, out)
         data = stack.enter_context(_data(config, mesh, order, maker))
-        first = config.model
+        first = stored_source(out)  # of the first process, if a branch of the hub moved just now
         if model.lora is not None:
             first = dataclasses.replace(first, checkpoint=str(locate(out / RUN_MODEL).base().path))
         state, start = _first_or_restored_state(config, first, model, mesh, checkpoints, data, record, resume)

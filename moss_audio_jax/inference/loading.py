@@ -12,6 +12,7 @@ from moss_audio_jax.processor import Processor, load_processor
 from moss_audio_jax.sharding import make_mesh
 from moss_audio_jax.storage.paths import AnyPath
 from moss_audio_jax.weights.checkpoint import load_adapter, load_model
+from moss_audio_jax.weights.locate import locate
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class Loading:
         return load_processor(self.checkpoint)
 
     def model(self) -> MossAudio:
+        for name in filter(None, (self.checkpoint, self.adapter)):
+            locate(name)  # fetches a model of the hub, whose progress is shown
         with waiting("loading the weights"):
             model = load_model(self.checkpoint, dtype=self.dtype, mesh=make_mesh(**self.mesh), int8=self.int8)
             return model if self.adapter is None else load_adapter(model, self.adapter)

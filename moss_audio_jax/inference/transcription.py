@@ -33,6 +33,7 @@ from moss_audio_jax.prompts import build_prompt
 from moss_audio_jax.sampling_config import Sampling
 from moss_audio_jax.storage.paths import AnyPath, absolute, is_remote, local_copy, require_writable, to_path
 from moss_audio_jax.timelines.prompts import PROMPTS
+from moss_audio_jax.weights.locate import locate
 
 TRANSCRIBE = "Transcribe the audio."
 # Tokens that an answer may have for each second of its window: fast speech, and seven or eight tokens for each time.
@@ -44,6 +45,11 @@ IN_FLIGHT = 2  # windows that wait for their answers, for each slot
 def prompt_of(timestamps: str) -> str:
     """Returns the question that asks for these timestamps: `none`, or a key of `timelines.prompts.PROMPTS`."""
     return TRANSCRIBE if timestamps == "none" else PROMPTS[timestamps]
+
+
+def _fixed(checkpoint: AnyPath) -> str:
+    """Returns what names a checkpoint from any directory and at any time."""
+    return str(locate(checkpoint, weights=False).hub or absolute(checkpoint))
 
 
 def new_tokens(seconds: float, timestamps: str, given: int | None) -> int:
@@ -166,8 +172,8 @@ class Answers:
     def record(self, loading: Loading) -> dict[str, Any]:
         """Returns what an answer depends on, for JSON."""
         model = {
-            "checkpoint": str(absolute(loading.checkpoint)),
-            "adapter": loading.adapter and str(absolute(loading.adapter)),
+            "checkpoint": _fixed(loading.checkpoint),
+            "adapter": loading.adapter and _fixed(loading.adapter),
             "dtype": loading.dtype,
             "int8": list(loading.int8),
             "kv_int8": loading.kv_int8,

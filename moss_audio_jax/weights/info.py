@@ -51,9 +51,9 @@ def contents(path: AnyPath) -> Contents:
     if location.params is not None:
         return _orbax_contents(location, str(path))
     if location.is_adapter:
-        layout, reader = "peft", PeftAdapter(path, MossAudioConfig.from_hf(processor_directories(path)[1]))
+        layout, reader = "peft", PeftAdapter(location.path, MossAudioConfig.from_hf(processor_directories(path)[1]))
     else:
-        layout, reader = location.layout(), ReleasedCheckpoint(path)
+        layout, reader = location.layout(), ReleasedCheckpoint(location.path)
     dtypes = {path: [reader.dtype(name) for name in leaf.names] for path, leaf in reader.leaves.items()}
     return Contents(str(path), layout, reader.config, reader.leaves, dtypes)
 

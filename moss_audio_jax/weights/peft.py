@@ -82,8 +82,13 @@ def adapted_config(directory: AnyPath, config: MossAudioConfig) -> MossAudioConf
     return dataclasses.replace(config, lora=lora)
 
 
-def write_adapter_config(directory: AnyPath, config: MossAudioConfig, base: str | None) -> None:
-    """Writes adapter_config.json, for PEFT and for `adapted_config`. base: the path or name of the model."""
+def write_adapter_config(
+    directory: AnyPath, config: MossAudioConfig, base: str | None, revision: str | None = None
+) -> None:
+    """Writes adapter_config.json, for PEFT and for `adapted_config`.
+
+    base: the path of the model, or its name on the hub, and there the revision.
+    """
     assert config.lora is not None
     lora, released = config.lora, released_leaves(config)
     saved = {name.rpartition(".")[0] for path, leaf in released.items() if lora.trains(path) for name in leaf.names}
@@ -104,6 +109,8 @@ def write_adapter_config(directory: AnyPath, config: MossAudioConfig, base: str 
         "task_type": None,
         "use_rslora": lora.rslora,
     }
+    if revision is not None:
+        content["revision"] = revision
     atomic_write(to_path(directory) / ADAPTER_CONFIG, json.dumps(content, indent=2, sort_keys=True))
 
 

@@ -2,15 +2,14 @@
 
 import difflib
 import fnmatch
-import re
 import shlex
 
 from moss_audio_jax.storage.foreign_files import SOUND, foreign_content
+from moss_audio_jax.storage.hub import HubName, hub_name
 from moss_audio_jax.storage.paths import AnyPath, Path, children, exists, reason, to_path
 
 RELEASED_NAMES = tuple(f"MOSS-Audio-{size}-{kind}" for size in ("4B", "8B") for kind in ("Instruct", "Thinking"))
 OWNER = "OpenMOSS-Team"
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w-]*/[A-Za-z0-9][\w.-]*", re.ASCII)  # one slash, as no path of a file's has it
 MODEL = "a released MOSS-Audio directory, one that `moss-audio-convert to-orbax` wrote, or a training run"
 ADAPTER = "the directory of an adapter: PEFT's, one of `moss-audio-convert from-peft`, or a training run of LoRA"
 
@@ -61,18 +60,26 @@ def not_an_adapter(path: AnyPath, is_model: bool) -> str:
     return not_a_model(path, ADAPTER)
 
 
-def _nothing_there(path: Path, wanted: str) -> str:
+def nearest(path: Path) -> Path | None:
+    """Returns the path that exists and whose name differs from a missing one by little, if there is one."""
     there = path
     while not exists(there.parent) and there.parent != there.parent.parent:
         there = there.parent
     close = difflib.get_close_matches(there.name, [entry.name for entry in children(there.parent)], n=1, cutoff=0.7)
-    if close and exists(meant := there.parent / close[0] / path.relative_to(there)):
+    return meant if close and exists(meant := there.parent / close[0] / path.relative_to(there)) else None
+
+
+def _nothing_there(path: Path, wanted: str) -> str:
+    meant = nearest(path)
+    if hub_name(path) is not None:
+        found = f"did you mean {meant}? Or," if meant else f"give {wanted}; or,"
+        return f"{path} does not exist in {path.parent}: {found} for the Hugging Face hub's model {path}, {path}@main"
+    if meant is not None:
         return f"{path} does not exist: did you mean {meant}?"
-    name = f"{OWNER}/{path}" if str(path) in RELEASED_NAMES else str(path)
-    if _HUB_ID.fullmatch(name) and not exists(to_path(name).parent):
+    if str(path) in RELEASED_NAMES:
         return (
-            f"{path} does not exist on this machine: to fetch that repository of the Hugging Face hub, run `hf "
-            f"download {name} --local-dir {path.name}` and give {path.name}"
+            f"{path} does not exist on this machine: give {OWNER}/{path}, which is fetched from the Hugging Face hub, "
+            f"or run `{HubName(f'{OWNER}/{path}').command}`"
         )
     return f"{path} does not exist: give {wanted}"
 

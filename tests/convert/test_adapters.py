@@ -12,6 +12,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from moss_audio_jax import LoraConfig, MossAudioConfig, load_adapter, load_model, merge_adapter
+from moss_audio_jax.commands.cli import TRY_AGAIN
 from moss_audio_jax.weights.locate import ADAPTER_CONFIG, ADAPTER_FILE
 from moss_audio_jax.weights.names import PEFT_PREFIX, adapter_leaves
 from moss_audio_jax.weights.peft import write_adapter_config
@@ -122,7 +123,7 @@ def unnamed(adapter: Path, directory: Path) -> Path:
 def test_a_base_can_be_named(command: str, adapter: Path, released: Path, invoke, tmp_path: Path):
     source = unnamed(adapter, tmp_path / "unnamed")
     code, _, errors = invoke(command, source, tmp_path / "out")
-    assert code == 2 and "Open/Model, which is no directory here" in errors
+    assert code == TRY_AGAIN and "Open/Model, which is no directory here (" in errors
     assert invoke(command, source, tmp_path / "out", "--base", released)[0] == 0
 
 

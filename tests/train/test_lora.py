@@ -13,9 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fake_hub import FakeHub
 from flax import nnx
 from jax.sharding import PartitionSpec as P
+from safetensors.numpy import load_file, save_file
 
+from convert.adapters import convert_to_peft
+from convert.to_hf import convert_to_hf
 from moss_audio_jax import (
     LoraConfig,
     ModelInputs,
@@ -34,6 +38,7 @@ from moss_audio_jax.lora import with_adapter_dropout
 from moss_audio_jax.model import parameter_specs
 from moss_audio_jax.sharding import make_mesh
 from moss_audio_jax.small_tokenizer import write_small_tokenizer
+from moss_audio_jax.weights.locate import ADAPTER_CONFIG, SINGLE_FILE, forget_names
 from moss_audio_jax.weights.orbax import stored_shapes
 from moss_audio_jax.weights.parameters import abstract_parameters, build_model, parameters_of
 from tests.conftest import SMALL_MODEL, question, question_parts
@@ -426,3 +431,38 @@ def test_what_does_not_fit_is_refused(base: Path, run: Path, model: MossAudio, t
     with pytest.raises(MossAudioError, match="some/where, which is no directory here"):
         load_model(moved)
     np.testing.assert_array_equal(*(load_adapter(model, each)(question(model, [8])) for each in (moved, run)))
+
+
+def test_a_run_from_the_hub_keeps_its_commit(
+    run: Path, base: Path, hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A run that names a branch resumes from the commit of its beginning, and says so in what it leaves."""
+    monkeypatch.chdir(tmp_path)
+    mesh = make_mesh(devices=jax.devices()[:1])
+    convert_to_hf(base, tmp_path / "released")
+    commit = hub.publish("Someone/base", tmp_path / "released")
+
+    def config(steps: int, name: str = "Someone/base") -> RunConfig:
+        return dataclasses.replace(run_config(base, steps), model=ModelSource(checkpoint=name))
+
+    train(config(2), tmp_path / "out", mesh=mesh)
+    # The branch moves to other weights.
+    tensors = load_file(tmp_path / "released" / SINGLE_FILE)
+    save_file({name: 2 * tensor for name, tensor in tensors.items()}, tmp_path / "released" / SINGLE_FILE)
+    moved = hub.publish("Someone/base", tmp_path / "released")
+    assert moved != commit
+    forget_names()
+    with pytest.raises(MossAudioError, match=r"model\.checkpoint"):
+        train(config(4, f"Someone/base@{moved}"), tmp_path / "out", mesh=mesh)
+    train(config(4), tmp_path / "out", mesh=mesh)
+    stored = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert stored["model"]["checkpoint"] == f"Someone/base@{commit}"
+    assert not any("model.checkpoint" in entry.get("changes", ()) for entry in stored["history"])
+    jax.tree.map(np.testing.assert_array_equal, end_of(tmp_path / "out"), end_of(run))
+
+    convert_to_peft(tmp_path / "out", tmp_path / "peft")
+    adapter = json.loads((tmp_path / "peft" / ADAPTER_CONFIG).read_text())
+    assert (adapter["base_model_name_or_path"], adapter["revision"]) == ("Someone/base", commit)
+    convert_to_hf(tmp_path / "out", tmp_path / "merged", model_card=True)
+    card = (tmp_path / "merged" / "README.md").read_text()
+    assert "base_model: Someone/base\n" in card and f"`Someone/base` at commit `{commit}`" in card

@@ -24,6 +24,7 @@ from moss_audio_jax.processor import load_processor
 from moss_audio_jax.sharding import make_mesh
 from moss_audio_jax.storage.paths import AnyPath, atomic_write
 from moss_audio_jax.weights.checkpoint import load_model
+from moss_audio_jax.weights.locate import locate
 from train.evaluation.answers import Answer, answers_by_index
 from train.evaluation.config import EvaluationConfig
 from train.evaluation.measures import measure
@@ -160,7 +161,7 @@ def evaluate(
     asked, partial = len(questions), len(found) < len(questions)
     questions, answers = [questions[index] for index in sorted(found)], [found[index] for index in sorted(found)]
     results = {
-        "checkpoint": str(checkpoint),
+        "checkpoint": str(locate(checkpoint, weights=False).hub or checkpoint),
         "config": asdict(config),
         "dtype": str(jax.tree.leaves(nnx.state(model))[0].dtype),
         "backend": jax.default_backend(),

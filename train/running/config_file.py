@@ -11,7 +11,7 @@ from moss_audio_jax.commands.renamed import current_content
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.storage.json_files import read_json
 from moss_audio_jax.storage.paths import AnyPath, to_path
-from train.config import RunConfig
+from train.config import ModelSource, RunConfig
 from train.running.directory import CONFIG_FILE
 
 NAMED = "named"  # field of a mixture that holds its named groups
@@ -21,6 +21,11 @@ RECORD = ("starts", "versions", "history")  # keys of config.json beside the con
 def stored_config(run: AnyPath) -> RunConfig:
     """Reads the configuration of a run from its config.json."""
     return read_config(to_path(run) / CONFIG_FILE)
+
+
+def stored_source(run: AnyPath) -> ModelSource:
+    """Reads the source of a run's first parameters from its config.json."""
+    return read_back(ModelSource, read_content(to_path(run) / CONFIG_FILE)["model"])
 
 
 def read_config(path: AnyPath) -> RunConfig:

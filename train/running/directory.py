@@ -32,6 +32,6 @@ STATE, DATA = "state", "data"  # items of a checkpoint, beside its parameters
 
 def is_begun(out: AnyPath) -> bool:
     """Returns True if a directory holds a run with a checkpoint, which a start resumes."""
-    from moss_audio_jax.weights.locate import locate
+    from moss_audio_jax.weights.locate import locate_here
 
-    return locate(out).params is not None and (to_path(out) / CONFIG_FILE).exists()
+    return locate_here(out).params is not None and (to_path(out) / CONFIG_FILE).exists()

@@ -5,6 +5,7 @@ import dataclasses
 from moss_audio_jax.config import CONFIG_FILES, MossAudioConfig
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.small_tokenizer import write_small_tokenizer
+from moss_audio_jax.storage.hub import HubName
 from moss_audio_jax.storage.paths import AnyPath, Path, absolute, children, exists, to_path
 from moss_audio_jax.weights.locate import locate
 from moss_audio_jax.weights.peft import write_adapter_config
@@ -33,12 +34,16 @@ def write_model_files(source: ModelSource, config: MossAudioConfig, order: Examp
     directory.mkdir(parents=True)
     if tokenizer == LEARNED:
         write_small_tokenizer(directory, _texts(order), config.processor.audio_start_id)
-    files = locate(source.checkpoint).companion_files() if source.checkpoint else []
-    for file in files + (locate(tokenizer).tokenizer_files() if tokenizer != LEARNED else []):
+    files = locate(source.checkpoint, weights=False).companion_files() if source.checkpoint else []
+    for file in files + (locate(tokenizer, weights=False).tokenizer_files() if tokenizer != LEARNED else []):
         if file.name not in CONFIG_FILES:
             file.copy(directory / file.name, overwrite=True)
     if config.lora is not None:
-        write_adapter_config(directory, config, str(_fixed_directory(source.checkpoint)))
+        base = _base(source.checkpoint)
+        if isinstance(base, HubName):
+            write_adapter_config(directory, config, base.repository, base.revision)
+        else:
+            write_adapter_config(directory, config, str(base))
     else:  # the run's parameters are float32, whatever the dtype of the first checkpoint
         of_masters = {"config.json": config.raw["config.json"] | {"dtype": "float32"}}
         config = dataclasses.replace(config, raw={**config.raw, **of_masters})
@@ -53,12 +58,15 @@ def copy_model_files(run_model: AnyPath, directory: AnyPath) -> None:
         file.copy(directory / file.name, overwrite=True)
 
 
-def _fixed_directory(checkpoint: str | None) -> Path:
-    """Directory of the parameters themselves: `RUN/best` and a run name other checkpoints as training continues."""
+def _base(checkpoint: str | None) -> Path | HubName:
+    """The parameters themselves, which don't change.
+
+    A commit of the hub, or the checkpoint's own directory: `RUN/best` and a run name others as training continues.
+    """
     if checkpoint is None:
         raise MossAudioError("--lora adapts a checkpoint: name it with --model.checkpoint")
-    found = locate(checkpoint)
-    return absolute(found.averages or (found.path if found.params is None else found.params.parent))
+    found = locate(checkpoint, weights=False)  # other processes wait meanwhile
+    return found.hub or absolute(found.averages or (found.path if found.params is None else found.params.parent))
 
 
 def _texts(order: ExampleOrder) -> list[str]:

@@ -188,7 +188,7 @@ def _maker(config: RunConfig, model: MossAudioConfig) -> SampleMaker | None:
     source = config.model.tokenizer_source
     if source in (None, LEARNED):
         return None
-    tokenizer = Tokenizer.from_dir(locate(source).files)
+    tokenizer = Tokenizer.from_dir(locate(source, weights=False).files)
     return sample_maker(config, tokenizer, model)
 
 

@@ -25,7 +25,10 @@ from typing import Any, Literal
 
 from moss_audio_jax.commands.renamed import current_path
 from moss_audio_jax.errors import MossAudioError
+from moss_audio_jax.storage.hub import HubName, hub_name
 from moss_audio_jax.storage.paths import AnyPath, atomic_write, to_path
+from moss_audio_jax.weights.locate import locate
+from train.config import LEARNED, ModelSource
 from train.running.config import ResumeConfig
 from train.running.config_file import is_group, is_option, options_of, read_back, read_content
 from train.running.directory import CONFIG_FILE
@@ -144,6 +147,25 @@ def write_or_check_config(
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, json.dumps(_as_json(config) | dataclasses.asdict(record), indent=2) + "\n")
     return record
+
+
+def with_commits(model: ModelSource, run: AnyPath | None) -> ModelSource:
+    """Returns the source with the commit in each name of the hub: OWNER/NAME@COMMIT, so that it stays what it is.
+
+    run: the run that resumes or begins a branch, whose names and commits stay; None for a new one.
+    """
+    before = {} if run is None else read_content(to_path(run) / CONFIG_FILE).get("model", {})
+    changed = {}
+    for option in ("checkpoint", "encoder", "language_model", "tokenizer"):
+        given, name = getattr(model, option), hub_name(getattr(model, option) or LEARNED)
+        stored = before.get(option)
+        if name is None or given == stored:
+            continue
+        if stored and (then := hub_name(stored)) and then.is_commit and HubName(then.repository) == name:
+            changed[option] = stored
+        elif (found := locate(given, weights=False).hub) is not None:
+            changed[option] = str(found)
+    return dataclasses.replace(model, **changed)
 
 
 def compare(config: Any, out: AnyPath, step: int, resume: ResumeConfig) -> dict[str, list[Any]]:
