@@ -84,7 +84,7 @@ def test_transcribe(released: Path, tmp_path: Path):
         MOSS_AUDIO_NEW_TOKENS="24",
         MOSS_AUDIO_WINDOW="6",
     )
-    assert found["v5e-1"] == ["4B", [], 2, {"tensor": 1, "fsdp": 1, "replica": -1}]
+    assert found["v5e-1"] == ["4B", [], 4, {"tensor": 1, "fsdp": 1, "replica": -1}]
     assert found["v5e-1 8B"][:2] == ["8B", ["language_model.layers.*_proj"]]
     assert found["v5e-8"] == ["8B", [], 32, {"tensor": 4, "fsdp": 1, "replica": -1}]
     assert found["v6e-1"][:2] == ["8B", []]
