@@ -34,9 +34,6 @@ def execute(name: str, directory: Path, look: str, **settings: str) -> dict[str,
     nbclient.NotebookClient(
         notebook, timeout=CELL_SECONDS, kernel_name="python3", resources={"metadata": {"path": str(directory)}}
     ).execute(env=environment)
-    for cell in notebook.cells:
-        errors = [output for output in cell.get("outputs", []) if output.output_type == "error"]
-        assert not errors, errors
     (shown,) = notebook.cells[-1].outputs
     return json.loads(shown.text) | {"printed": printed(notebook)}
 
