@@ -259,7 +259,8 @@ def serve(
     answers in progress have ended. One process uses all devices of one host.
 
     Args:
-        checkpoint: Released directory, Orbax checkpoint (`moss-audio-convert to-orbax`), or training run.
+        checkpoint: Released directory, its OWNER/NAME on the Hugging Face hub, Orbax checkpoint (`moss-audio-convert
+            to-orbax`), or training run.
         host: Address to listen at; 0.0.0.0 for all of this machine.
         port: Port to listen at; 0 takes a free one.
         name: Name of the model for clients. Default: that of its directory.
