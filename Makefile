@@ -22,7 +22,7 @@ test: check
 	$(BIN)/python -m pytest -m "not slow and not alone and not tpu" $(PARALLEL) $(NUMBERS)
 	$(QUICK) $(BIN)/python -m pytest -m "not slow and not alone and not tpu" $(PARALLEL) \
 		tests $(addprefix --ignore ,$(NUMBERS))
-	$(QUICK) $(BIN)/python -m pytest -m alone tests/train
+	$(QUICK) $(BIN)/python -m pytest -m alone tests/train tests/serving
 	ALLOW_MULTIPLE_LIBTPU_LOAD=1 $(BIN)/python -m pytest -m "tpu and not slow" --numprocesses 2 --dist worksteal
 
 # The released sizes, compiled for TPUs: all of them take an hour or two.

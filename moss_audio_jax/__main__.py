@@ -15,11 +15,12 @@ with ends_on_ctrl_c():  # these imports take long enough to be interrupted
     from moss_audio_jax.errors import MossAudioError
     from moss_audio_jax.prompts import DEFAULT_SYSTEM_PROMPT
     from moss_audio_jax.sampling_config import Sampling
+    from moss_audio_jax.serving.limits import Limits
     from moss_audio_jax.timelines import command as timelines
 
 DEFAULT_PROMPT = "Transcribe the audio."
 
-_GREEDY, _ALL_DEVICES = Sampling(), MeshConfig()
+_GREEDY, _ALL_DEVICES, _LIMITS = Sampling(), MeshConfig(), Limits()
 
 app = Commands()
 
@@ -226,6 +227,104 @@ def info(checkpoint: tyro.conf.Positional[PathArgument], /) -> None:
     from moss_audio_jax.weights.info import describe
 
     print(describe(checkpoint))
+
+
+@app.command
+def serve(
+    checkpoint: tyro.conf.Positional[PathArgument],
+    /,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    name: str | None = None,
+    adapters: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(name="adapter")] = (),
+    slots: int = 8,
+    max_length: int | None = None,
+    window: float = 300.0,
+    sampling: Annotated[Sampling, tyro.conf.arg(name="")] = _GREEDY,
+    api_key: str | None = None,
+    allow_url_hosts: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(name="allow-url-host")] = (),
+    allow_files: PathArgument | None = None,
+    limits: Annotated[Limits, tyro.conf.arg(name="")] = _LIMITS,
+    drain_seconds: float = 60.0,
+    page: bool = False,
+    dtype: Literal["bfloat16", "float32"] | None = None,
+    int8: tuple[str, ...] = (),
+    kv_int8: bool = False,
+    mesh: MeshConfig = _ALL_DEVICES,
+) -> None:
+    """Serves a checkpoint, and adapters of it, over HTTP, for OpenAI's clients.
+
+    Chats with clips, transcriptions, a list of the models, health and metrics. SIGTERM, or Ctrl-C, ends it once the
+    answers in progress have ended. One process uses all devices of one host.
+
+    Args:
+        checkpoint: Released directory, its OWNER/NAME on the Hugging Face hub, Orbax checkpoint (`moss-audio-convert
+            to-orbax`), or training run.
+        host: Address to listen at; 0.0.0.0 for all of this machine.
+        port: Port to listen at; 0 takes a free one.
+        name: Name of the model for clients. Default: that of its directory.
+        adapters: LoRA adapter of the checkpoint, as NAME=PATH: a model of its own that shares the weights. May be given
+            several times.
+        slots: Answers of a model that are generated at the same time. Others wait.
+        max_length: Tokens of a prompt and its answer at most. Memory for all of them is taken for each slot of each
+            model. Default: 8,192.
+        window: Longest part of a recording that is transcribed at once, in seconds; shorter where --max-length leaves
+            less room.
+        sampling: Sampling options of requests that do not say.
+        api_key: Key that requests must have. Other users of this machine can see a command line: better set the
+            environment variable MOSS_AUDIO_API_KEY.
+        allow_url_hosts: Host whose https URLs may be clips, such as cdn.example.org or cdn.example.org:8443. May be
+            given several times.
+        allow_files: Directory whose files may be clips, as file: URLs. Links in it are not followed.
+        limits: Limits of requests.
+        drain_seconds: Seconds that answers in progress have to end after SIGTERM.
+        page: Also serve a page for a browser, at /.
+        dtype: Dtype of weights and computation. Default: bfloat16, on the CPU float32.
+        int8: Globs over linear layers whose weights are rounded to int8, such as 'language_model.layers.*_proj'.
+        kv_int8: Round keys and values to int8: about half their memory.
+        mesh: Device mesh.
+    """
+    from moss_audio_jax.serving import command
+
+    command.require_server()
+    from moss_audio_jax.inference.loading import Loading
+
+    loading = Loading(checkpoint, None, dtype, int8, dataclasses.asdict(mesh), slots, kv_int8)
+    serving = command.Serving(
+        host=host,
+        port=port,
+        name=name,
+        adapters=adapters,
+        max_length=max_length,
+        window=window,
+        sampling=sampling,
+        api_key=api_key,
+        allow_url_hosts=allow_url_hosts,
+        allow_files=allow_files,
+        drain_seconds=drain_seconds,
+        page=page,
+    )
+    command.serve(loading, serving, limits)
+
+
+@app.command
+def env(*, json: PathArgument | None = None) -> None:
+    """Prints versions, devices and settings: what to add to a report of a problem.
+
+    Values of keys and tokens are left out.
+
+    Args:
+        json: Write JSON to this file instead of printing a table; - for stdout.
+    """
+    from moss_audio_jax.commands.environment import environment, environment_table
+    from moss_audio_jax.commands.json_output import write_json
+
+    found = environment()
+    if json is None:
+        print(environment_table(found))
+    else:
+        write_json(json, found)
 
 
 def main() -> None:

@@ -53,15 +53,20 @@ class Resampler:
 
 
 def stream_audio(
-    source: AnyPath | bytes, *, sample_rate: int = SAMPLE_RATE, name: str | None = None
+    source: AnyPath | bytes,
+    *,
+    sample_rate: int = SAMPLE_RATE,
+    name: str | None = None,
+    longest: float | None = None,
 ) -> Iterator[np.ndarray]:
     """Yields the wave that `load_audio` returns for a whole file, in pieces of a few seconds, float32 [samples].
 
     Arguments and errors are those of `load_audio`, but a file may have any length. An object of gs:// is fetched whole.
+    longest: seconds; a file whose headers promise more is refused, before its samples are decoded.
     """
     name = name or ("audio bytes" if isinstance(source, bytes) else os.fspath(source))
     resampler, rate = Resampler(sample_rate, sample_rate), sample_rate
-    for section in decode.blocks(source, name):
+    for section in decode.blocks(source, name, longest):
         if section.rate != rate:
             yield resampler.flush()
             resampler, rate = Resampler(section.rate, sample_rate), section.rate

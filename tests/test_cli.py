@@ -2,6 +2,7 @@
 
 import errno
 import importlib
+import json
 import os
 import re
 import shutil
@@ -12,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 import soundfile
@@ -19,6 +21,7 @@ import soundfile
 from convert.rehearse import rehearse
 from convert.to_orbax import convert_to_orbax
 from moss_audio_jax import MossAudioConfig
+from moss_audio_jax.__main__ import main
 from moss_audio_jax.commands import cli as cli_module
 from moss_audio_jax.commands import progress
 from moss_audio_jax.commands.cli import run_cli
@@ -115,7 +118,7 @@ def test_version(package, monkeypatch, capsys):
         ("moss_audio_jax", "generat", "did you mean generate"),
         ("convert", "to-orbx", "did you mean to-orbax"),
         ("train", "evalute", "did you mean evaluate"),
-        ("moss_audio_jax", "xyz", "give one of generate, transcribe, timeline, info"),
+        ("moss_audio_jax", "xyz", "give one of generate, transcribe, timeline, info, serve"),
     ],
 )
 def test_a_mistyped_command_is_called_one(package, mistyped, advice, monkeypatch, capsys):
@@ -286,7 +289,7 @@ def test_ctrl_c_during_the_imports_says_nothing(tmp_path):
     assert "Traceback" not in rest and "KeyboardInterrupt" not in rest
 
 
-HEAVY = {"jax", "flax", "orbax", "optax", "grain", "matplotlib", "scipy", "soundfile", "torch"}
+HEAVY = {"jax", "flax", "orbax", "optax", "grain", "matplotlib", "scipy", "soundfile", "torch", "starlette", "uvicorn"}
 LOADED = """
 import runpy, sys
 sys.argv = sys.argv[1:]
@@ -301,7 +304,7 @@ print(*{name.partition(".")[0] for name in sys.modules}, file=sys.stderr)
 @pytest.mark.parametrize(
     "command",
     [
-        *("moss_audio_jax generate", "moss_audio_jax transcribe", "moss_audio_jax timeline"),
+        *("moss_audio_jax generate", "moss_audio_jax transcribe", "moss_audio_jax timeline", "moss_audio_jax serve"),
         *("convert verify", "train", "train run", "train evaluate"),
     ],
 )
@@ -430,3 +433,17 @@ def test_what_takes_long_is_said_on_a_terminal_and_elsewhere(monkeypatch, capsys
     with progress.waiting("reading"):
         pass
     assert not capsys.readouterr().err
+
+
+def test_env_says_what_a_report_needs_and_no_secret(monkeypatch, capsys):
+    monkeypatch.setenv("MOSS_AUDIO_API_KEY", "sk-secret")
+    monkeypatch.setenv("HF_HOME", "/somewhere")
+    monkeypatch.setattr("sys.argv", ["moss-audio", "env", "--json", "-"])
+    main()
+    found = json.loads(capsys.readouterr().out)
+    assert found["packages"]["jax"] == jax.__version__ and found["devices"]["kind"] == "cpu"
+    assert found["settings"]["MOSS_AUDIO_API_KEY"] == "(set)" and found["settings"]["HF_HOME"] == "/somewhere"
+    monkeypatch.setattr("sys.argv", ["moss-audio", "env"])
+    main()
+    table = capsys.readouterr().out
+    assert f"package jax  {jax.__version__}" in re.sub(" {2,}", "  ", table) and "sk-secret" not in table

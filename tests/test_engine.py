@@ -30,7 +30,7 @@ from moss_audio_jax import (
 )
 from moss_audio_jax.inference import engine as engine_module
 from moss_audio_jax.inference.prefixes import Prefixes
-from moss_audio_jax.inference.requests import Reply
+from moss_audio_jax.inference.requests import Handle, Reply
 from moss_audio_jax.inference.slots import (
     ReadPrompts,
     empty_slots,
@@ -39,7 +39,8 @@ from moss_audio_jax.inference.slots import (
     prompt_shapes,
     question_pieces,
 )
-from moss_audio_jax.inference.thinking import HAND_OVER, STOP_THINKING
+from moss_audio_jax.inference.thinking import HAND_OVER, STOP_THINKING, Piece
+from moss_audio_jax.inference.turns import Turns
 from moss_audio_jax.inputs import encode_sequence
 from moss_audio_jax.kv_cache import KVCache
 from moss_audio_jax.sharding import make_mesh
@@ -196,6 +197,91 @@ def test_a_cancelled_request_frees_its_slot(engine, requests):
         handle.cancel()
     assert [handle.result(0).finish_reason for handle in handles] == ["cancelled"] * 5
     assert engine.submit(requests[3]).result(120).finish_reason == "length"
+
+
+def test_cancelled_requests_are_forgotten_though_others_wait_before_them(engine, requests):
+    long = dataclasses.replace(requests[4], max_new_tokens=190)
+    handles = [engine.submit(long) for _ in range(4)]
+    for handle in handles[:3]:
+        next(iter(handle))
+    for _ in range(20):
+        engine.submit(long).cancel()
+    assert (engine.waiting, engine.busy, engine.closed) == (1, 3, None) and len(engine._waiting) <= 2
+    for handle in handles:
+        handle.cancel()
+    assert handles[-1].result(120).finish_reason == "cancelled"
+
+
+class Listener:
+    """What a listener is given."""
+
+    def __init__(self, handle: Handle):
+        self.text, self.end = "", threading.Event()
+        handle.listen(self)
+
+    def __call__(self, piece: Piece | None) -> None:
+        assert not self.end.is_set()
+        if piece is None:
+            self.end.set()
+        else:
+            self.text += piece.text
+
+
+def test_a_listener_gets_the_pieces_and_the_end(engine, requests):
+    """From the beginning, from the middle and after the end; of each of several answers."""
+    request = dataclasses.replace(requests[5], n=2)
+    (whole,) = engine.run([request])
+    alone = [dataclasses.replace(whole, others=()), *whole.others]
+    for wait in (lambda handle: "", lambda handle: next(iter(handle)), lambda handle: handle.result(60) and ""):
+        handle = engine.submit(request)
+        begun = wait(handle)
+        listeners = [Listener(answer) for answer in handle.answers]
+        assert all(listener.end.wait(60) for listener in listeners)
+        assert [begun + listeners[0].text, listeners[1].text] == [reply.text for reply in alone]
+        assert [answer.reply() for answer in handle.answers] == alone
+        assert handle.drawn(3) == list(zip(whole.ids[3:], whole.logprobs[3:], strict=True)) and not handle.failed
+
+
+def test_engines_on_the_same_devices_take_turns(engine, model, processor, requests):
+    turns, inside, most = Turns(), [], []
+
+    def work() -> None:
+        for _ in range(50):
+            with turns:
+                inside.append(None)
+                most.append(len(inside))
+                inside.pop()
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] * 200
+    engines = [Engine(model, processor, slots=2, max_length=256, turns=turns) for _ in range(2)]
+    handles = [[each.submit(request) for request in requests] for each in engines]
+    expected = engine.run(requests)
+    for each, found in zip(engines, handles, strict=True):
+        assert [handle.result(120) for handle in found] == expected
+        each.close()
+
+
+def test_a_turn_comes_in_order():
+    turns, order, threads = Turns(), [], []
+
+    def take(number: int) -> None:
+        with turns:
+            order.append(number)
+
+    with turns:
+        for number in range(5):
+            threads.append(threading.Thread(target=take, args=(number,)))
+            threads[-1].start()
+            while len(turns._queue) < number + 2:
+                pass
+    for thread in threads:
+        thread.join()
+    assert order == [0, 1, 2, 3, 4]
 
 
 def test_threads_share_an_engine(engine, requests):

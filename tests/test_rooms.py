@@ -73,6 +73,18 @@ def test_imports_follow_the_rules(importer: str):
     assert wrong == []
 
 
+def test_only_its_command_imports_the_endpoint():
+    """So that its libraries may be absent."""
+    wrong = [
+        f"{name} imports {module}"
+        for name in MODULES
+        if name != "moss_audio_jax.__main__" and not is_within(name, "moss_audio_jax.serving")
+        for module, _ in imports(MODULES[name])
+        if is_within(module, "moss_audio_jax.serving")
+    ]
+    assert wrong == []
+
+
 def test_there_are_no_import_cycles():
     graph = {name: {module for module, _ in imports(path, of_functions=False)} for name, path in MODULES.items()}
     list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError, which shows the cycle
@@ -89,7 +101,11 @@ def test_private_names_stay_in_their_module():
 
 
 @pytest.mark.parametrize(
-    "package", [name for name in MODULES if is_within(name, "train") and MODULES[name].stem == "__init__"]
+    "package",
+    [
+        *(name for name in MODULES if is_within(name, "train") and MODULES[name].stem == "__init__"),
+        "moss_audio_jax.serving",
+    ],
 )
 def test_maps_name_every_module(package: str):
     """The docstring of a package has a line for each of its modules."""

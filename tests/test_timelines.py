@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -494,3 +495,9 @@ def test_a_picture_without_matplotlib_names_the_extra(answer, clip, tmp_path, mo
     code, _, err = called(answer, clip, *options, monkeypatch=monkeypatch, capsys=capsys)
     assert code == 2
     assert err == "error: plots need matplotlib, which is not installed: pip install 'moss-audio-jax[plot]'\n"
+
+
+def test_a_long_run_of_spaces_takes_no_time():
+    begun = time.process_time()
+    (segment,) = Timeline.parse(f"a{' ' * 100_000}b : [0.0-3.1]").segments
+    assert segment.text.split() == ["a", "b"] and time.process_time() - begun < 2

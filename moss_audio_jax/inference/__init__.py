@@ -5,6 +5,7 @@ requests  Request, Reply, and the handle of a reply that is coming
 sessions  several questions about the same clips; prefixes: what was read of them
 thinking  thoughts, told from answers
 choices   a choice among given answers
+turns     engines on the same devices, one at a time
 slots     the compiled part: answers in progress, one in each slot
 
 recordings        a recording: windows, answers as they come, one transcript

@@ -10,7 +10,7 @@ import bisect
 import collections
 import hashlib
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Self
 
 import jax
@@ -49,6 +49,7 @@ from moss_audio_jax.inference.slots import (
     widen,
 )
 from moss_audio_jax.inference.thinking import opens_thought
+from moss_audio_jax.inference.turns import Turns
 from moss_audio_jax.inputs import Mel, ModelInputs, bucket, encode_sequence, padded
 from moss_audio_jax.model import MossAudio
 from moss_audio_jax.processor import ClipLike, Processor
@@ -67,6 +68,7 @@ class Engine:
     prefix_bytes: memory for what was read of clips that further requests may ask about (`Request.reuse`, `listen`); the
     least recently used is dropped first.
     kv_int8: keys and values are rounded to int8, with a float32 scale for each token of a head (`Int8Slots`).
+    turns: shared by engines on the same devices, which then use them one at a time.
     Close it, or use it as a context manager: `with moss.Engine(model, processor) as engine:`.
     """
 
@@ -81,6 +83,7 @@ class Engine:
         prompts: int | None = None,
         prefix_bytes: int = 2**30,
         kv_int8: bool = False,
+        turns: Turns | None = None,
     ):
         limit = model.config.language_config.max_position_embeddings
         mesh = mesh_of(nnx.state(model))
@@ -92,7 +95,7 @@ class Engine:
                 allowed = "1 or more" if most is None else f"1 to the model's {most:,} positions"
                 raise MossAudioError(f"{name} of an engine must be {allowed}, not {value}")
         self._model, self._processor = model, processor
-        self.max_length, self._every = max_length, every
+        self.slots, self.max_length, self._every = slots, max_length, every
         graphdef, state = nnx.split(model)
         self._graphdef, self._state = graphdef, on_automatic_mesh(state)
         self._shapes = prompt_shapes(model.config, max_length)
@@ -114,6 +117,7 @@ class Engine:
         self._waiting: collections.deque[Handle] = collections.deque()
         self._changed = threading.Condition()
         self._closed: str | None = None
+        self._turns = turns or Turns()
         self._thread = threading.Thread(target=self._work, name="moss-audio engine", daemon=True)
         self._thread.start()
 
@@ -152,9 +156,26 @@ class Engine:
         with self._changed:
             if self._closed is not None:
                 raise MossAudioError(f"the engine is closed ({self._closed}): make another one")
-            self._waiting += [first, *others]
+            still = [handle for handle in self._waiting if not handle.done]  # without those that were cancelled
+            self._waiting = collections.deque([*still, first, *others])
             self._changed.notify()
         return first
+
+    @property
+    def closed(self) -> str | None:
+        """Why it takes no requests: by `close`, or after an error; None while it takes them."""
+        return self._closed
+
+    @property
+    def waiting(self) -> int:
+        """Answers that wait for a slot."""
+        with self._changed:
+            return sum(not handle.done for handle in self._waiting)
+
+    @property
+    def busy(self) -> int:
+        """Slots in use."""
+        return sum(handle is not None for handle in self._handles)
 
     def run(self, requests: Iterable[Request]) -> list[Reply]:
         """Answers requests, and returns the replies in their order."""
@@ -165,8 +186,11 @@ class Engine:
         """Reads clips, for any number of questions about them. options: the other fields of each `Request`."""
         return Session(self, [self._processor.mel(clip) for clip in audio], options)
 
-    def warm_up(self) -> None:
-        """Compiles all programs. Call it before the first request; otherwise each compiles when it is needed first."""
+    def warm_up(self, progress: Callable[[int, int], None] = lambda done, of: None) -> None:
+        """Compiles all programs. Call it before the first request; otherwise each compiles when it is needed first.
+
+        progress: called with the number of prompt shapes that are done, and of all.
+        """
         with self._changed:
             if self._waiting or any(self._handles):
                 raise MossAudioError("the engine has requests: warm it up before the first")
@@ -178,6 +202,7 @@ class Engine:
                 if chunks:  # clips that are read apart from questions, one by one
                     for piece in pieces if number == 1 else pieces[:1]:
                         self._insert(self._read_on(self._read(one), [0] * piece), [0])
+                progress(number + 1, len(self._shapes))
             self._limits[0] = 0
             self._decode(steps=1)
             self._newest()
@@ -217,24 +242,31 @@ class Engine:
 
     def _work(self) -> None:
         try:
-            while self._next_requests():
-                in_use = np.array([handle is not None for handle in self._handles])
-                has_begun = (in_use & (self._read_by_handle == 0)).any()
-                steps = 1 if has_begun else self._every  # a first token is delivered at once
-                self._decode(steps, until_one_stops=bool(self._waiting))
-                self._deliver()
+            while self._requests_came():
+                with self._turns:
+                    self._begin(self._admitted())
+                    self._decode(self._steps(), until_one_stops=bool(self._waiting))
+                    self._deliver()
         except Exception as error:  # each caller gets it
             self._close_with(error)
         else:
             self._close_with(None)
 
-    def _next_requests(self) -> bool:
-        """Puts waiting requests into free slots; waits if there is nothing to do. Returns False when closed."""
+    def _steps(self) -> int:
+        """Returns the number of tokens to draw before the next are delivered: a first one is at once."""
+        in_use = np.array([handle is not None for handle in self._handles])
+        return 1 if (in_use & (self._read_by_handle == 0)).any() else self._every
+
+    def _requests_came(self) -> bool:
+        """Waits while there is nothing to do. Returns False when closed."""
         with self._changed:
             while self._closed is None and not self._waiting and not any(self._handles):
                 self._changed.wait()
-            if self._closed is not None:
-                return False
+            return self._closed is None
+
+    def _admitted(self) -> list[tuple[int, Handle]]:
+        """Puts waiting requests into free slots, and returns them."""
+        with self._changed:
             admitted = []
             for slot in (slot for slot, handle in enumerate(self._handles) if handle is None):
                 while self._waiting and self._waiting[0].done:  # cancelled
@@ -242,8 +274,7 @@ class Engine:
                 if self._waiting:
                     self._handles[slot] = handle = self._waiting.popleft()
                     admitted.append((slot, handle))
-        self._begin(admitted)
-        return True
+        return admitted
 
     def _begin(self, admitted: list[tuple[int, Handle]]) -> None:
         """Reads prompts, and begins answers to them in slots."""

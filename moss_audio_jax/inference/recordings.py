@@ -153,6 +153,14 @@ class Joiner:
             self._texts[-1], text = join_texts(self._texts[-1], text, place.overlap)
         self._texts.append(text)
 
+    @property
+    def settled(self) -> str:
+        """The text so far, as far as no further window changes it; nothing if the answers have times."""
+        text = ""
+        for piece in [] if self._segments else self._texts[:-1]:
+            text = join_pieces(text, piece)
+        return text
+
     def transcript(self) -> Transcript:
         seconds = self._windows[-1].place.end
         segments, pieces, unread = tuple(self._segments), self._texts, tuple(self._unread)

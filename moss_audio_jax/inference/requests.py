@@ -4,7 +4,7 @@ import dataclasses
 import math
 import queue
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal
 
 from moss_audio_jax.errors import MossAudioError
@@ -162,7 +162,7 @@ class Prompt:
 
 
 class Handle:
-    """An answer that is coming. Iterating over it, or over its `pieces`, yields each piece once."""
+    """An answer that is coming. Iterating over it, or over its `pieces`, yields each piece once; or `listen` to it."""
 
     def __init__(
         self,
@@ -176,6 +176,7 @@ class Handle:
         self.request, self.prompt, self.eos_ids = request, prompt, eos_ids
         self.number, self._others = number, others  # of the answers to the request
         self._pieces: queue.SimpleQueue[Piece | None] = queue.SimpleQueue()
+        self._tell: Callable[[Piece | None], None] = self._pieces.put  # None at the end
         self._decoder = StreamDecoder(tokenizer)
         self._splitter = ThoughtSplitter(prompt.opened)
         self._ids: list[int] = []
@@ -201,21 +202,47 @@ class Handle:
         """Waits for the whole answer. Raises TimeoutError after `timeout` seconds, and what went wrong, if it did."""
         if not self._done.wait(timeout):
             raise TimeoutError(f"no answer within {timeout} s")
+        return dataclasses.replace(self.reply(), others=tuple(other.result(timeout) for other in self._others))
+
+    def reply(self) -> Reply:
+        """Returns this answer without the others to its request, once it is `done`; raises what went wrong."""
         if self._error is not None:
             raise self._error
-        assert self._reason is not None
-        others = tuple(other.result(timeout) for other in self._others)
-        ids, logprobs = tuple(self._ids), tuple(self._logprobs)
-        return Reply(self._text, ids, self._reason, self._reasoning, logprobs, others)
+        assert self._reason is not None, "the answer is not done"
+        return Reply(self._text, tuple(self._ids), self._reason, self._reasoning, tuple(self._logprobs))
+
+    def listen(self, listener: Callable[[Piece | None], None]) -> None:
+        """Gives each piece to `listener`, those that have come first, and None at the end: instead of iterating.
+
+        It is called from the engine's thread, so it must neither wait nor raise.
+        """
+        with self._lock:
+            while not self._pieces.empty():
+                listener(self._pieces.get())
+            self._tell = listener
+
+    def drawn(self, begin: int) -> list[tuple[int, float]]:
+        """Returns the ids from number `begin` on, each with its logprob, as far as they have come."""
+        with self._lock:
+            return list(zip(self._ids[begin:], self._logprobs[begin:], strict=True))
 
     def cancel(self) -> None:
         """Ends the answer with what there is; its slot is free after the next tokens."""
-        for handle in (self, *self._others):
+        for handle in self.answers:
             handle.finish("cancelled")
+
+    @property
+    def answers(self) -> "tuple[Handle, ...]":
+        """All answers to the request, this one first."""
+        return (self, *self._others)
 
     @property
     def done(self) -> bool:
         return self._done.is_set()
+
+    @property
+    def failed(self) -> bool:
+        return self._error is not None
 
     def feed(self, ids: Sequence[int], logprobs: Sequence[float], *, last: bool) -> None:
         """Takes the next ids, from the engine's thread; ends the answer at a stop string. last: it has ended."""
@@ -242,13 +269,13 @@ class Handle:
             self._show(len(self._text))
             self._reason, self._error = reason, error
             self._done.set()
-            self._pieces.put(None)
+            self._tell(None)
 
     def _take(self, pieces: Iterator[Piece] | list[Piece]) -> None:
         for piece in pieces:
             if piece.kind == "reasoning":
                 self._reasoning += piece.text
-                self._pieces.put(piece)
+                self._tell(piece)
                 continue
             before, self._text = len(self._text), self._text + piece.text
             stops = self.request.stop
@@ -260,5 +287,5 @@ class Handle:
 
     def _show(self, end: int) -> None:
         if end > self._shown:
-            self._pieces.put(Piece("text", self._text[self._shown : end]))
+            self._tell(Piece("text", self._text[self._shown : end]))
             self._shown = end

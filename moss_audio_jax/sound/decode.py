@@ -9,7 +9,7 @@ import soundfile
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.sound.files import OpenedFile, Source, opened, warn_once, with_opened
 from moss_audio_jax.sound.spans import ends_with_last_page
-from moss_audio_jax.sound.streams import DECODE_BLOCK, LONGEST_HOURS, Stream, streams_of
+from moss_audio_jax.sound.streams import LONGEST_HOURS, Stream, block_size, streams_of
 
 _RESCUE_BLOCK = 1 << 11  # samples decoded at a time up to a place that can't be decoded
 _SILENT_MIX = 0.01  # of the channels' peak: 40 dB below it
@@ -54,13 +54,19 @@ def read(source: Source, start: float | None, end: float | None, name: str) -> l
     return with_opened(source, name, work)
 
 
-def blocks(source: Source, name: str) -> Iterator[Section]:
+def blocks(source: Source, name: str, longest: float | None = None) -> Iterator[Section]:
     """Yields the samples of a whole file piece by piece: at most a few seconds are in memory. The rate may change.
 
     Warnings and errors are those of `read`, as far as the file was read; any length can be read.
+    longest: seconds; a longer file is refused, before it is decoded or at that place if its header does not say.
     """
     with opened(source, name) as file:
-        cuts, mix, found = _cuts(file, None, None, name), _Mix(), []
+        cuts, mix, found = _cuts(file, None, None, name, longest), _Mix(), []
+        seconds = sum(cut.last / cut.stream.samplerate for cut in cuts)
+        if longest is not None and seconds > longest:
+            raise MossAudioError(
+                f"{name} must have at most {longest:g} s of audio, not {seconds:.1f}: give a part of it"
+            )
         if any(cut.stream.counted and cut.last > LONGEST_HOURS * 3600 * cut.stream.samplerate for cut in cuts):
             raise MossAudioError(
                 f"{name}: its header must say how long it is, as it has more than {LONGEST_HOURS} hours: rewrite it, "
@@ -108,9 +114,11 @@ class _Cut:
     missing: int | None = 0
 
 
-def _cuts(file: OpenedFile, start: float | None, end: float | None, name: str) -> list[_Cut]:
+def _cuts(
+    file: OpenedFile, start: float | None, end: float | None, name: str, longest: float | None = None
+) -> list[_Cut]:
     """Cuts the file's streams between two times: samples of each, at its own rate."""
-    streams = streams_of(file, name)
+    streams = streams_of(file, name, longest)
     seconds = sum(stream.samples / stream.samplerate for stream in streams)
     begin = 0.0 if start is None else start
     stop = seconds if end is None else min(end, seconds)
@@ -149,7 +157,7 @@ def _read_cut(cut: _Cut, mix: "_Mix", name: str) -> np.ndarray:
 def _mono_blocks(cut: _Cut, mix: "_Mix", name: str) -> Iterator[np.ndarray]:
     """Yields the mean of the channels of a cut, float32 [samples], up to a place that can't be decoded."""
     stream = cut.stream.at(cut.first) if cut.first else cut.stream
-    decoded, count, size = 0, cut.last - cut.first, DECODE_BLOCK
+    decoded, count, size = 0, cut.last - cut.first, block_size(stream)
     failure: soundfile.LibsndfileError | None = None
     while decoded < count:
         try:

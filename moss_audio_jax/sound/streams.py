@@ -11,6 +11,7 @@ from moss_audio_jax.sound.files import OpenedFile, Span, Window, warn_once
 from moss_audio_jax.sound.spans import SCANNERS, spans_of
 
 LOWEST_RATE, HIGHEST_RATE = 100, 384_000  # Hz; the resampler's work and its result grow with the ratio of two rates
+DENSEST = 768_000  # samples a second, of a file whose work is to be bounded: 4 channels at 192 kHz
 LONGEST_HOURS = 10  # decoded at once: 2.3 GB at 16 kHz
 DECODE_BLOCK = 1 << 18  # samples decoded at a time, so that a long file is never held in all its channels
 
@@ -70,8 +71,17 @@ _SHORTER = re.compile(r"(?:^| )(?:data|SSND|Data Size) *: (\d+) \(should be (\d+
 _NEVER_FINISHED = 0x7FFF0000  # bytes: a writer through a pipe leaves about the largest value of the field
 
 
-def streams_of(file: OpenedFile, name: str) -> list[Stream]:
-    """Opens the file's streams, in order; raises MossAudioError if there is no sample."""
+def block_size(stream: soundfile.SoundFile) -> int:
+    """Returns the samples to decode at a time: fewer of a file with hundreds of channels, which few bytes can claim."""
+    return max(1, DECODE_BLOCK * 8 // max(8, stream.channels))
+
+
+def streams_of(file: OpenedFile, name: str, longest: float | None = None) -> list[Stream]:
+    """Opens the file's streams, in order; raises MossAudioError if there is no sample.
+
+    longest: seconds of each after which counting its samples may end; then a file of very many samples a second, which
+        few bytes can claim, is refused too.
+    """
     whole = Span(0, file.size)
     stream = Stream(file, whole)
     spans = (whole,)
@@ -82,8 +92,13 @@ def streams_of(file: OpenedFile, name: str) -> list[Stream]:
     streams = [stream] if spans == (whole,) else [Stream(file, span) for span in spans]
     for each in streams:
         require_rate(each.samplerate, name)
+        if longest is not None and each.samplerate * each.channels > DENSEST:
+            raise MossAudioError(
+                f"{name} must have at most {DENSEST:,} samples a second in all channels, not {each.channels} times "
+                f"{each.samplerate:,}: resample it, or give fewer channels"
+            )
         if each.samples == _UNKNOWN_LENGTH:
-            each.samples = _counted(file, each.source[1])
+            each.samples = _counted(file, each.source[1], longest)
     streams = [each for each in streams if each.samples]
     if not streams:
         raise MossAudioError(
@@ -93,11 +108,11 @@ def streams_of(file: OpenedFile, name: str) -> list[Stream]:
     return streams
 
 
-def _counted(file: OpenedFile, span: Span) -> int:
+def _counted(file: OpenedFile, span: Span, longest: float | None) -> int:
     """Counts the samples of a stream without their number in its header, such as FLAC through a pipe, by decoding."""
     stream, count = Stream(file, span), 0
-    most = LONGEST_HOURS * 3600 * stream.samplerate
-    while count <= most and (block := len(stream.read(DECODE_BLOCK, dtype="int16", always_2d=True))):
+    most = (LONGEST_HOURS * 3600 if longest is None else longest) * stream.samplerate
+    while count <= most and (block := len(stream.read(block_size(stream), dtype="int16", always_2d=True))):
         count += block
     return count
 

@@ -122,10 +122,16 @@ def _read_line_ends(text: str, marks: Sequence[re.Match[str]]) -> Reading:
     for mark in marks:
         line = text.rfind("\n", 0, mark.start()) + 1
         unread.append(text[position:line].strip())
-        segments.append(_segment(mark, re.sub(r"\s*[:：]?\s*$", "", text[line : mark.start()]).strip()))
+        segments.append(_segment(mark, _without_colon(text[line : mark.start()])))
         position = mark.end()
     unread.append(text[position:].strip())
     return Reading(tuple(segments), tuple(piece for piece in unread if piece))
+
+
+def _without_colon(line: str) -> str:
+    """Strips a line, and a colon at its end. (A pattern for that takes quadratic time for a run of spaces.)"""
+    stripped = line.strip()
+    return stripped[:-1].rstrip() if stripped.endswith((":", "：")) else stripped
 
 
 def _segment(mark: re.Match[str], text: str) -> Segment:
