@@ -2,6 +2,8 @@
 
 manifest           JSON lines -> checked examples
 shards             the same examples from a few large files, and writing those
+sources            data of other kinds -> the same examples
+table_files        rows of Parquet and Arrow
 objectives         an example -> question and answer
 mixture            sources -> one endless order of examples
 augment            random speed, level, noise and masks of training audio

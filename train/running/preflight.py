@@ -16,16 +16,18 @@ import numpy as np
 from moss_audio_jax.audio import RELEASED_MEL, SAMPLE_RATE
 from moss_audio_jax.config import MossAudioConfig
 from moss_audio_jax.errors import MossAudioError, StorageError
-from moss_audio_jax.storage.paths import AnyPath, is_remote, local_copy, to_path
+from moss_audio_jax.storage.paths import AnyPath, is_remote, to_path
 from moss_audio_jax.tokenizer import Tokenizer
 from moss_audio_jax.weights.locate import locate
 from train.config import LEARNED, RunConfig
 from train.data.augment import Augmentation
 from train.data.budget import TooLong
-from train.data.config import DataConfig
-from train.data.manifest import Clip, Example, Message, checked_lines
+from train.data.config import ColumnsConfig, DataConfig
+from train.data.manifest import Clip, Example, Message
 from train.data.objectives import OBJECTIVES, applying, nothing_to_ask
 from train.data.samples import SampleMaker, truncate_turns
+from train.data.shards import is_shards
+from train.data.sources import read_examples
 
 log = logging.getLogger(__name__)
 
@@ -35,12 +37,13 @@ DATA_GROUP = "conversations"  # the group of `--data`
 
 @dataclass
 class Check:
-    """Check of one manifest. The counts are complete once `problems` is exhausted.
+    """Check of one manifest or other source. The counts are complete once `problems` is exhausted.
 
     group: group of the mixture that the manifest belongs to.
     objectives: group -> objective -> share. Every objective of `group` that applies to an example must be within the
         budget.
     maker: makes samples as the run does; None without a tokenizer, which counts clips only.
+    columns: of a source that is no manifest.
     fetch: also check audio on gs://, which downloads the files.
     unusable: number of lines that are invalid, have no labels for the objectives, or have unusable audio or labels.
     too_long, truncated: numbers of examples beyond the budget that are left out or lose their end.
@@ -55,6 +58,7 @@ class Check:
     group: str
     objectives: Mapping[str, Mapping[str, float]]
     maker: SampleMaker | None = None
+    columns: ColumnsConfig | None = None
     fetch: bool = True
     examples: int = field(default=0, init=False)
     unusable: int = field(default=0, init=False)
@@ -66,8 +70,7 @@ class Check:
 
     def problems(self) -> Iterator[str]:
         """Yields a sentence for every example that can't be trained on, which begins with its file and line."""
-        path = to_path(self.path)
-        for _, _, read in checked_lines(path, local_copy(path)):
+        for read in read_examples(self.path, self.columns):
             self.examples += 1
             try:
                 if isinstance(read, MossAudioError):
@@ -151,14 +154,13 @@ class Check:
 
     def _silence(self, clip: Clip) -> Clip:
         """Returns silence of the clip's length, or of one mel frame if its header may not be read."""
-        assert isinstance(clip.audio, str)  # a manifest holds paths
         samples = clip.num_samples() if self._is_known(clip) else RELEASED_MEL.mel_hop_length
         self.audio_seconds += samples / SAMPLE_RATE
         return Clip(np.broadcast_to(np.float32(0), samples), name=clip.name)
 
     def _is_known(self, clip: Clip | None) -> bool:
         """Returns True if the clip's header may be read."""
-        return clip is not None and (self.fetch or not is_remote(str(clip.audio)))
+        return clip is not None and (self.fetch or not (isinstance(clip.audio, str) and is_remote(clip.audio)))
 
 
 def _option(group: str) -> str:
@@ -180,7 +182,7 @@ def check_of(config: RunConfig, path: AnyPath, group: str | None = None) -> Chec
     if chunk_frames is None:
         raise MossAudioError(f"{path} can't be checked for a model without audio chunks, which can't be trained")
     objectives = {name: their.shares(name) for name, their in groups.items()}
-    return Check(path, config.data, chunk_frames, group, objectives, _maker(config, model))
+    return Check(path, config.data, chunk_frames, group, objectives, _maker(config, model), config.columns)
 
 
 def _maker(config: RunConfig, model: MossAudioConfig) -> SampleMaker | None:
@@ -214,7 +216,7 @@ def require_usable(config: RunConfig) -> None:
     """
     for name, group in config.mixture.manifest_groups().items():
         for path in group.paths:
-            if not to_path(path).is_dir():  # shards were decoded when they were made
+            if not is_shards(path):  # they were decoded when they were made
                 check = replace(check_of(config, path, name), fetch=False)
                 _require_usable(check if config.data.oversize == "refuse" else replace(check, maker=None))
 
