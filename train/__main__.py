@@ -46,10 +46,10 @@ def prepare(
     shard: str | None = None,
     columns: ColumnsConfig = _COLUMNS,
 ) -> None:
-    """Packs a manifest, or data of another kind, and its audio into ArrayRecord shards, which training reads like the manifest.
+    """Packs a manifest, or data of another kind, and its audio into ArrayRecord shards.
 
-    Finished shards are kept: repeat an interrupted call. Machines can share the work, each writing its own shard into
-    the same directory.
+    Training reads them like the manifest. Finished shards are kept: repeat an interrupted call. Machines can share the
+    work, each writing its own shard into the same directory.
 
     Args:
         manifest: JSON lines, Parquet, Arrow or another kind of docs/data.md: a file, a directory or a quoted glob.

@@ -278,7 +278,8 @@ class ValidationConfig:
     every: int | None = None
     """Steps between evaluations. Default: none."""
     data: tuple[str, ...] = ()
-    """Manifests, shard directories and data of other kinds to evaluate on. Default: sound scenes that training does not use."""
+    """Manifests, shard directories and data of other kinds to evaluate on. Default: sound scenes that training does not
+    use."""
     objectives: tuple[str, ...] = ()
     """Objectives to ask about their examples. Default: all that they have labels for."""
     count: int = 64
@@ -309,7 +310,7 @@ class RunConfig:
     validation: ValidationConfig = ValidationConfig()
     model: ModelSource = dataclasses.field(default_factory=ModelSource)
     mixture: MixtureConfig = dataclasses.field(default_factory=MixtureConfig)
-    columns: ColumnsConfig = ColumnsConfig()
+    columns: ColumnsConfig = dataclasses.field(default_factory=ColumnsConfig)
     augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
     step: StepConfig = StepConfig()
     lora: tyro.conf.AvoidSubcommands[LoraConfig | None] = None

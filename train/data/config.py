@@ -101,7 +101,7 @@ class ColumnsConfig:
     audio: str | None = None
     """Column of the audio: paths, or bytes. Default: the first of audio, audio_filepath, path and file."""
     text: str | None = None
-    """Column of the transcript. Default: the first of text, sentence, transcription, transcript and
+    """Column of the transcript. Default: the first of text, txt, sentence, transcription, transcript and
     normalized_text."""
     caption: str | None = None
     """Column of a description. Default: caption."""

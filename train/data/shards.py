@@ -1,7 +1,8 @@
 """Shards: a manifest and its audio in a few large files, for storage that is slow with many small ones.
 
-`prepare` writes them, from a manifest or any other source, `Shards` reads them. Example i of the manifest is record i // shards of shard i % shards, so
-training reads the same examples in the same order as from the manifest. A shard is an ArrayRecord file. A record is
+`prepare` writes them, from a manifest or any other source, `Shards` reads them. Example i of the manifest is record
+i // shards of shard i % shards, so training reads the same examples in the same order as from the manifest. A shard is
+an ArrayRecord file. A record is
 
     length of the header: 4 bytes, little-endian | header: JSON | audio files of the clips, concatenated
 
@@ -55,7 +56,9 @@ def prepare(
     """Writes a manifest and its audio to directory `out` as `shards` files, or only file number `only`.
 
     The manifest may be any source of `open_source`, with these columns. A table or an archive is read in order, and
-    once for each 64 shards. Several machines can write different shards to one directory. Writes are atomic and finished shards are kept, so an
+    once for each 64 shards.
+
+    Several machines can write different shards to one directory. Writes are atomic and finished shards are kept, so an
     interrupted call can be repeated. Unreadable clips are logged. Raises MossAudioError for an invalid manifest or
     option, or if `out` has shards of other data.
     """

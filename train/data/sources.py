@@ -15,6 +15,7 @@ import hashlib
 import itertools
 import json
 import re
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn, Protocol
@@ -34,6 +35,7 @@ from moss_audio_jax.storage.paths import (
     local_copy,
     matching,
     open_binary,
+    read_lines,
     reason,
     require_local,
     to_path,
@@ -46,7 +48,7 @@ LABEL_COLUMNS = ("text", "caption", "words")
 # Columns that are read where none is named, the first that exists.
 USUAL_COLUMNS = {
     "audio": ("audio", "audio_filepath", "path", "file"),
-    "text": ("text", "sentence", "transcription", "transcript", "normalized_text"),
+    "text": ("text", "txt", "sentence", "transcription", "transcript", "normalized_text"),
     "caption": ("caption",),
     "words": ("words",),
 }
@@ -96,6 +98,7 @@ class SourceExamples(Sequence[Example]):
             file.select(names)
         self._starts = np.cumsum([0, *map(len, files)])
         self._opened: OrderedDict[int, None] = OrderedDict()
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -106,12 +109,14 @@ class SourceExamples(Sequence[Example]):
             raise IndexError(index)
         number = int(np.searchsorted(self._starts, index, "right")) - 1
         file, names, row = self._files[number], self._names[number], index - int(self._starts[number])
-        self._open(number)
+        with self._lock:
+            self._open(number)
+            cells = file.row(row)
         name = f"{file.path} {file.place(row)}"
-        return parse_content(_content(file.row(row), names, name), name, file.audio_directory())
+        return parse_content(_content(cells, names, name), name, file.audio_directory())
 
     def digest(self) -> str:
-        """Returns a hash that other files or columns would change: of names, sizes, beginnings and ends of the files."""
+        """Returns a hash of the files' names, sizes, beginnings and ends, and of the columns."""
         found = hashlib.sha256()
         for file, names in zip(self._files, self._names, strict=True):
             with open_binary(file.path) as opened:
@@ -132,7 +137,10 @@ class SourceExamples(Sequence[Example]):
     def __getstate__(self) -> dict[str, Any]:
         for number in self._opened:
             self._files[number].close()
-        return vars(self) | {"_opened": OrderedDict()}
+        return {key: value for key, value in vars(self).items() if key != "_lock"} | {"_opened": OrderedDict()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _lock=threading.Lock())
 
 
 _DIGESTED_BYTES = 1 << 16
@@ -159,7 +167,7 @@ def open_source(path: AnyPath, columns: ColumnsConfig | None = None) -> Manifest
 
 
 def read_examples(path: AnyPath, columns: ColumnsConfig | None = None) -> Iterator[Example | MossAudioError]:
-    """Yields each example of a source in order, or the error of its line or row. Arguments are those of `open_source`."""
+    """Yields each example of a source in order, or the error of its line or row. Arguments as of `open_source`."""
     columns = columns or ColumnsConfig()
     files = source_files(path)
     if len(files) == 1 and kind_of(files[0], columns) == "manifest":
@@ -178,7 +186,10 @@ def _opened(path: Path, kind: str) -> Rows:
         from train.data.table_files import ArrowRows, ParquetRows
 
         return ParquetRows(path) if kind == "Parquet" else ArrowRows(path)
-    raise AssertionError(kind)
+    from train.data.list_files import JsonRows, TsvRows
+    from train.data.tar_files import TarRows
+
+    return {"tar": TarRows, "TSV": TsvRows, "NeMo": JsonRows}[kind](path)
 
 
 # Files
@@ -259,7 +270,8 @@ def _saved_files(directory: Path) -> list[Path]:
     if state.get("_indices_data_files"):
         raise MossAudioError(f"{directory} must have its rows in order, not by indices: save `flatten_indices()` of it")
     named = state.get("_data_files")
-    names = [entry.get("filename") for entry in named if isinstance(entry, dict)] if isinstance(named, list) else []
+    entries = named if isinstance(named, list) else []
+    names = [str(entry.get("filename")) if isinstance(entry, dict) else "" for entry in entries]
     if not names or not all(map(is_plain_name, names)):
         raise MossAudioError(f"{directory / 'state.json'} must name files of its directory, not {named}: save it again")
     return [file_in(directory, name) for name in names]
@@ -286,10 +298,28 @@ def kind_of(path: AnyPath, columns: ColumnsConfig) -> str:
         return "Parquet"
     if head.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
         return "Arrow"
-    for ending, kind in ((".parquet", "Parquet"), (".arrow", "Arrow")):
-        if path.name.endswith(ending):
-            raise MossAudioError(f"{path} must be {kind}, not {head[:8]!r} at its beginning: download it again")
-    return "manifest"
+    if head[257:262] == b"ustar":
+        return "tar"
+    for endings, kind in (((".parquet",), "Parquet"), ((".arrow",), "Arrow"), ((".tar", ".tar.gz", ".tgz"), "tar")):
+        if path.name.endswith(endings):
+            compressed = head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd"))
+            advice = "decompress it, which gives its rows places" if compressed else "download it again"
+            raise MossAudioError(f"{path} must be {kind}, not {head[:8]!r} at its beginning: {advice}")
+    if path.name.endswith(".tsv"):
+        return "TSV"
+    return "NeMo" if not is_remote(path) and _is_rows(path, columns) else "manifest"
+
+
+def _is_rows(path: Path, columns: ColumnsConfig) -> bool:
+    """Returns True if the first object of JSON lines has the path of its audio under another key than a manifest's."""
+    line = next((line for line in read_lines(path) if line.strip()), b"")
+    try:
+        first = json.loads(line)
+    except ValueError:  # Manifest says what is wrong
+        return False
+    if not isinstance(first, dict) or {"audio", "conversation"} & set(first):
+        return False
+    return (columns.audio or "audio_filepath") in first
 
 
 # Columns

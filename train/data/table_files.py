@@ -1,6 +1,5 @@
 """Rows of Parquet and Arrow files, read by pyarrow alone: nothing is unpickled, unknown extension types are storage."""
 
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +14,7 @@ from moss_audio_jax.storage.retries import retried
 _ROWS_AT_ONCE = 8  # of a row group, in memory
 _READ_AT_ONCE = 1 << 20  # bytes of a column
 _LARGE_GROUP = 1 << 25  # bytes
+_WANTED = {"audio": "paths, bytes, or a struct of bytes and path", "words": "lists of {word, start, end}"}
 
 
 def _pyarrow() -> Any:
@@ -40,7 +40,6 @@ class _Table:
         self._types = {name: schema.field(name).type for name in dict.fromkeys(schema.names)}
         self._starts = np.cumsum([0, *lengths])
         self._names: list[str] = []
-        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -57,12 +56,8 @@ class _Table:
                 raise MossAudioError(f"{self.path} must have the column {name!r} once, not twice: rename one")
             fits = text or (use == "audio" and (binary or types.is_struct(kind))) or (use == "words" and nested)
             if not fits:
-                wanted = {
-                    "audio": "paths, bytes, or a struct of bytes and path",
-                    "words": "lists of {word, start, end}",
-                }
                 raise MossAudioError(
-                    f"{self.path}, column {name!r}: expected {wanted.get(use, 'text')} for --columns.{use}, found "
+                    f"{self.path}, column {name!r}: expected {_WANTED.get(use, 'text')} for --columns.{use}, found "
                     f"{kind}; name another column."
                 )
         self._names = list(dict.fromkeys(names.values()))
@@ -81,12 +76,6 @@ class _Table:
     def _cells(self, batch: Any, row: int) -> dict[str, Any]:
         return {name: batch.column(name)[row].as_py() for name in self._names}
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in vars(self).items() if key != "_lock"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _lock=threading.Lock())
-
 
 class ParquetRows(_Table):
     """Rows of a Parquet file.
@@ -101,11 +90,14 @@ class ParquetRows(_Table):
             groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
         super().__init__(path, schema, [group.num_rows for group in groups])
         self._largest = max((group.total_byte_size for group in groups), default=0)
+        self._file: Any = None
+        self._batch: Any = None
+        self._batches: Any = None
         self.close()
 
     def row(self, index: int) -> dict[str, Any]:
         group, row = self._found(index)
-        with self._lock, _errors(self.path, "Parquet"):
+        with _errors(self.path, "Parquet"):
             if self._group != group or row < self._first:
                 self._seek(group, index)
             while row >= self._first + (len(self._batch) if self._batch is not None else 0):
@@ -129,7 +121,7 @@ class ParquetRows(_Table):
 
     def close(self) -> None:
         """Closes the file and forgets the place in it."""
-        if getattr(self, "_file", None) is not None:
+        if self._file is not None:
             self._file.close()
         self._file = self._batch = self._batches = None
         self._group, self._first, self._next = -1, 0, 0
@@ -149,7 +141,7 @@ class ArrowRows(_Table):
 
     def row(self, index: int) -> dict[str, Any]:
         batch, row = self._found(index)
-        with self._lock, _errors(self.path, "Arrow"):
+        with _errors(self.path, "Arrow"):
             if self._batches is None:
                 self._batches = self._opened()[1]
             return self._cells(self._batches[batch], row)

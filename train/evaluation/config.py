@@ -36,7 +36,7 @@ class EvaluationConfig:
 
     data: tuple[PathArgument, ...] = ()
     """Manifests, shard directories, and data of other kinds (docs/data.md)."""
-    columns: ColumnsConfig = ColumnsConfig()
+    columns: ColumnsConfig = field(default_factory=ColumnsConfig)
     objectives: tuple[str, ...] = ()
     """Objectives to ask about their examples. Default: all that they have labels for."""
     default_prompt: str = ""

@@ -220,9 +220,8 @@ def questions_and_texts(config: RunConfig) -> tuple[list[Question], list[tuple[s
                 "or leave it out"
             )
         items += found
-    return items, [
-        (path, *text) for path in paths for text in manifest_texts(path, limit=count, columns=config.columns)
-    ]
+    texts = ((path, manifest_texts(path, limit=count, columns=config.columns)) for path in paths)
+    return items, [(path, *text) for path, found in texts for text in found]
 
 
 def _samples(

@@ -1,14 +1,22 @@
 """Data of other kinds, written by the libraries that people write it with, is read as from a manifest."""
 
 import io
+import json
 import pickle
+import tarfile
 from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.feather
 import pyarrow.parquet as pq
+import pytest
 import soundfile
+import webdataset
 
+from moss_audio_jax.errors import MossAudioError
+from train.data.config import ColumnsConfig
 from train.data.manifest import Example
 from train.data.shards import Shards, open_examples, prepare
 
@@ -56,3 +64,127 @@ def test_parquet_of_datasets(tmp_path: Path):
     assert report.unreadable == 0
     require_numbers(Shards(tmp_path / "out"))
     assert open_examples(tmp_path / "x.parquet")[3].clip.name.endswith("x.parquet row 3: 3.wav")
+
+
+def test_directories_of_datasets(tmp_path: Path):
+    """`save_to_disk`, and the layout of a repository on the Hub."""
+    whole = data_set()
+    whole.save_to_disk(tmp_path / "saved", num_shards=3)
+    require_numbers(open_examples(tmp_path / "saved"))
+    datasets.DatasetDict(train=whole, test=whole).save_to_disk(tmp_path / "dict")
+    require_numbers(open_examples(tmp_path / "dict" / "test"))
+    with pytest.raises(MossAudioError, match=r"dict has several splits: give one of them, .*/test or .*/train"):
+        open_examples(tmp_path / "dict")
+    (hub := tmp_path / "hub" / "data").mkdir(parents=True)
+    for number in range(2):
+        whole.shard(2, number, contiguous=True).to_parquet(hub / f"train-0000{number}-of-00002.parquet")
+    require_numbers(open_examples(tmp_path / "hub"))
+    whole.to_parquet(hub / "test-00000-of-00001.parquet")
+    with pytest.raises(MossAudioError, match=r"several splits: .* such as '.*/test-\*.parquet' or '.*/train-\*.parqu"):
+        open_examples(tmp_path / "hub")
+    require_numbers(open_examples(hub / "train-*.parquet"))
+    require_numbers(open_examples(f"{hub}/train-{{00000..00001}}-of-00002.parquet"))
+    pa.feather.write_feather(pa.table({"text": ["a", "b"]}), str(tmp_path / "plain.feather"), "uncompressed")
+    assert [example.text for example in open_examples(tmp_path / "plain.feather")] == ["a", "b"]
+
+
+@pytest.mark.parametrize("form", ["datasets", "manifest", "lists", "json"])
+def test_words(tmp_path: Path, form: str):
+    """Words with times, as a list of structs, a struct of lists, or JSON; blank words are silence."""
+    words = [{"word": "number", "start": 0.0, "end": 0.2}, {"word": "", "start": 0.2, "end": 0.3}]
+    words.append({"word": "one", "start": 0.3, "end": 0.5})
+    if form == "manifest":
+        words = [{"text" if key == "word" else key: value for key, value in word.items()} for word in words]
+    column = {
+        "json": json.dumps(words),
+        "lists": {key: [word[key] for word in words] for key in words[0]},
+    }.get(form, words)
+    data_set(1, aligned=[column]).save_to_disk(tmp_path / "saved")
+    (example,) = open_examples(tmp_path / "saved", ColumnsConfig(words="aligned"))
+    assert [(word.text, word.start, word.end) for word in example.words] == [("number", 0, 0.2), ("one", 0.3, 0.5)]
+
+
+@pytest.fixture
+def clips(tmp_path: Path) -> Path:
+    (tmp_path / "clips").mkdir()
+    for number in range(COUNT):
+        (tmp_path / "clips" / f"{number}.wav").write_bytes(wav(number))
+    return tmp_path
+
+
+def test_paths_in_parquet(clips: Path):
+    """A column of paths, or a struct without bytes; relative to the directory of the file."""
+    paths = [f"clips/{number}.wav" for number in range(COUNT)]
+    texts = [f"number {number}" for number in range(COUNT)]
+    datasets.Dataset.from_dict({"wav": paths, "said": texts}).to_parquet(clips / "named.parquet")
+    require_numbers(open_examples(clips / "named.parquet", ColumnsConfig(audio="wav", text="said")))
+    structs = pa.array(
+        [{"bytes": None, "path": path} for path in paths], pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    )
+    pq.write_table(pa.table({"audio": structs, "transcription": texts}), clips / "struct.parquet")
+    require_numbers(open_examples(clips / "struct.parquet"))
+
+
+def test_nemo(clips: Path):
+    rows = [
+        {"audio_filepath": f"clips/{number}.wav", "text": f"number {number}", "duration": 0.5, "lang": "en"}
+        for number in range(COUNT)
+    ]
+    (clips / "train.json").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    require_numbers(open_examples(clips / "train.json"))
+    cut = {"audio_filepath": "clips/3.wav", "text": "a cut", "offset": 0.25, "duration": 0.125}
+    (clips / "cut.json").write_text(json.dumps(cut))
+    (example,) = open_examples(clips / "cut.json")
+    assert example.clip.num_samples() == 2000
+    renamed = [{"wav" if key == "audio_filepath" else key: value for key, value in row.items()} for row in rows]
+    (clips / "named.jsonl").write_text("\n".join(map(json.dumps, renamed)))
+    require_numbers(open_examples(clips / "named.jsonl", ColumnsConfig(audio="wav")))
+
+
+def test_common_voice(clips: Path):
+    header = "client_id\tpath\tsentence\tup_votes\n"
+    rows = [f"id\t{number}.wav\tnumber {number}\t2\n" for number in range(COUNT)]
+    (clips / "train.tsv").write_text(header + "".join(rows))
+    require_numbers(open_examples(clips / "train.tsv"))
+    prepare(clips / "train.tsv", clips / "shards", 2)
+    require_numbers(Shards(clips / "shards"))
+    (clips / "quotes.tsv").write_text(header + 'id\t0.wav\t"Hm," he said\t2\nid\t0.wav\tshort\n')
+    quoted, short = open_examples(clips / "quotes.tsv"), 1
+    assert quoted[0].text == '"Hm," he said'
+    with pytest.raises(MossAudioError, match=r"quotes.tsv line 3: expected 4 cells between tabs, .* found 3"):
+        quoted[short]
+
+
+def test_webdataset(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    pattern = str(tmp_path / "%04d.tar")
+    with webdataset.ShardWriter(pattern, maxcount=4, verbose=0) as writer:
+        for number in range(COUNT):
+            writer.write({"__key__": f"a/{number:05d}", "wav": wav(number), "txt": f"number {number}"})
+    require_numbers(open_examples(tmp_path / "{0000..0002}.tar"))
+    require_numbers(open_examples(tmp_path))
+    prepare(tmp_path / "*.tar", tmp_path / "shards", 2)
+    require_numbers(Shards(tmp_path / "shards"))
+    with webdataset.TarWriter(str(tmp_path / "json.tar")) as writer:
+        for number in range(COUNT):
+            content = {"said": f"number {number}", "speaker": 1}
+            writer.write({"__key__": f"{number}", "json": content, "x.pyd": [1], "wav": wav(number)})
+    require_numbers(open_examples(tmp_path / "json.tar", ColumnsConfig(text="said")))
+    assert f"json.tar: members that are not read: {COUNT} that may be pickled" in caplog.text
+    assert open_examples(tmp_path / "json.tar", ColumnsConfig(text="said"))[7].clip.name.endswith("json.tar 7: 7.wav")
+
+
+def test_links_of_a_tar_are_not_followed(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    (tmp_path / "secret").write_text("secret")
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        for name, content in (("0.wav", wav(0)), ("0.txt", b"number 0"), ("1.wav", wav(1))):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+        link = tarfile.TarInfo("1.txt")
+        link.type, link.linkname = tarfile.SYMTYPE, str(tmp_path / "secret")
+        archive.addfile(link)
+    examples = open_examples(tmp_path / "x.tar")
+    assert len(examples) == 2 and examples[0].text == "number 0"
+    with pytest.raises(MossAudioError, match=r"x.tar 1, column 'txt': expected text that is not blank, found None"):
+        examples[1]
+    assert "1 links" in caplog.text
