@@ -125,6 +125,8 @@ def check_command(arguments: list[str]) -> Callable[..., None]:
         group: str | None = None,
         recipe: str = "finetune",
         init: str | None = None,
+        show: int = 0,
+        plot: PathArgument | None = None,
         config: Annotated[RunConfig, tyro.conf.arg(name="")] = recipe_config,
     ) -> None:
         """Prints the errors of each line or row of training data that are found without decoding its audio.
@@ -140,21 +142,39 @@ def check_command(arguments: list[str]) -> Callable[..., None]:
             recipe: Recipe, or config.json of a run, that gives the other options their defaults. Those of the data
                 decide what is too long.
             init: Checkpoint to train, short for --model.checkpoint: with its tokenizer, texts count too.
+            show: Print this many examples as they are trained on, with the text that is learned between ⟦ and ⟧.
+            plot: PNG file of histograms: seconds and tokens of examples, and how full sequences are.
             config: Options of the recipe.
         """
-        _check(manifest, config, init, group)
+        _check(manifest, config, init, group, show, plot)
 
     return check
 
 
-def _check(manifest: Path, config: RunConfig, init: str | None, group: str | None) -> None:
-    from train.running.preflight import check_of
+def _check(
+    manifest: Path, config: RunConfig, init: str | None, group: str | None, show: int, plot: Path | None
+) -> None:
+    from moss_audio_jax.pictures import require_matplotlib
+    from train.running.preflight import check_of, with_bytes
 
-    check = check_of(with_paths(config, init), manifest, group)
+    if plot:
+        require_matplotlib()
+        require_writable(plot)
+    config = with_paths(config, init)
+    check = check_of(config, manifest, group)
+    if show and check.maker is None:
+        print("without --init or --model.tokenizer, tokens are bytes:", file=sys.stderr)
+    for sample in with_bytes(check, config).samples(show) if show else ():
+        print(f"{sample}\n")
     for problem in check.problems():
         print(problem)
     for note in check.notes():
         print(note)
+    for sentence in check.statistics():
+        print(sentence)
+    if plot:
+        check.sizes.plot(plot, check.data)
+        print(f"wrote {plot}")
     print(check.summary())
     if check.unusable or check.too_long:
         sys.exit(1)

@@ -1,5 +1,6 @@
 """Rows of lists that name audio files: NeMo's JSON lines, and TSV with a header, such as Common Voice's."""
 
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -23,7 +24,7 @@ class _Lines:
     def __init__(self, path: Path, *, header: bool):
         self.path = path
         self.columns: Sequence[str] = ()
-        offsets, numbers, offset = [], [], 0
+        offsets, numbers, offset = array("q"), array("q"), 0
         for number, line in enumerate(read_lines(path), start=1):
             if line.strip() and not (header and number == 1):
                 offsets.append(offset)

@@ -290,7 +290,7 @@ def kind_of(path: AnyPath, columns: ColumnsConfig) -> str:
                 head = retried(path, lambda: file.read(_HEAD_BYTES))
         except OSError as error:
             raise MossAudioError(
-                f"{path}: expected a readable file of data, found '{reason(error)}'; check the path."
+                f"{path}: expected a readable manifest, found '{reason(error)}'; check the path."
             ) from error
     if head.startswith(b"version https://git-lfs"):
         raise MossAudioError(f"{path} must be data, not a Git LFS pointer: fetch the file with `git lfs pull`")

@@ -7,6 +7,7 @@ columns are the rest of the names, and the keys of `json` members.
 import logging
 import re
 import tarfile
+from array import array
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -98,37 +99,31 @@ class TarRows:
 
     def _index(self) -> None:
         """Reads the headers of all members."""
-        members: list[np.ndarray] = []
-        some: list[tuple[int, int, int]] = []
-        rows, keys, key_ends, extensions = [0], bytearray(), [0], {}
-        left_out: Counter[str] = Counter()
-        last, count = None, 0
+        members, rows, key_ends = array("q"), array("q", [0]), array("q", [0])
+        keys, extensions, left_out = bytearray(), {}, Counter[str]()
+        last = None
         try:
             with tarfile.open(self.path, "r:") as archive:
                 while (member := archive.next()) is not None:
                     archive.members = []  # else it keeps them all  # pyright: ignore[reportAttributeAccessIssue]
                     if (why := _left_out(member)) is not None:
-                        left_out[why] += why != ""
+                        left_out.update([why] if why else [])
                         continue
                     match = _NAME.fullmatch(member.name)
                     assert match is not None
                     if match[1] != last:
                         if last is not None:
-                            rows.append(count)
+                            rows.append(len(members) // 3)
                         last = match[1]
                         keys += last.encode("utf-8", "surrogateescape")
                         key_ends.append(len(keys))
                     extension = extensions.setdefault(match[2].lower(), len(extensions))
-                    some.append((extension, member.offset_data, member.size))
-                    count += 1
-                    if len(some) == 1 << 16:
-                        members.append(np.array(some, np.int64))
-                        some = []
+                    members.extend((extension, member.offset_data, member.size))
         except (tarfile.TarError, OSError, EOFError) as error:
             raise MossAudioError(f"{self.path}: expected a tar file, found '{error}'; download it again.") from error
         if last is not None:
-            rows.append(count)
-        self._members = np.concatenate([*members, np.array(some, np.int64).reshape(-1, 3)])
+            rows.append(len(members) // 3)
+        self._members = np.array(members, np.int64).reshape(-1, 3)
         self._rows, self._key_ends = np.array(rows, np.int64), np.array(key_ends, np.int64)
         self._keys, self._extensions = bytes(keys), list(extensions)
         if left_out:

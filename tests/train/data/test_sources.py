@@ -3,10 +3,12 @@
 import io
 import json
 import pickle
+import sys
 import tarfile
 from pathlib import Path
 
 import datasets
+import jax
 import numpy as np
 import pyarrow as pa
 import pyarrow.feather
@@ -16,8 +18,12 @@ import soundfile
 import webdataset
 
 from moss_audio_jax.errors import MossAudioError
-from train.data.config import ColumnsConfig
+from tests.train.data.conftest import write_lines
+from train.data.config import ColumnsConfig, DataConfig
 from train.data.manifest import Example
+from train.data.mixture import ExampleOrder, Group, Source
+from train.data.pipeline import TrainingData
+from train.data.samples import SampleMaker
 from train.data.shards import Shards, open_examples, prepare
 
 COUNT = 10
@@ -56,6 +62,14 @@ def require_numbers(examples, count: int = COUNT) -> None:
             assert opened[index].text == f"number {index}" and number_of(opened[index]) == index
 
 
+@pytest.fixture
+def clips(tmp_path: Path) -> Path:
+    (tmp_path / "clips").mkdir()
+    for number in range(COUNT):
+        (tmp_path / "clips" / f"{number}.wav").write_bytes(wav(number))
+    return tmp_path
+
+
 def test_parquet_of_datasets(tmp_path: Path):
     data_set().to_parquet(tmp_path / "x.parquet", batch_size=4)
     assert pq.ParquetFile(tmp_path / "x.parquet").num_row_groups == 3
@@ -64,6 +78,18 @@ def test_parquet_of_datasets(tmp_path: Path):
     assert report.unreadable == 0
     require_numbers(Shards(tmp_path / "out"))
     assert open_examples(tmp_path / "x.parquet")[3].clip.name.endswith("x.parquet row 3: 3.wav")
+
+
+def test_batches_are_those_of_the_manifest(clips: Path, maker: SampleMaker):
+    rows = [{"audio": f"clips/{number}.wav", "text": f"number {number}"} for number in range(COUNT)]
+    write_lines(clips / "m.jsonl", rows)
+    data_set().to_parquet(clips / "x.parquet", batch_size=4)
+    for_both = []
+    for path in ("m.jsonl", "x.parquet"):
+        order = ExampleOrder([Group("all", 1, (Source("clips", open_examples(clips / path)),))], seed=2)
+        data = TrainingData(order, maker, DataConfig(batch_size=2, tokens=200, chunks=2))
+        for_both.append([next(data) for _ in range(6)])
+    jax.tree.map(np.testing.assert_array_equal, *for_both)
 
 
 def test_directories_of_datasets(tmp_path: Path):
@@ -102,14 +128,6 @@ def test_words(tmp_path: Path, form: str):
     data_set(1, aligned=[column]).save_to_disk(tmp_path / "saved")
     (example,) = open_examples(tmp_path / "saved", ColumnsConfig(words="aligned"))
     assert [(word.text, word.start, word.end) for word in example.words] == [("number", 0, 0.2), ("one", 0.3, 0.5)]
-
-
-@pytest.fixture
-def clips(tmp_path: Path) -> Path:
-    (tmp_path / "clips").mkdir()
-    for number in range(COUNT):
-        (tmp_path / "clips" / f"{number}.wav").write_bytes(wav(number))
-    return tmp_path
 
 
 def test_paths_in_parquet(clips: Path):
@@ -188,3 +206,125 @@ def test_links_of_a_tar_are_not_followed(tmp_path: Path, caplog: pytest.LogCaptu
     with pytest.raises(MossAudioError, match=r"x.tar 1, column 'txt': expected text that is not blank, found None"):
         examples[1]
     assert "1 links" in caplog.text
+
+
+BROKEN = {  # columns of a table, and what is said of its first row or of the file
+    "blank text": (
+        {"text": [" "]},
+        "row 0, column 'text': expected text that is not blank, found ' '; correct",
+    ),
+    "null audio": (
+        {"audio": [None]},
+        "row 0, column 'audio': expected a path, or bytes of an audio .* found None",
+    ),
+    "words of no list": ({"words": ["hm"]}, "row 0, column 'words': expected a list of {word, start, end}, found 'hm'"),
+    "a time below 0": (
+        {"words": [[{"word": "a", "start": -1.0, "end": 1.0}]]},
+        r"row 0: expected 'start' in words\[1\] to be a time of 0 s or more, found -1.0; correct the row",
+    ),
+    "numbers as text": ({"text": [1]}, ", column 'text': expected text for --columns.text, found int64"),
+    "a URL": ({"audio": ["https://a/b.wav"]}, "row 0: expected the path of a file or gs://bucket/file"),
+    "lists of two lengths": (
+        {"words": [{"word": ["a"], "start": [0.0, 1.0], "end": [1.0]}]},
+        "row 0, column 'words': expected lists of one length, found {'word': 1, 'start': 2, 'end': 1}",
+    ),
+    "no text": (
+        {"text": None, "label": [1]},
+        "must have a column of text, not only audio, label: name it by",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_mistakes_in_a_table_are_named_by_file_row_and_column(tmp_path: Path, kind: str):
+    columns, sentence = BROKEN[kind]
+    columns = {"audio": [wav(0)], "text": ["hm"]} | columns
+    pq.write_table(pa.table({name: values for name, values in columns.items() if values}), tmp_path / "x.parquet")
+    with pytest.raises(MossAudioError, match=f"x.parquet.*{sentence}"):
+        open_examples(tmp_path / "x.parquet")[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("x.parquet", b"version https://git-lfs.github.com/spec/v1\noid", "not a Git LFS pointer: fetch the file with"),
+        ("x.parquet", b"PAR1 and no more", "expected Parquet, found damaged data .*; download it again"),
+        ("x.parquet", b"hello", "must be Parquet, not b'hello' at its beginning: download it again"),
+        ("x.arrow", b"\xff\xff\xff\xff\x08", "expected Arrow, found damaged data"),
+        ("x.tar.gz", b"\x1f\x8b\x08\x00", "must be tar, not .* at its beginning: decompress it"),
+        ("x.tar", b"0.wav".ljust(257, b"\0") + b"ustar\x0000", "expected a tar file, found '.*'; download it again"),
+        ("x.tsv", b"path\tsentence\tpath\na\tb\tc\n", "must have each column once, not 'path' twice: rename one"),
+        (
+            "x.jsonl",
+            b'{"audio_filepath": "a.wav", "duration": 1}',
+            "must have a column of text, not only audio_filepath",
+        ),
+    ],
+)
+def test_files_that_are_something_else(tmp_path: Path, name: str, content: bytes, sentence: str):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(MossAudioError, match=f"{name}.*{sentence}"):
+        open_examples(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("path", "sentence"),
+    [
+        ("{000..002}.tar", "001.tar must exist, as the braces name it"),
+        ("*.parquet", "must match a file, not none: check the pattern"),
+        ("{9..1}.tar", r"must have numbers that rise to at most 100000, not 9\.\.1"),
+        ("", "must be shards, or hold *.parquet, *.arrow or *.tar, not only 000.tar".replace("*", r"\*")),
+    ],
+)
+def test_patterns_that_match_nothing(tmp_path: Path, path: str, sentence: str):
+    (tmp_path / "000.tar").mkdir()
+    with pytest.raises(MossAudioError, match=sentence):
+        open_examples(f"{tmp_path}/{path}")
+
+
+def test_a_missing_column_is_named(tmp_path: Path):
+    data_set(2).to_parquet(tmp_path / "x.parquet")
+    with pytest.raises(MossAudioError, match=r"the column 'said' of --columns.text, not only audio, text: name one"):
+        open_examples(tmp_path / "x.parquet", ColumnsConfig(text="said"))
+
+
+def test_the_state_of_a_saved_data_set_cannot_leave_its_directory(tmp_path: Path):
+    data_set(2).save_to_disk(tmp_path / "saved")
+    (tmp_path / "saved" / "state.json").write_text(json.dumps({"_data_files": [{"filename": "../x.arrow"}]}))
+    with pytest.raises(MossAudioError, match=r"state.json must name files of its directory"):
+        open_examples(tmp_path / "saved")
+
+
+def test_pyarrow_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    data_set(2).to_parquet(tmp_path / "x.parquet")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(MossAudioError, match=r"pip install 'moss-audio-jax\[data\]'"):
+        open_examples(tmp_path / "x.parquet")
+
+
+def test_bad_rows_become_records_with_the_reason(tmp_path: Path):
+    texts = ["number 0", "", "number 2"]
+    pq.write_table(pa.table({"audio": [wav(0), wav(1), b"no sound"], "text": texts}), tmp_path / "x.parquet")
+    (report,) = prepare(tmp_path / "x.parquet", tmp_path / "out", 1)
+    assert report.unreadable == 2
+    shards = Shards(tmp_path / "out")
+    assert shards[0].text == "number 0"
+    with pytest.raises(MossAudioError, match=r"x.parquet row 1, column 'text': expected text that is not blank"):
+        shards[1]
+    data_set(3).to_parquet(tmp_path / "x.parquet")
+    with pytest.raises(MossAudioError, match=r"found others \(manifest_sha256 differ\)"):
+        prepare(tmp_path / "x.parquet", tmp_path / "out", 1)
+
+
+def test_row_groups_are_read_in_bounded_memory(tmp_path: Path):
+    """100 MB in row groups of 5: in order or not, no more than one of them is in memory, compressed and not."""
+    clip, noise = wav(0, seconds=16), np.random.default_rng(0).bytes(512_000)
+    rows = [clip[:44] + bytes([row]) + noise[1:] for row in range(200)]
+    data_set(200, audio=rows).to_parquet(tmp_path / "x.parquet", batch_size=10)
+    del rows
+    before = peak = pa.total_allocated_bytes()
+    examples = open_examples(tmp_path / "x.parquet")
+    for index in (*range(200), 150, 20, 199):
+        assert examples[index].clip.audio[44] == index
+        peak = max(peak, pa.total_allocated_bytes())
+    assert 1e6 < peak - before < 20e6
