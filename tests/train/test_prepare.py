@@ -71,7 +71,7 @@ def test_check_shows_what_is_learned_and_how_long_it_is(manifest, tmp_path):
     assert result.returncode == 0, result.stderr
     first, second = (f"{tmp_path}/x.parquet row {index}: " for index in range(2))
     assert first in result.stdout and second in result.stdout and "⟦no. 1<|im_end|>⟧" in result.stdout
-    assert "<|AUDIO|>×2" in result.stdout and result.stdout.count("⟦") == 2
+    assert "<|AUDIO×2|>" in result.stdout and result.stdout.count("⟦") == 2
     assert "5 examples make 1 sequences of 4096 tokens and 64 chunks, of which " in result.stdout
     assert (tmp_path / "sizes.png").read_bytes().startswith(b"\x89PNG")
     without = invoke("check", manifest, "--show", 1)

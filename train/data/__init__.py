@@ -5,6 +5,7 @@ shards             the same examples from a few large files, and writing those
 sources            data of other kinds -> the same examples
 table_files        rows of Parquet and Arrow
 list_files         rows of NeMo's JSON lines and of TSV
+lhotse_files       rows of Lhotse's cuts
 tar_files          rows of WebDataset archives
 objectives         an example -> question and answer
 mixture            sources -> one endless order of examples

@@ -57,15 +57,30 @@ class _Lines:
         return retried(self.path, read)
 
 
-class JsonRows(_Lines):
-    """Rows of NeMo's JSON lines. A row with an `offset` is a cut of its file, `duration` seconds long."""
+class JsonLines(_Lines):
+    """Rows of JSON lines."""
 
     def __init__(self, path: Path):
         super().__init__(path, header=False)
+
+    def content(self, index: int) -> dict[str, Any]:
+        """Returns the object of a row."""
+        name = f"{self.path} {self.place(index)}"
+        content = parse_json(self._line(index), name)
+        if not isinstance(content, dict):
+            raise MossAudioError(f"{name}: expected a JSON object, found {str(content)[:80]!r}; correct the line.")
+        return content
+
+
+class JsonRows(JsonLines):
+    """Rows of NeMo's JSON lines. A row with an `offset` is a cut of its file, `duration` seconds long."""
+
+    def __init__(self, path: Path):
+        super().__init__(path)
         self.columns = list(dict.fromkeys(key for row in self._first_rows() for key in row))
 
     def row(self, index: int) -> dict[str, Any]:
-        content, name = self._object(index), f"{self.path} {self.place(index)}"
+        content, name = self.content(index), f"{self.path} {self.place(index)}"
         row = {name: content.get(name) for name in self._names}
         if (offset := content.get("offset")) is None:
             return row
@@ -78,16 +93,9 @@ class JsonRows(_Lines):
     def _first_rows(self) -> Iterator[dict[str, Any]]:
         for index in range(min(_JSON_CHECKED, len(self))):
             try:
-                yield self._object(index)
+                yield self.content(index)
             except MossAudioError:  # of this row, when it is read
                 continue
-
-    def _object(self, index: int) -> dict[str, Any]:
-        name = f"{self.path} {self.place(index)}"
-        content = parse_json(self._line(index), name)
-        if not isinstance(content, dict):
-            raise MossAudioError(f"{name}: expected a JSON object, found {str(content)[:80]!r}; correct the line.")
-        return content
 
 
 class TsvRows(_Lines):

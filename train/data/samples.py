@@ -239,7 +239,7 @@ class SampleMaker:
         borders = [0, *(np.flatnonzero(np.diff(kinds)) + 1).tolist(), sample.num_tokens]
         pieces = []
         for begin, end in itertools.pairwise(borders):
-            text = f"<|AUDIO|>×{end - begin}"
+            text = f"<|AUDIO×{end - begin}|>"
             if ids[begin] != audio_id:
                 spelled = self._tokenizer.decode_bytes(ids[begin:end].tolist(), skip_special_tokens=False)
                 text = spelled.decode("utf-8", "replace")

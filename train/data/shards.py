@@ -30,7 +30,7 @@ from moss_audio_jax.storage.paths import AnyPath, Path, atomic_file, atomic_writ
 from moss_audio_jax.storage.retries import is_transient, retried
 from train.data.config import ColumnsConfig
 from train.data.manifest import Clip, Example, Manifest, Message, TimedText
-from train.data.sources import SourceExamples, open_source
+from train.data.sources import SourceExamples, open_source, or_errors, read_examples
 
 log = logging.getLogger(__name__)
 
@@ -124,6 +124,11 @@ class Shards(Sequence[Example]):
 def open_examples(path: AnyPath, columns: ColumnsConfig | None = None) -> Sequence[Example]:
     """Opens a directory of shards, a manifest or another source, with these columns."""
     return Shards(path) if is_shards(path) else open_source(path, columns)
+
+
+def examples_or_errors(path: AnyPath, columns: ColumnsConfig | None = None) -> Iterator[Example | MossAudioError]:
+    """Yields each example of what `open_examples` opens, in order, or the error of its line, row or record."""
+    return or_errors(Shards(path)) if is_shards(path) else read_examples(path, columns)
 
 
 def is_shards(path: AnyPath) -> bool:

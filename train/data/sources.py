@@ -3,6 +3,7 @@
     Parquet         a file, a glob, or a directory of one split              `table_files`, needs pyarrow
     Arrow           a file, or a directory that `datasets` saved to disk     `table_files`, needs pyarrow
     JSON lines      rows with `audio_filepath`, as NeMo and Kaldi users have `list_files`
+    JSON lines      of Lhotse's cuts                                         `lhotse_files`
     TSV             with a header, such as Common Voice's                    `list_files`
     tar             WebDataset: members that share a name are an example     `tar_files`
 
@@ -173,7 +174,11 @@ def read_examples(path: AnyPath, columns: ColumnsConfig | None = None) -> Iterat
     if len(files) == 1 and kind_of(files[0], columns) == "manifest":
         yield from (read for _, _, read in checked_lines(files[0], local_copy(files[0])))
         return
-    examples = open_source(path, columns)
+    yield from or_errors(open_source(path, columns))
+
+
+def or_errors(examples: Sequence[Example]) -> Iterator[Example | MossAudioError]:
+    """Yields each example, or its error."""
     for index in range(len(examples)):
         try:
             yield examples[index]
@@ -186,10 +191,11 @@ def _opened(path: Path, kind: str) -> Rows:
         from train.data.table_files import ArrowRows, ParquetRows
 
         return ParquetRows(path) if kind == "Parquet" else ArrowRows(path)
+    from train.data.lhotse_files import CutRows
     from train.data.list_files import JsonRows, TsvRows
     from train.data.tar_files import TarRows
 
-    return {"tar": TarRows, "TSV": TsvRows, "NeMo": JsonRows}[kind](path)
+    return {"tar": TarRows, "TSV": TsvRows, "NeMo": JsonRows, "Lhotse": CutRows}[kind](path)
 
 
 # Files
@@ -278,7 +284,7 @@ def _saved_files(directory: Path) -> list[Path]:
 
 
 def kind_of(path: AnyPath, columns: ColumnsConfig) -> str:
-    """Returns Parquet, Arrow, tar, TSV, NeMo or manifest, by the first bytes of a file."""
+    """Returns Parquet, Arrow, tar, TSV, NeMo, Lhotse or manifest, by the first bytes of a file."""
     path = to_path(path)
     if is_remote(path):
         head = b""
@@ -307,19 +313,21 @@ def kind_of(path: AnyPath, columns: ColumnsConfig) -> str:
             raise MossAudioError(f"{path} must be {kind}, not {head[:8]!r} at its beginning: {advice}")
     if path.name.endswith(".tsv"):
         return "TSV"
-    return "NeMo" if not is_remote(path) and _is_rows(path, columns) else "manifest"
+    return "manifest" if is_remote(path) else _kind_of_lines(path, columns)
 
 
-def _is_rows(path: Path, columns: ColumnsConfig) -> bool:
-    """Returns True if the first object of JSON lines has the path of its audio under another key than a manifest's."""
+def _kind_of_lines(path: Path, columns: ColumnsConfig) -> str:
+    """Returns NeMo or Lhotse if the first object of JSON lines has its audio where these have it, else manifest."""
     line = next((line for line in read_lines(path) if line.strip()), b"")
     try:
         first = json.loads(line)
     except ValueError:  # Manifest says what is wrong
-        return False
+        return "manifest"
     if not isinstance(first, dict) or {"audio", "conversation"} & set(first):
-        return False
-    return (columns.audio or "audio_filepath") in first
+        return "manifest"
+    if {"recording", "supervisions"} <= set(first):
+        return "Lhotse"
+    return "NeMo" if (columns.audio or "audio_filepath") in first else "manifest"
 
 
 # Columns

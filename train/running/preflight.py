@@ -29,8 +29,7 @@ from train.data.config import ColumnsConfig, DataConfig
 from train.data.manifest import Clip, Example, Message
 from train.data.objectives import OBJECTIVES, applying, nothing_to_ask
 from train.data.samples import SampleMaker, truncate_turns
-from train.data.shards import is_shards
-from train.data.sources import read_examples
+from train.data.shards import examples_or_errors, is_shards
 from train.running.sizes import Sizes
 
 log = logging.getLogger(__name__)
@@ -76,7 +75,7 @@ class Check:
 
     def problems(self) -> Iterator[str]:
         """Yields a sentence for every example that can't be trained on, which begins with its file and line."""
-        for read in read_examples(self.path, self.columns):
+        for read in examples_or_errors(self.path, self.columns):
             self.examples += 1
             before = self.audio_seconds
             try:
@@ -119,7 +118,7 @@ class Check:
         """
         assert self.maker is not None
         shares = self.objectives[self.group]
-        for index, read in enumerate(itertools.islice(read_examples(self.path, self.columns), count)):
+        for index, read in enumerate(itertools.islice(examples_or_errors(self.path, self.columns), count)):
             try:
                 if isinstance(read, MossAudioError):
                     raise read

@@ -159,6 +159,33 @@ def test_nemo(clips: Path):
     require_numbers(open_examples(clips / "named.jsonl", ColumnsConfig(audio="wav")))
 
 
+def cut(number: int, start: float, duration: float, supervision: float) -> dict:
+    """A cut as Lhotse 1.33 writes it, by `truncate` if it is shorter than its supervision."""
+    words = [["number", 0.1, 0.2, None], [str(number), 0.3, 0.1, None]]
+    said = {"id": "0", "recording_id": "0", "start": supervision, "duration": 0.5, "channel": 0}
+    said |= {"text": f"number {number}", "alignment": {"word": words}}
+    recording = {"id": "0", "sources": [{"type": "file", "channels": [0], "source": f"clips/{number}.wav"}]}
+    recording |= {"sampling_rate": 16000, "num_samples": 8000, "duration": 0.5, "channel_ids": [0]}
+    times = {"start": start, "duration": duration, "channel": 0}
+    return {"id": "0", **times, "supervisions": [said], "recording": recording, "type": "MonoCut"}
+
+
+def test_cuts_of_lhotse(clips: Path):
+    path = write_lines(clips / "cuts.jsonl", [cut(number, 0, 0.5, 0.0) for number in range(COUNT)])
+    require_numbers(open_examples(path))
+    assert [(word.text, word.start) for word in open_examples(path)[3].words] == [("number", 0.1), ("3", 0.3)]
+    mixed = cut(0, 0, 0.5, 0.0) | {"type": "MixedCut"}
+    silent = cut(2, 0.25, 0.25, 0.0) | {"supervisions": []}
+    parts = write_lines(clips / "parts.jsonl", [silent, mixed, cut(2, 0.2, 0.25, -0.2)])
+    for index, found in enumerate(("text that is not blank", "a MonoCut of Lhotse .*a MixedCut", "leaves the cut")):
+        with pytest.raises(MossAudioError, match=f"parts.jsonl line {index + 1}.*expected .*{found}"):
+            open_examples(parts)[index]
+    later = cut(2, 0.1, 0.3, 0.0)
+    later["supervisions"][0]["duration"] = 0.3
+    (example,) = open_examples(write_lines(clips / "later.jsonl", [later]))
+    assert example.clip.num_samples() == 4800 and not example.words
+
+
 def test_common_voice(clips: Path):
     header = "client_id\tpath\tsentence\tup_votes\n"
     rows = [f"id\t{number}.wav\tnumber {number}\t2\n" for number in range(COUNT)]
