@@ -23,7 +23,7 @@ with ends_on_ctrl_c():  # these imports take long enough to be interrupted
     from moss_audio_jax.storage.retries import retried
     from train.ablation_config import AblationConfig
     from train.config import RunConfig, with_paths
-    from train.data.config import SceneConfig
+    from train.data.config import ColumnsConfig, SceneConfig
     from train.evaluation.config import EvaluationConfig
     from train.recipes import DOCSTRINGS, RECIPES, read_recipe
     from train.running.config import DistributedConfig, ResumeConfig
@@ -33,6 +33,7 @@ with ends_on_ctrl_c():  # these imports take long enough to be interrupted
 PREEMPTED = 75  # exit code, EX_TEMPFAIL: run it again
 
 app = Commands()
+_COLUMNS = ColumnsConfig()
 
 
 @app.command
@@ -43,24 +44,26 @@ def prepare(
     *,
     shards: int | None = None,
     shard: str | None = None,
+    columns: ColumnsConfig = _COLUMNS,
 ) -> None:
-    """Packs a manifest and its audio into ArrayRecord shards, which training reads like the manifest.
+    """Packs a manifest, or data of another kind, and its audio into ArrayRecord shards.
 
-    Finished shards are kept: repeat an interrupted call. Machines can share the work, each writing its own shard into
-    the same directory.
+    Training reads them like the manifest. Finished shards are kept: repeat an interrupted call. Machines can share the
+    work, each writing its own shard into the same directory.
 
     Args:
-        manifest: JSON lines (docs/data.md).
+        manifest: JSON lines, Parquet, Arrow or another kind of docs/data.md: a file, a directory or a quoted glob.
         out: Directory of the shards.
         shards: Number of shards; writes all of them.
         shard: Write only this shard: `2/8` is number 2 of 8, counted from 0.
+        columns: Columns of data that is no manifest.
     """
     from train.data.shards import prepare as write
 
     logging.basicConfig(format="%(message)s")  # prints the names of clips that can't be read
     number, total = _which_shard(shards, shard)
     unreadable = 0
-    for report in write(manifest, out, total, only=number):
+    for report in write(manifest, out, total, only=number, columns=columns):
         state = "already there" if report.already_there else f"{report.examples} examples"
         print(f"{report.path}: {state}, {report.unreadable} of them unreadable")
         unreadable += report.unreadable
@@ -122,36 +125,56 @@ def check_command(arguments: list[str]) -> Callable[..., None]:
         group: str | None = None,
         recipe: str = "finetune",
         init: str | None = None,
+        show: int = 0,
+        plot: PathArgument | None = None,
         config: Annotated[RunConfig, tyro.conf.arg(name="")] = recipe_config,
     ) -> None:
-        """Prints the errors of each line of a manifest that are found without decoding its audio.
+        """Prints the errors of each line or row of training data that are found without decoding its audio.
 
         Writes nothing. Exits with 1 if an example can't be trained on: its line is invalid or has no labels for the
         objectives of its group, its audio is missing, empty or not audio, its labels exceed the clip, or it is too
         long.
 
         Args:
-            manifest: JSON lines (docs/data.md).
+            manifest: JSON lines, or another kind of data of docs/data.md.
             group: Group of the mixture that gives the objectives, such as speech. Default: the group with this path (as
                 with --mixture.speech.paths), or else that of --data.
             recipe: Recipe, or config.json of a run, that gives the other options their defaults. Those of the data
                 decide what is too long.
             init: Checkpoint to train, short for --model.checkpoint: with its tokenizer, texts count too.
+            show: Print this many examples as they are trained on, with the text that is learned between ⟦ and ⟧.
+            plot: PNG file of histograms: seconds and tokens of examples, and how full sequences are.
             config: Options of the recipe.
         """
-        _check(manifest, config, init, group)
+        _check(manifest, config, init, group, show, plot)
 
     return check
 
 
-def _check(manifest: Path, config: RunConfig, init: str | None, group: str | None) -> None:
-    from train.running.preflight import check_of
+def _check(
+    manifest: Path, config: RunConfig, init: str | None, group: str | None, show: int, plot: Path | None
+) -> None:
+    from moss_audio_jax.pictures import require_matplotlib
+    from train.running.preflight import check_of, with_bytes
 
-    check = check_of(with_paths(config, init), manifest, group)
+    if plot:
+        require_matplotlib()
+        require_writable(plot)
+    config = with_paths(config, init)
+    check = check_of(config, manifest, group)
+    if show and check.maker is None:
+        print("without --init or --model.tokenizer, tokens are bytes:", file=sys.stderr)
+    for sample in with_bytes(check, config).samples(show) if show else ():
+        print(f"{sample}\n")
     for problem in check.problems():
         print(problem)
     for note in check.notes():
         print(note)
+    for sentence in check.statistics():
+        print(sentence)
+    if plot:
+        check.sizes.plot(plot, check.data)
+        print(f"wrote {plot}")
     print(check.summary())
     if check.unusable or check.too_long:
         sys.exit(1)

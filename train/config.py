@@ -15,7 +15,7 @@ import tyro
 from moss_audio_jax.commands.options import MeshConfig, option, require, require_choice, require_positive
 from moss_audio_jax.config import PRESETS, LoraConfig, MossAudioConfig
 from moss_audio_jax.errors import MossAudioError
-from train.data.config import AugmentConfig, DataConfig
+from train.data.config import AugmentConfig, ColumnsConfig, DataConfig
 from train.data.mixture_config import MixtureConfig
 
 Schedule = Literal["cosine", "wsd"]
@@ -279,7 +279,8 @@ class ValidationConfig:
     every: int | None = None
     """Steps between evaluations. Default: none."""
     data: tuple[str, ...] = ()
-    """Manifests and shard directories to evaluate on. Default: sound scenes that training does not use."""
+    """Manifests, shard directories and data of other kinds to evaluate on. Default: sound scenes that training does not
+    use."""
     objectives: tuple[str, ...] = ()
     """Objectives to ask about their examples. Default: all that they have labels for."""
     count: int = 64
@@ -310,6 +311,7 @@ class RunConfig:
     validation: ValidationConfig = ValidationConfig()
     model: ModelSource = dataclasses.field(default_factory=ModelSource)
     mixture: MixtureConfig = dataclasses.field(default_factory=MixtureConfig)
+    columns: ColumnsConfig = dataclasses.field(default_factory=ColumnsConfig)
     augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
     step: StepConfig = StepConfig()
     lora: tyro.conf.AvoidSubcommands[LoraConfig | None] = None

@@ -143,7 +143,7 @@ def train(config: RunConfig, out: AnyPath, *, mesh: Mesh | None = None, resume: 
     if config.loop.check_data:
         require_usable(dataclasses.replace(config, model=source))
     mesh = make_mesh(**dataclasses.asdict(config.mesh)) if mesh is None else mesh
-    groups = config.mixture.groups(config.seed)
+    groups = config.mixture.groups(config.seed, config.columns)
     order = ExampleOrder(groups, config.seed)
     with ExitStack() as stack:
         keep = stack.enter_context(_nothing_left(out))

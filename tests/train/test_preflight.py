@@ -243,7 +243,10 @@ def test_the_command_lists_problems_and_writes_nothing(
     before = files(directory)
     assert run(monkeypatch, "check", path, "--data.tokens", 200) == 1
     out = capsys.readouterr().out.splitlines()
-    assert [text.partition(": ")[0] for text in out] == [f"{path} line 1", f"{path} line 3", str(path)]
+    assert [text.partition(": ")[0] for text in out] == [f"{path} line 1", f"{path} line 3", str(path), str(path)]
+    assert out[2].endswith(
+        ": seconds of audio of an example: 1.00 to 1.00, half of them at most 1.00, 95% at most 1.00"
+    )
     assert files(directory) == before
 
 
@@ -272,8 +275,8 @@ def test_the_command_takes_the_group(
     for options in (("--group", "speech"), ("--mixture.speech.paths", path)):
         assert run(monkeypatch, "check", path, *options) == 1
         out = capsys.readouterr().out.splitlines()
-        assert len(out) == 2 and out[0].startswith(f"{path} line 2: expected what the objectives transcribe, ")
-        assert out[1].endswith("; read as --mixture.speech.paths")
+        assert len(out) == 3 and out[0].startswith(f"{path} line 2: expected what the objectives transcribe, ")
+        assert out[2].endswith("; read as --mixture.speech.paths")
 
 
 def test_clips_know_their_length(directory: Path):

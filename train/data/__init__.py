@@ -2,6 +2,11 @@
 
 manifest           JSON lines -> checked examples
 shards             the same examples from a few large files, and writing those
+sources            data of other kinds -> the same examples
+table_files        rows of Parquet and Arrow
+list_files         rows of NeMo's JSON lines and of TSV
+lhotse_files       rows of Lhotse's cuts
+tar_files          rows of WebDataset archives
 objectives         an example -> question and answer
 mixture            sources -> one endless order of examples
 augment            random speed, level, noise and masks of training audio

@@ -92,6 +92,24 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class ColumnsConfig:
+    """Names of columns of data that is no manifest: Parquet, Arrow, TSV, NeMo's JSON lines, WebDataset (docs/data.md).
+
+    They are for all such data of a command. Data sets whose columns differ are made into shards first, by `prepare`.
+    """
+
+    audio: str | None = None
+    """Column of the audio: paths, or bytes. Default: the first of audio, audio_filepath, path and file."""
+    text: str | None = None
+    """Column of the transcript. Default: the first of text, txt, sentence, transcription, transcript and
+    normalized_text."""
+    caption: str | None = None
+    """Column of a description. Default: caption."""
+    words: str | None = None
+    """Column of the words with their times, a list of {word, start, end} or {text, start, end}. Default: words."""
+
+
+@dataclass(frozen=True)
 class AugmentConfig:
     """Augmentation of training audio, never of evaluation audio. Off by default."""
 

@@ -30,6 +30,7 @@ name. Shards contain the audio and no paths.
 
 import difflib
 import functools
+import hashlib
 import json
 import math
 import re
@@ -78,6 +79,14 @@ class Clip:
         if not isinstance(self.audio, np.ndarray):
             return num_samples(self.audio, start=self.start, end=self.end, name=self.name)
         return len(self.wave())
+
+
+@dataclass(frozen=True)
+class AudioBytes:
+    """Bytes of an audio file in place of its path, in rows that hold them. name: of the file, in errors."""
+
+    content: bytes
+    name: str
 
 
 @dataclass(frozen=True)
@@ -158,6 +167,11 @@ class Manifest(Sequence[Example]):
         line, name = self.line(index)
         return parse_line(line, name, self._directory)
 
+    def digest(self) -> str:
+        """Returns a hash of the file."""
+        with open(self.local, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
     def line(self, index: int) -> tuple[bytes, str]:
         """Returns a line as bytes, and its name in errors."""
         return retried(self.path, lambda: self._line(index)), _line_name(self.path, self._numbers[index])
@@ -217,11 +231,22 @@ def _line_name(path: Path, number: int) -> str:
 
 def parse_line(line: bytes, name: str, directory: str) -> Example:
     """Parses a line of a manifest in `directory`. Raises MossAudioError that begins with `name`."""
+    return _Line(name, directory).example(parse_json(line, name))
+
+
+def parse_content(content: dict[str, Any], name: str, directory: str) -> Example:
+    """Checks a row that has the keys of a manifest's line; `audio` may be AudioBytes. Errors are as of `parse_line`."""
+    return _Line(name, directory, kind="row").example(content)
+
+
+def parse_json(line: bytes, name: str) -> Any:
+    """Parses a line of JSON lines. Raises MossAudioError that begins with `name`."""
     try:
         text = line.decode("utf-8-sig")
         content = json.loads(text, object_pairs_hook=_without_repeats)
         if "\\u" in text:  # an escape may be half a character
             json.dumps(content, ensure_ascii=False).encode()
+        return content
     except UnicodeError as error:
         raise MossAudioError(
             f"{name}: expected text in UTF-8, found none ({error}); save the file as UTF-8."
@@ -232,7 +257,6 @@ def parse_line(line: bytes, name: str, directory: str) -> Example:
         ) from error
     except (ValueError, RecursionError) as error:
         raise MossAudioError(f"{name}: expected a JSON object, found none ({error}); correct the line.") from error
-    return _Line(name, directory).example(content)
 
 
 class _RepeatedKey(ValueError):
@@ -282,13 +306,14 @@ _TYPE_NAMES = {
 class _Line:
     """Parser of a line. Every method raises MossAudioError if the content is invalid."""
 
-    def __init__(self, name: str, directory: str):
+    def __init__(self, name: str, directory: str, kind: str = "line"):
         self.name = name
+        self.kind = kind
         self.directory = directory
         self.ignored: list[str] = []
 
     def fail(self, expected: str, found: str) -> NoReturn:
-        raise MossAudioError(f"{self.name}: expected {expected}, found {found}; correct the line.")
+        raise MossAudioError(f"{self.name}: expected {expected}, found {found}; correct the {self.kind}.")
 
     def example(self, content: Any) -> Example:
         if not isinstance(content, dict):
@@ -389,6 +414,8 @@ class _Line:
         if end is not None and end <= (start or 0):
             self.fail("start < end", f"start={start} and end={end}")
         path = content[key]
+        if isinstance(path, AudioBytes):
+            return Clip(path.content, start, end, name=f"{self.name}: {path.name}")
         if "\0" in path:
             self.fail("a path", repr(path))
         if (is_remote(path) and not path.startswith("gs://")) or _DATA_URL.match(path):
@@ -456,6 +483,8 @@ def _looks_known(key: str, known: tuple[str, ...]) -> bool:
 def _is_valid(value: Any, expected: type) -> bool:
     if expected is _Prompt:
         return isinstance(value, str)
+    if expected is _PathText and isinstance(value, AudioBytes):
+        return True
     if expected in (str, _PathText):
         return isinstance(value, str) and bool(value.strip())
     if expected is float:  # Python counts True among the integers

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from moss_audio_jax.errors import MossAudioError
-from train.data.config import SceneConfig
+from train.data.config import ColumnsConfig, SceneConfig
 
 if TYPE_CHECKING:
     from train.data.mixture import Group
@@ -27,7 +27,7 @@ class GroupConfig:
     """Objectives to draw from, of those that an example has labels for (`train/data/objectives.py` lists them). A name
     may have a weight, as in `transcribe=2`; the default weight is 1. If none is named, all have weight 1."""
     paths: tuple[str, ...] = ()
-    """Manifests and shard directories."""
+    """Manifests, shard directories, and data of other kinds (docs/data.md)."""
     weights: tuple[float, ...] = ()
     """Weights by which the paths are drawn. Default: the square root of the number of examples."""
     begin: int = 0
@@ -35,7 +35,7 @@ class GroupConfig:
     end: int | None = None
     """Example of the run at which the group ends. Default: never."""
 
-    def group(self, name: str, seed: int) -> "Group | None":
+    def group(self, name: str, seed: int, columns: ColumnsConfig | None = None) -> "Group | None":
         """Opens the group; returns None if it has no paths."""
         from train.data.mixture import Group, Source
         from train.data.shards import open_examples
@@ -50,7 +50,7 @@ class GroupConfig:
         # Groups of new names may have different objectives for one data set.
         prefix = "" if name in _OWN_GROUPS else f"{name}: "
         sources = tuple(
-            Source(prefix + path, open_examples(path), shares, weight)
+            Source(prefix + path, open_examples(path, columns), shares, weight)
             for path, weight in zip(self.paths, weights, strict=True)
         )
         return Group(name, self.share, sources, self.begin, self.end)
@@ -89,7 +89,7 @@ class SceneGroupConfig:
     end: int | None = None
     """Example of the run at which the group ends. Default: never. A curriculum ends its easier scenes here."""
 
-    def group(self, name: str, seed: int) -> "Group | None":
+    def group(self, name: str, seed: int, columns: ColumnsConfig | None = None) -> "Group | None":
         """Opens the group; returns None if its share is 0."""
         from train.data.mixture import Group, Source
         from train.data.scenes import SceneExamples
@@ -125,11 +125,11 @@ class MixtureConfig:
         """Returns the groups of data sets by name."""
         return {name: group for name, group in self._by_name().items() if isinstance(group, GroupConfig)}
 
-    def groups(self, seed: int) -> "list[Group]":
-        """Opens the groups that have data. seed: seed of the scenes."""
+    def groups(self, seed: int, columns: ColumnsConfig | None = None) -> "list[Group]":
+        """Opens the groups that have data. seed: seed of the scenes. columns: of data that is no manifest."""
         for name, group in self.named.items():
             _require_complete(name, group)
-        opened = [group.group(name, seed) for name, group in self._by_name().items()]
+        opened = [group.group(name, seed, columns) for name, group in self._by_name().items()]
         used = [group for group in opened if group is not None]
         if not used:
             options = ", ".join(f"--mixture.{name}.paths" for name in self.manifest_groups())

@@ -13,6 +13,7 @@ A plain text longer than a sequence becomes several samples that together superv
 
 import copy
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -226,6 +227,28 @@ class SampleMaker:
         of_tokens = np.full(len(ids), -1)
         of_tokens[np.asarray(ids) == self._config.processor.audio_token_id] = np.concatenate(slots)
         return Extent(np.asarray(learned, bool), of_tokens, chunk_frames // DOWNSAMPLE_RATE)
+
+    def spelled(self, sample: Sample) -> str:
+        """Returns the text of a sample under a line with its sizes: learned text between ⟦ and ⟧, audio as its length.
+
+        Time markers are between the audio tokens that they mark.
+        """
+        ids, audio_id = sample.inputs.tokens[0, : sample.num_tokens], self._config.processor.audio_token_id
+        heard = sample.inputs.audio_slots[0, : sample.num_tokens] >= 0
+        kinds = sample.loss_mask * 2 + heard
+        borders = [0, *(np.flatnonzero(np.diff(kinds)) + 1).tolist(), sample.num_tokens]
+        pieces = []
+        for begin, end in itertools.pairwise(borders):
+            text = f"<|AUDIO×{end - begin}|>"
+            if ids[begin] != audio_id:
+                spelled = self._tokenizer.decode_bytes(ids[begin:end].tolist(), skip_special_tokens=False)
+                text = spelled.decode("utf-8", "replace")
+            pieces.append(f"⟦{text}⟧" if sample.loss_mask[begin] else text)
+        sizes = (
+            f"{sample.name}: {sample.num_tokens} tokens, {int(sample.loss_mask.sum())} of them learned, "
+            f"{sample.audio_seconds:.2f} s of audio in {sample.num_chunks} chunks"
+        )
+        return f"{sizes}\n{''.join(pieces)}"
 
     def sample(
         self,

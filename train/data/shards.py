@@ -1,7 +1,8 @@
 """Shards: a manifest and its audio in a few large files, for storage that is slow with many small ones.
 
-`prepare` writes them, `Shards` reads them. Example i of the manifest is record i // shards of shard i % shards, so
-training reads the same examples in the same order as from the manifest. A shard is an ArrayRecord file. A record is
+`prepare` writes them, from a manifest or any other source, `Shards` reads them. Example i of the manifest is record
+i // shards of shard i % shards, so training reads the same examples in the same order as from the manifest. A shard is
+an ArrayRecord file. A record is
 
     length of the header: 4 bytes, little-endian | header: JSON | audio files of the clips, concatenated
 
@@ -9,11 +10,11 @@ Audio is lossless: the bytes of the file, or for a cut clip its samples as FLAC 
 whose clip can't be decoded holds the reason instead: training skips and counts it, as with a manifest.
 """
 
-import hashlib
 import io
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -27,13 +28,16 @@ from moss_audio_jax.errors import MossAudioError, StorageError
 from moss_audio_jax.storage.json_files import read_json
 from moss_audio_jax.storage.paths import AnyPath, Path, atomic_file, atomic_write, exists, read_bytes, to_path
 from moss_audio_jax.storage.retries import is_transient, retried
+from train.data.config import ColumnsConfig
 from train.data.manifest import Clip, Example, Manifest, Message, TimedText
+from train.data.sources import SourceExamples, open_source, or_errors, read_examples
 
 log = logging.getLogger(__name__)
 
 INDEX_FILE = "shards.json"
 _INT16_SCALE = 32768
 _HEADER_LENGTH_BYTES = 4
+_WRITTEN_AT_ONCE = 64  # shards that one pass over a table or an archive writes
 
 
 @dataclass(frozen=True)
@@ -46,8 +50,13 @@ class ShardReport:
     already_there: bool
 
 
-def prepare(manifest: AnyPath, out: AnyPath, shards: int, only: int | None = None) -> list[ShardReport]:
+def prepare(
+    manifest: AnyPath, out: AnyPath, shards: int, only: int | None = None, columns: ColumnsConfig | None = None
+) -> list[ShardReport]:
     """Writes a manifest and its audio to directory `out` as `shards` files, or only file number `only`.
+
+    The manifest may be any source of `open_source`, with these columns. A table or an archive is read in order, and
+    once for each 64 shards.
 
     Several machines can write different shards to one directory. Writes are atomic and finished shards are kept, so an
     interrupted call can be repeated. Unreadable clips are logged. Raises MossAudioError for an invalid manifest or
@@ -57,16 +66,17 @@ def prepare(manifest: AnyPath, out: AnyPath, shards: int, only: int | None = Non
         raise MossAudioError(
             f"expected at least 1 shard and one of 0 to shards - 1, found shards={shards}, shard={only}; correct them."
         )
-    examples, out = Manifest(manifest), to_path(out)
+    examples, out = open_source(manifest, columns), to_path(out)
     if len(examples) < shards:
         raise MossAudioError(
             f"{manifest}: expected an example for each of {shards} shards, found {len(examples)}; ask for less."
         )
     out.mkdir(parents=True, exist_ok=True)
-    with open(examples.local, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    _write_index(out, {"examples": len(examples), "shards": shards, "manifest_sha256": digest})
-    return [_write_shard(examples, out, shard, shards) for shard in (range(shards) if only is None else [only])]
+    _write_index(out, {"examples": len(examples), "shards": shards, "manifest_sha256": examples.digest()})
+    wanted = list(range(shards) if only is None else [only])
+    at_once = 1 if isinstance(examples, Manifest) else _WRITTEN_AT_ONCE
+    passes = [wanted[begin : begin + at_once] for begin in range(0, len(wanted), at_once)]
+    return [report for some in passes for report in _write_shards(examples, out, some, shards)]
 
 
 class Shards(Sequence[Example]):
@@ -111,9 +121,19 @@ class Shards(Sequence[Example]):
             ) from error
 
 
-def open_examples(path: AnyPath) -> Sequence[Example]:
-    """Opens a manifest or a directory of shards."""
-    return Shards(path) if to_path(path).is_dir() else Manifest(path)
+def open_examples(path: AnyPath, columns: ColumnsConfig | None = None) -> Sequence[Example]:
+    """Opens a directory of shards, a manifest or another source, with these columns."""
+    return Shards(path) if is_shards(path) else open_source(path, columns)
+
+
+def examples_or_errors(path: AnyPath, columns: ColumnsConfig | None = None) -> Iterator[Example | MossAudioError]:
+    """Yields each example of what `open_examples` opens, in order, or the error of its line, row or record."""
+    return or_errors(Shards(path)) if is_shards(path) else read_examples(path, columns)
+
+
+def is_shards(path: AnyPath) -> bool:
+    """Returns True if a path is a directory that `prepare` wrote."""
+    return exists(to_path(path) / INDEX_FILE)
 
 
 class _Records:
@@ -181,29 +201,47 @@ def _write_index(out: Path, index: dict[str, Any]) -> None:
     atomic_write(path, json.dumps(index, indent=2))
 
 
-def _write_shard(examples: Manifest, out: Path, shard: int, shards: int) -> ShardReport:
-    path, count = _shard_path(out, shard, shards), _examples_in(shard, shards, len(examples))
-    if _num_records(path) == count:
-        return ShardReport(path, count, _count_unreadable(path, count), already_there=True)
-    unreadable = 0
+def _write_shards(
+    examples: Manifest | SourceExamples, out: Path, wanted: Sequence[int], shards: int
+) -> list[ShardReport]:
+    """Writes the shards that are not there yet, in one pass over their examples."""
+    paths = {shard: _shard_path(out, shard, shards) for shard in wanted}
+    counts = {shard: _examples_in(shard, shards, len(examples)) for shard in wanted}
+    there = [shard for shard in wanted if _num_records(paths[shard]) == counts[shard]]
+    unreadable = {shard: _count_unreadable(paths[shard], counts[shard]) if shard in there else 0 for shard in wanted}
+    with ExitStack() as stack:
+        writers = {shard: stack.enter_context(_writer(paths[shard])) for shard in wanted if shard not in there}
+        for index in range(len(examples)) if writers else ():
+            if (shard := index % shards) in writers:
+                record, is_readable = _record_of(examples, index)
+                unreadable[shard] += not is_readable
+                writers[shard].write(record)
+    return [ShardReport(paths[shard], counts[shard], unreadable[shard], shard in there) for shard in wanted]
+
+
+@contextmanager
+def _writer(path: Path) -> Iterator[ArrayRecordWriter]:
     with atomic_file(path) as file:
         # Groups of one for random access. The audio is compressed already.
         writer = ArrayRecordWriter(str(file), "group_size:1,uncompressed")
         try:
-            for index in range(shard, len(examples), shards):
-                example = examples[index]
-                try:
-                    record = _encode(example)
-                except StorageError:  # not the fault of the clip
-                    raise
-                except MossAudioError as error:
-                    log.warning("unreadable: %s", error)
-                    unreadable += 1
-                    record = _record({"name": example.name, "unreadable": str(error)}, [])
-                writer.write(record)
+            yield writer
         finally:
             writer.close()
-    return ShardReport(path, count, unreadable, already_there=False)
+
+
+def _record_of(examples: Manifest | SourceExamples, index: int) -> tuple[bytes, bool]:
+    """Returns the record of an example, and False if it holds the reason why the example can't be read."""
+    name = str(index)
+    try:
+        example = examples[index]
+        name = example.name
+        return _encode(example), True
+    except StorageError:  # not the fault of the clip
+        raise
+    except MossAudioError as error:
+        log.warning("unreadable: %s", error)
+        return _record({"name": name, "unreadable": str(error)}, []), False
 
 
 def _count_unreadable(path: Path, examples: int) -> int:
@@ -240,9 +278,9 @@ def _encode(example: Example) -> bytes:
 
 def _audio_bytes(clip: Clip) -> bytes:
     """Returns an audio file with exactly the clip's wave. Raises MossAudioError if the clip can't be decoded."""
-    assert isinstance(clip.audio, str)  # a manifest holds paths
-    wave = clip.wave()  # checks that it can be decoded
-    content = read_bytes(clip.audio)
+    assert not isinstance(clip.audio, np.ndarray)  # a source holds paths or bytes
+    clip.wave()  # checks that it can be decoded
+    content = clip.audio if isinstance(clip.audio, bytes) else read_bytes(clip.audio)
     if clip.start is None and clip.end is None:
         return content
     rate = soundfile.info(io.BytesIO(content)).samplerate

@@ -8,7 +8,7 @@ import tyro
 from moss_audio_jax.commands.options import MeshConfig, require, require_positive
 from moss_audio_jax.commands.paths import PathArgument
 from moss_audio_jax.sampling_config import Sampling
-from train.data.config import SEEDS, SceneConfig
+from train.data.config import SEEDS, ColumnsConfig, SceneConfig
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,8 @@ class EvaluationConfig:
     """Questions of an evaluation, and how the model answers them."""
 
     data: tuple[PathArgument, ...] = ()
-    """Manifests and shard directories."""
+    """Manifests, shard directories, and data of other kinds (docs/data.md)."""
+    columns: ColumnsConfig = field(default_factory=ColumnsConfig)
     objectives: tuple[str, ...] = ()
     """Objectives to ask about their examples. Default: all that they have labels for."""
     default_prompt: str = ""

@@ -47,6 +47,7 @@ def read_questions(config: EvaluationConfig) -> list[Question]:
     questions: list[Question] = []
     for path in config.data:
         options = {"seed": config.seed, "limit": config.limit, "default_prompt": config.default_prompt}
+        options["columns"] = config.columns
         questions += manifest_questions(path, config.objectives, **options)
     questions += scene_questions(config.scenes, config.scene, seed=config.seed)
     for benchmark in config.benchmark:

@@ -12,7 +12,7 @@ import numpy as np
 
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.storage.paths import AnyPath
-from train.data.config import Answers, SceneConfig
+from train.data.config import Answers, ColumnsConfig, SceneConfig
 from train.data.manifest import Clip, Example, Message, TimedText
 from train.data.objectives import OBJECTIVES, PROMPTS, TIME_QUESTIONS
 from train.data.samples import with_prompt, without_thought
@@ -89,6 +89,7 @@ def manifest_questions(
     limit: int | None = None,
     answers: Answers = "last",
     default_prompt: str = "",
+    columns: ColumnsConfig | None = None,
 ) -> list[Question]:
     """Returns a question for each example of a manifest or directory of shards and each objective that applies to it.
 
@@ -98,23 +99,26 @@ def manifest_questions(
     answers: "last" removes the thoughts from earlier turns of a conversation, as Qwen3's chat template does; "all"
         keeps them, as in sequences that are trained on all answers.
     default_prompt: user text where a conversation has none.
+    columns: of data that is no manifest.
     """
     require_askable(objectives)
     return [
         question
-        for index, example in enumerate(_examples(path, limit))
+        for index, example in enumerate(_examples(path, limit, columns))
         for question in example_questions(example, str(path), objectives, (seed, index), answers, default_prompt)
     ]
 
 
-def manifest_texts(path: AnyPath, *, limit: int | None = None) -> list[tuple[str, str]]:
+def manifest_texts(
+    path: AnyPath, *, limit: int | None = None, columns: ColumnsConfig | None = None
+) -> list[tuple[str, str]]:
     """Returns name and text of the plain-text examples, which have no question. limit: as in `manifest_questions`."""
     applies = OBJECTIVES["plain_text"].applies
-    return [(example.name, example.text) for example in _examples(path, limit) if applies(example)]
+    return [(example.name, example.text) for example in _examples(path, limit, columns) if applies(example)]
 
 
-def _examples(path: AnyPath, limit: int | None) -> Iterator[Example]:
-    examples = open_examples(path)
+def _examples(path: AnyPath, limit: int | None, columns: ColumnsConfig | None) -> Iterator[Example]:
+    examples = open_examples(path, columns)
     return (examples[index] for index in range(len(examples) if limit is None else min(limit, len(examples))))
 
 

@@ -9,6 +9,7 @@ resume              record of a run in its config.json; which options may change
 validation          evaluations during training
 best                metrics that compare evaluations, and the best evaluation so far
 preflight           checks of the training data before the first step
+sizes               lengths of examples, and how well they fill sequences
 report              metrics and scores of a run -> the sinks below
 sink                base class of the sinks
 progress            sink: lines on stderr

@@ -6,7 +6,9 @@ must be within the run's budget. A file that is damaged after its header or trun
 training skips and counts it.
 """
 
+import itertools
 import logging
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -16,16 +18,19 @@ import numpy as np
 from moss_audio_jax.audio import RELEASED_MEL, SAMPLE_RATE
 from moss_audio_jax.config import MossAudioConfig
 from moss_audio_jax.errors import MossAudioError, StorageError
-from moss_audio_jax.storage.paths import AnyPath, is_remote, local_copy, to_path
+from moss_audio_jax.small_tokenizer import write_small_tokenizer
+from moss_audio_jax.storage.paths import AnyPath, is_remote, to_path
 from moss_audio_jax.tokenizer import Tokenizer
 from moss_audio_jax.weights.locate import locate
 from train.config import LEARNED, RunConfig
 from train.data.augment import Augmentation
 from train.data.budget import TooLong
-from train.data.config import DataConfig
-from train.data.manifest import Clip, Example, Message, checked_lines
+from train.data.config import ColumnsConfig, DataConfig
+from train.data.manifest import Clip, Example, Message
 from train.data.objectives import OBJECTIVES, applying, nothing_to_ask
 from train.data.samples import SampleMaker, truncate_turns
+from train.data.shards import examples_or_errors, is_shards
+from train.running.sizes import Sizes
 
 log = logging.getLogger(__name__)
 
@@ -35,18 +40,20 @@ DATA_GROUP = "conversations"  # the group of `--data`
 
 @dataclass
 class Check:
-    """Check of one manifest. The counts are complete once `problems` is exhausted.
+    """Check of one manifest or other source. The counts are complete once `problems` is exhausted.
 
     group: group of the mixture that the manifest belongs to.
     objectives: group -> objective -> share. Every objective of `group` that applies to an example must be within the
         budget.
     maker: makes samples as the run does; None without a tokenizer, which counts clips only.
+    columns: of a source that is no manifest.
     fetch: also check audio on gs://, which downloads the files.
     unusable: number of lines that are invalid, have no labels for the objectives, or have unusable audio or labels.
     too_long, truncated: numbers of examples beyond the budget that are left out or lose their end.
     split: number of texts that become several sequences.
     audio_seconds: length of all clips, as cut.
     ignored: unknown key and its place -> number of times.
+    sizes: of the examples that can be trained on.
     """
 
     path: AnyPath
@@ -55,6 +62,7 @@ class Check:
     group: str
     objectives: Mapping[str, Mapping[str, float]]
     maker: SampleMaker | None = None
+    columns: ColumnsConfig | None = None
     fetch: bool = True
     examples: int = field(default=0, init=False)
     unusable: int = field(default=0, init=False)
@@ -63,12 +71,13 @@ class Check:
     split: int = field(default=0, init=False)
     audio_seconds: float = field(default=0.0, init=False)
     ignored: Counter[str] = field(default_factory=Counter, init=False)
+    sizes: Sizes = field(default_factory=Sizes, init=False)
 
     def problems(self) -> Iterator[str]:
         """Yields a sentence for every example that can't be trained on, which begins with its file and line."""
-        path = to_path(self.path)
-        for _, _, read in checked_lines(path, local_copy(path)):
+        for read in examples_or_errors(self.path, self.columns):
             self.examples += 1
+            before = self.audio_seconds
             try:
                 if isinstance(read, MossAudioError):
                     raise read
@@ -77,6 +86,7 @@ class Check:
                 if silent.clip is not None and self._is_known(read.clip):
                     read.require_labels_within(silent.clip.num_samples() / SAMPLE_RATE)
                 self.truncated += self._is_truncated(silent, objectives)
+                self.sizes.seconds.append(round(self.audio_seconds - before, 6))
             except TooLong as error:
                 self.too_long += 1
                 yield str(error)
@@ -95,6 +105,28 @@ class Check:
             f"can't be used, {self.too_long} are too long and would be {beyond}, {self.truncated} truncated, "
             f"{self.split} texts split{counted}; read as {_option(self.group)}"
         )
+
+    def statistics(self) -> Iterator[str]:
+        """Yields sentences about the sizes of the examples."""
+        for sentence in self.sizes.sentences(self.data):
+            yield f"{self.path}: {sentence}"
+
+    def samples(self, count: int) -> Iterator[str]:
+        """Yields the first examples as they are trained on, or why they are not; decodes their audio.
+
+        Learned text is between ⟦ and ⟧.
+        """
+        assert self.maker is not None
+        shares = self.objectives[self.group]
+        for index, read in enumerate(itertools.islice(examples_or_errors(self.path, self.columns), count)):
+            try:
+                if isinstance(read, MossAudioError):
+                    raise read
+                yield self.maker.spelled(self.maker(read, np.random.default_rng([0, index]), shares))
+            except StorageError:
+                raise
+            except MossAudioError as error:
+                yield str(error)
 
     def notes(self) -> Iterator[str]:
         """Yields remarks that are no problems: unknown keys, which are ignored."""
@@ -118,12 +150,14 @@ class Check:
         Also counts texts that are split.
         """
         budget, truncate, truncated = self.data.budget, self.data.oversize == "truncate", False
+        sizes: list[tuple[int, int]] = []
         for name in objectives:
             whole = OBJECTIVES[name].render(example, np.random.default_rng(0))
             if isinstance(whole, str):
-                self.split += (
-                    self.maker is not None and len(self.maker.extent(example.name, whole).loss_mask) > budget.tokens
-                )
+                if self.maker is not None:
+                    total = len(self.maker.extent(example.name, whole).loss_mask)
+                    self.split += total > budget.tokens
+                    sizes.append((total, 0))
                 continue
             cut = truncate_turns(
                 example.name, whole, budget, self.chunk_frames, truncate=truncate, answers=self.data.answers
@@ -136,6 +170,11 @@ class Check:
                     total = len(extent.loss_mask)
                     raise budget.exceeded(example.name, f"{total} and {extent.chunks(total)}")
                 truncated |= kept < len(extent.loss_mask)
+                sizes.append((kept, extent.chunks(kept)))
+        if sizes:  # those of the longest question and answer
+            tokens, chunks = max(sizes)
+            self.sizes.tokens.append(tokens)
+            self.sizes.chunks.append(chunks)
         return truncated
 
     def _without_audio(self, example: Example) -> Example:
@@ -151,14 +190,13 @@ class Check:
 
     def _silence(self, clip: Clip) -> Clip:
         """Returns silence of the clip's length, or of one mel frame if its header may not be read."""
-        assert isinstance(clip.audio, str)  # a manifest holds paths
         samples = clip.num_samples() if self._is_known(clip) else RELEASED_MEL.mel_hop_length
         self.audio_seconds += samples / SAMPLE_RATE
         return Clip(np.broadcast_to(np.float32(0), samples), name=clip.name)
 
     def _is_known(self, clip: Clip | None) -> bool:
         """Returns True if the clip's header may be read."""
-        return clip is not None and (self.fetch or not is_remote(str(clip.audio)))
+        return clip is not None and (self.fetch or not (isinstance(clip.audio, str) and is_remote(clip.audio)))
 
 
 def _option(group: str) -> str:
@@ -180,7 +218,16 @@ def check_of(config: RunConfig, path: AnyPath, group: str | None = None) -> Chec
     if chunk_frames is None:
         raise MossAudioError(f"{path} can't be checked for a model without audio chunks, which can't be trained")
     objectives = {name: their.shares(name) for name, their in groups.items()}
-    return Check(path, config.data, chunk_frames, group, objectives, _maker(config, model))
+    return Check(path, config.data, chunk_frames, group, objectives, _maker(config, model), config.columns)
+
+
+def with_bytes(check: Check, config: RunConfig) -> Check:
+    """Returns the check with a tokenizer of bytes, if it has none: enough to show examples, but not to count tokens."""
+    if check.maker is not None:
+        return check
+    with tempfile.TemporaryDirectory() as directory:
+        write_small_tokenizer(directory)
+        return replace(check, maker=sample_maker(config, Tokenizer.from_dir(directory), config.model_config()))
 
 
 def _maker(config: RunConfig, model: MossAudioConfig) -> SampleMaker | None:
@@ -214,7 +261,7 @@ def require_usable(config: RunConfig) -> None:
     """
     for name, group in config.mixture.manifest_groups().items():
         for path in group.paths:
-            if not to_path(path).is_dir():  # shards were decoded when they were made
+            if not is_shards(path):  # they were decoded when they were made
                 check = replace(check_of(config, path, name), fetch=False)
                 _require_usable(check if config.data.oversize == "refuse" else replace(check, maker=None))
 

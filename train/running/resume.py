@@ -69,11 +69,12 @@ RULES: tuple[tuple[str, Rule], ...] = (
     ("step.*", "asked"),
     ("data.*", "asked"),
     ("mixture.*", "asked"),
+    ("columns.*", "asked"),
     ("augment.*", "asked"),
     ("seed", "asked"),
 )
 # Options that determine the examples and their order.
-DATA_OPTIONS = ("data.*", "mixture.*", "augment.*", "seed")
+DATA_OPTIONS = ("data.*", "mixture.*", "columns.*", "augment.*", "seed")
 LIBRARIES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 

@@ -206,14 +206,22 @@ def questions_and_texts(config: RunConfig) -> tuple[list[Question], list[tuple[s
     items = []
     for path in paths:
         prompt = config.data.default_prompt
-        found = manifest_questions(path, objectives, limit=count, answers=config.data.answers, default_prompt=prompt)
+        found = manifest_questions(
+            path,
+            objectives,
+            limit=count,
+            answers=config.data.answers,
+            default_prompt=prompt,
+            columns=config.columns,
+        )
         if objectives and not found:
             raise MossAudioError(
                 f"{path} has no labels for --validation.objectives {', '.join(objectives)}: name others, "
                 "or leave it out"
             )
         items += found
-    return items, [(path, *text) for path in paths for text in manifest_texts(path, limit=count)]
+    texts = ((path, manifest_texts(path, limit=count, columns=config.columns)) for path in paths)
+    return items, [(path, *text) for path, found in texts for text in found]
 
 
 def _samples(
