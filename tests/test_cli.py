@@ -118,7 +118,7 @@ def test_version(package, monkeypatch, capsys):
         ("moss_audio_jax", "generat", "did you mean generate"),
         ("convert", "to-orbx", "did you mean to-orbax"),
         ("train", "evalute", "did you mean evaluate"),
-        ("moss_audio_jax", "xyz", "give one of generate, transcribe, timeline, info, serve"),
+        ("moss_audio_jax", "xyz", "give one of generate, transcribe, timeline, info, serve, env"),
     ],
 )
 def test_a_mistyped_command_is_called_one(package, mistyped, advice, monkeypatch, capsys):
