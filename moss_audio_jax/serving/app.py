@@ -45,13 +45,13 @@ def make_app(service: Service, *, page: bool = False) -> Starlette:
         Route("/v1/audio/transcriptions", _bound(service, transcriptions), methods=["POST"]),
         Route("/v1/timelines", _bound(service, timelines), methods=["POST"]),
     ]
+    known = frozenset(route.path for route in routes if isinstance(route, Route))
     open_paths = {"/health"}
     if page:
         from moss_audio_jax.serving.page import page_routes
 
         routes += page_routes()
         open_paths |= {"/", "/page"}
-    known = frozenset(route.path for route in routes[:7] if isinstance(route, Route))
     app = Starlette(
         routes=routes,
         middleware=[Middleware(_Gate, service=service, open_paths=open_paths, known=known)],
