@@ -2,7 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 export JAX_PLATFORMS ?= cpu
-# Compared with PyTorch, or with recordings of its mels, as users compile. The other tests compile quickly.
+# Compared with PyTorch, or with recordings of its mels, as users compile; the endpoint under load too. The other tests
+# compile quickly.
 NUMBERS := tests/parity tests/test_audio.py
 test: QUICK = XLA_FLAGS="$(XLA_FLAGS) $$($(BIN)/python tests/xla_flags.py)"
 test: PARALLEL := --numprocesses 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
@@ -22,7 +23,8 @@ test: check
 	$(BIN)/python -m pytest -m "not slow and not alone and not tpu" $(PARALLEL) $(NUMBERS)
 	$(QUICK) $(BIN)/python -m pytest -m "not slow and not alone and not tpu" $(PARALLEL) \
 		tests $(addprefix --ignore ,$(NUMBERS))
-	$(QUICK) $(BIN)/python -m pytest -m alone tests/train tests/serving
+	$(QUICK) $(BIN)/python -m pytest -m alone tests/train
+	$(BIN)/python -m pytest -m alone tests/serving
 	ALLOW_MULTIPLE_LIBTPU_LOAD=1 $(BIN)/python -m pytest -m "tpu and not slow" --numprocesses 2 --dist worksteal
 
 # The released sizes, compiled for TPUs: all of them take an hour or two.

@@ -3,8 +3,8 @@
 Starts a server with a model of random weights, in a process of its own. Each client sends requests one after the other:
 questions about a clip, streamed and whole, and transcriptions. Some leave in the middle of an answer, some send a body
 slowly, some send what must be refused. Every answer must be the one that `generate` gives, or for a transcription the
-one that the server gave alone; every refusal must have the right code; at the end no slot is in use. Needs the extra
-`serve`.
+one that the server gave alone; every refusal must have the right code; at the end no slot is in use and no connection
+open. Needs the extra `serve`.
 """
 
 import asyncio
@@ -132,7 +132,9 @@ def measure(
         questions = make_questions(checkpoint)
         options = ["--slots", str(slots), "--max-length", str(MAX_LENGTH), "--queue", str(clients // 2)]
         with served(checkpoint, *options) as (process, url):
+            before = open_sockets(process.pid)
             seen = asyncio.run(load(url, process.pid, questions, clients, seconds))
+            seen.wrong += still_open(process.pid, before)
     if seen.wrong:
         raise MossAudioError(f"{len(seen.wrong)} requests went wrong, the first of them so: {seen.wrong[0]}")
     report = summary(seen, clients, seconds, slots)
@@ -238,6 +240,25 @@ async def left_over(client: httpx.AsyncClient) -> list[str]:
             return []
         await asyncio.sleep(0.1)
     return [f"slots or the queue are in use after the last request:\n{text}"]
+
+
+def still_open(pid: int, before: int) -> list[str]:
+    """Says how many connections the server holds a while after the last client has closed its own."""
+    end = time.monotonic() + 10
+    while (now := open_sockets(pid)) > before:
+        if time.monotonic() > end:
+            return [f"the server has {now} sockets open after the last client left, {before} before the first came"]
+        time.sleep(0.1)
+    return []
+
+
+def open_sockets(pid: int) -> int:
+    """Returns the number of sockets that a process has open."""
+    count = 0
+    for file in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            count += str(file.readlink()).startswith("socket:")
+    return count
 
 
 class Client:
