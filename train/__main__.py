@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import inspect
 import logging
+import os
 import sys
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
@@ -43,47 +44,59 @@ def prepare(
     /,
     *,
     shards: int | None = None,
+    part: str = "0/1",
     shard: str | None = None,
+    processes: int | None = None,
     columns: ColumnsConfig = _COLUMNS,
 ) -> None:
     """Packs a manifest, or data of another kind, and its audio into ArrayRecord shards.
 
     Training reads them like the manifest. Finished shards are kept: repeat an interrupted call. Machines can share the
-    work, each writing its own shard into the same directory.
+    work, each writing its own part of the shards into the same directory.
 
     Args:
         manifest: JSON lines, Parquet, Arrow or another kind of docs/data.md: a file, a directory or a quoted glob.
         out: Directory of the shards.
-        shards: Number of shards; writes all of them.
+        shards: Number of shards in all.
+        part: Part of the shards that this machine writes: `0/4`, `1/4`, `2/4` or `3/4` of four machines.
         shard: Write only this shard: `2/8` is number 2 of 8, counted from 0.
+        processes: Number of processes. Default: that of processors.
         columns: Columns of data that is no manifest.
     """
-    from train.data.shards import prepare as write
+    from train.data.shard_writing import write_shards
 
     logging.basicConfig(format="%(message)s")  # prints the names of clips that can't be read
-    number, total = _which_shard(shards, shard)
-    unreadable = 0
-    for report in write(manifest, out, total, only=number, columns=columns):
+    if shard is not None:
+        part, shards = shard, _count_of_one_shard(shard, shards)
+    if shards is None:
+        raise MossAudioError("prepare needs --shards N for all shards, or --shard I/N for one of them")
+    place = _place("--shard" if shard is not None else "--part", part)
+    total, unreadable = len(range(place[0], shards, place[1])), 0
+    workers = processes if processes is not None else os.cpu_count() or 1
+    reports = write_shards(manifest, out, shards, part=place, columns=columns, workers=workers)
+    for number, report in enumerate(reports, start=1):
         state = "already there" if report.already_there else f"{report.examples} examples"
-        print(f"{report.path}: {state}, {report.unreadable} of them unreadable")
+        print(f"{report.path}: {state}, {report.unreadable} of them unreadable ({number} of {total})", flush=True)
         unreadable += report.unreadable
     if unreadable:
         print(f"{unreadable} examples hold no audio, only the reason; training skips and counts them", file=sys.stderr)
 
 
-def _which_shard(shards: int | None, shard: str | None) -> tuple[int | None, int]:
-    """Returns the number of the one shard to write (None: all), and the number of shards."""
-    if shard is None:
-        if shards is None:
-            raise MossAudioError("prepare needs --shards N for all shards, or --shard I/N for one of them")
-        return None, shards
-    number, slash, total = shard.partition("/")
-    if not (slash and number.isdecimal() and total.isdecimal()):
-        raise MossAudioError(f"--shard must be I/N, such as 2/8, not {shard!r}")
-    if shards not in (None, int(total)):
+def _count_of_one_shard(shard: str, shards: int | None) -> int:
+    """Returns the number of shards that `--shard I/N` names."""
+    total = _place("--shard", shard)[1]
+    if shards not in (None, total):
         raise MossAudioError(
             f"--shards {shards} and --shard {shard} name different numbers of shards: give one of them"
         )
+    return total
+
+
+def _place(option: str, value: str) -> tuple[int, int]:
+    """Reads I/N of an option."""
+    number, slash, total = value.partition("/")
+    if not (slash and number.isdecimal() and total.isdecimal() and int(number) < int(total)):
+        raise MossAudioError(f"{option} must be I/N with I from 0 to N - 1, such as 2/8, not {value!r}")
     return int(number), int(total)
 
 
@@ -133,7 +146,7 @@ def check_command(arguments: list[str]) -> Callable[..., None]:
 
         Writes nothing. Exits with 1 if an example can't be trained on: its line is invalid or has no labels for the
         objectives of its group, its audio is missing, empty or not audio, its labels exceed the clip, or it is too
-        long.
+        long. Of shards, the hash of each file is compared with that of its writing.
 
         Args:
             manifest: JSON lines, or another kind of data of docs/data.md.
@@ -176,7 +189,7 @@ def _check(
         check.sizes.plot(plot, check.data)
         print(f"wrote {plot}")
     print(check.summary())
-    if check.unusable or check.too_long:
+    if check.unusable or check.too_long or check.damaged:
         sys.exit(1)
 
 

@@ -6,7 +6,8 @@ import os
 import pathlib
 import platform
 import re
-import sys
+
+from moss_audio_jax.storage.user_cache import user_cache
 
 # JAX reads both when it is imported.
 VARIABLE = "JAX_COMPILATION_CACHE_DIR"
@@ -24,7 +25,7 @@ def keep_compiled_programs() -> None:
     """
     if VARIABLE in os.environ:
         return
-    directory = user_cache() / "moss-audio-jax" / "compiled" / cpu_name()
+    directory = user_cache() / "compiled" / cpu_name()
     try:
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         writable = os.access(directory, os.W_OK | os.X_OK)
@@ -36,18 +37,6 @@ def keep_compiled_programs() -> None:
         return
     os.environ[VARIABLE] = str(directory)
     os.environ.setdefault(MIN_VARIABLE, str(MIN_COMPILE_SECONDS))
-
-
-def user_cache() -> pathlib.Path:
-    """Returns $XDG_CACHE_HOME, or the directory that the platform has for it."""
-    if given := os.environ.get("XDG_CACHE_HOME"):
-        return pathlib.Path(given)
-    home = pathlib.Path(os.path.expanduser("~"))
-    if sys.platform == "darwin":
-        return home / "Library" / "Caches"
-    if sys.platform == "win32":
-        return pathlib.Path(os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local")
-    return home / ".cache"
 
 
 def cpu_name() -> str:

@@ -196,9 +196,8 @@ def read_text(path: AnyPath) -> str:
     return retried(path, lambda: to_path(path).read_text("utf-8"))
 
 
-def read_lines(file: AnyPath) -> Iterator[bytes]:
-    """Yields the lines of a file of this machine."""
-    begin = 0
+def read_lines(file: AnyPath, begin: int = 0) -> Iterator[bytes]:
+    """Yields the lines of a file of this machine, from byte `begin` on."""
 
     def some() -> list[bytes]:
         with open(file, "rb") as opened:
@@ -452,19 +451,24 @@ def remove_local_copies() -> None:
         _scratch().cleanup()
 
 
+def scratch_directory() -> pathlib.Path:
+    """Creates a directory that is removed when this process ends."""
+    return pathlib.Path(tempfile.mkdtemp(dir=_scratch().name))
+
+
 def local_copy(path: AnyPath) -> pathlib.Path:
     """Returns a file itself, or a copy of an object on a disk, which is removed when this process ends."""
     path = to_path(path)
     if not is_remote(path):
         return pathlib.Path(path)
-    copy = pathlib.Path(tempfile.mkdtemp(dir=_scratch().name), path.name)
+    copy = scratch_directory() / path.name
     retried(path, lambda: path.copy(copy, overwrite=True))
     return copy
 
 
 def local_directory(path: AnyPath) -> pathlib.Path:
     """Returns a directory itself or, for gs://, a temporary one, whose files `upload` copies there."""
-    return pathlib.Path(tempfile.mkdtemp(dir=_scratch().name)) if is_remote(to_path(path)) else pathlib.Path(path)
+    return scratch_directory() if is_remote(to_path(path)) else pathlib.Path(path)
 
 
 def upload(directory: pathlib.Path, path: AnyPath) -> None:

@@ -19,7 +19,8 @@ from tests.train.training_runs import assert_same_numbers, one_device, restored,
 from train.__main__ import main
 from train.config import RunConfig
 from train.data.manifest import Manifest
-from train.data.shards import Shards, prepare
+from train.data.shard_writing import prepare
+from train.data.shards import Shards
 from train.loop import Outcome, train
 from train.running.checkpoints import Checkpoints
 

@@ -52,7 +52,8 @@ def test_shards_written_one_by_one_hold_everything(manifest, tmp_path):
         ((), "--shards N"),
         (("--shard", "two"), "'two'"),
         (("--shard", "1/2", "--shards", "3"), "different"),
-        (("--shard", "2/2"), "shard=2"),
+        (("--shard", "2/2"), "--shard must be I/N"),
+        (("--shards", "2", "--part", "0/3"), "part=0/3"),
     ],
 )
 def test_mistakes_are_one_sentence(manifest, tmp_path, options, message):

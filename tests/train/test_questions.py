@@ -13,7 +13,7 @@ from train.data.manifest import Clip, TimedText
 from train.data.objectives import PROMPTS, TIME_QUESTIONS
 from train.data.scene_tasks import TASKS
 from train.data.scenes import make_task
-from train.data.shards import prepare
+from train.data.shard_writing import prepare
 from train.evaluation.measures import MEASURES, measure
 from train.evaluation.questions import ASKABLE, Question, benchmark_questions, manifest_questions, scene_questions
 

@@ -1,7 +1,9 @@
 """Training data, from manifests and audio to batches of packed sequences; start at `pipeline`.
 
 manifest           JSON lines -> checked examples
-shards             the same examples from a few large files, and writing those
+line_index         places of the lines of a file
+shards             the same examples from a few large files
+shard_writing      writes those, by processes and machines
 sources            data of other kinds -> the same examples
 table_files        rows of Parquet and Arrow
 list_files         rows of NeMo's JSON lines and of TSV
@@ -15,6 +17,7 @@ budget             size of a packed sequence; splitting and truncation of longer
 packing            samples -> packed sequences
 lanes              examples -> packed sequences of one row of the batch, resumable
 pipeline           batches of all rows, by worker processes and hosts
+worker_processes   processes beside this one
 host_shares        rows of a batch that each process reads
 scenes             synthetic sound scenes with questions, by seed and index
 scene_synthesis    waves of scenes
@@ -38,7 +41,8 @@ if TYPE_CHECKING:
     from train.data.packing import TrainingBatch, balanced_chunks
     from train.data.pipeline import Prefetched, TrainingData, merge_states
     from train.data.samples import SampleMaker
-    from train.data.shards import Shards, prepare
+    from train.data.shard_writing import prepare
+    from train.data.shards import Shards
 
 _MODULES = {
     "OBJECTIVES": "objectives",
@@ -59,7 +63,7 @@ _MODULES = {
     "TrainingData": "pipeline",
     "balanced_chunks": "packing",
     "merge_states": "pipeline",
-    "prepare": "shards",
+    "prepare": "shard_writing",
 }
 __all__ = [
     "OBJECTIVES",

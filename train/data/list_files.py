@@ -1,14 +1,13 @@
 """Rows of lists that name audio files: NeMo's JSON lines, and TSV with a header, such as Common Voice's."""
 
-from array import array
+import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
-
-import numpy as np
 
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.storage.paths import Path, join, read_lines
 from moss_audio_jax.storage.retries import retried
+from train.data.line_index import index_lines
 from train.data.manifest import parse_json
 
 _COMMON_VOICE = {"client_id", "path", "sentence"}  # of its header; the audio is in clips/
@@ -17,30 +16,24 @@ _JSON_CHECKED = 100  # lines that give the names of the columns
 
 
 class _Lines:
-    """Lines of a file of this machine that are not blank. Memory holds their offsets and numbers."""
+    """Lines of a file of this machine that are not blank. Memory holds their places (`line_index`)."""
 
     keep_open = 1 << 30  # none stays open
 
     def __init__(self, path: Path, *, header: bool):
         self.path = path
         self.columns: Sequence[str] = ()
-        offsets, numbers, offset = array("q"), array("q"), 0
-        for number, line in enumerate(read_lines(path), start=1):
-            if line.strip() and not (header and number == 1):
-                offsets.append(offset)
-                numbers.append(number)
-            offset += len(line)
-        self._offsets, self._numbers = np.array(offsets, np.int64), np.array(numbers, np.int64)
+        self._lines = index_lines(path, pathlib.Path(path), header=header)
         self._names: list[str] = []
 
     def __len__(self) -> int:
-        return len(self._offsets)
+        return len(self._lines)
 
     def select(self, names: Mapping[str, str]) -> None:
         self._names = list(names.values())
 
     def place(self, index: int) -> str:
-        return f"line {self._numbers[index]}"
+        return f"line {self._lines.number(index)}"
 
     def audio_directory(self) -> str:
         return str(self.path.parent)
@@ -51,7 +44,7 @@ class _Lines:
     def _line(self, index: int) -> bytes:
         def read() -> bytes:
             with open(self.path, "rb") as file:
-                file.seek(self._offsets[index])
+                file.seek(self._lines.begin(index))
                 return file.readline()
 
         return retried(self.path, read)

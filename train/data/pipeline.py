@@ -12,11 +12,6 @@ of an open bin when the bin is emitted, and no other example twice.
 """
 
 import json
-import logging
-import multiprocessing
-import multiprocessing.connection
-import os
-import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -34,6 +29,7 @@ from train.data.lanes import COUNTS, Interrupted, Lane, LaneState
 from train.data.mixture import ExampleOrder
 from train.data.packing import Row, TrainingBatch, batch_of_rows
 from train.data.samples import SampleMaker
+from train.data.worker_processes import prepare_worker
 
 STATE_VERSION = 2  # 1 had lanes of several rows
 
@@ -70,24 +66,6 @@ class _RoundIterator(grain.DatasetIterator):
     def set_state(self, state: Mapping[str, Any]) -> None:
         """Required by Grain, never called: `TrainingData.set_state` creates new lanes."""
         raise TypeError("rows have the state of their lanes: call TrainingData.set_state")
-
-
-def _prepare_worker(*_: int) -> None:
-    """Prepares a worker process: it ignores signals and exits when its parent exits, however that ends.
-
-    A terminal or a shutdown signals all processes, while the run still needs batches until it has saved.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    logging.basicConfig(format="%(message)s")
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def end_with_parent() -> None:
-        multiprocessing.connection.wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, name="end with parent", daemon=True).start()
 
 
 class TrainingData(grain.DatasetIterator[TrainingBatch]):
@@ -194,7 +172,7 @@ class TrainingData(grain.DatasetIterator[TrainingBatch]):
         if self._workers and not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # Grain's workers read absl flags, which this program does not parse
         options = grain.MultiprocessingOptions(self._workers, per_worker_buffer_size=self._rounds_ahead)
-        return iter(rounds.mp_prefetch(options, worker_init_fn=_prepare_worker))
+        return iter(rounds.mp_prefetch(options, worker_init_fn=prepare_worker))
 
     def _progress(self, lane: int) -> np.float32:
         """Share of a lane's examples that are in batches or were skipped."""

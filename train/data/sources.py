@@ -172,7 +172,7 @@ def read_examples(path: AnyPath, columns: ColumnsConfig | None = None) -> Iterat
     columns = columns or ColumnsConfig()
     files = source_files(path)
     if len(files) == 1 and kind_of(files[0], columns) == "manifest":
-        yield from (read for _, _, read in checked_lines(files[0], local_copy(files[0])))
+        yield from checked_lines(files[0], local_copy(files[0]))
         return
     yield from or_errors(open_source(path, columns))
 

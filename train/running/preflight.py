@@ -29,7 +29,7 @@ from train.data.config import ColumnsConfig, DataConfig
 from train.data.manifest import Clip, Example, Message
 from train.data.objectives import OBJECTIVES, applying, nothing_to_ask
 from train.data.samples import SampleMaker, truncate_turns
-from train.data.shards import examples_or_errors, is_shards
+from train.data.shards import damaged, examples_or_errors, is_shards
 from train.running.sizes import Sizes
 
 log = logging.getLogger(__name__)
@@ -48,6 +48,7 @@ class Check:
     maker: makes samples as the run does; None without a tokenizer, which counts clips only.
     columns: of a source that is no manifest.
     fetch: also check audio on gs://, which downloads the files.
+    damaged: number of shards whose content is not what was written.
     unusable: number of lines that are invalid, have no labels for the objectives, or have unusable audio or labels.
     too_long, truncated: numbers of examples beyond the budget that are left out or lose their end.
     split: number of texts that become several sequences.
@@ -64,6 +65,7 @@ class Check:
     maker: SampleMaker | None = None
     columns: ColumnsConfig | None = None
     fetch: bool = True
+    damaged: int = field(default=0, init=False)
     examples: int = field(default=0, init=False)
     unusable: int = field(default=0, init=False)
     too_long: int = field(default=0, init=False)
@@ -74,7 +76,13 @@ class Check:
     sizes: Sizes = field(default_factory=Sizes, init=False)
 
     def problems(self) -> Iterator[str]:
-        """Yields a sentence for every example that can't be trained on, which begins with its file and line."""
+        """Yields a sentence for every example that can't be trained on, which begins with its file and line.
+
+        Shards whose content is not what was written come first.
+        """
+        for problem in damaged(self.path) if is_shards(self.path) else ():
+            self.damaged += 1
+            yield problem
         for read in examples_or_errors(self.path, self.columns):
             self.examples += 1
             before = self.audio_seconds
@@ -100,10 +108,11 @@ class Check:
         """Returns the counts as one sentence."""
         beyond = {"skip": "skipped", "truncate": "skipped", "refuse": "refused"}[self.data.oversize]
         counted = "" if self.maker else " (counting audio only, without the tokens of texts)"
+        damaged = f"; {self.damaged} shards are damaged" if self.damaged else ""
         return (
             f"{self.path}: {self.examples} examples, {self.audio_seconds / 3600:.2f} hours of audio; {self.unusable} "
             f"can't be used, {self.too_long} are too long and would be {beyond}, {self.truncated} truncated, "
-            f"{self.split} texts split{counted}; read as {_option(self.group)}"
+            f"{self.split} texts split{counted}{damaged}; read as {_option(self.group)}"
         )
 
     def statistics(self) -> Iterator[str]:

@@ -1,6 +1,8 @@
 """Lines of a manifest become examples; each kind of bad line is an error that names it."""
 
 import json
+import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +10,9 @@ import pytest
 import soundfile
 
 from moss_audio_jax.errors import MossAudioError
+from moss_audio_jax.storage.paths import to_path
+from train.data import line_index
+from train.data.list_files import TsvRows
 from train.data.manifest import Clip, Manifest, TimedText, parse_line
 from train.data.samples import with_prompt
 
@@ -146,6 +151,52 @@ def test_manifest_counts_lines_as_an_editor_does(tmp_path: Path):
     path.write_text('{"text": "one"}\n{"text": 2}\n', "utf-8")
     with pytest.raises(MossAudioError, match=r"m\.jsonl line 2: expected 'text'"):
         Manifest(path)
+
+
+@pytest.fixture
+def in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Files of a few lines count as large, and their parts end everywhere within lines. Returns the cache directory."""
+    monkeypatch.setattr(line_index, "_IN_MEMORY", 0)
+    monkeypatch.setattr(line_index, "_SPAN", 37)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_a_large_manifest_is_checked_once_by_processes(in_parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path, texts = tmp_path / "m.jsonl", [f"number {index} " + "ä" * (index % 60) for index in range(40)]
+    path.write_text("\n\n" + "\n".join(json.dumps({"text": text}) + "\n" * (len(text) % 3) for text in texts), "utf-8")
+    manifest = Manifest(path)
+    numbers = [number for number, line in enumerate(path.read_text("utf-8").split("\n"), start=1) if line]
+    for found in (manifest, pickle.loads(pickle.dumps(manifest))):
+        assert [(example.text, example.name) for example in found] == [
+            (text, f"{path} line {number}") for text, number in zip(texts, numbers, strict=True)
+        ]
+    assert len(pickle.dumps(manifest)) < 1000  # processes map the index
+    content = path.read_bytes()
+    path.write_bytes(
+        content.replace(b'"text": "number 33', b'"txet": "number 33').replace(b'{"text": "number 37', b"x")
+    )
+    with pytest.raises(MossAudioError, match=rf"m\.jsonl line {numbers[33]}: expected 'conversation'"):
+        Manifest(path)
+    path.write_bytes(content)
+    monkeypatch.setattr(line_index, "_rows_of", None)  # nothing is read again
+    assert len(Manifest(path)) == 40
+
+
+def test_an_index_that_is_cut_off_is_made_again(in_parts: Path, tmp_path: Path):
+    path = tmp_path / "x.tsv"
+    path.write_text("path\tsentence\n" + "".join(f"{index}.mp3\tsentence {index}\n" for index in range(9)))
+    assert len(TsvRows(to_path(path))) == 9
+    (file,) = in_parts.rglob("*.npy")
+    file.write_bytes(file.read_bytes()[:-9])
+    rows = TsvRows(to_path(path))
+    rows.select({"text": "sentence"})
+    assert [rows.row(index)["sentence"] for index in range(len(rows))] == [f"sentence {index}" for index in range(9)]
+    assert rows.place(8) == "line 10"
+    blocked = tmp_path / "cache"
+    shutil.rmtree(blocked)
+    blocked.write_text("")  # a cache that can't be written
+    assert len(TsvRows(to_path(path))) == 9
 
 
 def test_missing_and_empty_manifests(tmp_path: Path):

@@ -18,7 +18,8 @@ from train.data.manifest import Clip, Manifest
 from train.data.mixture import ExampleOrder, Group, Source
 from train.data.pipeline import TrainingData
 from train.data.samples import SampleMaker
-from train.data.shards import Shards, prepare
+from train.data.shard_writing import prepare
+from train.data.shards import Shards, damaged
 
 
 def audio(example) -> bytes:
@@ -97,7 +98,9 @@ def test_a_repeated_call_writes_what_is_missing_only(corpus: Path, tmp_path: Pat
     content = gone.read_bytes()
     gone.unlink()
     damaged.write_bytes(damaged.read_bytes()[:5000])  # as no interrupted call leaves it, but a disk might
-    with pytest.raises(MossAudioError, match=r"shard-00000-of-00003\.arrayrecord: expected a shard of 8 examples"):
+    with pytest.raises(
+        MossAudioError, match=r"shard-00000-of-00003\.arrayrecord: expected a shard of 8 examples, found none"
+    ):
         Shards(tmp_path)
     reports = prepare(corpus / "clips.jsonl", tmp_path, 3)
     assert [report.already_there for report in reports] == [False, False, True]
@@ -106,9 +109,36 @@ def test_a_repeated_call_writes_what_is_missing_only(corpus: Path, tmp_path: Pat
     assert not list(tmp_path.glob("*.partial"))
 
 
+def test_processes_and_machines_write_the_same_files(corpus: Path, tmp_path: Path):
+    for machine, workers in ((1, 1), (0, 2)):
+        prepare(corpus / "clips.jsonl", tmp_path / "apart", 5, part=(machine, 2), workers=workers)
+    prepare(corpus / "clips.jsonl", tmp_path / "together", 5)
+    names = sorted(path.name for path in (tmp_path / "together").iterdir())
+    assert len(names) == 11 and names == sorted(path.name for path in (tmp_path / "apart").iterdir())
+    for name in names:
+        assert (tmp_path / "together" / name).read_bytes() == (tmp_path / "apart" / name).read_bytes()
+
+
+def test_a_changed_byte_of_a_shard_is_found(corpus: Path, tmp_path: Path):
+    prepare(corpus / "clips.jsonl", tmp_path, 3)
+    assert not list(damaged(tmp_path))
+    shard = tmp_path / "shard-00001-of-00003.arrayrecord"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    assert len(Shards(tmp_path)) == CLIPS  # sizes alone don't show it
+    (problem,) = damaged(tmp_path)
+    assert problem.startswith(f"{shard}: expected the SHA-256 ")
+    shard.with_suffix(".json").write_text('{"examples": 8}')
+    with pytest.raises(MossAudioError, match=r"00001-of-00003\.json: expected examples, unreadable, bytes"):
+        Shards(tmp_path)
+    shard.with_suffix(".json").unlink()  # as an older version left it: then its records are counted
+    assert len(Shards(tmp_path)) == CLIPS and not list(damaged(tmp_path))
+
+
 def test_one_machine_writes_one_shard(corpus: Path, tmp_path: Path):
     for shard in (2, 0, 1):
-        (report,) = prepare(corpus / "clips.jsonl", tmp_path / "apart", 3, only=shard)
+        (report,) = prepare(corpus / "clips.jsonl", tmp_path / "apart", 3, part=(shard, 3))
         assert f"shard-0000{shard}-of" in report.path.name
     prepare(corpus / "clips.jsonl", tmp_path / "together", 3)
     for path in (tmp_path / "together").iterdir():
@@ -132,7 +162,7 @@ def test_unreadable_clips_are_counted_and_named(corpus: Path, tmp_path: Path, ca
 
 def test_errors(corpus: Path, tmp_path: Path):
     manifest = corpus / "clips.jsonl"
-    for options in ({"shards": 0}, {"shards": 2, "only": 2}):
+    for options in ({"shards": 0}, {"shards": 2, "part": (2, 2)}, {"shards": 2, "workers": 0}):
         with pytest.raises(MossAudioError, match="at least 1 shard"):
             prepare(manifest, tmp_path, **options)
     with pytest.raises(MossAudioError, match="an example for each of 25 shards, found 24"):

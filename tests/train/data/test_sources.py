@@ -24,7 +24,8 @@ from train.data.manifest import Example
 from train.data.mixture import ExampleOrder, Group, Source
 from train.data.pipeline import TrainingData
 from train.data.samples import SampleMaker
-from train.data.shards import Shards, open_examples, prepare
+from train.data.shard_writing import prepare
+from train.data.shards import Shards, open_examples
 
 COUNT = 10
 datasets.disable_progress_bars()
