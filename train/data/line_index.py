@@ -77,11 +77,8 @@ def index_lines(path: AnyPath, local: pathlib.Path, check: Check | None = None, 
     file = user_cache() / "lines" / name
     try:
         return LineIndex(np.load(file, mmap_mode="r"), file)
-    except FileNotFoundError:
-        pass
-    except (ValueError, OSError, EOFError):  # of a disk that was full: it is made again
-        file.unlink(missing_ok=True)
-    rows = _made_by_processes(path, local, check, header)
+    except (OSError, ValueError, EOFError):  # there is none, or a part of one
+        rows = _made_by_processes(path, local, check, header)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         _write(file, rows)

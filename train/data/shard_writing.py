@@ -189,7 +189,7 @@ def _record_of(examples: Manifest | SourceExamples, index: int) -> tuple[bytes, 
     try:
         example = examples[index]
         name = example.name
-        return _encode(example), True
+        return encode(example), True
     except StorageError:  # not the fault of the clip
         raise
     except MossAudioError as error:
@@ -197,7 +197,8 @@ def _record_of(examples: Manifest | SourceExamples, index: int) -> tuple[bytes, 
         return _record({"name": name, "unreadable": str(error)}, []), False
 
 
-def _encode(example: Example) -> bytes:
+def encode(example: Example) -> bytes:
+    """Returns the record of an example, with its audio."""
     clips: list[Clip] = []
 
     def number(clip: Clip) -> int:
