@@ -15,6 +15,7 @@ budget             size of a packed sequence; splitting and truncation of longer
 packing            samples -> packed sequences
 lanes              examples -> packed sequences of one row of the batch, resumable
 pipeline           batches of all rows, by worker processes and hosts
+places             place of a run in its data; whether other data are the same until there
 host_shares        rows of a batch that each process reads
 scenes             synthetic sound scenes with questions, by seed and index
 scene_synthesis    waves of scenes
