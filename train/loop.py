@@ -43,6 +43,7 @@ from train.data.augment import Augmentation
 from train.data.host_shares import share_of_batch
 from train.initialization import first_parameters, frozen_dtypes, require_no_random_frozen
 from train.planning.chips import peak_flops
+from train.running.additions import with_begins
 from train.running.best import Best
 from train.running.checkpoints import Checkpoints
 from train.running.config import ResumeConfig
@@ -137,6 +138,7 @@ def train(config: RunConfig, out: AnyPath, *, mesh: Mesh | None = None, resume: 
     before = out if is_begun(out) else None if resume.origin is None else resume.origin[0]
     config = dataclasses.replace(config, model=with_commits(config.model, before))
     source = _source(config, out, resume)
+    config = with_begins(config, out, resume)
     model = dataclasses.replace(config, model=source).model_config()
     if source is config.model:
         require_no_random_frozen(config, model)

@@ -18,6 +18,7 @@ packing            samples -> packed sequences
 lanes              examples -> packed sequences of one row of the batch, resumable
 pipeline           batches of all rows, by worker processes and hosts
 worker_processes   processes beside this one
+places             place of a run in its data; whether other data are the same until there
 host_shares        rows of a batch that each process reads
 scenes             synthetic sound scenes with questions, by seed and index
 scene_synthesis    waves of scenes

@@ -9,14 +9,16 @@ depends on the sources and the seed alone, with random access (`ExampleOrder[n]`
 
 Each example of a source therefore comes exactly once per epoch of that source.
 
-In a curriculum the mixture changes: a group may begin or end at an example of the order. A stretch without a change is
-a phase. A source that takes part in several phases continues its epochs in the next.
+In a curriculum the mixture changes: a group may begin or end at an example of the order. A source may join its group
+later. A stretch without a change is a phase. A source that takes part in several phases continues its epochs in the
+next. A source that joins changes nothing of the order before.
 """
 
 import bisect
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import grain
@@ -29,7 +31,8 @@ from train.data.objectives import check_shares
 SHUFFLE_WINDOW = 4096
 _WINDOWS_KEPT = 4  # readers of an order are never far apart
 _WEIGHT_BITS = 40  # weights are rounded to integers, so that counts are the same on every machine
-_ORDER_VERSION = 2  # increased when the same sources and seed give another order
+_ORDER_VERSION = 3  # increased when the same sources and seed give another order
+_FROM_EXAMPLE = re.compile(r"source .* from example (\d+)", re.DOTALL)  # facts of a later phase in a fingerprint
 ENDLESS = 2**30  # sources of at least this size are generated and have no epochs
 
 
@@ -40,12 +43,14 @@ class Source:
     examples: a Manifest, Shards, or any sequence of Example that is cheap to pickle.
     objectives: shares of the objectives (see `objectives.render`).
     weight: relative to the other sources of its group. None: the square root of the number of examples.
+    begin: the source takes part from this example of the order on, if its group does.
     """
 
     name: str
     examples: Sequence[Example]
     objectives: Mapping[str, float] | None = None
     weight: float | None = None
+    begin: int = 0
 
     def __post_init__(self):
         if not len(self.examples):
@@ -54,6 +59,8 @@ class Source:
             check_shares(self.objectives)
         if self.weight is not None and not 0 < self.weight < math.inf:
             raise MossAudioError(f"source {self.name}: expected a weight above 0, found {self.weight}; correct it.")
+        if self.begin < 0:
+            raise MossAudioError(f"source {self.name}: expected a begin of 0 or more, found {self.begin}; correct it.")
 
     @property
     def relative_weight(self) -> float:
@@ -84,6 +91,21 @@ class Group:
                 f"group {self.name}: expected a share above 0 and at least one source, "
                 f"found {self.share} and {len(self.sources)}; correct it or leave it out."
             )
+        late = [source for source in self.sources if self.end is not None and source.begin >= self.end]
+        if late:
+            raise MossAudioError(
+                f"group {self.name}: expected its sources to begin before its end, found {late[0].name}, which begins "
+                f"at {late[0].begin}, and the end {self.end}; correct one of them."
+            )
+
+    def begin_of(self, source: Source) -> int:
+        """First example of the order at which a source of this group takes part."""
+        return max(self.begin, source.begin)
+
+    def at(self, number: int) -> "Group | None":
+        """Returns the group with those of its sources that take part in example `number`; None if none does."""
+        part = tuple(source for source in self.sources if self.begin_of(source) <= number)
+        return replace(self, sources=part) if part and (self.end is None or number < self.end) else None
 
 
 def source_weights(groups: Sequence[Group]) -> list[tuple[Group, Source, float]]:
@@ -128,21 +150,30 @@ class ExampleOrder:
         if not names or len(set(names)) < len(names):
             raise MossAudioError(f"expected sources of different names, found {names}; rename or add some.")
         self.groups = [group.name for group in groups]
-        self.begins = {group.name: group.begin for group in groups}  # example of the order
-        borders = {group.begin for group in groups} | {group.end for group in groups if group.end is not None}
-        self._starts = sorted({0} | borders)
+        begins = {group.name: [group.begin_of(source) for source in group.sources] for group in groups}
+        self.begins = {name: min(of_group) for name, of_group in begins.items()}  # example of the order
+        ends = {group.end for group in groups if group.end is not None}
+        self._starts = sorted({0}.union(ends, *begins.values()))
         self._seed = seed
+        # A source that joins gets its seed after those that are there: seeds are a prefix of any longer list of seeds.
+        by_seed = sorted(self._sources, key=lambda source: source.begin)
+        number_of_seed = {source.name: number for number, source in enumerate(by_seed)}
+        # JSON by source: its group, and the number of the seed of its shuffle.
+        self.sources = {
+            source.name: [group.name, number_of_seed[source.name]] for group in groups for source in group.sources
+        }
+        self.last_join = max(source.begin for source in self._sources)  # 0: all are there from the beginning
         # Epoch e of a shuffle uses seed + e, so the seeds of sources must be far apart.
-        seeds = np.random.SeedSequence(seed).generate_state(len(names)).tolist()
+        seeds = [np.random.SeedSequence(key).generate_state(len(names)).tolist() for key in (seed, [seed, 1])]
         self._shuffled: dict[str, Any] = {
-            source.name: grain.MapDataset.range(len(source.examples)).shuffle(source_seed).repeat()
-            for source, source_seed in zip(self._sources, seeds, strict=True)
+            source.name: _shuffled(len(source.examples), *of_source)
+            for source, *of_source in zip(by_seed, *seeds, strict=True)
         }
         self._phases: list[_Phase] = []
         read = dict.fromkeys(names, 0)
         for number, start in enumerate(self._starts):
-            part = [group for group in groups if _takes_part(group, start)]
-            self._phases.append(_Phase(part, start, (seed, number), read))
+            part = [group.at(start) for group in groups]
+            self._phases.append(_Phase([group for group in part if group is not None], start, (seed, number), read))
             if number + 1 < len(self._starts):
                 read = read | self._phases[-1].read(self._starts[number + 1] - start)
 
@@ -155,13 +186,18 @@ class ExampleOrder:
         """Index of the phase of an example."""
         return bisect.bisect_right(self._starts, number) - 1
 
+    def sources_before(self, number: int) -> list[str]:
+        """Names of the sources that take part in an example before `number`."""
+        weights = [weight for phase in self._phases if phase.start < number for weight in phase.weights]
+        return list(dict.fromkeys(source.name for _, source, _ in weights))
+
     def epochs(self, number: int) -> dict[str, float]:
-        """Epochs of each source after `number` examples, by name; endless sources are left out."""
+        """Epochs of each source after `number` examples, by name. Leaves out endless ones, and those not begun."""
         counts = self._read(number)
         return {
-            source.name: counts.get(source.name, 0) / len(source.examples)
+            source.name: counts[source.name] / len(source.examples)
             for source in self._sources
-            if len(source.examples) < ENDLESS
+            if len(source.examples) < ENDLESS and source.name in counts
         }
 
     def examples_of(self, epochs: int) -> int:
@@ -180,22 +216,48 @@ class ExampleOrder:
 
         def is_enough(number: int) -> bool:
             read = self._read(number)
-            return all(read[name] >= count for name, count in wanted.items())
+            return all(read.get(name, 0) >= count for name, count in wanted.items())
 
-        bound = 1
-        while not is_enough(bound):
-            bound *= 2
-        return bisect.bisect_left(range(bound + 1), True, key=is_enough)
+        return _first(is_enough)
+
+    def end_of_epoch(self, group: str, number: int) -> int:
+        """Number of examples after which the largest source of a group has completed its epoch at example `number`.
+
+        The sources are those that take part then: of all groups, if none of `group` does. Raises MossAudioError if they
+        have no epochs, or if the source leaves the mixture before.
+        """
+        here = [(of.name, source) for of, source, _ in self._phases[self.phase(number)].weights]
+        finite = [(name, source) for name, source in here if len(source.examples) < ENDLESS]
+        sources = [source for name, source in finite if name == group] or [source for _, source in finite]
+        if not sources:
+            raise MossAudioError(f"the data at example {number} have no epochs: give the example itself")
+        largest = max(sources, key=lambda source: len(source.examples))
+        size = len(largest.examples)
+        wanted = size * max(-(-self._read(number).get(largest.name, 0) // size), 1)
+
+        def is_complete(number: int) -> bool:
+            return self._read(number).get(largest.name, 0) >= wanted
+
+        stays = any(source is largest for _, source, _ in self._phases[-1].weights)
+        if not stays and not is_complete(self._starts[-1]):
+            raise MossAudioError(
+                f"{largest.name} leaves the mixture before it completes its epoch: give the example itself"
+            )
+        return _first(is_complete)
 
     def _read(self, number: int) -> dict[str, int]:
         """Examples of each source among the first `number`; without sources whose phase has not begun."""
         read: dict[str, int] = {}
-        for phase in self._phases[: self.phase(number) + 1]:
-            read |= phase.read(number - phase.start)  # the counts of a phase include those of earlier ones
+        for phase, end in zip(self._phases, [*self._starts[1:], number], strict=True):
+            if phase.start <= number:
+                read |= phase.read(min(number, end) - phase.start)  # includes the counts of earlier phases
         return read
 
-    def fingerprint(self) -> dict[str, Any]:
-        """Returns JSON that determines the order (seed and sources), which a resumed run compares."""
+    def fingerprint(self, before: float = math.inf) -> dict[str, Any]:
+        """Returns JSON that determines the order (seed and sources), which a resumed run compares.
+
+        before: only what determines the examples before this one; `facts_before` selects the same of a fingerprint.
+        """
         facts = {
             f"source {source.name}" + (f" from example {phase.start}" if phase.start else ""): {
                 "examples": len(source.examples),
@@ -203,13 +265,33 @@ class ExampleOrder:
                 "objectives": None if source.objectives is None else dict(source.objectives),
             }
             for phase in self._phases
+            if phase.start < before or not phase.start
             for _, source, weight in phase.weights
         }
         return {"seed": self._seed, "order": _ORDER_VERSION} | facts
 
 
-def _takes_part(group: Group, number: int) -> bool:
-    return group.begin <= number and (group.end is None or number < group.end)
+def facts_before(fingerprint: Mapping[str, Any], number: int) -> dict[str, Any]:
+    """Returns the facts of a fingerprint that determine the examples before `number`, and everything else in it."""
+    starts = {key: _FROM_EXAMPLE.fullmatch(key) for key in fingerprint}
+    return {key: fingerprint[key] for key, start in starts.items() if start is None or int(start[1]) < number}
+
+
+def _shuffled(size: int, first: int, second: int) -> grain.MapDataset[int]:
+    """Returns the indices of a data set, shuffled anew in each epoch, without end. first, second: seeds.
+
+    Grain's shuffle computes one place at a time, in no memory. Applied once, it leaves neighbours together: in a
+    million examples their indices have a correlation of 0.4.
+    """
+    return grain.MapDataset.range(size).shuffle(first).shuffle(second).repeat()
+
+
+def _first(is_enough: Callable[[int], bool]) -> int:
+    """Smallest number of examples that is enough. Every larger one must be enough too."""
+    bound = 1
+    while not is_enough(bound):
+        bound *= 2
+    return bisect.bisect_left(range(bound + 1), True, key=is_enough)
 
 
 class _Phase:

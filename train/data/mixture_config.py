@@ -5,8 +5,8 @@ Imports nothing heavy: `--help` needs these classes.
 
 import dataclasses
 import re
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -15,6 +15,8 @@ from train.data.config import ColumnsConfig, SceneConfig
 
 if TYPE_CHECKING:
     from train.data.mixture import Group
+
+NEXT_EPOCH, NOW = "next-epoch", "now"  # begins that a start of a run replaces by an example (`train.running.additions`)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,30 +32,46 @@ class GroupConfig:
     """Manifests, shard directories, and data of other kinds (docs/data.md)."""
     weights: tuple[float, ...] = ()
     """Weights by which the paths are drawn. Default: the square root of the number of examples."""
+    begins: tuple[int | Literal["next-epoch", "now"], ...] = ()
+    """For each path the example of the run at which it joins the group. `next-epoch`: when the largest data set of the
+    group completes its epoch. `now`: at the next example that was not read. Default: 0, with the group."""
     begin: int = 0
     """First example of the run at which the group takes part."""
     end: int | None = None
     """Example of the run at which the group ends. Default: never."""
 
     def group(self, name: str, seed: int, columns: ColumnsConfig | None = None) -> "Group | None":
-        """Opens the group; returns None if it has no paths."""
+        """Opens the group; returns None if it has no paths. Leaves out those whose begin is not an example yet."""
         from train.data.mixture import Group, Source
         from train.data.shards import open_examples
 
         if not self.paths:
             return None
-        if self.weights and len(self.weights) != len(self.paths):
-            raise MossAudioError(
-                f"--mixture.{name}.weights must be one for each of its {len(self.paths)} paths, not {len(self.weights)}"
-            )
+        self.require_complete(name)
         shares, weights = self.shares(name), self.weights or (None,) * len(self.paths)
         # Groups of new names may have different objectives for one data set.
         prefix = "" if name in _OWN_GROUPS else f"{name}: "
         sources = tuple(
-            Source(prefix + path, open_examples(path, columns), shares, weight)
-            for path, weight in zip(self.paths, weights, strict=True)
+            Source(prefix + path, open_examples(path, columns), shares, weight, begin)
+            for path, weight, begin in zip(self.paths, weights, self.all_begins, strict=True)
+            if not isinstance(begin, str)
         )
-        return Group(name, self.share, sources, self.begin, self.end)
+        return Group(name, self.share, sources, self.begin, self.end) if sources else None
+
+    @property
+    def all_begins(self) -> tuple[int | str, ...]:
+        """`begins`, or its default, for each path."""
+        return self.begins or (0,) * len(self.paths)
+
+    def require_complete(self, name: str) -> None:
+        """Raises MossAudioError if weights or begins are not one for each path, or if begins are negative."""
+        for option, given in (("weights", self.weights), ("begins", self.begins)):
+            if given and len(given) != len(self.paths):
+                raise MossAudioError(
+                    f"--mixture.{name}.{option} must be one for each of its {len(self.paths)} paths, not {len(given)}"
+                )
+        if negative := [begin for begin in self.begins if isinstance(begin, int) and begin < 0]:
+            raise MossAudioError(f"--mixture.{name}.begins must be 0 or more, not {negative[0]}")
 
     def shares(self, name: str) -> dict[str, float]:
         """Returns the weight of each objective. Raises MossAudioError that names the option of the group `name`."""
@@ -131,10 +149,20 @@ class MixtureConfig:
             _require_complete(name, group)
         opened = [group.group(name, seed, columns) for name, group in self._by_name().items()]
         used = [group for group in opened if group is not None]
+        if not used and any(group.begins for group in self.manifest_groups().values()):
+            raise MossAudioError("no data are read from the beginning on: give 0 as the begin of a path that is")
         if not used:
             options = ", ".join(f"--mixture.{name}.paths" for name in self.manifest_groups())
             raise MossAudioError(f"there is nothing to train on: give one of {options}, or --mixture.scenes.share")
         return used
+
+    def with_begins(self, begins: Mapping[str, Sequence[int]]) -> "MixtureConfig":
+        """Returns the mixture with these begins of its groups, by name."""
+        groups = self.manifest_groups()
+        changed = {name: dataclasses.replace(groups[name], begins=tuple(of)) for name, of in begins.items()}
+        own = {name: group for name, group in changed.items() if name in _OWN_GROUPS}
+        named = {name: group for name, group in changed.items() if name not in own}
+        return dataclasses.replace(self, **own, named=self.named | named)
 
     def with_named_groups(self, arguments: Iterable[str]) -> "MixtureConfig":
         """Adds an empty group for each new name in arguments such as `--mixture.NAME.paths`."""

@@ -28,6 +28,7 @@ from train.data.config import DataConfig
 from train.data.lanes import COUNTS, Interrupted, Lane, LaneState
 from train.data.mixture import ExampleOrder
 from train.data.packing import Row, TrainingBatch, batch_of_rows
+from train.data.places import difference, place
 from train.data.samples import SampleMaker
 from train.data.worker_processes import prepare_worker
 
@@ -181,51 +182,71 @@ class TrainingData(grain.DatasetIterator[TrainingBatch]):
         return np.float32(min(self._states[lane]["done"] / total, 1.0) if total else 1.0)
 
     def get_state(self) -> dict[str, Any]:
-        """Returns JSON: what the batches depend on, their number so far, and the states of this host's lanes."""
+        """Returns JSON: what the batches depend on, their number so far, and the states of this host's lanes.
+
+        groups: names of the groups whose indices are in open bins. sources: see `ExampleOrder`.
+        """
         return {
             "version": STATE_VERSION,
             "batches": self._batches,
             "depends_on": self._order.fingerprint() | self._content_options(),
+            "groups": self._order.groups,
+            "sources": self._order.sources,
             "lanes": {str(lane): state for lane, state in self._states.items()},
         }
 
     def set_state(self, state: dict[str, Any], *, allow_other_data: bool = False) -> bool:
         """Resumes after the batch at which `get_state` returned this state, here or merged from several hosts.
 
+        The data may differ from those of the state where no row has read yet: sources and groups may join there.
         allow_other_data: with other data or options than those of the state, start at the beginning of these data.
         Returns True if the data are those of the state. Raises MossAudioError if they differ and that is not allowed,
         or if lanes are missing.
         """
         self.restart()
         self._batches = state["batches"]
-        if (difference := self._difference(state)) is not None:
-            if allow_other_data:
+        if (problem := self._difference(state)) is not None:
+            if allow_other_data and not self._joins(state):
                 return False
-            raise MossAudioError(difference)
+            raise MossAudioError(problem)
         missing = [lane for lane in self._lanes if str(lane) not in state["lanes"]]
         if missing:
             raise MossAudioError(
                 f"the data's state: expected rows {self._lanes[0]} to {self._lanes[-1]}, found no row {missing[0]}; "
                 "merge the states of all hosts (`merge_states`)."
             )
-        self._states = {lane: state["lanes"][str(lane)] for lane in self._lanes}
+        self._states = {lane: self._with_present_groups(state, state["lanes"][str(lane)]) for lane in self._lanes}
         return True
+
+    def _joins(self, state: Mapping[str, Any]) -> bool:
+        """Returns True if a source joins after the state's place, which means nothing once the data start again."""
+        last = self._order.last_join
+        return last > 0 and state.get("version") == STATE_VERSION and last >= place(state)
+
+    def _with_present_groups(self, state: Mapping[str, Any], lane: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the state of a lane with the indices that groups have now."""
+        before, now = state.get("groups", self._order.groups), self._order.groups
+        if before == now:
+            return dict(lane)
+        bins = [[[number, now.index(before[group]), *rest] for number, group, *rest in bin] for bin in lane["open"]]
+        return {**lane, "open": bins}
 
     def _difference(self, state: Mapping[str, Any]) -> str | None:
         """Error message for the first difference between a state's data and these; None if they are the same."""
-        if state.get("version") != STATE_VERSION:
+        order = self._order.fingerprint()["order"]
+        if (state.get("version"), state["depends_on"].get("order")) != (STATE_VERSION, order):
             return (
                 "the data's state is one of an older version, whose order of examples is not made any more: begin a "
                 "new run with the parameters of this one, by --init or --branch"
             )
-        now, then = self._order.fingerprint() | self._content_options(), state["depends_on"]
-        for key in sorted(now | then):
-            if now.get(key) != then.get(key):
-                return (
-                    f"the data's state: expected {key}={then.get(key)!r} as in the run it is from, "
-                    f"found {now.get(key)!r}; restore the data and its options, or start a new run."
-                )
-        return None
+        found = difference(self._order, self._content_options(), state)
+        if found is None:
+            return None
+        key, then, now = found
+        return (
+            f"the data's state: expected {key}={then!r} as in the run it is from, found {now!r}; restore the data and "
+            "its options, or start a new run."
+        )
 
     def _content_options(self) -> dict[str, Any]:
         options = asdict(self._config) | self._maker.content_options()

@@ -6,6 +6,7 @@ config              options of a start: where it resumes, its processes
 config_file         reads and writes a run's config.json
 checkpoints         saves and restores the state of a run
 resume              record of a run in its config.json; which options may change when it resumes
+additions           data that join a run: the example at which they begin
 validation          evaluations during training
 best                metrics that compare evaluations, and the best evaluation so far
 preflight           checks of the training data before the first step

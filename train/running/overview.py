@@ -1,5 +1,6 @@
 """Summary of a run in one line: parameters, devices, data and length."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -31,8 +32,13 @@ def _size(parameters: Mapping[str, jax.Array]) -> int:
 
 
 def _described(group: Group) -> str:
-    sizes = [len(source.examples) for source in group.sources]
-    size = "made while training" if max(sizes) >= ENDLESS else f"{sum(sizes):,} examples"
-    begin = f" from example {group.begin:,} on" if group.begin else ""
+    sizes: Counter[int] = Counter()  # by first example
+    for source in group.sources:
+        sizes[group.begin_of(source)] += len(source.examples)
+    joining = [
+        ("made while training" if size >= ENDLESS else f"{size:,} examples")
+        + (f" from example {begin:,} on" if begin else "")
+        for begin, size in sorted(sizes.items())
+    ]
     end = f" until example {group.end:,}" if group.end is not None else ""
-    return f"{group.name} ({size}{begin}{end})"
+    return f"{group.name} ({', '.join(joining)}{end})"

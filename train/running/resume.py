@@ -108,7 +108,10 @@ class Record:
         return {step for stretch in stretches for step in stretch}
 
     def has_other_data_since(self, step: int) -> bool:
-        """Returns True if options of the data changed after the checkpoint of this step."""
+        """Returns True if options of the data changed after the checkpoint of this step.
+
+        The data may still be the same up to there (`TrainingData.set_state`), if only others join later.
+        """
         return any(
             entry["step"] >= step and any(_matches(name, DATA_OPTIONS) for name in entry.get("changes", ()))
             for entry in self.history

@@ -29,6 +29,7 @@ from train.data.mixture import ExampleOrder, Group, Source
 from train.data.objectives import NothingToAsk
 from train.data.packing import TrainingBatch
 from train.data.pipeline import Prefetched, TrainingData, merge_states, total_counts
+from train.data.places import first_unread, place
 from train.data.samples import SampleMaker
 
 CONFIG = DataConfig(batch_size=8, tokens=400, chunks=4, open_bins=3)
@@ -167,6 +168,76 @@ def test_state_is_of_this_data(order: ExampleOrder, maker: SampleMaker, corpus: 
         TrainingData(order, maker, wider).set_state(state)
     with pytest.raises(MossAudioError, match=r"expected source all=None as in .* found \{'examples': 24"):
         TrainingData(one_source(corpus / "clips.jsonl"), maker, CONFIG).set_state(state)
+
+
+def joined(corpus: Path, begin: int, share: float = 0.7) -> ExampleOrder:
+    """The order of the fixture, with data that join: a group before all others, and a source in the first group."""
+    clips = Source("clips", Manifest(corpus / "clips.jsonl"))
+    more = Source(
+        "more", [Example(f"more {number}", text=f"more of {number}. " * 3) for number in range(9)], begin=begin
+    )
+    books = Source(
+        "books", [Example(f"book {number}", text=f"book {number}. " * 5) for number in range(9)], begin=begin
+    )
+    texts = Source("texts", Manifest(corpus / "texts.jsonl"))
+    groups = [Group("books", 0.5, (books,)), Group("audio", share, (more, clips)), Group("text", 0.3, (texts,))]
+    return ExampleOrder(groups, seed=5)
+
+
+def test_data_join_a_run_that_keeps_its_place(
+    order: ExampleOrder, maker: SampleMaker, corpus: Path, expected: list[TrainingBatch]
+):
+    """As if they had been planned from the beginning: nothing is read again, and nothing left out."""
+    data = TrainingData(order, maker, CONFIG)
+    take(data, 2)
+    state = json.loads(json.dumps(data.get_state()))
+    lanes = state["lanes"].values()
+    assert any(lane["open"] for lane in lanes) and first_unread(state) < place(state) == max(x["next"] for x in lanes)
+    later = joined(corpus, place(state))
+    planned, resumed = TrainingData(later, maker, CONFIG), TrainingData(later, maker, CONFIG, workers=1)
+    before = take(planned, 2)
+    assert_equal([replace(batch, group=one.group) for batch, one in zip(before, expected, strict=False)], expected[:2])
+    assert resumed.set_state(state)
+    try:
+        assert_equal(take(resumed, 3), take(planned, 3))
+        assert planned.sums == resumed.sums and planned.sums["tokens/books"] > 0
+        assert resumed.get_state() == planned.get_state()
+        assert resumed.get_state()["depends_on"] != state["depends_on"]
+    finally:
+        resumed.close()
+
+
+def test_data_that_can_t_join(order: ExampleOrder, maker: SampleMaker, corpus: Path):
+    data = TrainingData(order, maker, CONFIG)
+    next(data)
+    state = json.loads(json.dumps(data.get_state()))
+    state["lanes"]["3"] |= {"next": place(state) + 3, "piece": 1}  # has begun to read this one
+    after = state["lanes"]["3"]["next"] + 1
+    assert place(state) == after
+
+    def resume(order: ExampleOrder, state: dict, allow: bool = False) -> bool:
+        return TrainingData(order, maker, CONFIG).set_state(state, allow_other_data=allow)
+
+    assert resume(joined(corpus, after), state)
+    with pytest.raises(MossAudioError, match=f"expected source books from example {after - 1}=None as in the run"):
+        resume(joined(corpus, after - 1), state)
+    assert not resume(joined(corpus, after - 1), state, allow=True)
+    # Where the data would start again, an example at which some join means nothing.
+    with pytest.raises(MossAudioError, match="expected source clips="):
+        resume(joined(corpus, after, share=0.6), state, allow=True)
+    # A source that changes the seeds of others changes their order, although it takes part later.
+    groups = [Group("late", 1, (Source("late", [Example("", text="a")]),), begin=after), *groups_of(corpus)]
+    with pytest.raises(MossAudioError, match=r"group and shuffle of clips=\['audio', 0\] as in .* \['audio', 1\]"):
+        resume(ExampleOrder(groups, seed=5), state)
+    older = {name: value for name, value in state.items() if name not in ("groups", "sources")}
+    assert resume(order, older)
+    with pytest.raises(MossAudioError, match="expected sources=None as in the run"):
+        resume(joined(corpus, after), older)
+
+
+def groups_of(corpus: Path) -> list[Group]:
+    clips = Group("audio", 0.7, (Source("clips", Manifest(corpus / "clips.jsonl")),))
+    return [clips, Group("text", 0.3, (Source("texts", Manifest(corpus / "texts.jsonl")),))]
 
 
 @pytest.fixture
