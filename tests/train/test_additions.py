@@ -59,7 +59,7 @@ def test_data_join_a_run_at_its_next_epoch_and_the_command_is_repeated(
     planned = with_more(until(config, STEPS + 2), more, 0, begin)
     assert train(planned, tmp_path / "planned", mesh=one_device()).step == STEPS + 2
     assert_same_end(copy, tmp_path / "planned", config)
-    assert place(restored(copy, config)[1]) >= begin + 5
+    assert place(restored(copy, config)[1]) > begin
 
 
 def test_begins_of_a_new_run_and_of_a_branch(straight: Path, config: RunConfig, more: str, tmp_path: Path):

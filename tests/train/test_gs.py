@@ -15,13 +15,14 @@ from moss_audio_jax.storage import paths
 from moss_audio_jax.storage.paths import to_path
 from moss_audio_jax.weights.locate import locate
 from moss_audio_jax.weights.parameters import parameters_of
-from tests.train.training_runs import assert_same_numbers, one_device, restored, until
+from tests.train.training_runs import STEPS, assert_same_numbers, one_device, restored, until
 from train.__main__ import main
 from train.config import RunConfig
 from train.data.manifest import Manifest
 from train.data.shard_writing import prepare
 from train.data.shards import Shards
 from train.loop import Outcome, train
+from train.running.additions import data_state
 from train.running.checkpoints import Checkpoints
 
 
@@ -67,6 +68,7 @@ def test_a_run_that_went_on_ends_like_one_on_a_disk(run: paths.Path, straight: P
     }
     assert len(paths.children(run / "tensorboard")) == 2
     assert list(run.glob("profile/plugins/profile/*/*"))
+    assert data_state(run, STEPS) == restored(run, config)[1]  # where data that join look it up
 
 
 def test_storage_that_fails_changes_nothing(

@@ -222,6 +222,8 @@ def test_data_that_can_t_join(order: ExampleOrder, maker: SampleMaker, corpus: P
     with pytest.raises(MossAudioError, match=f"expected source books from example {after - 1}=None as in the run"):
         resume(joined(corpus, after - 1), state)
     assert not resume(joined(corpus, after - 1), state, allow=True)
+    planned = TrainingData(joined(corpus, 500), maker, CONFIG).get_state()
+    assert resume(joined(corpus, 600), planned) and resume(order, planned)  # what comes later may change
     # Where the data would start again, an example at which some join means nothing.
     with pytest.raises(MossAudioError, match="expected source clips="):
         resume(joined(corpus, after, share=0.6), state, allow=True)
