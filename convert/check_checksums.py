@@ -82,16 +82,16 @@ def _checksum(store: ts.TensorStore, progress: tqdm) -> str:
 
 
 def _chunk(store: ts.TensorStore) -> tuple[int, ...]:
-    shape = store.chunk_layout.read_chunk.shape
-    assert shape is not None
-    return tuple(size or whole for size, whole in zip(shape, store.shape, strict=True))
+    shape = store.chunk_layout.read_chunk.shape or ()  # None of an array without axes
+    return tuple(max(1, size or whole) for size, whole in zip(shape, store.shape, strict=True))
 
 
 def regions(shape: Sequence[int], chunk: Sequence[int], itemsize: int) -> Iterator[tuple[slice, ...]]:
     """Yields regions that cover an array: whole chunks, so that each is read once, of PIECE_BYTES where they fit."""
     block = list(chunk)
     for axis in reversed(range(len(block))):
-        block[axis] *= max(1, PIECE_BYTES // (itemsize * math.prod(block)))
+        chunks = min(PIECE_BYTES // (itemsize * math.prod(block)), math.ceil(shape[axis] / block[axis]))
+        block[axis] *= max(1, chunks)
     starts = [range(0, size, step) for size, step in zip(shape, block, strict=True)]
     for start in itertools.product(*starts):
         yield tuple(slice(a, min(a + step, size)) for a, step, size in zip(start, block, shape, strict=True))

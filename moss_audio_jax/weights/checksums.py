@@ -226,11 +226,14 @@ def differences(expected: Checksums, found: Checksums) -> list[str]:
     ]
 
 
+def damage(tree: Path, expected: Checksums, found: Checksums) -> str:
+    """Names the tree and the first arrays that are not as they were written; empty if all are."""
+    wrong = differences(expected, found)
+    more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+    return f"{tree} is damaged, {'; '.join(wrong[:3])}{more}" if wrong else ""
+
+
 def require(tree: Path, expected: Checksums, found: Checksums) -> None:
     """Raises ChecksumError, which names the tree and the first arrays, if some are not as they were written."""
-    if wrong := differences(expected, found):
-        more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise ChecksumError(
-            f"{tree} is damaged, {'; '.join(wrong[:3])}{more}: copy or convert it again, or take another checkpoint of "
-            "the run"
-        )
+    if wrong := damage(tree, expected, found):
+        raise ChecksumError(f"{wrong}: copy or convert it again, or take another checkpoint of the run")

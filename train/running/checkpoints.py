@@ -250,7 +250,8 @@ class Checkpoints:
         directory = self._directory / str(step)
         expected = checksums.of_record(record, f"{directory / CHECKSUMS}")
         for item, leaves in arrays.items():
-            checksums.require(directory / item, expected.get(item, {}), checksums.of_arrays(leaves))
+            if damage := checksums.damage(directory / item, expected.get(item, {}), checksums.of_arrays(leaves)):
+                raise checksums.ChecksumError(damage)
 
     def _put_aside(self, step: int, reason: str) -> None:
         self._move(step, self._run / DAMAGED, reason)
