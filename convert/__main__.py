@@ -149,7 +149,7 @@ def inspect(path: Source, /, *, json: PathArgument | None = None) -> None:
 @app.command
 def verify(
     source: Source,
-    target: Target,
+    target: Annotated[PathArgument | None, tyro.conf.Positional, tyro.conf.arg(metavar="[TARGET]")] = None,
     /,
     *,
     torch: bool = True,
@@ -162,15 +162,17 @@ def verify(
     min_top_k: float | None = None,
     json: PathArgument | None = None,
 ) -> None:
-    """Compares two checkpoints, each released or Orbax; exits with 1 if they differ.
+    """Compares two checkpoints, each released or Orbax; exits with 1 if they differ, or one is damaged.
+
+    Orbax checkpoints are first compared with the checksums that they were written with; with SOURCE alone, that is all.
 
     Compares every tensor bit by bit. If the dtypes differ, the target must be exactly the conversion of the source, so
     the original comes first. If one of them is a released directory and PyTorch is installed, PyTorch runs it and JAX
     runs the other on the same sound, one after the other, and all stages up to the logits are compared.
 
     Args:
-        source: The original.
-        target: Its conversion.
+        source: The original, or an Orbax checkpoint to compare with its checksums.
+        target: Its conversion. Default: none.
         torch: Also compare the computations, if PyTorch is installed.
         audio: Sound file for that. Default: a fixed synthetic clip.
         dtype: Dtype of weights and computation of both models. bfloat16 takes half the memory and proves less.
@@ -181,13 +183,16 @@ def verify(
         min_top_k: Fail if a smaller share of PyTorch's five most likely tokens is among JAX's.
         json: Write JSON to this file instead of printing tables; - for stdout.
     """
-    if not torch:
+    if not torch or target is None:
         _keep_to_cpu()
-    from convert.verify import as_json, report_table
+    from convert.verify import as_json, report_table, verify_alone
     from convert.verify import verify as compare
 
     limits = {"relative_error": max_error, "kl": max_kl, "top_1_agreement": min_top_1, "top_k_overlap": min_top_k}
-    report = compare(source, target, pytorch=torch, audio=audio, dtype=dtype, int8=int8, limits=limits)
+    if target is None:
+        report = verify_alone(source)
+    else:
+        report = compare(source, target, pytorch=torch, audio=audio, dtype=dtype, int8=int8, limits=limits)
     if json is None:
         print(report_table(report))
     else:

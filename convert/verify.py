@@ -1,4 +1,7 @@
-"""Verifies that two checkpoints are equal: their tensors, and with PyTorch also the models' computations."""
+"""Verifies that two checkpoints are equal: their tensors, and with PyTorch also the models' computations.
+
+Of one checkpoint alone, and of both, also that they are as they were written.
+"""
 
 import dataclasses
 import importlib.metadata
@@ -9,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from convert import PYTORCH_INSTALL
+from convert.check_checksums import ChecksumReport, check_checksums
 from convert.compare_models import TOP_K, ModelComparison, Sound, compare_models
 from convert.compare_tensors import (
     TensorComparison,
@@ -21,6 +25,7 @@ from convert.tensor_source import Checkpoint, open_checkpoint
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.storage.paths import AnyPath
 from moss_audio_jax.text_table import align
+from moss_audio_jax.weights.checksums import none_in
 from moss_audio_jax.weights.locate import locate
 
 Dtype = Literal["float32", "bfloat16"]
@@ -48,20 +53,37 @@ THRESHOLDS: dict[str, Thresholds] = {
 
 @dataclasses.dataclass(frozen=True)
 class Verification:
-    """The result of `verify`. differences: in files and sets of tensors. note: the reason for comparing no models."""
+    """The result of `verify`, or of `verify_alone`, whose `target` is None.
+
+    differences: in files and sets of tensors. note: the reason for comparing no models. checksums: of those that have
+    some.
+    """
 
     source: str
-    target: str
+    target: str | None
     differences: list[str]
     tensors: list[TensorComparison]
     models: ModelComparison | None
     thresholds: Thresholds | None
     exceeded: list[str]
     note: str
+    checksums: list[ChecksumReport]
 
     @property
     def passed(self) -> bool:
-        return not (self.differences or self.exceeded) and all(tensor.equal for tensor in self.tensors)
+        damaged = any(report.damaged for report in self.checksums)
+        return not (self.differences or self.exceeded or damaged) and all(tensor.equal for tensor in self.tensors)
+
+
+def verify_alone(source: AnyPath) -> Verification:
+    """Compares a checkpoint with the checksums that it was written with; raises MossAudioError if it has none."""
+    location = locate(source)
+    if not location.is_adapter:
+        location.layout()  # raises what is there instead of a checkpoint
+    report = check_checksums(source)
+    if report is None:
+        raise none_in(location.path)
+    return Verification(str(source), None, [], [], None, None, [], "", [report])
 
 
 def verify(
@@ -86,13 +108,14 @@ def verify(
     reason = unavailable_pytorch(pair is not None) if pytorch else "switched off"
     if pair is not None and not reason:
         require_memory(sides[0], dtype)
+    checked = [report for side in (source, target) if (report := check_checksums(side)) is not None]
     set_differences = tensor_set_differences(*sides)
     differences = companion_differences(sides[0].directory, sides[1].directory) + set_differences
     tensors = list(compare_tensors(*sides))
     if not reason and set_differences:
         reason = "the two are different models"
     if pair is None or reason:
-        return Verification(str(source), str(target), differences, tensors, None, None, [], reason)
+        return Verification(str(source), str(target), differences, tensors, None, None, [], reason, checked)
 
     models = compare_models(*pair, sound, dtype, int8)
     rounded = any(tensor.max_abs_error > 0 for tensor in tensors)
@@ -101,7 +124,7 @@ def verify(
         thresholds, **{name: value for name, value in (limits or {}).items() if value is not None}
     )
     exceeded = beyond(models, thresholds)
-    return Verification(str(source), str(target), differences, tensors, models, thresholds, exceeded, "")
+    return Verification(str(source), str(target), differences, tensors, models, thresholds, exceeded, "", checked)
 
 
 def pytorch_pair(source: AnyPath, target: AnyPath) -> tuple[Path, AnyPath] | None:
@@ -171,7 +194,10 @@ def as_json(report: Verification) -> dict[str, Any]:
 
 def report_table(report: Verification) -> str:
     """Returns the report as text: tensors that differ, and the number of those that don't."""
-    lines = [f"{report.source} -> {report.target}"]
+    lines = [report.source if report.target is None else f"{report.source} -> {report.target}"]
+    for checked in report.checksums:
+        lines.append(f"{checked.directory}: {checked.sound} arrays have the checksums they were written with")
+        lines += [f"  damaged: {one}" for one in checked.damaged[:50]]
     lines += [f"  {difference}" for difference in report.differences]
     differing = [tensor for tensor in report.tensors if not tensor.equal]
     shown = [("tensor that differs", "source", "target", "max abs error", "max relative error")]
@@ -198,7 +224,8 @@ def report_table(report: Verification) -> str:
     if infinite:
         more = f" and {len(infinite) - 1} tensors more hold" if len(infinite) > 1 else " holds"
         lines.append(f"{infinite[0]}{more} NaN or infinity: no answer of such a model means anything")
-    lines += _model_lines(report)
+    if report.target is not None:
+        lines += _model_lines(report)
     return "\n".join([*lines, "PASSED" if report.passed else "FAILED"])
 
 

@@ -49,6 +49,7 @@ def generate(
     special_tokens: bool = False,
     dtype: Literal["bfloat16", "float32"] | None = None,
     int8: tuple[str, ...] = (),
+    verify: bool = False,
     mesh: MeshConfig = _ALL_DEVICES,
 ) -> None:
     """Answers a question about sounds, several questions about the same sounds, or a file of requests.
@@ -84,6 +85,7 @@ def generate(
         special_tokens: Also print special tokens such as <|im_end|>.
         dtype: Dtype of weights and computation. Default: bfloat16, on the CPU float32.
         int8: Globs over linear layers whose weights are rounded to int8, such as 'language_model.layers.*_proj'.
+        verify: First compare the weights with the checksums that they were written with.
         mesh: Device mesh.
     """
     options = {"thinking_budget": thinking_budget, "context": context, "hot_words": hot_words, "loops": loops}
@@ -93,7 +95,7 @@ def generate(
     from moss_audio_jax.inference.asking import answer_batch, answer_prompt, answer_prompts
     from moss_audio_jax.inference.loading import Loading
 
-    loading = Loading(checkpoint, adapter, dtype, int8, dataclasses.asdict(mesh), slots)
+    loading = Loading(checkpoint, adapter, dtype, int8, dataclasses.asdict(mesh), slots, verify=verify)
     if batch is None and out is None and len(prompts) < 2:
         prompt = _checked_prompt(prompts[0] if prompts else None, len(clips))
         return answer_prompt(loading, prompt, clips, options, thinking, special_tokens=special_tokens)
@@ -145,6 +147,7 @@ def transcribe(
     dtype: Literal["bfloat16", "float32"] | None = None,
     int8: tuple[str, ...] = (),
     kv_int8: bool = False,
+    verify: bool = False,
     mesh: MeshConfig = _ALL_DEVICES,
 ) -> None:
     """Transcribes recordings of any length and number into files, one of each format for each recording.
@@ -179,12 +182,13 @@ def transcribe(
         dtype: Dtype of weights and computation. Default: bfloat16, on the CPU float32.
         int8: Globs over linear layers whose weights are rounded to int8, such as 'language_model.layers.*_proj'.
         kv_int8: Round keys and values to int8: about half their memory.
+        verify: First compare the weights with the checksums that they were written with.
         mesh: Device mesh.
     """
     from moss_audio_jax.inference.loading import Loading
     from moss_audio_jax.inference.transcription import Answers, transcribe_paths
 
-    loading = Loading(checkpoint, adapter, dtype, int8, dataclasses.asdict(mesh), slots, kv_int8)
+    loading = Loading(checkpoint, adapter, dtype, int8, dataclasses.asdict(mesh), slots, kv_int8, verify)
     answers = Answers(timestamps, prompt, system, max_new_tokens, sampling, seed, time_markers, loops, window)
     transcribe_paths(paths, () if list_ is None else (list_,), out, format, answers, loading)
 
@@ -251,6 +255,7 @@ def serve(
     dtype: Literal["bfloat16", "float32"] | None = None,
     int8: tuple[str, ...] = (),
     kv_int8: bool = False,
+    verify: bool = False,
     mesh: MeshConfig = _ALL_DEVICES,
 ) -> None:
     """Serves a checkpoint, and adapters of it, over HTTP, for OpenAI's clients.
@@ -283,6 +288,7 @@ def serve(
         dtype: Dtype of weights and computation. Default: bfloat16, on the CPU float32.
         int8: Globs over linear layers whose weights are rounded to int8, such as 'language_model.layers.*_proj'.
         kv_int8: Round keys and values to int8: about half their memory.
+        verify: First compare the weights with the checksums that they were written with.
         mesh: Device mesh.
     """
     from moss_audio_jax.serving import command
@@ -290,7 +296,7 @@ def serve(
     command.require_server()
     from moss_audio_jax.inference.loading import Loading
 
-    loading = Loading(checkpoint, None, dtype, int8, dataclasses.asdict(mesh), slots, kv_int8)
+    loading = Loading(checkpoint, None, dtype, int8, dataclasses.asdict(mesh), slots, kv_int8, verify)
     serving = command.Serving(
         host=host,
         port=port,

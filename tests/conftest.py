@@ -27,6 +27,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+import tensorstore as ts
 from fake_gcs import FakeGcs
 from fake_hub import FakeHub
 from flax import nnx
@@ -182,6 +183,15 @@ def question_parts(clips: list[int], text: int = 5, seed: int = 0) -> tuple[list
         ids += [509, *[TINY_AUDIO_ID] * -(-frames // 8), 510]
     ids += rng.integers(0, 500, text).tolist()
     return ids, [random_mel(frames, seed + i) for i, frames in enumerate(clips)]
+
+
+def change_one_bit(tree: Path, name: str) -> None:
+    """Flips the lowest bit of the last element of a leaf of an Orbax tree, whose files stay whole."""
+    store = {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": f"file://{tree}/"}, "path": name}
+    leaf = ts.open(store).result()
+    array = np.array(leaf.read().result())
+    array.view(np.uint8).reshape(-1)[-array.itemsize] ^= 1
+    leaf.write(array).result()
 
 
 def released_tensors(config: MossAudioConfig, parameters: nnx.State) -> dict[str, np.ndarray]:

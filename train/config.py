@@ -168,6 +168,8 @@ class ModelSource:
     """Number of encoder taps of the preset that reach the language model. 0 trains a model without DeepStack."""
     allow_random_frozen: bool = False
     """Allow frozen parameters that no checkpoint gives: they are random and stay so."""
+    verify: bool = False
+    """First compare the checkpoints' weights with the checksums that they were written with."""
 
     def __post_init__(self):
         require_choice(self, "model.", "preset", PRESETS)

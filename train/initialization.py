@@ -22,6 +22,7 @@ from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.int8 import int8_kernels
 from moss_audio_jax.model import MossAudio, parameter_specs
 from moss_audio_jax.storage.json_files import read_json
+from moss_audio_jax.weights.checksums import none_in
 from moss_audio_jax.weights.locate import locate
 from moss_audio_jax.weights.names import EMBEDDING
 from moss_audio_jax.weights.orbax import restore
@@ -121,16 +122,16 @@ def _open_parts(source: ModelSource) -> list[Part]:
     """Those that a run names, a parameter belonging to the first that has it; headers are read and no tensors."""
     parts = []
     if source.encoder is not None:
-        part = _open_moss_audio("encoder", source.encoder, GIVES["encoder"])
+        part = _open_moss_audio("encoder", source.encoder, GIVES["encoder"], source.verify)
         parts.append(dataclasses.replace(part, language_config=None))
     if source.language_model is not None:
-        parts.append(_open_language_model(source.language_model))
+        parts.append(_open_language_model(source.language_model, source.verify))
     if source.checkpoint is not None:
-        parts.append(_open_moss_audio("checkpoint", source.checkpoint, GIVES["checkpoint"]))
+        parts.append(_open_moss_audio("checkpoint", source.checkpoint, GIVES["checkpoint"], source.verify))
     return parts
 
 
-def _open_language_model(directory: str) -> Part:
+def _open_language_model(directory: str, verify: bool) -> Part:
     prefixes = GIVES["language_model"]
     checkpoint = locate(directory)
     checkpoint.layout()
@@ -142,14 +143,16 @@ def _open_language_model(directory: str) -> Part:
             "of Qwen3 (model_type 'qwen3')"
         )
     if kind != "qwen3":
-        part = _open_moss_audio("language_model", directory, prefixes)
+        part = _open_moss_audio("language_model", directory, prefixes, verify)
         return dataclasses.replace(part, audio_config=None)
+    if verify:
+        raise none_in(checkpoint.path)
     qwen3 = Qwen3Checkpoint(checkpoint.path)
     read = functools.partial(assemble, qwen3)
     return Part("language_model", directory, prefixes, None, qwen3.config, qwen3.tied, read)
 
 
-def _open_moss_audio(option: str, directory: str, prefixes: tuple[str, ...]) -> Part:
+def _open_moss_audio(option: str, directory: str, prefixes: tuple[str, ...], verify: bool) -> Part:
     checkpoint = locate(directory)
     if checkpoint.is_adapter:
         raise MossAudioError(
@@ -158,7 +161,9 @@ def _open_moss_audio(option: str, directory: str, prefixes: tuple[str, ...]) -> 
         )
     if checkpoint.layout() == "orbax":
         config = MossAudioConfig.from_hf(checkpoint.files)
-        read = functools.partial(restore, checkpoint, config)
+        read = functools.partial(restore, checkpoint, config, verify=verify)
+    elif verify:
+        raise none_in(checkpoint.path)
     else:
         released = ReleasedCheckpoint(checkpoint.path)
         config, read = released.config, functools.partial(assemble, released)

@@ -20,6 +20,7 @@ class Loading:
     """Options about the model.
 
     mesh: sizes of `make_mesh`. slots: answers that are generated at the same time. kv_int8: see `Engine`.
+    verify: see `load_model`; of adapters too.
     """
 
     checkpoint: AnyPath
@@ -29,6 +30,7 @@ class Loading:
     mesh: Mapping[str, Any]
     slots: int
     kv_int8: bool = False
+    verify: bool = False
 
     def __post_init__(self):
         if self.slots < 1:
@@ -41,8 +43,12 @@ class Loading:
         for name in filter(None, (self.checkpoint, self.adapter)):
             locate(name)  # fetches a model of the hub, whose progress is shown
         with waiting("loading the weights"):
-            model = load_model(self.checkpoint, dtype=self.dtype, mesh=make_mesh(**self.mesh), int8=self.int8)
-            return model if self.adapter is None else load_adapter(model, self.adapter)
+            mesh = make_mesh(**self.mesh)
+            model = load_model(self.checkpoint, dtype=self.dtype, mesh=mesh, int8=self.int8, verify=self.verify)
+            return model if self.adapter is None else self.adapted(model, self.adapter)
+
+    def adapted(self, model: MossAudio, adapter: AnyPath) -> MossAudio:
+        return load_adapter(model, adapter, verify=self.verify)
 
     def engine(self, processor: Processor, requests: int, length: int) -> Engine:
         """Loads the model. requests: their number. length: tokens of a prompt and its answer, at most."""

@@ -114,7 +114,6 @@ def _service(
     from moss_audio_jax.inference.turns import Turns
     from moss_audio_jax.serving.media import Media
     from moss_audio_jax.serving.service import Service
-    from moss_audio_jax.weights.checkpoint import load_adapter
 
     processor = loading.processor()
     positions = processor.config.language_config.max_position_embeddings
@@ -122,7 +121,7 @@ def _service(
     models = {base: loading.model()}
     for name, path in adapters.items():
         with waiting(f"loading {name}"):
-            models[name] = load_adapter(models[base], path)
+            models[name] = loading.adapted(models[base], path)
     turns, engines = Turns(), dict[str, Engine]()
     for name, model in models.items():
         engines[name] = Engine(

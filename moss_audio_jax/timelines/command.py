@@ -60,6 +60,8 @@ class Question:
     """Dtype of weights and computation. Default: bfloat16, on the CPU float32."""
     int8: tuple[str, ...] = ()
     """Globs over linear layers whose weights are rounded to int8, such as 'language_model.layers.*_proj'."""
+    verify: bool = False
+    """First compare the weights with the checksums that they were written with."""
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     """Device mesh."""
 
@@ -110,7 +112,9 @@ def answer(checkpoint: Path, wave: "np.ndarray", question: Question) -> str:
     from moss_audio_jax.inference.loading import Loading
 
     mesh = dataclasses.asdict(question.mesh)
-    loading = Loading(checkpoint, question.adapter, question.dtype, question.int8, mesh, slots=1)
+    loading = Loading(
+        checkpoint, question.adapter, question.dtype, question.int8, mesh, slots=1, verify=question.verify
+    )
     processor = loading.processor()
     prompt = PROMPTS[question.ask] if question.prompt is None else question.prompt
     inputs = processor(prompt, wave, system_prompt=question.system, time_markers=question.time_markers)

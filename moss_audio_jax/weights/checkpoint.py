@@ -18,7 +18,7 @@ from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.int8 import int8_kernels
 from moss_audio_jax.model import MossAudio, adapter_specs, parameter_specs
 from moss_audio_jax.storage.paths import AnyPath, absolute, require_empty
-from moss_audio_jax.weights import orbax
+from moss_audio_jax.weights import checksums, orbax
 from moss_audio_jax.weights.locate import PARAMS, Location, copy_tokenizer, locate
 from moss_audio_jax.weights.names import SAFETENSORS_DTYPES
 from moss_audio_jax.weights.parameters import abstract_parameters, build_model, parameters_of
@@ -27,7 +27,9 @@ from moss_audio_jax.weights.quantized import read_parameters
 from moss_audio_jax.weights.safetensors_reader import ReleasedCheckpoint, assemble
 
 
-def load_model(path: AnyPath, *, dtype: Any = None, mesh: Mesh | None = None, int8: Sequence[str] = ()) -> MossAudio:
+def load_model(
+    path: AnyPath, *, dtype: Any = None, mesh: Mesh | None = None, int8: Sequence[str] = (), verify: bool = False
+) -> MossAudio:
     """Loads the model of a checkpoint onto its devices.
 
     path: one of
@@ -40,23 +42,29 @@ def load_model(path: AnyPath, *, dtype: Any = None, mesh: Mesh | None = None, in
     mesh: parameters are sharded over it by their logical axes (`sharding.RULES`); None takes the first device.
     int8: globs over the paths of linear layers whose kernels are rounded to int8, such as
         `language_model.layers.*_proj`; the computation stays in `dtype`. An adapter's are not.
+    verify: compare all stored values with the checksums that they were written with; raises MossAudioError, which names
+        the parameter, if one changed, and for a checkpoint without checksums. Released and PEFT's files have none.
     Orbax reads each shard straight onto its device. A released directory is read one stacked parameter at a time, so
     the host holds at most the largest one.
     """
     dtype = _compute_dtype(dtype)
     location = locate(path)
     if not location.is_adapter:
-        return _load_whole(location, dtype, mesh, tuple(int8))
-    return _load_adapter(_load_whole(location.base(), dtype, mesh, tuple(int8)), location)
+        return _load_whole(location, dtype, mesh, tuple(int8), verify)
+    return _load_adapter(_load_whole(location.base(), dtype, mesh, tuple(int8), verify), location, verify)
 
 
-def _load_whole(location: Location, dtype: np.dtype, mesh: Mesh | None, int8: tuple[str, ...]) -> MossAudio:
+def _load_whole(
+    location: Location, dtype: np.dtype, mesh: Mesh | None, int8: tuple[str, ...], verify: bool
+) -> MossAudio:
     if location.layout() == "released":
+        if verify:
+            raise checksums.none_in(location.path)
         released = ReleasedCheckpoint(location.path)
         stored, read = released.config, functools.partial(assemble, released)
     else:
         stored = MossAudioConfig.from_hf(location.files)
-        read = functools.partial(orbax.restore, location, stored)
+        read = functools.partial(orbax.restore, location, stored, verify=verify)
     config = dataclasses.replace(stored, int8=int8)
     return build_model(config, read_parameters(read, abstract_parameters(config, dtype, mesh)))
 
@@ -75,7 +83,7 @@ def _compute_dtype(dtype: Any) -> np.dtype:
     return found
 
 
-def load_adapter(model: MossAudio, path: AnyPath) -> MossAudio:
+def load_adapter(model: MossAudio, path: AnyPath, *, verify: bool = False) -> MossAudio:
     """Returns the model with a LoRA adapter: PEFT's directory, one of `convert from-peft`, or a training run's.
 
     The new model shares all arrays but the adapter's with the given one, so many adapters can be loaded at once:
@@ -83,12 +91,12 @@ def load_adapter(model: MossAudio, path: AnyPath) -> MossAudio:
         models = {name: load_adapter(base, path) for name, path in adapters.items()}
         generate(models["events"], inputs)
 
-    Adapters of equal configuration share their compiled programs.
+    Adapters of equal configuration share their compiled programs. verify: as of `load_model`.
     """
-    return _load_adapter(model, locate(path))
+    return _load_adapter(model, locate(path), verify)
 
 
-def _load_adapter(model: MossAudio, location: Location) -> MossAudio:
+def _load_adapter(model: MossAudio, location: Location, verify: bool) -> MossAudio:
     if model.config.lora is not None:
         raise MossAudioError(
             f"{location.path}: the model has an adapter already; load this one onto the model without it"
@@ -101,9 +109,11 @@ def _load_adapter(model: MossAudio, location: Location) -> MossAudio:
     names = adapter_specs(config)
     wanted = {name: leaf for name, leaf in abstract_parameters(config, norm.dtype, mesh).items() if name in names}
     if location.params is None:
+        if verify:
+            raise checksums.none_in(location.path)
         adapter = assemble(PeftAdapter(location.path, model.config), wanted)
     else:
-        adapter = orbax.restore(location, config, wanted)
+        adapter = orbax.restore(location, config, wanted, verify=verify)
     return build_model(config, parameters | adapter)
 
 

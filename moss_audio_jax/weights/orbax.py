@@ -5,7 +5,7 @@ straight onto it.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import jax
@@ -21,34 +21,79 @@ from moss_audio_jax.storage.json_files import read_json
 from moss_audio_jax.storage.paths import AnyPath, Path, absolute, exists, is_inside, is_plain_name, url
 from moss_audio_jax.storage.retries import is_transient, retried, summary
 from moss_audio_jax.tree import flatten, unflatten
+from moss_audio_jax.weights import checksums
 from moss_audio_jax.weights.locate import RUN_CHECKPOINTS, Location
 from moss_audio_jax.weights.names import SAFETENSORS_DTYPES
 
 Result = TypeVar("Result")
 
+VERIFIED_BYTES = 2 << 30  # of all devices: in memory twice if a verified load casts
+
 
 def save(params: Path, parameters: dict[str, jax.Array]) -> None:
     """Writes parameters by path into a new directory."""
+    found = checksums.of_arrays(parameters)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(params, unflatten(parameters))
+    if jax.process_index() == 0:
+        checksums.write(params, found)
 
 
 def restore(
-    location: Location, config: MossAudioConfig, abstract: dict[str, jax.ShapeDtypeStruct]
+    location: Location, config: MossAudioConfig, abstract: dict[str, jax.ShapeDtypeStruct], *, verify: bool = False
 ) -> dict[str, jax.Array]:
     """Restores the parameters in `abstract` from an Orbax checkpoint, moving averages where the location has them.
 
     config: the checkpoint's own. abstract: path -> shape, dtype (stored values are cast) and sharding.
+    verify: compare what is restored with its checksums, before it is cast.
     Raises MossAudioError if what is stored does not fit the configuration, or is damaged.
     """
     assert location.params is not None
     check_stored(location.params, config)
+    read = _restore_verified if verify else restore_tree
     if location.averages is None:
-        return restore_tree(absolute(location.params), abstract)
+        return read(absolute(location.params), abstract)
     averaged = stored_shapes(location.averages).keys() & abstract.keys()
     rest = {name: leaf for name, leaf in abstract.items() if name not in averaged}
-    found = restore_tree(absolute(location.averages), {name: abstract[name] for name in averaged})
-    return found | restore_tree(absolute(location.params), rest)
+    found = read(absolute(location.averages), {name: abstract[name] for name in averaged})
+    return found | read(absolute(location.params), rest)
+
+
+def _restore_verified(params: Path, abstract: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    """Restores leaves in their stored dtypes, checks and casts them, a batch of VERIFIED_BYTES at a time."""
+    expected = checksums.recorded_of(params)
+    stored = {
+        name: leaf.update(dtype=dtype)
+        for name, (_, dtype) in stored_shapes(params).items()
+        if (leaf := abstract.get(name))
+    }
+    found: dict[str, jax.Array] = {}
+    for names in _batches(stored):
+        arrays = restore_tree(params, {name: stored[name] for name in names})
+        checksums.require(params, expected, checksums.of_arrays(arrays))
+        found |= {name: cast(arrays.pop(name), abstract[name]) for name in names}
+    return found
+
+
+def _batches(leaves: dict[str, jax.ShapeDtypeStruct]) -> Iterator[list[str]]:
+    """Yields names of leaves that have VERIFIED_BYTES together, or of one that is larger."""
+    names, size = [], 0
+    for name, leaf in leaves.items():
+        more = leaf.size * leaf.dtype.itemsize
+        if names and size + more > VERIFIED_BYTES:
+            yield names
+            names, size = [], 0
+        names.append(name)
+        size += more
+    if names:
+        yield names
+
+
+def cast(array: jax.Array, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    """Returns an array in the dtype of `leaf`, where that one is to lie."""
+    if array.dtype == leaf.dtype:
+        return array
+    return jax.jit(lambda array: array.astype(leaf.dtype), out_shardings=leaf.sharding)(array)
 
 
 def restore_tree(params: Path, abstract: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
@@ -143,6 +188,11 @@ def _damaged(params: Path, error: BaseException) -> MossAudioError:
     return MossAudioError(f"{params} can't be read, its files are damaged ({summary(error)}): convert it again")
 
 
+def _is_name(key: object) -> bool:
+    """Returns True for a plain name, or several joined by slashes, as keys of a run's state are."""
+    return isinstance(key, str) and all(map(is_plain_name, key.split("/")))
+
+
 def _check_tree(params: Path) -> None:
     """Raises MossAudioError unless Orbax's description of a tree is valid and all keys are plain names.
 
@@ -158,9 +208,7 @@ def _check_tree(params: Path) -> None:
         raise MossAudioError(f"{file}: tree_metadata must name parameters, not be {shown(tree)}: convert it again")
     for name, leaf in tree.items():
         keys = leaf.get("key_metadata") if isinstance(leaf, dict) else None
-        if not isinstance(keys, list) or not all(
-            isinstance(key, dict) and is_plain_name(key.get("key")) for key in keys
-        ):
+        if not isinstance(keys, list) or not all(isinstance(key, dict) and _is_name(key.get("key")) for key in keys):
             raise MossAudioError(
                 f"{file}: {shown(name)} must have plain names as keys, not {shown(keys)}: convert it again"
             )

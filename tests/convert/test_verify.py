@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -10,13 +11,16 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from convert.check_checksums import regions
 from convert.compare_models import ModelComparison, StageError, distribution_errors, stage_error, synthetic_clip
 from convert.compare_tensors import largest_errors, same_bits
 from convert.to_hf import convert_to_hf
 from convert.to_orbax import convert_to_orbax
 from convert.verify import THRESHOLDS, as_json, beyond, report_table, verify
+from moss_audio_jax.weights.checksums import CHECKSUMS_FILE
 from moss_audio_jax.weights.locate import SINGLE_FILE
 from moss_audio_jax.weights.safetensors_reader import ReleasedCheckpoint
+from tests.conftest import change_one_bit
 
 BFLOAT16, FLOAT32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)
 CHANGED = "language_model.layers.2.mlp.up_proj.weight"
@@ -69,7 +73,7 @@ def test_a_tensor_that_is_not_finite_is_named(invoke, released, tmp_path):
 
 
 def test_damaged_byte_in_an_orbax_file_is_found(invoke, released, orbax, tmp_path):
-    """Orbax has no checksums: most flipped bytes restore without a word."""
+    """Orbax has no checksums: most flipped bytes restore without a word. Ours find them, with no other checkpoint."""
     found = []
     for share in (0.2, 0.5, 0.8):
         changed = Path(shutil.copytree(orbax, tmp_path / f"changed {share}"))
@@ -81,7 +85,39 @@ def test_damaged_byte_in_an_orbax_file_is_found(invoke, released, orbax, tmp_pat
         assert code in (1, 2)
         assert "Traceback" not in err
         found.append(code)
+        alone, out, _ = invoke("verify", changed)
+        assert alone == 1 and out.splitlines()[-1] == "FAILED" and f"{changed}" in out
+        assert re.search(r"  damaged: params: [\w.]+ is (bfloat16\[|not readable)", out)
     assert 1 in found
+    code, out, _ = invoke("verify", orbax)
+    assert code == 0 and out == f"{orbax}\n{orbax}: 45 arrays have the checksums they were written with\nPASSED\n"
+    code, _, err = invoke("verify", released)
+    assert code == 2 and f"{released} has no checksums" in err
+
+
+def test_one_changed_bit_is_found_without_and_with_another_checkpoint(invoke, released, orbax, tmp_path):
+    changed = Path(shutil.copytree(orbax, tmp_path / "changed"))
+    change_one_bit(changed / "params", "language_model.norm.scale")
+    for others in ((), (changed,), (released, "--no-torch")):
+        code, out, _ = invoke("verify", changed, *others, "--json", "-")
+        report = json.loads(out)
+        assert (code, report["passed"]) == (1, False)
+        assert [checked["sound"] for checked in report["checksums"]] == [44] * (2 if others == (changed,) else 1)
+        (damaged,) = report["checksums"][0]["damaged"]
+        assert damaged.startswith("params: language_model.norm.scale is bfloat16[48] ")
+    file = changed / CHECKSUMS_FILE
+    record = json.loads(file.read_text())
+    record["items"]["params"]["gone"] = "float32[1] 0123456789abcdef"
+    file.write_text(json.dumps(record))
+    assert "damaged: params: gone is missing" in invoke("verify", changed)[1]
+
+
+def test_regions_cover_an_array_in_whole_chunks():
+    found = list(regions((70, 3000, 5000), (1, 1500, 5000), 4))
+    assert len(found) == 70 and found[0] == (slice(0, 1), slice(0, 3000), slice(0, 5000))
+    found = list(regions((5, 10), (2, 4), 1 << 23))  # of 8 elements
+    assert found[:2] == [(slice(0, 2), slice(0, 4)), (slice(0, 2), slice(4, 8))] and len(found) == 9
+    assert list(regions((), (), 4)) == [()] and not list(regions((0, 3), (1, 3), 4))
 
 
 def test_every_conversion_of_types_is_checked(released, tmp_path):

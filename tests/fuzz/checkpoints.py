@@ -24,7 +24,7 @@ from moss_audio_jax.schema import INT32
 from moss_audio_jax.small_tokenizer import write_small_tokenizer
 from moss_audio_jax.tokenizer import Tokenizer
 from moss_audio_jax.tree import unflatten
-from moss_audio_jax.weights import names, orbax, safetensors_reader
+from moss_audio_jax.weights import checksums, names, orbax, safetensors_reader
 from moss_audio_jax.weights import peft as peft_files
 from moss_audio_jax.weights.locate import ADAPTER_FILE, base_name, locate
 from tests.fuzz.mutations import BINARY_FILE, JSON_FILE, LINES_FILE, OUTSIDE, SAFETENSORS_FILE, Mutation
@@ -173,6 +173,12 @@ def read_best(directory: Path, rng: random.Random) -> None:
     assert len(inside.parts) == 3 and inside.parts[0] == "checkpoints" and inside.parts[1].isdigit(), inside
 
 
+def read_checksums(directory: Path, rng: random.Random) -> None:
+    found = checksums.recorded(epath.Path(directory))
+    assert found is not None and all(isinstance(sums, dict) and "/" not in item for item, sums in found.items())
+    checksums.differences(found.get("params", {}), dict.fromkeys(ARRAYS, "float32[3,2] 0123456789abcdef"))
+
+
 ARRAYS = {"a.kernel": np.ones((3, 2), np.float32), "a.bias": np.ones(2, np.float32), "b": np.ones((), np.float32)}
 
 CONFIGURATION = "config.json", "processor_config.json", "generation_config.json"
@@ -193,6 +199,7 @@ KINDS = (
     Kind("adapter's tensors", "adapter", "*.safetensors", SAFETENSORS_FILE, 4, read_adapter),
     Kind("Orbax metadata", "orbax", "params/_*", JSON_FILE, 1, read_stored),
     Kind("Orbax data", "orbax", "params/**/[!_]*", BINARY_FILE, 1, read_stored),
+    Kind("checksums.json", "orbax", "checksums.json", JSON_FILE, 1, read_checksums),
     Kind("a run's best.json", "run", "best.json", JSON_FILE, 4, read_best),
     Kind("a checkpoint's best", "older_run", "checkpoints/*/best/metadata", JSON_FILE, 1, read_best),
 )
@@ -212,6 +219,8 @@ def write_checkpoints(directory: Path) -> None:
     Tokenizer.from_dir(older)._core.save(str(directory / "single" / "tokenizer.json"))
     _write_adapter(directory / "adapter", config)
     _save(directory / "orbax" / "params")
+    arrays = {name: jnp.asarray(array) for name, array in ARRAYS.items()}
+    checksums.write(epath.Path(directory / "orbax" / "params"), checksums.of_arrays(arrays))
     for run in ("run", "older_run"):
         for step in (5, 9):
             _save(directory / run / "checkpoints" / str(step) / "params")

@@ -19,13 +19,14 @@ import orbax.checkpoint as ocp
 import pytest
 
 from convert.average import average
+from convert.check_checksums import check_checksums
 from convert.to_hf import convert_to_hf
 from moss_audio_jax import LoraConfig, MossAudioConfig, MossAudioError, load_model
 from moss_audio_jax.errors import StorageError
 from moss_audio_jax.sharding import make_mesh
 from moss_audio_jax.sound import files
 from moss_audio_jax.weights.parameters import parameters_of
-from tests.conftest import SMALL_MODEL
+from tests.conftest import SMALL_MODEL, change_one_bit
 from tests.train.training_runs import (
     ENVIRONMENT,
     STEPS,
@@ -201,6 +202,37 @@ def test_ctrl_c_saves_and_a_second_one_ends_at_once(config: RunConfig, tmp_path:
         assert early.returncode == 130 and "Traceback" not in errors, errors
 
 
+def test_a_changed_bit_is_damage_and_a_checkpoint_without_checksums_is_not(copy: Path, config: RunConfig, capfd):
+    checkpoints, whole = copy / "checkpoints", copy / "whole"
+    shutil.copytree(checkpoints / "4", whole)
+    recorded = json.loads((checkpoints / "6" / "checksums" / "metadata").read_text())["items"]
+    (moment,) = [name for name in recorded["state"] if name.endswith("mu/language_model.norm.scale")]
+    change_one_bit(checkpoints / "6" / "state", moment)
+    change_one_bit(checkpoints / "4" / "params", "lm_head.kernel")
+    with pytest.raises(
+        MossAudioError, match=rf"none of .* 4, 6 can be read \(.*6/state is damaged, {moment} is float32"
+    ):
+        restored(copy, config)
+    shutil.rmtree(checkpoints / "4")
+    whole.rename(checkpoints / "4")
+    shutil.rmtree(checkpoints / "4" / "checksums")
+    assert int(restored(copy, config)[0].step) == 4
+    assert "checkpoint 6 can't be read, 4 is restored instead" in capfd.readouterr().err
+    assert f"{moment} is float32" in (copy / "damaged_checkpoints" / "6.txt").read_text()
+
+
+def test_a_frozen_parameter_is_checked_as_it_is_stored_and_then_cast(copy: Path, config: RunConfig):
+    """It was stored in bfloat16, the type that steps computed in."""
+    state, _ = restored(copy, config)
+    target = abstract_state(SMALL_MODEL, config.optimizer, mesh=one_device())
+    with Checkpoints(copy) as checkpoints:
+        found = checkpoints.restore(target)
+    assert found is not None
+    (path,) = [path for path in state.frozen if path.endswith("kernel")]
+    assert state.frozen[path].dtype == "bfloat16" and found[0].frozen[path].dtype == "float32"
+    np.testing.assert_array_equal(found[0].frozen[path], state.frozen[path].astype("float32"))
+
+
 def test_a_checkpoint_older_than_a_part_of_the_state(
     copy: Path, straight: Path, config: RunConfig, monkeypatch: pytest.MonkeyPatch
 ):
@@ -245,13 +277,21 @@ def test_moving_averages_are_evaluated_saved_and_loaded(
     convert_to_hf(out / "ema", tmp_path / "hf")
     for path, expected in ((out, parameters), (out / "ema", averages), (tmp_path / "hf", averages)):
         assert_same_arrays(parameters_of(load_model(path, dtype="float32")), expected)
-    assert_same_arrays(parameters_of(load_model(out / "checkpoints" / "2" / "ema", dtype="float32")), averages)
+    checkpoint = out / "checkpoints" / "2"
+    assert_same_arrays(parameters_of(load_model(checkpoint / "ema", dtype="float32", verify=True)), averages)
     assert_same_arrays(asked, averages)
     begun_without = restored(straight, config)[0]
     assert begun_without.ema is not None
     assert_same_arrays(begun_without.ema, begun_without.trainable)
     with pytest.raises(MossAudioError, match=r"holds no moving averages.*--optimizer.ema-decay"):
         load_model(straight / "ema")
+    report = check_checksums(out)
+    assert report is not None and report.sound > 4 * len(state.ema) and not report.damaged
+    change_one_bit(checkpoint / "ema", "language_model.norm.scale")
+    report = check_checksums(out)
+    assert report is not None and "ema: language_model.norm.scale is" in report.damaged[0]
+    with pytest.raises(MossAudioError, match=r"2/ema is damaged, language_model.norm.scale is"):
+        load_model(out / "ema", verify=True)
 
 
 def host(arrays: dict[str, jax.Array]) -> dict[str, np.ndarray]:

@@ -364,7 +364,7 @@ def test_a_run_is_a_small_checkpoint_and_a_model(run: Path, base: Path, model: M
     stored = stored_shapes(run / "checkpoints" / "4" / "params")
     assert stored.keys() == {path for path in parameter_specs(with_lora(lora)) if lora.trains(path)}
     inputs = question(model, [237])
-    found = load_model(run)
+    found = load_model(run, verify=True)
     assert found.config.lora is not None and found.config.lora.scale == lora.scale
     np.testing.assert_array_equal(found(inputs), load_adapter(model, run)(inputs))
     assert np.abs(np.asarray(found(inputs)) - np.asarray(model(inputs))).max() > 1e-3

@@ -55,6 +55,8 @@ class EvaluationConfig:
     answers: Annotated[AnswerConfig, tyro.conf.arg(name="")] = AnswerConfig()
     dtype: Literal["bfloat16", "float32"] | None = None
     """Dtype of weights and computation. Default: bfloat16, on the CPU float32."""
+    verify: bool = False
+    """First compare the weights with the checksums that they were written with."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def __post_init__(self):

@@ -153,7 +153,7 @@ def evaluate(
     keep_partial: Ctrl-C stops after the next answer, and the answers so far are measured.
     """
     processor = load_processor(checkpoint)
-    model = load_model(checkpoint, dtype=config.dtype, mesh=make_mesh(**asdict(config.mesh)))
+    model = load_model(checkpoint, dtype=config.dtype, mesh=make_mesh(**asdict(config.mesh)), verify=config.verify)
     stop = threading.Event()
     with stops_on_ctrl_c(stop.set) if keep_partial else contextlib.nullcontext():
         found = answers_by_index(

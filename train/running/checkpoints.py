@@ -3,6 +3,7 @@
     checkpoints/<step>/params   parameters as a tree, as `load_model` reads them
     checkpoints/<step>/state    step, moments, dropout key, counts of skipped steps
     checkpoints/<step>/ema      moving averages of the trained parameters as a tree, if the run keeps them
+    checkpoints/<step>/checksums    JSON: checksums of the arrays of these three (`weights.checksums`)
     checkpoints/<step>/data     JSON: state of the data iterators of all processes
     checkpoints/<step>/best     JSON: best evaluation before this checkpoint, if the run has a `best_metric`
     best.json                   the same after the last evaluation, which follows the checkpoint of its step
@@ -27,8 +28,10 @@ from moss_audio_jax.errors import MossAudioError, StorageError
 from moss_audio_jax.storage.paths import AnyPath, Path, absolute, atomic_write, children, exists
 from moss_audio_jax.storage.retries import is_transient, retried, summary
 from moss_audio_jax.tree import flatten, unflatten
+from moss_audio_jax.weights import checksums
+from moss_audio_jax.weights.checksums import CHECKSUMS
 from moss_audio_jax.weights.locate import PARAMS, RUN_BEST, RUN_BEST_FILE, RUN_CHECKPOINTS, RUN_EMA
-from moss_audio_jax.weights.orbax import retried_alone
+from moss_audio_jax.weights.orbax import cast, retried_alone
 from train.running.best import Best
 from train.running.directory import DAMAGED, DATA, LATER, STATE
 from train.state import TrainState
@@ -71,6 +74,7 @@ class Checkpoints:
             DATA: ocp.JsonCheckpointHandler(),
             RUN_EMA: ocp.StandardCheckpointHandler(),
             RUN_BEST: ocp.JsonCheckpointHandler(),
+            CHECKSUMS: ocp.JsonCheckpointHandler(),
         }
         return ocp.CheckpointManager(self._directory, options=options, item_handlers=handlers)
 
@@ -92,13 +96,10 @@ class Checkpoints:
         MossAudioError if this or the previous save can't be written.
         """
         parameters, rest = _parts(state)
-        items = {
-            PARAMS: ocp.args.StandardSave(parameters),
-            STATE: ocp.args.StandardSave(rest),
-            DATA: ocp.args.JsonSave(data),
-        }
-        if state.ema is not None:
-            items[RUN_EMA] = ocp.args.StandardSave(unflatten(state.ema))
+        arrays = {PARAMS: parameters, STATE: rest} | ({} if state.ema is None else {RUN_EMA: state.ema})
+        items: dict[str, Any] = {item: ocp.args.StandardSave(_tree(item, leaves)) for item, leaves in arrays.items()}
+        sums = {item: checksums.of_arrays(leaves) for item, leaves in arrays.items()}
+        items |= {DATA: ocp.args.JsonSave(data), CHECKSUMS: ocp.args.JsonSave(checksums.record(sums))}
         if best is not None:
             items[RUN_BEST] = ocp.args.JsonSave(dataclasses.asdict(best))
         self.best = best
@@ -193,6 +194,9 @@ class Checkpoints:
         for last in (False, True):
             try:
                 return retried_alone(self._directory, lambda: self._restore(step, target))
+            except checksums.ChecksumError as error:
+                if last or jax.process_count() > 1:
+                    raise _Damaged(error) from error
             except MossAudioError:
                 raise
             except (OSError, ValueError, LookupError, RuntimeError, MemoryError) as error:
@@ -208,34 +212,46 @@ class Checkpoints:
 
     def _restore(self, step: int, target: TrainState) -> tuple[TrainState, dict[str, Any]]:
         parameters, rest = _parts(target)
-        older = self._lacks(step)
-        items = {
-            PARAMS: ocp.args.StandardRestore(parameters),
-            STATE: ocp.args.StandardRestore({name: leaf for name, leaf in rest.items() if name not in older}),
-            DATA: ocp.args.JsonRestore(),
+        stored = self._manager.item_metadata(step)
+        older = _lacks(stored[STATE])
+        wanted = {
+            PARAMS: parameters,
+            STATE: {name: leaf for name, leaf in rest.items() if name not in older},
         }
         if target.ema is not None and (self._directory / str(step) / RUN_EMA).is_dir():
-            items[RUN_EMA] = ocp.args.StandardRestore(unflatten(target.ema))
-        if exists(self._directory / str(step) / RUN_BEST):
-            items[RUN_BEST] = ocp.args.JsonRestore()
-        restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+            wanted[RUN_EMA] = target.ema
+        arguments = {
+            item: ocp.args.StandardRestore(_tree(item, _as_stored(leaves, stored[item])))
+            for item, leaves in wanted.items()
+        }
+        json_items = [item for item in (RUN_BEST, CHECKSUMS) if exists(self._directory / str(step) / item)]
+        arguments |= {item: ocp.args.JsonRestore() for item in (DATA, *json_items)}
+        restored = self._manager.restore(step, args=ocp.args.Composite(**arguments))
         # Older versions evaluated before the checkpoint of a step, so their `best` counts that evaluation.
-        self.best = Best(**({"evaluated": step} | restored[RUN_BEST])) if RUN_BEST in items else None
-        flat = flatten(restored[PARAMS])
-        found = restored[STATE] | {name: _zero(rest[name]) for name in older}
-        leaves = [found[name] for name in rest]
-        state = jax.tree.unflatten(jax.tree.structure(_without_parameters(target)), leaves)
-        trainable = {path: flat[path] for path in target.trainable}
-        frozen = {path: flat[path] for path in target.frozen}
-        ema = flatten(restored[RUN_EMA]) if RUN_EMA in items else None
+        self.best = Best(**({"evaluated": step} | restored[RUN_BEST])) if RUN_BEST in json_items else None
+        arrays = {item: flatten(restored[item]) for item in wanted}
+        if CHECKSUMS in json_items:
+            self._require_as_written(step, arrays, restored[CHECKSUMS])
+        found = {
+            item: {name: cast(arrays[item].pop(name), leaf) for name, leaf in leaves.items()}
+            for item, leaves in wanted.items()
+        }
+        of_state = found[STATE] | {name: _zero(rest[name]) for name in older}
+        state = jax.tree.unflatten(jax.tree.structure(_without_parameters(target)), [of_state[name] for name in rest])
+        trainable = {path: found[PARAMS][path] for path in target.trainable}
+        frozen = {path: found[PARAMS][path] for path in target.frozen}
+        ema = found.get(RUN_EMA)
         if target.ema is not None and ema is None:  # averages start as a copy of the parameters
             ema = {path: jnp.copy(leaf) for path, leaf in trainable.items()}
         return dataclasses.replace(state, trainable=trainable, frozen=frozen, ema=ema), restored[DATA]
 
-    def _lacks(self, step: int) -> set[str]:
-        """Returns the fields of NEWER that a checkpoint lacks."""
-        stored = self._manager.item_metadata(step)[STATE]
-        return set() if stored is None else {name for name in NEWER if name not in stored}
+    def _require_as_written(self, step: int, arrays: dict[str, dict[str, jax.Array]], record: Any) -> None:
+        """Raises ChecksumError if arrays of a checkpoint are not those that were saved."""
+        directory = self._directory / str(step)
+        expected = checksums.of_record(record, f"{directory / CHECKSUMS}")
+        for item, leaves in arrays.items():
+            if damage := checksums.damage(directory / item, expected.get(item, {}), checksums.of_arrays(leaves)):
+                raise checksums.ChecksumError(damage)
 
     def _put_aside(self, step: int, reason: str) -> None:
         self._move(step, self._run / DAMAGED, reason)
@@ -309,11 +325,27 @@ class _KeepBest(preservation_policy.PreservationPolicy):
         return [best is not None and checkpoint.step == best.step for checkpoint in checkpoints]
 
 
+def _lacks(stored: Any) -> set[str]:
+    """Returns the fields of NEWER that a checkpoint's state lacks. stored: its metadata."""
+    return set() if stored is None else {name for name in NEWER if name not in stored}
+
+
+def _as_stored(leaves: dict[str, jax.ShapeDtypeStruct], stored: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns leaves with the dtypes in which they are stored, which their checksums are of."""
+    found = {} if stored is None else flatten(stored.tree)
+    return {name: leaf.update(dtype=found[name].dtype) if name in found else leaf for name, leaf in leaves.items()}
+
+
+def _tree(item: str, leaves: dict[str, Any]) -> dict[str, Any]:
+    """Returns the tree that an item is stored as."""
+    return leaves if item == STATE else unflatten(leaves)
+
+
 def _parts(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Splits a state into its parameters as a tree and everything else by name."""
+    """Splits a state into its parameters by path and everything else by name."""
     rest, _ = jax.tree_util.tree_flatten_with_path(_without_parameters(state))
     by_name = {jax.tree_util.keystr(keys, simple=True, separator="/"): leaf for keys, leaf in rest}
-    return unflatten(state.trainable | state.frozen), by_name
+    return state.trainable | state.frozen, by_name
 
 
 def _without_parameters(state: TrainState) -> TrainState:

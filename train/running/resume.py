@@ -56,6 +56,7 @@ RULES: tuple[tuple[str, Rule], ...] = (
     ("model.checkpoint", "free"),
     ("model.encoder", "free"),
     ("model.language_model", "free"),
+    ("model.verify", "free"),
     # Trained parameters and the contents of checkpoints.
     ("model.*", "never"),
     ("lora.dropout", "asked"),
