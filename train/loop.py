@@ -164,6 +164,7 @@ def train(config: RunConfig, out: AnyPath, *, mesh: Mesh | None = None, resume: 
         if model.lora is not None:
             first = dataclasses.replace(first, checkpoint=str(locate(out / RUN_MODEL).base().path))
         state, start = _first_or_restored_state(config, first, model, mesh, checkpoints, data, record, resume)
+        checkpoints.prepare(_saved(state, model))
         figures = DataFigures(order, config.data, model, state.trainable, gather_data_state(data.get_state()))
         report = stack.enter_context(_report(config, out, start, mesh, figures, record))
         report.say(overview(config, groups, mesh, state, start))

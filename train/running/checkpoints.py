@@ -89,17 +89,20 @@ class Checkpoints:
         """Steps of the checkpoints, oldest first."""
         return sorted(self._manager.all_steps())
 
+    def prepare(self, state: TrainState) -> None:
+        """Compiles the programs of `save`, which may have little time when the run is preempted."""
+        _checksums(state)
+
     def save(self, step: int, state: TrainState, data: dict[str, Any], best: Best | None = None) -> None:
         """Saves a checkpoint. Returns once the arrays are copied to the host, so the state may be donated.
 
         A previous save that failed with a transient storage error is not repeated: this one replaces it. Raises
         MossAudioError if this or the previous save can't be written.
         """
-        parameters, rest = _parts(state)
-        arrays = {PARAMS: parameters, STATE: rest} | ({} if state.ema is None else {RUN_EMA: state.ema})
+        arrays = _items(state)
         items: dict[str, Any] = {item: ocp.args.StandardSave(_tree(item, leaves)) for item, leaves in arrays.items()}
-        sums = {item: checksums.of_arrays(leaves) for item, leaves in arrays.items()}
-        items |= {DATA: ocp.args.JsonSave(data), CHECKSUMS: ocp.args.JsonSave(checksums.record(sums))}
+        record = checksums.record(_checksums(state))
+        items |= {DATA: ocp.args.JsonSave(data), CHECKSUMS: ocp.args.JsonSave(record)}
         if best is not None:
             items[RUN_BEST] = ocp.args.JsonSave(dataclasses.asdict(best))
         self.best = best
@@ -292,6 +295,16 @@ class Checkpoints:
             f"{self._directory}: a checkpoint can't be written ({summary(error)}): free disk space and run the same "
             "command again, which resumes from the newest complete checkpoint"
         )
+
+
+def _items(state: TrainState) -> dict[str, dict[str, jax.Array]]:
+    """Returns the arrays of a state by item and path."""
+    parameters, rest = _parts(state)
+    return {PARAMS: parameters, STATE: rest} | ({} if state.ema is None else {RUN_EMA: state.ema})
+
+
+def _checksums(state: TrainState) -> dict[str, dict[str, str]]:
+    return {item: checksums.of_arrays(leaves) for item, leaves in _items(state).items()}
 
 
 class _Damaged(Exception):
