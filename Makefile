@@ -14,7 +14,7 @@ test: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.1
 # `make fuzz` tries as many damaged checkpoints.
 FUZZ_INPUTS ?= 1000000
 
-.PHONY: demo test gates soak fuzz check format docs clean
+.PHONY: demo test test-matrix gates soak fuzz check format docs clean
 
 demo: .venv/core
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash runs/demo.sh demo-out
@@ -26,6 +26,10 @@ test: check
 	$(QUICK) $(BIN)/python -m pytest -m alone tests/train
 	$(BIN)/python -m pytest -m alone tests/serving
 	ALLOW_MULTIPLE_LIBTPU_LOAD=1 $(BIN)/python -m pytest -m "tpu and not slow" --numprocesses 2 --dist worksteal
+
+# Each Python with the oldest and the newest packages that pyproject.toml allows, half an hour on two cores.
+test-matrix: .venv/uv
+	$(BIN)/python tests/matrix.py
 
 # The released sizes, compiled for TPUs: all of them take an hour or two.
 gates: .venv/test
@@ -53,7 +57,7 @@ docs: .venv/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf .venv demo-out site
+	rm -rf .venv .venv-matrix demo-out site
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
@@ -65,6 +69,10 @@ $(BIN)/python:
 
 .venv/test: $(BIN)/python pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	touch $@
+
+.venv/uv: $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'uv>=0.13'
 	touch $@
 
 .venv/docs: $(BIN)/python pyproject.toml

@@ -1,13 +1,12 @@
 """Writes and reads Orbax checkpoints in pieces, so that little is in memory.
 
-Orbax itself saves and restores whole leaves, and the largest leaf of the 8B model has 3.6 GB. Here a type handler for
-`StreamedArray` writes the same plain checkpoint from pieces, and opens a leaf without reading it.
+Orbax itself saves and restores whole leaves, and the largest leaf of the 8B model has 3.6 GB. Here `orbax_hooks` writes
+the same plain checkpoint from pieces, and opens a leaf without reading it.
 """
 
 import dataclasses
-import math
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -17,7 +16,8 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from tqdm import tqdm
 
-from convert.blocks import chunk_shape
+from convert.orbax_hooks import Piece, StreamedArray, StreamedArrayHandler
+from convert.orbax_hooks import checkpointer as _checkpointer
 from moss_audio_jax.config import MossAudioConfig
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.storage.paths import AnyPath, Path, absolute
@@ -27,68 +27,6 @@ from moss_audio_jax.weights.locate import locate
 from moss_audio_jax.weights.names import adapter_leaves, released_leaves
 from moss_audio_jax.weights.orbax import check_stored, stored_shapes
 from moss_audio_jax.weights.peft import adapted_config
-
-Piece = tuple[Any, np.ndarray]  # an index into the array, and the values there
-
-
-@dataclasses.dataclass(frozen=True)
-class StreamedArray:
-    """An array that is produced in pieces, which together cover it."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    pieces: Callable[[], Iterator[Piece]]
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
-class StreamedArrayHandler(ocp.type_handlers.NumpyHandler):
-    """Saves `StreamedArray`s as plain array leaves; restores leaves as TensorStores, without reading values.
-
-    stop: once set, saving ends before the next piece. progress: counts the written bytes.
-    """
-
-    def __init__(self, stop: threading.Event, progress: tqdm):
-        super().__init__()
-        self._stop = stop
-        self._progress = progress
-
-    async def serialize(self, values: Sequence[Any], infos: Sequence[Any], args: Any = None) -> list:
-        for value, info in zip(values, infos, strict=True):
-            await info.await_path_creation()
-            spec = ocp.type_handlers.get_json_tspec_write(
-                info,
-                use_ocdbt=info.is_ocdbt_checkpoint,
-                global_shape=value.shape,
-                local_shape=chunk_shape(value.shape, value.dtype.itemsize),
-                dtype=value.dtype,
-                process_index=0,
-                arg=ocp.SaveArgs(),
-            )
-            array = await ts.open(ts.Spec(spec), create=True, open=True, context=info.ts_context)
-            for region, block in value.pieces():
-                if self._stop.is_set():
-                    raise InterruptedError(f"stopped while writing {info.name}")
-                await array[region].write(block, can_reference_source_data_indefinitely=True)
-                self._progress.update(block.nbytes)
-        return []
-
-    async def deserialize(self, infos: Sequence[Any], args: Any = None) -> list[ts.TensorStore]:
-        specs = [ocp.type_handlers.get_json_tspec_read(info, use_ocdbt=info.is_ocdbt_checkpoint) for info in infos]
-        return [
-            await ts.open(ts.Spec(spec), open=True, read=True, context=info.ts_context)
-            for spec, info in zip(specs, infos, strict=True)
-        ]
-
-
-def _checkpointer(handler: StreamedArrayHandler) -> ocp.Checkpointer:
-    # Orbax warns without an entry for jax.Array.
-    registry = ocp.type_handlers.create_type_handler_registry(
-        (StreamedArray, handler), (jax.Array, ocp.type_handlers.ArrayHandler())
-    )
-    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=registry))
 
 
 def save_streamed(params: AnyPath, leaves: dict[str, StreamedArray]) -> None:

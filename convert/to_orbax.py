@@ -7,7 +7,8 @@ from functools import partial
 import numpy as np
 
 from convert.blocks import PIECE_BYTES, cast, row_blocks
-from convert.orbax_files import Piece, StreamedArray, save_streamed
+from convert.orbax_files import save_streamed
+from convert.orbax_hooks import Piece, StreamedArray
 from convert.staging import check_target, staged
 from convert.tensor_source import Checkpoint, copy_companions
 from moss_audio_jax.errors import MossAudioError

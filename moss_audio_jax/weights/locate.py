@@ -287,7 +287,7 @@ def _newest_checkpoint(run: Path) -> Path | None:
     for step in reversed(steps):
         checkpoint = run / RUN_CHECKPOINTS / str(step)
         # On gs://, which renames nothing, a checkpoint has its name already while it is being written.
-        if checkpoint.is_dir() and ocp.utils.is_checkpoint_finalized(absolute(checkpoint)):
+        if checkpoint.is_dir() and ocp.path.step.is_path_finalized(absolute(checkpoint)):
             return checkpoint
     return None
 

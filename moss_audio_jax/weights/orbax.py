@@ -164,7 +164,8 @@ def stored_shapes(params: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         _check_tree(params)
         # Listed first: Orbax reports damage here by a traceback of its event loop.
         ts.KvStore.open({"driver": "ocdbt", "base": f"{url(params)}/"}).result().list().result()
-        return ocp.PyTreeCheckpointHandler().metadata(absolute(params))
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            return checkpointer.metadata(absolute(params)).item_metadata
 
     try:
         metadata = retried(params, read)

@@ -35,9 +35,7 @@ def difference(
         if now.get(key) != then.get(key):
             return key, then.get(key), now.get(key)
     # What changes later must not have moved the seeds of shuffles.
-    before = state.get("sources")
-    if before is None:  # of an older version
-        return None if order.fingerprint() == of_order else ("sources", None, order.sources)
+    before = state["sources"]
     for name in order.sources_before(until):
         if before.get(name) != order.sources[name]:
             return f"group and shuffle of {name}", before.get(name), order.sources[name]

@@ -394,7 +394,7 @@ def _words(value: Any, place: str) -> list[Any]:
     if isinstance(value, dict) and value and all(isinstance(column, list) for column in value.values()):
         columns = list(value.values())  # a struct of lists
         if len(set(map(len, columns))) != 1:
-            _fail(place, "lists of one length", {key: len(column) for key, column in value.items()})
+            _fail(place, "lists of one length", {key: len(value[key]) for key in sorted(value)})  # Arrow sorts or not
         value = [dict(zip(value, word, strict=True)) for word in zip(*columns, strict=True)]
     if not isinstance(value, list):
         _fail(place, "a list of {word, start, end}", value)

@@ -22,7 +22,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from moss_audio_jax.errors import MossAudioError, StorageError
 from moss_audio_jax.storage.paths import AnyPath, Path, absolute, atomic_write, children, exists
@@ -40,6 +39,7 @@ from train.state import TrainState
 NEWER = ("phase", "spikes_in_a_row")
 # TensorStore's errors for files that are missing, truncated or hold something else.
 _DAMAGE = re.compile(r"\b(?:NOT_FOUND|DATA_LOSS|OUT_OF_RANGE)\b|Error decoding|blosc|corrupt|checksum", re.IGNORECASE)
+_ARRAYS, _JSON = (ocp.args.StandardSave, ocp.args.StandardRestore), (ocp.args.JsonSave, ocp.args.JsonRestore)
 
 
 class Checkpoints:
@@ -54,15 +54,15 @@ class Checkpoints:
         self._run, self._read_only = absolute(run), read_only
         self._directory = self._run / RUN_CHECKPOINTS
         self.best: Best | None = None
-        self._policies: list[Any] = [preservation_policy.LatestN(keep_last), _KeepBest(self)]
+        self._policies: list[Any] = [ocp.checkpoint_managers.LatestN(keep_last), _KeepBest(self)]
         if keep_every is not None:
-            self._policies.append(preservation_policy.EveryNSteps(keep_every))
+            self._policies.append(ocp.checkpoint_managers.EveryNSteps(keep_every))
         self._saved: tuple[int, ocp.args.Composite] | None = None  # last one, perhaps still being written
         self._manager = retried(self._directory, self._opened)
 
     def _opened(self) -> ocp.CheckpointManager:
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=preservation_policy.AnyPreservationPolicy(self._policies),
+            preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(self._policies),
             cleanup_tmp_directories=not self._read_only,
             create=not self._read_only,
             save_interval_steps=0 if self._read_only else 1,
@@ -76,7 +76,12 @@ class Checkpoints:
             RUN_BEST: ocp.JsonCheckpointHandler(),
             CHECKSUMS: ocp.JsonCheckpointHandler(),
         }
-        return ocp.CheckpointManager(self._directory, options=options, item_handlers=handlers)
+        registry = ocp.DefaultCheckpointHandlerRegistry()
+        for item, handler in handlers.items():
+            is_json = isinstance(handler, ocp.JsonCheckpointHandler)
+            for argument in _JSON if is_json else _ARRAYS:
+                registry.add(item, argument, handler)
+        return ocp.CheckpointManager(self._directory, options=options, handler_registry=registry)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -324,7 +329,7 @@ def _is_damage(error: Exception) -> bool:
     return isinstance(error, ValueError) and _DAMAGE.search(str(error)) is not None
 
 
-class _KeepBest(preservation_policy.PreservationPolicy):
+class _KeepBest(ocp.checkpoint_managers.PreservationPolicy):
     """Keeps the checkpoint of the best evaluation.
 
     Orbax's BestN prefers the last of equals, fails on NaN, and forgets evaluations whose checkpoint was deleted.

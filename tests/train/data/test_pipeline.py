@@ -231,10 +231,6 @@ def test_data_that_can_t_join(order: ExampleOrder, maker: SampleMaker, corpus: P
     groups = [Group("late", 1, (Source("late", [Example("", text="a")]),), begin=after), *groups_of(corpus)]
     with pytest.raises(MossAudioError, match=r"group and shuffle of clips=\['audio', 0\] as in .* \['audio', 1\]"):
         resume(ExampleOrder(groups, seed=5), state)
-    older = {name: value for name, value in state.items() if name not in ("groups", "sources")}
-    assert resume(order, older)
-    with pytest.raises(MossAudioError, match="expected sources=None as in the run"):
-        resume(joined(corpus, after), older)
 
 
 def groups_of(corpus: Path) -> list[Group]:

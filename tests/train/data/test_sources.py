@@ -254,7 +254,7 @@ BROKEN = {  # columns of a table, and what is said of its first row or of the fi
     "a URL": ({"audio": ["https://a/b.wav"]}, "row 0: expected the path of a file or gs://bucket/file"),
     "lists of two lengths": (
         {"words": [{"word": ["a"], "start": [0.0, 1.0], "end": [1.0]}]},
-        "row 0, column 'words': expected lists of one length, found {'word': 1, 'start': 2, 'end': 1}",
+        "row 0, column 'words': expected lists of one length, found {'end': 1, 'start': 2, 'word': 1}",
     ),
     "no text": (
         {"text": None, "label": [1]},
