@@ -164,8 +164,8 @@ def stored_shapes(params: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         _check_tree(params)
         # Listed first: Orbax reports damage here by a traceback of its event loop.
         ts.KvStore.open({"driver": "ocdbt", "base": f"{url(params)}/"}).result().list().result()
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            return checkpointer.metadata(absolute(params)).item_metadata
+        # Where files are damaged, a Checkpointer logs why and returns nothing; a handler raises it.
+        return ocp.PyTreeCheckpointHandler().metadata(absolute(params))
 
     try:
         metadata = retried(params, read)
