@@ -27,7 +27,7 @@ test: check
 	$(BIN)/python -m pytest -m alone tests/serving
 	ALLOW_MULTIPLE_LIBTPU_LOAD=1 $(BIN)/python -m pytest -m "tpu and not slow" --numprocesses 2 --dist worksteal
 
-# Each Python with the oldest and the newest packages that pyproject.toml allows, half an hour on two cores.
+# Each Python with the oldest and the newest packages that pyproject.toml allows, 25 minutes on two cores.
 test-matrix: .venv/uv
 	$(BIN)/python tests/matrix.py
 

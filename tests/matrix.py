@@ -84,7 +84,8 @@ def commands(cell: Cell) -> Iterator[list[str]]:
     """Yields what makes a cell's environment, and runs the tests in it."""
     uv = [sys.executable, "-m", "uv"]
     yield [*uv, "venv", "--clear", "--python", cell.executable, str(DIRECTORY / cell.name)]
-    resolution = ["--resolution", RESOLUTIONS[cell.packages]]
+    # Bounds without a wheel for this Python are passed over, and named at the end.
+    resolution = ["--resolution", RESOLUTIONS[cell.packages], "--only-binary", ":all:"]
     yield [*uv, "pip", "install", "--python", cell.interpreter, *resolution, "-e", f"{ROOT}[matrix]"]
     chosen = ["-m", "not slow and not alone and not tpu", "--numprocesses", "2", "--dist", "loadfile", "--durations=30"]
     yield [cell.interpreter, "-m", "pytest", *chosen, "--max-worker-restart", "0", *TESTS]
