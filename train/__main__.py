@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import inspect
+import itertools
 import logging
 import os
 import sys
@@ -63,7 +64,8 @@ def prepare(
         processes: Number of processes. Default: that of processors.
         columns: Columns of data that is no manifest.
     """
-    from train.data.shard_writing import write_shards
+    from train.data.shard_writing import ShardReport
+    from train.data.shard_writing import prepare as write
 
     logging.basicConfig(format="%(message)s")  # prints the names of clips that can't be read
     if shard is not None:
@@ -71,14 +73,15 @@ def prepare(
     if shards is None:
         raise MossAudioError("prepare needs --shards N for all shards, or --shard I/N for one of them")
     place = _place("--shard" if shard is not None else "--part", part)
-    total, unreadable = len(range(place[0], shards, place[1])), 0
-    workers = processes if processes is not None else os.cpu_count() or 1
-    reports = write_shards(manifest, out, shards, part=place, columns=columns, workers=workers)
-    for number, report in enumerate(reports, start=1):
+    total, done = len(range(place[0], shards, place[1])), itertools.count(1)
+
+    def say(report: ShardReport) -> None:
         state = "already there" if report.already_there else f"{report.examples} examples"
-        print(f"{report.path}: {state}, {report.unreadable} of them unreadable ({number} of {total})", flush=True)
-        unreadable += report.unreadable
-    if unreadable:
+        print(f"{report.path}: {state}, {report.unreadable} of them unreadable ({next(done)} of {total})", flush=True)
+
+    workers = processes if processes is not None else os.cpu_count() or 1
+    reports = write(manifest, out, shards, part=place, columns=columns, workers=workers, completed=say)
+    if unreadable := sum(report.unreadable for report in reports):
         print(f"{unreadable} examples hold no audio, only the reason; training skips and counts them", file=sys.stderr)
 
 

@@ -3,7 +3,7 @@
 import io
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import as_completed
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass
@@ -59,21 +59,9 @@ def prepare(
     part: tuple[int, int] = (0, 1),
     columns: ColumnsConfig | None = None,
     workers: int = 1,
+    completed: Callable[[ShardReport], None] = lambda report: None,
 ) -> list[ShardReport]:
-    """Writes a manifest and its audio to directory `out` as `shards` files: see `write_shards`."""
-    return list(write_shards(manifest, out, shards, part=part, columns=columns, workers=workers))
-
-
-def write_shards(
-    manifest: AnyPath,
-    out: AnyPath,
-    shards: int,
-    *,
-    part: tuple[int, int] = (0, 1),
-    columns: ColumnsConfig | None = None,
-    workers: int = 1,
-) -> Iterator[ShardReport]:
-    """Writes a manifest and its audio to directory `out` as `shards` files; yields a report as each is complete.
+    """Writes a manifest and its audio to directory `out` as `shards` files; returns their reports.
 
     The manifest may be any source of `open_source`, with these columns. A table or an archive is read in order, and
     once for each 64 shards, or by each process.
@@ -81,7 +69,8 @@ def write_shards(
     part: (i, n) writes shards i, i + n, i + 2 n ... only: so n machines share the work, with one directory. Writes are
     atomic and finished shards are kept, so an interrupted call can be repeated. Unreadable clips are logged.
     workers: number of processes.
-    Raises MossAudioError at once for an invalid manifest or option, or if `out` has shards of other data.
+    completed: is called with each report as its shard is complete.
+    Raises MossAudioError for an invalid manifest or option, or if `out` has shards of other data.
     """
     first, parts = part
     if shards < 1 or not 0 <= first < parts <= shards or workers < 1:
@@ -99,7 +88,11 @@ def write_shards(
     wanted = list(range(first, shards, parts))
     at_once = 1 if isinstance(examples, Manifest) else min(_WRITTEN_AT_ONCE, -(-len(wanted) // workers))
     passes = [wanted[begin : begin + at_once] for begin in range(0, len(wanted), at_once)]
-    return _reports(_Writer(examples, out, shards), passes, min(workers, len(passes)))
+    reports = []
+    for report in _reports(_Writer(examples, out, shards), passes, min(workers, len(passes))):
+        completed(report)
+        reports.append(report)
+    return reports
 
 
 def _reports(writer: "_Writer", passes: Sequence[Sequence[int]], workers: int) -> Iterator[ShardReport]:
