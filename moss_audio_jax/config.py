@@ -239,7 +239,7 @@ class MossAudioConfig:
 
     @classmethod
     def preset(cls, name: str) -> Self:
-        """Returns a preset: the released sizes `4b` and `8b`, `small` for demos, or `tiny` for tests."""
+        """Returns a preset: the released sizes `4b` and `8b`, `small` and `deep` for demos, or `tiny` for tests."""
         if name not in PRESETS:
             raise MossAudioError(f"no preset is called {name!r}: choose one of {', '.join(sorted(PRESETS))}")
         return cls(**PRESETS[name])
@@ -465,39 +465,48 @@ def _read_rope_theta(content: dict, where: str) -> Any:
     return outer if inner is None else inner
 
 
+# Learns sound scenes from scratch in minutes on two CPU cores.
+_SMALL: dict[str, Any] = {
+    "audio_config": EncoderConfig(
+        d_model=96,
+        output_dim=96,
+        encoder_layers=2,
+        encoder_attention_heads=2,
+        encoder_ffn_dim=192,
+        downsample_hidden_size=8,
+        dropout=0.0,
+        attention_dropout=0.0,
+        deepstack_encoder_layer_indexes=(0, 1),
+    ),
+    "language_config": LanguageConfig(
+        vocab_size=512,
+        hidden_size=96,
+        intermediate_size=192,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=48,
+        rope_theta=10_000,
+    ),
+    "adapter_hidden_size": 192,
+    "deepstack_num_inject_layers": 2,
+    "processor": ProcessorConfig(audio_token_id=511, audio_start_id=509, audio_end_id=510),
+    "eos_ids": (258,),
+}
+
 PRESETS: dict[str, dict[str, Any]] = {
     "4b": {"deepstack_num_inject_layers": 3},
     "8b": {
         "language_config": LanguageConfig(hidden_size=4096, intermediate_size=12288),
         "deepstack_num_inject_layers": 3,
     },
-    # Learns sound scenes from scratch in minutes on two CPU cores.
-    "small": {
-        "audio_config": EncoderConfig(
-            d_model=96,
-            output_dim=96,
-            encoder_layers=2,
-            encoder_attention_heads=2,
-            encoder_ffn_dim=192,
-            downsample_hidden_size=8,
-            dropout=0.0,
-            attention_dropout=0.0,
-            deepstack_encoder_layer_indexes=(0, 1),
+    "small": _SMALL,
+    # The small model with a deeper encoder, whose taps are further from its output.
+    "deep": {
+        **_SMALL,
+        "audio_config": dataclasses.replace(
+            _SMALL["audio_config"], encoder_layers=6, deepstack_encoder_layer_indexes=(0, 2)
         ),
-        "language_config": LanguageConfig(
-            vocab_size=512,
-            hidden_size=96,
-            intermediate_size=192,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=48,
-            rope_theta=10_000,
-        ),
-        "adapter_hidden_size": 192,
-        "deepstack_num_inject_layers": 2,
-        "processor": ProcessorConfig(audio_token_id=511, audio_start_id=509, audio_end_id=510),
-        "eos_ids": (258,),
     },
     # The vocabulary is bytes plus the special tokens: see `small_tokenizer`.
     "tiny": {

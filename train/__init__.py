@@ -12,6 +12,7 @@ optimizer          AdamW, schedules, which parameters are trained
 initialization     starting parameters: a checkpoint, released parts, or random
 ablation           comparison of runs with and without a change
 ablation_config    options of the ablation
+ablation_report    tables of the ablation
 data               manifests -> packed batches; imports moss_audio_jax alone
 evaluation         questions with known answers -> measures; imports data
 planning           memory and speed of a recipe on TPUs that need not be present

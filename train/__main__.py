@@ -23,7 +23,7 @@ with ends_on_ctrl_c():  # these imports take long enough to be interrupted
     from moss_audio_jax.errors import MossAudioError
     from moss_audio_jax.storage.paths import Path, require_writable
     from moss_audio_jax.storage.retries import retried
-    from train.ablation_config import AblationConfig
+    from train.ablation_config import FAMILIES, AblationConfig
     from train.config import RunConfig, with_paths
     from train.data.config import ColumnsConfig, SceneConfig
     from train.evaluation.config import EvaluationConfig
@@ -509,25 +509,28 @@ def _evaluate(
         end(INTERRUPTED)
 
 
-_ABLATION = AblationConfig()
+def ablate_command(arguments: list[str]) -> Callable[..., None]:
+    """Makes the command `ablate`, whose options have the defaults of the family in the arguments."""
+    family = FAMILIES.get(_scanned(arguments, "family") or "times", FAMILIES["times"])
 
+    def ablate(
+        out: tyro.conf.Positional[PathArgument],
+        /,
+        *,
+        config: Annotated[AblationConfig, tyro.conf.arg(name="")] = family,
+    ) -> None:
+        """Trains a small model with and without time markers, or DeepStack, and compares them.
 
-@app.command
-def ablate(
-    out: tyro.conf.Positional[PathArgument],
-    /,
-    *,
-    config: Annotated[AblationConfig, tyro.conf.arg(name="")] = _ABLATION,
-) -> None:
-    """Trains a small model with and without time markers, with and without DeepStack, and compares them.
+        The same command, started again, resumes what was stopped.
 
-    The same command, started again, resumes what was stopped.
+        Args:
+            out: Directory of all runs, the tables ablation.md, the pictures ablation.png and curves.png, and all scores
+                in JSON.
+            config: Training and evaluation of each model.
+        """
+        _ablate(out, config)
 
-    Args:
-        out: Directory of all runs, the table ablation.md, the picture ablation.png and all scores in JSON.
-        config: Training and evaluation of each model.
-    """
-    _ablate(out, config)
+    return ablate
 
 
 def _ablate(out: Path, config: AblationConfig) -> None:
@@ -564,7 +567,12 @@ def plot(
 def _cli() -> None:
     """Adds the commands whose options depend on the arguments, and runs the one that is named."""
     arguments = current_arguments(sys.argv[1:])
-    for name, make in (("check", check_command), ("run", run_command), ("plan", plan_command)):
+    for name, make in (
+        ("ablate", ablate_command),
+        ("check", check_command),
+        ("run", run_command),
+        ("plan", plan_command),
+    ):
         app.command(name=name)(make(arguments[1:] if arguments[:1] == [name] else []))
     app.cli(prog="moss-audio-train", description=__doc__, args=arguments)
 

@@ -1,14 +1,14 @@
-"""Ablation of time markers and DeepStack: a small model with and without each, from scratch, on sound scenes.
+"""Ablation of time markers and DeepStack: a small model with and without each, from scratch, on one family of tasks.
 
-All arms get the same steps, seeds and tuning: each takes the learning rate that is best on validation scenes with seed
-0. All answer questions about test scenes as long as those of training, and about longer ones, with times that no
-training answer has.
+All arms get the same steps, data and seeds. With several learning rates each arm takes the one that is best in the last
+validation of its first seed. An arm is compared with the arm that has one thing less, seed by seed.
 
     out/config.json      configuration; the same call, repeated, resumes with what is missing
     out/runs/            directory of every training run, with its measures
-    out/ablation.json    scores of every run
-    out/ablation.md      table of the scores
+    out/ablation.json    scores and learning curves of every run
+    out/ablation.md      tables: scores, differences with their confidence intervals, steps until a score
     out/ablation.png     plot of the scores
+    out/curves.png       plot of the learning curves
 """
 
 import dataclasses
@@ -16,31 +16,30 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moss_audio_jax.pictures import require_matplotlib
 from moss_audio_jax.storage.paths import Path, atomic_write
 from train.ablation_config import ARMS, AblationConfig
-from train.config import RunConfig
+from train.ablation_report import Result, Scores, difference_table, mean_curve, score_table, speed_table
+from train.config import RunConfig, ValidationConfig
+from train.data.config import DataConfig, SceneConfig
 from train.data.mixture_config import MixtureConfig, SceneGroupConfig
 from train.evaluation.config import EvaluationConfig
 from train.evaluation.evaluate import evaluate
 from train.evaluation.measures import Measures
-from train.evaluation.plots import plot_ranges
+from train.evaluation.plots import plot_learning_curves, plot_ranges
 from train.evaluation.questions import Question, scene_questions
 from train.loop import train
 from train.recipes import RECIPES
-from train.running.directory import CONFIG_FILE
+from train.running.directory import CONFIG_FILE, SCORES_FILE
 from train.running.resume import write_or_check_config
 
-LATE_START = "late start"  # a task of its own: the start of a sound, past the end of the longest scene of training
-VALIDATION, TRAINED, LONGER = "validation", "as in training", "longer"
-# Scenes of training have the seeds 0, 1, 2, ... of their runs.
-_VALIDATION_SEED, _TEST_SEED = 2**31, 2**31 + 1
-_SCORES = {"timeline": "f1", "start": "share_within", "duration": "share_within", LATE_START: "share_within"}
+_TEST_SEED = 2**31 + 1  # scenes of training have the seeds 0, 1, 2, ... of their runs; validation adds 2**31
+_SCORES = {"timeline": "f1", "start": "share_within", "duration": "share_within"}
 _SCORE = "accuracy"  # of the other tasks
-MEASURES_FILE = "measures.json"
+RESULT_FILE = "result.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +52,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        return f"{self.arm.replace(' ', '_')}-{self.learning_rate:g}-seed_{self.seed}"
+        return f"{self.arm.replace(' ', '_').replace(',', '')}-{self.learning_rate:g}-seed_{self.seed}"
 
 
 def run_config(run: Run, config: AblationConfig) -> RunConfig:
@@ -63,13 +62,15 @@ def run_config(run: Run, config: AblationConfig) -> RunConfig:
         recipe,
         model=dataclasses.replace(
             recipe.model,
-            preset=config.preset,
+            preset=arm.preset,
             time_markers=arm.time_markers,
             deepstack=None if arm.deepstack else 0,
         ),
+        data=DataConfig(config.batch_size, config.tokens, config.chunks, open_bins=8, label_times=arm.label_times),
         mixture=MixtureConfig(
             easy_scenes=SceneGroupConfig(1.0, config.easy_scenes, end=config.easy_examples),
             scenes=SceneGroupConfig(1.0, config.scenes, begin=config.easy_examples),
+            clips=config.clips,
         ),
         optimizer=dataclasses.replace(
             recipe.optimizer,
@@ -78,37 +79,39 @@ def run_config(run: Run, config: AblationConfig) -> RunConfig:
             warmup_steps=min(recipe.optimizer.warmup_steps, config.steps // 2),
             decay_steps=config.steps // 2,
         ),
-        loop=dataclasses.replace(recipe.loop, checkpoint_every=max(config.steps, 100), log_every=100),
+        step=dataclasses.replace(recipe.step, loss_chunk=config.tokens),
+        validation=ValidationConfig(
+            every=max(config.steps // config.validations, 1),
+            count=config.validation_questions,
+            max_new_tokens=config.answers.max_new_tokens,
+            batch_size=config.answers.batch_size,
+            show_samples=0,
+        ),
+        loop=dataclasses.replace(recipe.loop, checkpoint_every=max(config.steps // 4, 1), log_every=100),
+        microbatches=1,
         seed=run.seed,
     )
 
 
-# Questions
-
-
 def questions(config: AblationConfig) -> list[Question]:
-    """Makes the same number of questions of every task, about validation scenes and both kinds of test scenes."""
-    places = (
-        (VALIDATION, config.scenes, _VALIDATION_SEED),
-        (TRAINED, config.scenes, _TEST_SEED),
-        (LONGER, config.longer_scenes, _TEST_SEED),
-    )
+    """Makes the same number of questions of every task about the scenes of each test; the source is the test's name."""
     return [
-        dataclasses.replace(item, source=source, task=_task(item, config))
-        for source, scenes, seed in places
-        for task in config.scenes.tasks
-        for item in scene_questions(config.questions, dataclasses.replace(scenes, tasks=(task,)), seed=seed)
+        dataclasses.replace(item, source=name)
+        for name, scenes in tests(config).items()
+        for task in dict.fromkeys(scenes.tasks)
+        for item in scene_questions(config.questions, dataclasses.replace(scenes, tasks=(task,)), seed=_TEST_SEED)
     ]
 
 
-def _task(item: Question, config: AblationConfig) -> str:
-    is_late = item.task == "start" and float(item.reference) > config.scenes.seconds[1]
-    return LATE_START if is_late else item.task
-
-
-# Scores
-
-Scores = Mapping[str, Mapping[str, float]]  # source -> task -> 0 to 1
+def tests(config: AblationConfig) -> dict[str, SceneConfig]:
+    """Returns the scenes of each test by its name, such as `8 to 16 s`."""
+    clips = MixtureConfig(clips=config.clips)
+    return {
+        f"{seconds[0]:g} to {seconds[1]:g} s": clips.with_clips(
+            dataclasses.replace(config.test_scenes, seconds=seconds)
+        )
+        for seconds in config.bins
+    }
 
 
 def scores(measures: Mapping[str, Mapping[str, Measures]]) -> Scores:
@@ -119,8 +122,19 @@ def scores(measures: Mapping[str, Mapping[str, Measures]]) -> Scores:
     }
 
 
-def mean_score(found: Mapping[str, float]) -> float:
-    return sum(found.values()) / len(found)
+def learning_curve(directory: Path) -> dict[int, float]:
+    """Reads the validations of a run: step -> mean score of the tasks."""
+    lines = [json.loads(line) for line in (directory / SCORES_FILE).read_text("utf-8").splitlines()]
+    curve = {}
+    for line in lines:
+        names = {task: f"eval/scenes/{task}/{_SCORES.get(task, _SCORE)}" for task in _tasks_of(line)}
+        found = [line[name] for name in names.values() if name in line]
+        curve[int(line["step"])] = sum(found) / len(found)
+    return curve
+
+
+def _tasks_of(line: Mapping[str, Any]) -> set[str]:
+    return {name.split("/")[2] for name in line if name.startswith("eval/scenes/") and name.endswith("/items")}
 
 
 # The whole
@@ -134,92 +148,96 @@ def ablate(config: AblationConfig, out: Path) -> bool:
     require_matplotlib()
     items = questions(config)
     write_or_check_config(config, out, begun=(out / CONFIG_FILE).exists())
-    began = time.monotonic()
-    tuning = {arm: [Run(arm, learning_rate, 0) for learning_rate in config.learning_rates] for arm in config.arms}
-    expected = len(config.arms) * (len(config.learning_rates) + config.seeds - 1)
-    numbers = itertools.count(1)
-    found: dict[Run, Scores] = {}
+    rates = config.learning_rates
+    tuning = {arm: [Run(arm, rate, 0) for rate in rates] for arm in config.arms}
+    expected = len(config.arms) * (len(rates) + config.seeds - 1)
+    progress = _Progress(expected)
+    found: dict[Run, Result] = {}
 
     def finish(run: Run) -> bool:
-        print(f"run {next(numbers)} of {expected}: {run.name}", file=sys.stderr)
-        measures = _measures(run, config, items, out / "runs" / run.name)
-        if measures is not None:
-            found[run] = scores(measures)
-        return measures is not None
+        with progress.run(run.name, done=(out / "runs" / run.name / RESULT_FILE).exists()):
+            result = _result(run, config, items, out / "runs" / run.name)
+        if result is not None:
+            found[run] = result
+            write_results(config, out, found)
+        return result is not None
 
-    if not all(finish(run) for runs in tuning.values() for run in runs):
+    if not all(finish(run) for runs in zip(*tuning.values(), strict=True) for run in runs):
         return False
-    chosen = {arm: max(runs, key=lambda run: mean_score(found[run][VALIDATION])) for arm, runs in tuning.items()}
+    chosen = {arm: max(runs, key=lambda run: found[run].last) for arm, runs in tuning.items()}
     others = [dataclasses.replace(run, seed=seed) for seed in range(1, config.seeds) for run in chosen.values()]
-    if not all(map(finish, others)):
-        return False
-    arms = {
-        arm: [found[dataclasses.replace(run, seed=seed)] for seed in range(config.seeds)] for arm, run in chosen.items()
-    }
-    _write(config, out, found, chosen, arms, time.monotonic() - began)
-    return True
+    return all(map(finish, others))
 
 
-def _measures(run: Run, config: AblationConfig, items: Sequence[Question], directory: Path) -> dict[str, Any] | None:
-    """Measures of a run, which is trained and evaluated unless it was before; None if training was stopped."""
-    path = directory / MEASURES_FILE
+class _Progress:
+    """Says which run begins, and estimates what remains from those of this call."""
+
+    def __init__(self, runs: int):
+        self._runs, self._number, self._seconds = runs, itertools.count(1), []
+
+    def run(self, name: str, *, done: bool) -> "_Timed":
+        number = next(self._number)
+        left = self._runs - number + 1
+        estimate = ""
+        if self._seconds:
+            minutes = sum(self._seconds) / len(self._seconds) * left / 60
+            estimate = f", about {minutes:.0f} min left"
+        print(f"run {number} of {self._runs}: {name}{' is done' if done else estimate}", file=sys.stderr, flush=True)
+        return _Timed(None if done else self._seconds)
+
+
+class _Timed:
+    def __init__(self, seconds: list[float] | None):
+        self._seconds = seconds
+
+    def __enter__(self) -> None:
+        self._began = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        if self._seconds is not None:
+            self._seconds.append(time.monotonic() - self._began)
+
+
+def _result(run: Run, config: AblationConfig, items: Sequence[Question], directory: Path) -> Result | None:
+    """Returns the result of a run, which is trained and evaluated unless it was before; None if it was stopped."""
+    path = directory / RESULT_FILE
     if not path.exists():
         if train(run_config(run, config), directory).preempted:
             return None
-        results = evaluate(directory, items, EvaluationConfig(answers=config.answers), progress=True).results
-        atomic_write(path, json.dumps(results["measures"], indent=2) + "\n")
-    return json.loads(path.read_text("utf-8"))
+        measures = evaluate(directory, items, EvaluationConfig(answers=config.answers), progress=True).results[
+            "measures"
+        ]
+        content = {"scores": scores(measures), "curve": learning_curve(directory), "measures": measures}
+        atomic_write(path, json.dumps(content, indent=2) + "\n")
+    content = json.loads(path.read_text("utf-8"))
+    return Result(content["scores"], {int(step): score for step, score in content["curve"].items()})
 
 
-def _write(
-    config: AblationConfig,
-    out: Path,
-    found: Mapping[Run, Scores],
-    chosen: Mapping[str, Run],
-    arms: Mapping[str, Sequence[Scores]],
-    seconds: float,
-) -> None:
+def write_results(config: AblationConfig, out: Path, found: Mapping[Run, Result]) -> None:
+    """Writes tables and plots of the runs that are done, those at the learning rate that an arm has taken."""
+    best: dict[str, Run] = {}
+    for run, result in found.items():
+        if run.seed == 0 and (run.arm not in best or result.last > found[best[run.arm]].last):
+            best[run.arm] = run
+    arms = {
+        arm: {run.seed: found[run] for run in found if run.arm == arm and run.learning_rate == taken.learning_rate}
+        for arm, taken in best.items()
+    }
     results = {
         "config": dataclasses.asdict(config),
-        "learning_rates": {arm: run.learning_rate for arm, run in chosen.items()},
-        "runs": [dataclasses.asdict(run) | {"scores": run_scores} for run, run_scores in found.items()],
-        "seconds_of_last_call": round(seconds),
+        "learning_rates": {arm: run.learning_rate for arm, run in best.items()},
+        "runs": [dataclasses.asdict(run) | dataclasses.asdict(result) for run, result in found.items()],
     }
     atomic_write(out / "ablation.json", json.dumps(results, indent=2) + "\n")
-    atomic_write(out / "ablation.md", table(arms, chosen) + "\n")
-    plot_ranges(out / "ablation.png", _by_source(arms), unit="right answers, % (of timelines: F1)")
-
-
-def _cells(arms: Mapping[str, Sequence[Scores]]) -> Iterator[tuple[str, str, dict[str, list[float]]]]:
-    """Yields source, task and the scores of each arm by seed, in percent; the last task of a source is the mean."""
-    first = next(iter(arms.values()))[0]
-    for source in (TRAINED, LONGER):
-        for task in first[source]:
-            yield source, task, {arm: [100 * seed[source][task] for seed in seeds] for arm, seeds in arms.items()}
-        yield source, "mean", {arm: [100 * mean_score(seed[source]) for seed in seeds] for arm, seeds in arms.items()}
-
-
-def table(arms: Mapping[str, Sequence[Scores]], chosen: Mapping[str, Run]) -> str:
-    """Formats a Markdown table: a line per task, with mean, minimum and maximum over the seeds in percent."""
-    rows = [
-        ("scenes", "task", *arms),
-        ("---",) * (2 + len(arms)),
-        *(
-            (
-                source,
-                task,
-                *(f"{sum(cell) / len(cell):.1f} ({min(cell):.0f}-{max(cell):.0f})" for cell in cells.values()),
-            )
-            for source, task, cells in _cells(arms)
-        ),
-        ("", "learning rate", *(f"{chosen[arm].learning_rate:g}" for arm in arms)),
-    ]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
-def _by_source(arms: Mapping[str, Sequence[Scores]]) -> dict[str, dict[str, dict[str, list[float]]]]:
-    """Groups scores by title of the source, task and arm; one score per seed."""
-    by_source: dict[str, dict[str, dict[str, list[float]]]] = {}
-    for source, task, cells in _cells(arms):
-        by_source.setdefault(f"scenes {source}" if source == TRAINED else f"{source} scenes", {})[task] = cells
-    return by_source
+    pairs = [(whole, arm) for arm in arms if (whole := ARMS[arm].without) in arms and whole is not None]
+    tables = (score_table(arms), difference_table(arms, pairs), speed_table(arms))
+    atomic_write(out / "ablation.md", "\n\n".join(filter(None, tables)) + "\n")
+    by_source = {
+        source: {
+            task: {arm: [100 * result.scores[source][task] for result in runs.values()] for arm, runs in arms.items()}
+            for task in tasks
+        }
+        for source, tasks in next(iter(found.values())).scores.items()
+    }
+    plot_ranges(out / "ablation.png", by_source, unit="right answers, % (of timelines: F1)")
+    plot_learning_curves(out / "curves.png", {arm: mean_curve(runs.values()) for arm, runs in arms.items()})

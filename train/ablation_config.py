@@ -3,69 +3,143 @@
 import dataclasses
 
 from moss_audio_jax.commands.options import require, require_choice, require_positive
-from moss_audio_jax.config import PRESETS
 from train.data.config import SceneConfig
 from train.evaluation.config import AnswerConfig
+from train.recipes import TEST_DIGITS, digit_strings
 
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """A model of the ablation."""
+    """A model of the ablation.
 
-    time_markers: bool
-    deepstack: bool
+    label_times: digits of the time are among the auxiliary labels of audio tokens.
+    preset: size of the model. without: the arm that has one thing less, to compare with.
+    """
+
+    time_markers: bool = True
+    deepstack: bool = True
+    label_times: bool = False
+    preset: str = "small"
+    without: str | None = None
 
 
 ARMS = {
-    "both": Arm(time_markers=True, deepstack=True),
-    "no markers": Arm(time_markers=False, deepstack=True),
-    "no DeepStack": Arm(time_markers=True, deepstack=False),
-    "neither": Arm(time_markers=False, deepstack=False),
+    "both": Arm(),
+    "no markers": Arm(time_markers=False, without="both"),
+    "no DeepStack": Arm(deepstack=False, without="both"),
+    "timed labels": Arm(label_times=True),
+    "timed labels, no markers": Arm(label_times=True, time_markers=False, without="timed labels"),
+    "deep encoder": Arm(preset="deep"),
+    "deep encoder, no DeepStack": Arm(preset="deep", deepstack=False, without="deep encoder"),
 }
-_ABLATION_TASKS = ("timeline", "start", "duration", "what_at", "pitch", "loudness")
-_ABLATION_SCENES = SceneConfig(seconds=(2.0, 6.0), events=(1, 3), tasks=_ABLATION_TASKS, questions=3)
-_ABLATION_EASY_SCENES = dataclasses.replace(_ABLATION_SCENES, seconds=(4.0, 4.0), events=(1, 2))
-_ABLATION_ANSWERS = AnswerConfig(batch_size=25, max_new_tokens=96)
+
+
+_TIMES = SceneConfig(
+    seconds=(4.0, 30.0),
+    events=(1, 3),
+    labels=("tone", "click", "noise", "hum"),
+    tasks=("timeline", "start"),
+    questions=2,
+)
+_EASY_TIMES = dataclasses.replace(_TIMES, seconds=(4.0, 8.0))
+_DETAILS = SceneConfig(
+    seconds=(3.0, 4.0),
+    events=(2, 2),
+    labels=("tone",),
+    event_seconds=(0.4, 1.0),
+    tasks=("fine_pitch", "fine_loudness"),
+)
+_DIGITS = dataclasses.replace(digit_strings(), tasks=("timeline",))
+_ANSWERS = AnswerConfig(batch_size=25, max_new_tokens=128)
 
 
 @dataclasses.dataclass(frozen=True)
 class AblationConfig:
     """Training and evaluation of each model of the ablation."""
 
-    arms: tuple[str, ...] = tuple(ARMS)
-    """Models to compare: both, no markers, no DeepStack, neither."""
-    steps: int = 600
+    family: str = "times"
+    """Tasks to compare the models by, which gives the other options their defaults. times: sounds and their times in
+    clips of 4 to 30 s. details: which of two sounds is higher, or louder, and whether two words have one voice. digits:
+    spoken digits and their times."""
+    arms: tuple[str, ...] = ("both", "no markers")
+    """Models to compare: both, no markers, no DeepStack; with digits of the time among the auxiliary labels: timed
+    labels, and timed labels, no markers; with an encoder of 6 layers: deep encoder, and deep encoder, no DeepStack."""
+    steps: int = 1500
     """Steps of every run."""
-    seeds: int = 3
+    seeds: int = 5
     """Runs of each arm at its learning rate. Their data and their first parameters differ."""
-    learning_rates: tuple[float, ...] = (1.5e-3, 3e-3)
-    """Learning rates that each arm tries with its first seed."""
-    preset: str = "small"
-    """Size of the model: small or tiny, 4b or 8b."""
-    scenes: SceneConfig = _ABLATION_SCENES
-    """Scenes of training, and of the test at the same length."""
-    easy_scenes: SceneConfig = _ABLATION_EASY_SCENES
+    learning_rates: tuple[float, ...] = (2e-3,)
+    """Learning rates that each arm tries with its first seed, if there are several. The best in the last validation is
+    taken."""
+    scenes: SceneConfig = _TIMES
+    """Scenes of training."""
+    easy_scenes: SceneConfig = _EASY_TIMES
     """Scenes at the beginning of training."""
     easy_examples: int = 6400
     """Number of scenes at the beginning of training."""
-    longer: float = 2.0
-    """Length of the longer test scenes, and their most events, as a multiple of the longest scenes of training."""
+    test_scenes: SceneConfig = _TIMES
+    """Scenes of the tests; their lengths are those of the bins."""
+    bins: tuple[tuple[float, float], ...] = ((4.0, 8.0), (8.0, 16.0), (16.0, 30.0), (30.0, 45.0))
+    """Shortest and longest scene of each test, in seconds."""
+    clips: str | None = None
+    """Directory of recordings, in place of the one that the scenes name."""
+    batch_size: int = 8
+    """Packed sequences in a batch."""
+    tokens: int = 512
+    """Tokens of a packed sequence."""
+    chunks: int = 8
+    """Audio chunks (4 s each) of a packed sequence."""
+    validations: int = 10
+    """Validations of a run, which make its learning curve."""
+    validation_questions: int = 60
+    """Questions of a validation."""
     questions: int = 100
-    """Questions of each task, about validation scenes and about both lengths of test scenes."""
-    answers: AnswerConfig = _ABLATION_ANSWERS
+    """Questions of each task in each test."""
+    answers: AnswerConfig = _ANSWERS
     """Generation of the answers."""
 
     def __post_init__(self):
+        require_choice(self, "", "family", ("times", "details", "digits"))
         chosen = f"some of {', '.join(ARMS)}"
         require(self, "", ("arms",), lambda arms: bool(arms) and set(arms) <= set(ARMS), chosen)
-        require_positive(self, "", "steps", "seeds", "questions")
+        counts = ("steps", "seeds", "questions", "validations", "validation_questions", "batch_size")
+        require_positive(self, "", *counts)
+        require(self, "", ("validations",), lambda count: count <= self.steps, f"{self.steps} steps or fewer")
         require(self, "", ("learning_rates",), bool, "one rate or more")
-        require(self, "", ("longer",), lambda value: value > 1, "above 1")
-        require_choice(self, "", "preset", PRESETS)
+        require(self, "", ("bins",), lambda bins: all(0 < low <= high for low, high in bins), "bounds above 0")
 
     @property
-    def longer_scenes(self) -> SceneConfig:
-        """Scenes of the test that are longer than those of training."""
-        seconds = self.scenes.seconds[1] * self.longer
-        events = (self.scenes.events[0], round(self.scenes.events[1] * self.longer))
-        return dataclasses.replace(self.scenes, seconds=(seconds, seconds), events=events)
+    def longest(self) -> float:
+        """Seconds of the longest scene of training."""
+        return self.scenes.seconds[1]
+
+
+FAMILIES: dict[str, AblationConfig] = {
+    "times": AblationConfig(),
+    "details": AblationConfig(
+        family="details",
+        arms=("both", "no DeepStack"),
+        scenes=_DETAILS,
+        easy_scenes=dataclasses.replace(_DETAILS, tasks=("pitch", "loudness")),
+        test_scenes=_DETAILS,
+        bins=((3.0, 4.0),),
+        tokens=208,
+        chunks=2,
+        batch_size=16,
+    ),
+    "digits": AblationConfig(
+        family="digits",
+        scenes=_DIGITS,
+        easy_scenes=dataclasses.replace(_DIGITS, seconds=(2.0, 4.0), events=(1, 3)),
+        easy_examples=16_000,
+        test_scenes=dataclasses.replace(
+            _DIGITS,
+            clips_only=(TEST_DIGITS,),
+            clips_except=tuple(glob for glob in _DIGITS.clips_except if glob != TEST_DIGITS),
+        ),
+        bins=((2.0, 6.0), (6.0, 12.0), (12.0, 18.0)),
+        tokens=320,
+        chunks=4,
+        batch_size=16,
+    ),
+}

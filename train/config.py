@@ -154,7 +154,7 @@ class ModelSource:
     """MOSS-Audio directory (released, Orbax or a training run), or OWNER/NAME on the Hugging Face hub, that gives
     configuration, parameters and tokenizer."""
     preset: str = "4b"
-    """Size of the model if there is no checkpoint: 4b, 8b, small or tiny."""
+    """Size of the model if there is no checkpoint: 4b, 8b, small, deep or tiny."""
     encoder: str | None = None
     """MOSS-Audio checkpoint that gives the audio encoder, without adapter and DeepStack mergers."""
     language_model: str | None = None

@@ -21,6 +21,7 @@ worker_processes   processes beside this one
 places             place of a run in its data; whether other data are the same until there
 host_shares        rows of a batch that each process reads
 scenes             synthetic sound scenes with questions, by seed and index
+recordings         short labelled recordings that sound in scenes
 scene_synthesis    waves of scenes
 scene_tasks        questions about scenes
 scene_files        scenes written as a manifest and WAV files

@@ -4,6 +4,7 @@ Imports nothing heavy: `--help` needs these classes.
 """
 
 import math
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, get_args
@@ -20,7 +21,10 @@ Oversize = Literal["skip", "truncate", "refuse"]
 LABELS = ("tone", "chirp", "click", "noise", "dial", "hum")  # of scenes, by default
 SOUND_NAMES = (*LABELS, "siren")
 BACKGROUNDS = ("white", "pink", "brown")
-TASK_NAMES = ("timeline", "caption", "start", "duration", "what_at", "pitch", "loudness")
+TASK_NAMES = (
+    *("timeline", "words", "transcript", "caption", "start", "duration", "what_at"),
+    *("pitch", "fine_pitch", "loudness", "fine_loudness", "voice"),
+)
 SHORTEST_EVENT = 0.1  # seconds
 SEEDS = 2**32  # number of seeds that scenes can have
 SPEED_STEPS = 100  # speeds are multiples of 1/100, so that resampling filters stay short
@@ -49,6 +53,8 @@ class DataConfig:
     """Supervise all answers of a conversation, or only the last one."""
     thoughts: Thoughts = "learn"
     """Supervise the thoughts at the start of answers, or mask them: they are then input only."""
+    label_times: bool = True
+    """Auxiliary labels of audio tokens (--step.audio-label-weight) are also digits of the time, not events alone."""
     default_prompt: str = ""
     """Prompt of a conversation that has audio and a blank prompt, or none."""
     oversize: Oversize = "skip"
@@ -173,25 +179,52 @@ class SceneConfig:
     later."""
     event_seconds: tuple[float, float] = (0.3, 1.5)
     """Length of an event, in seconds."""
+    clips: str | None = None
+    """Directory of short recordings, of any audio format, that are events too. They are decoded and resampled once, and
+    kept in the cache directory."""
+    label_from: str = "folder"
+    """Source of a recording's label. folder: its directory's name. A pattern of its name without the ending, such as
+    `{label}_*` or `{label}_{voice}_*`; one with `/` is of its path below the directory. Or a CSV file with the columns
+    `file` (or filename, path) and `label` (or category, class), and `voice` (or speaker) if there is one."""
+    label_names: tuple[str, ...] = ()
+    """LABEL=NAME: text for a label that was found, such as 7=seven."""
+    clips_only: tuple[str, ...] = ()
+    """Globs over paths below the directory: take only recordings that match one. A directory's name takes its files."""
+    clips_except: tuple[str, ...] = ()
+    """Globs over paths below the directory: leave out recordings that match one."""
+    clip_share: float = 1.0
+    """Share of the events that are recordings, if there are any. The others are drawn from `labels`."""
+    clip_trim_db: float = 40.0
+    """Cut both ends of a recording where it is this much below its peak, in dB, so that its times are those of the
+    sound. 0: cut nothing."""
+    speed: tuple[float, float] = (1.0, 1.0)
+    """Factor of the speed of a recording, which changes its pitch too."""
     gap: float = 0.2
     """Minimum seconds of background between two events and at both ends of a scene."""
     overlap: bool = False
     """Let events overlap. `gap` then holds only at the ends of the scene."""
+    pause: tuple[float, float] | None = None
+    """Seconds between an event and the next; below 0 they overlap. Default: events are anywhere. `gap` then holds only
+    at the ends of the scene."""
     level_db: tuple[float, float] = (-24.0, -6.0)
     """Peak of an event, in dB of full scale."""
+    reverberation: tuple[float, float] = (0.0, 0.0)
+    """Seconds in which the reverberation of a scene's events falls by 60 dB. 0: none. Ends of events are without it."""
     background_db: tuple[float, float] = (-65.0, -50.0)
     """Root mean square of the background noise, in dB of full scale."""
     backgrounds: tuple[str, ...] = BACKGROUNDS
-    """Colours of background noise to draw from."""
+    """Backgrounds to draw from: colours of noise, and directories of recordings, which are cut or repeated."""
     tasks: tuple[str, ...] = ("timeline",)
-    """Questions to draw from; a name given twice is drawn twice as often."""
+    """Questions to draw from; a name given twice is drawn twice as often. timeline: of events, in tenths of a second;
+    words: the events as words, in hundredths; transcript: without times; fine_pitch: which of two is higher by one or
+    two semitones; fine_loudness: louder by 2.5 to 3.5 dB; voice: whether two recordings have the same voice."""
     questions: int = 1
     """Questions about one scene in a training example, one turn each; fewer if the scene has none left."""
 
     def __post_init__(self):
-        pairs = ("seconds", "events", "event_seconds", "level_db", "background_db")
+        pairs = ("seconds", "events", "event_seconds", "level_db", "background_db", "speed", "pause", "reverberation")
         require(self, None, pairs, lambda pair: pair[0] <= pair[1], "a lower and an upper bound")
-        for name, known in (("labels", SOUND_NAMES), ("backgrounds", BACKGROUNDS), ("tasks", TASK_NAMES)):
+        for name, known in (("labels", SOUND_NAMES), ("tasks", TASK_NAMES)):
             chosen = f"some of {', '.join(known)}"
             require(self, None, (name,), lambda found, known=known: bool(found) and set(found) <= set(known), chosen)
         require(self, None, ("events",), lambda events: events[0] >= 1, "1 or more")
@@ -200,6 +233,22 @@ class SceneConfig:
             self, None, ("event_seconds",), lambda seconds: seconds[0] >= SHORTEST_EVENT, f"{SHORTEST_EVENT} or more"
         )
         require(self, None, ("gap",), lambda gap: gap >= 0, "0 or more")
+        require(self, None, ("backgrounds",), bool, f"some of {', '.join(BACKGROUNDS)}, or directories of recordings")
+        require(self, None, ("speed",), lambda speed: speed[0] >= 0.5 and speed[1] <= 2, "from 0.5 to 2")
+        require(self, None, ("clip_share",), lambda share: 0 <= share <= 1, "from 0 to 1")
+        require(self, None, ("clip_trim_db",), lambda decibels: decibels >= 0, "0 or more")
+        longest = "0 to 10, in seconds"
+        require(self, None, ("reverberation",), lambda seconds: seconds[0] >= 0 and seconds[1] <= 10, longest)
+        named = "LABEL=NAME, such as 7=seven"
+        require(
+            self, None, ("label_names",), lambda names: all(re.fullmatch("[^=]+=.+", name) for name in names), named
+        )
+        if self.clips is None:
+            clip_options = ("label_names", "clips_only", "clips_except")
+            given = next((name for name in clip_options if getattr(self, name)), None)
+            given = "label_from" if self.label_from != "folder" else given
+            if given:
+                raise MossAudioError(f"{given} is about the recordings of clips: give clips too, or leave it out")
         shortest = self.event_seconds[1] + 2 * self.gap
         holds = f"{shortest:g} s or more, for the longest event of {self.event_seconds[1]} s and twice {self.gap} s"
         require(self, None, ("seconds",), lambda seconds: seconds[0] >= self.event_seconds[1] + 2 * self.gap, holds)

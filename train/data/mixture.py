@@ -263,6 +263,7 @@ class ExampleOrder:
                 "examples": len(source.examples),
                 "weight": weight,
                 "objectives": None if source.objectives is None else dict(source.objectives),
+                **getattr(source.examples, "facts", {}),
             }
             for phase in self._phases
             if phase.start < before or not phase.start

@@ -136,6 +136,10 @@ class MixtureConfig:
     """Sound scenes of a curriculum's beginning."""
     full_scenes: SceneGroupConfig = SceneGroupConfig()
     """Sound scenes of the greatest length, which random lengths seldom reach."""
+    clips: str | None = None
+    """Directory of recordings for all groups of scenes, in place of their own `clips`."""
+    clips_except: tuple[str, ...] = ()
+    """Globs of recordings that all groups of scenes leave out, besides their own."""
     named: Annotated[dict[str, GroupConfig], tyro.conf.arg(name="")] = dataclasses.field(default_factory=dict)
     """Groups of other names, each with the options of `speech` (`with_named_groups`)."""
 
@@ -167,15 +171,27 @@ class MixtureConfig:
     def with_named_groups(self, arguments: Iterable[str]) -> "MixtureConfig":
         """Adds an empty group for each new name in arguments such as `--mixture.NAME.paths`."""
         found = (match[1].replace("-", "_") for match in map(_GROUP_OPTION.match, arguments) if match)
-        named = {name: GroupConfig() for name in found if name not in (*_OWN_GROUPS, "named")}
+        named = {name: GroupConfig() for name in found if name not in (*_OWN_GROUPS, *_OTHER_FIELDS)}
         return dataclasses.replace(self, named=named | self.named)
+
+    def with_clips(self, scenes: SceneConfig) -> SceneConfig:
+        """Returns the scenes of a group with the recordings that the mixture names."""
+        clips = scenes.clips if self.clips is None else self.clips
+        return dataclasses.replace(scenes, clips=clips, clips_except=scenes.clips_except + self.clips_except)
 
     def _by_name(self) -> dict[str, "GroupConfig | SceneGroupConfig"]:
         """Returns all groups. Named ones are sorted: the order of examples must not depend on that of the options."""
-        return {name: getattr(self, name) for name in _OWN_GROUPS} | dict(sorted(self.named.items()))
+        own = {name: getattr(self, name) for name in _OWN_GROUPS}
+        with_clips = {
+            name: dataclasses.replace(group, scenes=self.with_clips(group.scenes))
+            for name, group in own.items()
+            if isinstance(group, SceneGroupConfig) and group.share
+        }
+        return own | with_clips | dict(sorted(self.named.items()))
 
 
-_OWN_GROUPS = tuple(field.name for field in dataclasses.fields(MixtureConfig) if field.name != "named")
+_OTHER_FIELDS = ("named", "clips", "clips_except")
+_OWN_GROUPS = tuple(field.name for field in dataclasses.fields(MixtureConfig) if field.name not in _OTHER_FIELDS)
 _GROUP_OPTION = re.compile(r"--mixture\.([^.=]+)\.")
 
 

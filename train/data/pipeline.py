@@ -249,6 +249,8 @@ class TrainingData(grain.DatasetIterator[TrainingBatch]):
 
     def _content_options(self) -> dict[str, Any]:
         options = asdict(self._config) | self._maker.content_options()
+        if options["label_times"]:  # states from before this option lack it
+            del options["label_times"]
         for name in ("max_skip_rate", "max_unused_rate", "max_skips_in_a_row", "grow"):
             del options[name]  # do not change the sequences
         if not options["default_prompt"]:  # older runs have no such option

@@ -99,10 +99,13 @@ class SampleMaker:
         time_markers: bool | None = None,
         answers: Answers = "all",
         thoughts: Thoughts = "learn",
+        label_times: bool = True,
         default_prompt: str = "",
         augmentation: Augmentation | None = None,
     ):
         """time_markers: None takes the checkpoint's `enable_time_marker`. answers, thoughts: see above.
+
+        label_times: auxiliary labels are also digits of the time.
 
         default_prompt: of `with_prompt`.
 
@@ -118,6 +121,7 @@ class SampleMaker:
         self._config = config
         self._answers: Answers = answers
         self._thoughts: Thoughts = thoughts
+        self._label_times = label_times
         self._default_prompt = default_prompt
         self._augmentation = augmentation or Augmentation(AugmentConfig())
         self.time_markers = config.processor.enable_time_marker if time_markers is None else time_markers
@@ -294,7 +298,7 @@ class SampleMaker:
 
         Half of them say what is heard: the first id of the label's text, "[" and "]" where it begins and ends, "."
         where nothing is. The others say when that is, at the middle of the token: the digit of the tenths of a second,
-        or that of the whole seconds.
+        or that of the whole seconds. Without `label_times` all say what is heard.
         """
         audio_labels = np.full(len(slots), -1, np.int32)
         if not labels:
@@ -306,6 +310,9 @@ class SampleMaker:
             first, last = (int(time * TOKENS_PER_SECOND) for time in (label.start, label.end))
             said[first : last + 1] = self._tokenizer.encode(label.text)[0]
             said[first : first + 1], said[last : last + 1] = self._begins, self._ends
+        if not self._label_times:
+            audio_labels[audio] = said
+            return audio_labels
         tenths = self._digits[(times * 10).astype(int) % 10]
         seconds = self._digits[times.astype(int) % 10]
         audio_labels[audio] = np.choose(rng.choice(3, len(audio), p=(0.5, 0.25, 0.25)), (said, tenths, seconds))

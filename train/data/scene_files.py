@@ -41,9 +41,15 @@ def _write_scenes(directory: Path, count: int, seed: int, config: SceneConfig) -
 
 
 def _line(task: SceneTask, name: str) -> dict:
-    events = [{"text": event.text, "start": event.start, "end": event.end} for event in task.scene.events]
-    messages = [message for turn in task.example().conversation for message in _messages(turn, name)]
-    return {"conversation": messages, "events": events}
+    example = task.example()
+    messages = [message for turn in example.conversation for message in _messages(turn, name)]
+    labels = {"words": example.words, "events": example.events}
+    timed = {
+        kind: [{"text": label.text, "start": label.start, "end": label.end} for label in found]
+        for kind, found in labels.items()
+        if found
+    }
+    return {"conversation": messages} | ({"text": example.text} if example.text else {}) | timed
 
 
 def _messages(turn: Message, clip: str) -> list[dict[str, str]]:

@@ -9,6 +9,7 @@ import scipy.fft
 
 from moss_audio_jax.audio import SAMPLE_RATE
 from train.data.manifest import TimedText
+from train.data.recordings import Recordings
 
 BACKGROUNDS = ("white", "pink", "brown")
 
@@ -19,44 +20,100 @@ class Event(TimedText):
 
     level_db: peak, in dB of full scale.
     pitch_hz: at the start and at the end; None for sounds without pitch.
+    recording: index of the recording that is played; None for a synthetic sound. voice: the recording's, or "".
     """
 
     level_db: float
     pitch_hz: tuple[float, float] | None = None
+    recording: int | None = None
+    voice: str = ""
 
 
 @dataclass(frozen=True, eq=False)
 class ScenePlan:
-    """Contents of a scene: events in order of their start, and background noise."""
+    """Contents of a scene: events in order of their start, and background noise.
+
+    background: a colour of noise, or a directory of recordings.
+    reverberation: seconds in which that of the events falls by 60 dB; 0 for none.
+    """
 
     samples: int
     events: tuple[Event, ...]
     background: str
     background_db: float
+    reverberation: float = 0.0
 
     @property
     def seconds(self) -> float:
         return self.samples / SAMPLE_RATE
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Scene(ScenePlan):
     """A scene with its wave: float32 [samples], mono at 16 kHz, within [-1, 1]."""
 
     wave: np.ndarray
 
 
-def synthesize(plan: ScenePlan, rng: np.random.Generator) -> Scene:
-    """Makes the wave of a plan: background noise, and each event at its time, scaled to its peak level."""
-    wave = _colored_noise(plan.samples, _SLOPES[plan.background], rng) * _gain(plan.background_db)
+def synthesize(
+    plan: ScenePlan,
+    rng: np.random.Generator,
+    recordings: Recordings | None = None,
+    backgrounds: Recordings | None = None,
+) -> Scene:
+    """Makes the wave of a plan: background noise, and each event at its time, scaled to its peak level.
+
+    recordings: those of the events. backgrounds: those of the plan's directory.
+    """
+    if backgrounds is None:
+        noise = _colored_noise(plan.samples, _SLOPES[plan.background], rng)
+    else:
+        noise = _recorded_noise(plan.samples, backgrounds, rng)
+    wave = noise * _gain(plan.background_db)
+    events = np.zeros(plan.samples, np.float32) if plan.reverberation else wave
     for event in plan.events:
         first, last = round(event.start * SAMPLE_RATE), round(event.end * SAMPLE_RATE)
-        sound = SOUNDS[event.text](event, last - first, rng)
-        wave[first:last] += sound * (_gain(event.level_db) / np.abs(sound).max())
+        if event.recording is None:
+            sound = SOUNDS[event.text](event, last - first, rng)
+        else:
+            assert recordings is not None
+            sound = _of_length(recordings.wave(event.recording), last - first)
+        events[first:last] += sound * (_gain(event.level_db) / np.abs(sound).max())
+    if plan.reverberation:
+        wave += events + _reverberation(events, plan.reverberation, rng)
     loudest = np.abs(wave).max()
     if loudest > 1:  # overlapping events; scaled together, which keeps comparisons of loudness true
         wave /= loudest
     return Scene(**vars(plan), wave=wave)
+
+
+def _of_length(wave: np.ndarray, samples: int) -> np.ndarray:
+    """Plays a wave faster or slower, so that it has this length."""
+    if len(wave) == samples:
+        return wave
+    return np.interp(np.linspace(0, len(wave) - 1, samples), np.arange(len(wave)), wave).astype(np.float32)
+
+
+_DIRECT_TO_REVERBERANT_DB = (0.0, 12.0)
+
+
+def _reverberation(dry: np.ndarray, seconds: float, rng: np.random.Generator) -> np.ndarray:
+    """Returns the reverberation of a wave: its convolution with noise that falls by 60 dB in this time."""
+    noise = rng.standard_normal(round(seconds * SAMPLE_RATE), np.float32)
+    response = noise * 10 ** (-3 / seconds * _seconds(len(noise)))
+    response *= _gain(-rng.uniform(*_DIRECT_TO_REVERBERANT_DB)) / np.linalg.norm(response)
+    response = np.concatenate([np.zeros(1, np.float32), response])  # the direct sound comes first
+    size = int(np.asarray(scipy.fft.next_fast_len(len(dry) + len(response), real=True)))
+    spectrum = np.asarray(scipy.fft.rfft(dry, size)) * np.asarray(scipy.fft.rfft(response, size))
+    return np.asarray(scipy.fft.irfft(spectrum, size))[: len(dry)]
+
+
+def _recorded_noise(samples: int, recordings: Recordings, rng: np.random.Generator) -> np.ndarray:
+    """Part of a recording, float32 [samples] with a root mean square of 1; a short one is repeated."""
+    wave = recordings.wave(int(rng.integers(len(recordings))))
+    first = int(rng.integers(max(len(wave) - samples, 0) + 1))
+    noise = np.resize(wave[first : first + samples], samples)
+    return noise / max(float(np.sqrt(np.mean(np.square(noise)))), 1e-6)
 
 
 def _gain(decibels: float) -> np.float32:

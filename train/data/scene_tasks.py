@@ -1,20 +1,25 @@
 """Questions about sound scenes. A task maps a plan to a question and its answer, or None if it does not apply."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from train.data.objectives import EVENT_DECIMALS, PROMPTS, TIME_QUESTIONS, timeline
+from train.data.manifest import TimedText
+from train.data.objectives import EVENT_DECIMALS, PROMPTS, SPEECH_DECIMALS, TIME_QUESTIONS, timeline
 from train.data.scene_synthesis import Event, ScenePlan
 
 Asked = tuple[str, str] | None
 
 PITCH_RATIO = 1.2  # minimum between two compared pitches: three semitones
 LOUDNESS_DB = 6.0  # minimum between two compared levels
+FINE_PITCH_RATIOS = (2 ** (1 / 12), 2 ** (2 / 12))  # of a fine comparison
+FINE_LOUDNESS_DB = (2.5, 3.5)
+SPEECH_TASKS = ("words", "transcript")  # events are words
 _COMPARISONS = {
     "pitch": ("Which {0} is higher, the first or the second?", "Is the first or the second {0} higher in pitch?"),
     "loudness": ("Which {0} is louder, the first or the second?", "Is the first or the second {0} louder?"),
 }
+_VOICE_QUESTIONS = ("Do both words have the same voice?", "Does one person say both words?")
 _ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth")
 _MARGIN = 0.1  # minimum seconds between a time that is asked about and any onset or offset
 _QUIET_SHARE = 0.25  # of `what_at` questions: the share whose answer is "nothing"
@@ -26,6 +31,19 @@ def _ask(wordings: tuple[str, ...], subject: str, rng: np.random.Generator) -> s
 
 def _ask_timeline(plan: ScenePlan, rng: np.random.Generator) -> Asked:
     return _ask(PROMPTS["events"], "", rng), timeline(plan.events, EVENT_DECIMALS)
+
+
+def _ask_words(plan: ScenePlan, rng: np.random.Generator) -> Asked:
+    return _ask(PROMPTS["transcribe_words"], "", rng), timeline(plan.events, SPEECH_DECIMALS)
+
+
+def _ask_transcript(plan: ScenePlan, rng: np.random.Generator) -> Asked:
+    return _ask(PROMPTS["transcribe"], "", rng), transcript(plan.events)
+
+
+def transcript(words: Sequence[TimedText]) -> str:
+    """Joins the texts of words."""
+    return " ".join(word.text for word in words)
 
 
 def _ask_caption(plan: ScenePlan, rng: np.random.Generator) -> Asked:
@@ -72,45 +90,72 @@ def _ask_what_at(plan: ScenePlan, rng: np.random.Generator) -> Asked:
 
 
 def _ask_pitch(plan: ScenePlan, rng: np.random.Generator) -> Asked:
-    def octaves(first: Event, second: Event) -> float:
-        if first.text not in ("tone", "hum") or not first.pitch_hz or not second.pitch_hz:
-            return 0.0
-        return float(np.log2(first.pitch_hz[0] / second.pitch_hz[0]))
+    return _compare("pitch", plan, _octaves, (float(np.log2(PITCH_RATIO)), np.inf), rng)
 
-    return _compare("pitch", plan, octaves, float(np.log2(PITCH_RATIO)), rng)
+
+def _ask_fine_pitch(plan: ScenePlan, rng: np.random.Generator) -> Asked:
+    least, most = np.log2(FINE_PITCH_RATIOS)
+    return _compare("pitch", plan, _octaves, (least, most), rng)
+
+
+def _octaves(first: Event, second: Event) -> float:
+    if first.text not in ("tone", "hum") or not first.pitch_hz or not second.pitch_hz:
+        return 0.0
+    return float(np.log2(first.pitch_hz[0] / second.pitch_hz[0]))
 
 
 def _ask_loudness(plan: ScenePlan, rng: np.random.Generator) -> Asked:
-    return _compare("loudness", plan, lambda first, second: first.level_db - second.level_db, LOUDNESS_DB, rng)
+    return _compare("loudness", plan, _decibels, (LOUDNESS_DB, np.inf), rng)
+
+
+def _ask_fine_loudness(plan: ScenePlan, rng: np.random.Generator) -> Asked:
+    return _compare("loudness", plan, _decibels, FINE_LOUDNESS_DB, rng)
+
+
+def _decibels(first: Event, second: Event) -> float:
+    return first.level_db - second.level_db
 
 
 def _compare(
-    task: str,
+    name: str,
     plan: ScenePlan,
     excess: Callable[[Event, Event], float],
-    least: float,
+    bounds: tuple[float, float],
     rng: np.random.Generator,
 ) -> Asked:
-    """Compares the only two sounds of a label, if `excess` of one over the other is at least `least` in size."""
+    """Compares the only two sounds of a label, if `excess` of one over the other has a size within the bounds."""
     pairs = []
     for label in dict.fromkeys(event.text for event in plan.events):
         same = [event for event in plan.events if event.text == label]
-        if len(same) == 2 and abs(excess(*same)) >= least:
+        if len(same) == 2 and bounds[0] <= abs(excess(*same)) <= bounds[1]:
             pairs.append(same)
     if not pairs:
         return None
     first, second = pairs[rng.integers(len(pairs))]
-    return _ask(_COMPARISONS[task], first.text, rng), "first" if excess(first, second) > 0 else "second"
+    return _ask(_COMPARISONS[name], first.text, rng), "first" if excess(first, second) > 0 else "second"
+
+
+def _ask_voice(plan: ScenePlan, rng: np.random.Generator) -> Asked:
+    voices = [event.voice for event in plan.events if event.voice]
+    wanted = bool(rng.integers(2))  # equally many answers of both kinds, whatever the voices are
+    if len(voices) != 2 or (voices[0] == voices[1]) != wanted:
+        return None
+    return _ask(_VOICE_QUESTIONS, "", rng), "yes" if wanted else "no"
 
 
 TASKS: dict[str, Callable[[ScenePlan, np.random.Generator], Asked]] = {
     "timeline": _ask_timeline,
+    "words": _ask_words,
+    "transcript": _ask_transcript,
     "caption": _ask_caption,
     "start": _ask_start,
     "duration": _ask_duration,
     "what_at": _ask_what_at,
     "pitch": _ask_pitch,
+    "fine_pitch": _ask_fine_pitch,
     "loudness": _ask_loudness,
+    "fine_loudness": _ask_fine_loudness,
+    "voice": _ask_voice,
 }
 
 _PHRASES = {
@@ -126,11 +171,15 @@ _BACKGROUND_PHRASES = {"white": "a faint hiss", "pink": "a faint rushing", "brow
 
 def caption(plan: ScenePlan) -> str:
     """Describes the events in order of their start: `A tone, then a hum, over a faint hiss.`"""
-    phrases = [_PHRASES.get(event.text) or _chirp_phrase(event) for event in plan.events]
-    sentence = f"{', then '.join(phrases)}, over {_BACKGROUND_PHRASES[plan.background]}."
+    background = _BACKGROUND_PHRASES.get(plan.background, "other sound")
+    sentence = f"{', then '.join(map(_phrase, plan.events))}, over {background}."
     return sentence[0].upper() + sentence[1:]
 
 
-def _chirp_phrase(event: Event) -> str:
+def _phrase(event: Event) -> str:
+    if event.recording is not None:
+        return event.text
+    if event.text != "chirp":
+        return _PHRASES[event.text]
     assert event.pitch_hz is not None
     return f"a {'rising' if event.pitch_hz[0] < event.pitch_hz[1] else 'falling'} chirp"

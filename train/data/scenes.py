@@ -11,16 +11,18 @@ One core makes hundreds of 8-second scenes per second.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
 from moss_audio_jax.audio import SAMPLE_RATE
 from moss_audio_jax.errors import MossAudioError
-from train.data.config import SceneConfig
+from train.data.config import BACKGROUNDS, SceneConfig
 from train.data.manifest import Clip, Example, Message
 from train.data.mixture import ENDLESS
+from train.data.recordings import Recordings, open_recordings
 from train.data.scene_synthesis import Event, Scene, ScenePlan, log_uniform, synthesize
-from train.data.scene_tasks import TASKS, caption
+from train.data.scene_tasks import SPEECH_TASKS, TASKS, caption, transcript
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,8 +41,15 @@ class SceneTask:
         turns = [Message("user", (clip, self.question)), Message("assistant", (self.answer,))]
         for question, answer in self.more:
             turns += [Message("user", (question,)), Message("assistant", (answer,))]
+        words = self.scene.events if self.name in SPEECH_TASKS else ()
         return Example(
-            name=name, conversation=tuple(turns), clip=clip, caption=caption(self.scene), events=self.scene.events
+            name=name,
+            conversation=tuple(turns),
+            clip=clip,
+            caption=caption(self.scene),
+            text=transcript(words),
+            words=words,
+            events=self.scene.events,
         )
 
 
@@ -55,6 +64,12 @@ class SceneExamples(Sequence[Example]):
     def __len__(self) -> int:
         return self.count
 
+    @property
+    def facts(self) -> dict[str, str]:
+        """Facts of the data beside the configuration, which a resumed run compares."""
+        recordings = event_recordings(self.config)
+        return {} if recordings is None else {"recordings": recordings.sha256}
+
     def __getitem__(self, index: int) -> Example:
         return make_task(self.seed, index, self.config).example(f"scene {index} of seed {self.seed}")
 
@@ -62,7 +77,38 @@ class SceneExamples(Sequence[Example]):
 def make_scene(seed: int, index: int, config: SceneConfig) -> Scene:
     """Makes scene number `index` of a seed; both are 0 or more."""
     rng = _generator(seed, index, stream=0)
-    return synthesize(_draw_plan(config, rng), rng)
+    return _synthesize(_draw_plan(config, rng), config, rng)
+
+
+def _synthesize(plan: ScenePlan, config: SceneConfig, rng: np.random.Generator) -> Scene:
+    noise = None if plan.background in BACKGROUNDS else open_recordings(plan.background)
+    return synthesize(plan, rng, event_recordings(config), noise)
+
+
+@lru_cache(maxsize=8)
+def event_recordings(config: SceneConfig) -> Recordings | None:
+    """Opens the recordings of a configuration; None if it has none.
+
+    Raises MossAudioError if there are none, one has no label, or one is too long for a scene.
+    """
+    if config.clips is None:
+        return None
+    recordings = open_recordings(
+        config.clips,
+        config.label_from,
+        names=config.label_names,
+        only=config.clips_only,
+        without=config.clips_except,
+        trim_db=config.clip_trim_db,
+    )
+    longest = int(np.argmax(recordings.lengths))
+    seconds = recordings.lengths[longest] / SAMPLE_RATE / config.speed[0]
+    if seconds + 2 * config.gap > config.seconds[0]:
+        raise MossAudioError(
+            f"{recordings.names[longest]} takes {seconds:.2f} s, and with {config.gap:g} s at both ends it does not "
+            f"fit into scenes of {config.seconds[0]:g} s: make scenes longer, or leave it out by clips_except"
+        )
+    return recordings
 
 
 def _generator(seed: int, index: int, stream: int) -> np.random.Generator:
@@ -86,7 +132,7 @@ def make_task(seed: int, index: int, config: SceneConfig) -> SceneTask:
         if asked is not None:
             more = [TASKS[str(rng.choice(config.tasks))](plan, rng) for _ in range(config.questions - 1)]
             others = tuple(dict.fromkeys(pair for pair in more if pair is not None and pair != asked))
-            return SceneTask(name, synthesize(plan, scene_rng), *asked, more=others)
+            return SceneTask(name, _synthesize(plan, config, scene_rng), *asked, more=others)
     raise MossAudioError(
         f"scenes: no scene in {_ATTEMPTS} of this configuration can be asked the task {name!r}; "
         "allow the events it needs or leave it out."
@@ -104,35 +150,63 @@ _CHIRP_RATIO = (1.8, 4.0)
 
 def _draw_plan(config: SceneConfig, rng: np.random.Generator) -> ScenePlan:
     samples = round(rng.uniform(*config.seconds) * SAMPLE_RATE / _FRAME) * _FRAME
-    count = rng.integers(config.events[0], config.events[1] + 1)
+    count = int(rng.integers(config.events[0], config.events[1] + 1))
+    recordings = event_recordings(config)
+    chosen = _draw_recordings(recordings, count, config, rng)
     lengths = np.round(rng.uniform(*config.event_seconds, count) * SAMPLE_RATE).astype(int)
-    starts, lengths = _place(samples, lengths, round(config.gap * SAMPLE_RATE), config.overlap, rng)
-    events = tuple(
-        Event(
-            text=label,
-            start=float(start / SAMPLE_RATE),
-            end=float((start + length) / SAMPLE_RATE),
-            level_db=float(rng.uniform(*config.level_db)),
-            pitch_hz=_draw_pitch(label, rng),
-        )
-        for start, length, label in zip(starts, lengths, map(str, rng.choice(config.labels, len(starts))), strict=True)
-    )
-    return ScenePlan(samples, events, str(rng.choice(config.backgrounds)), float(rng.uniform(*config.background_db)))
+    if recordings is not None:
+        played = np.round(recordings.lengths[chosen] / rng.uniform(*config.speed, count)).astype(int)
+        lengths = np.where(chosen >= 0, played, lengths)
+    starts, order = _place(samples, lengths, config, rng)
+    drawn = zip(starts, lengths[order], chosen[order].tolist(), rng.choice(config.labels, len(starts)), strict=True)
+    events = []
+    for start, length, number, label in drawn:
+        times = float(start / SAMPLE_RATE), float((start + length) / SAMPLE_RATE)
+        level_db = float(rng.uniform(*config.level_db))
+        if number < 0 or recordings is None:
+            events.append(Event(str(label), *times, level_db, _draw_pitch(label, rng)))
+        else:
+            found = recordings.labels[number], *times, level_db
+            events.append(Event(*found, recording=number, voice=recordings.voices[number]))
+    background = str(rng.choice(config.backgrounds)), float(rng.uniform(*config.background_db))
+    return ScenePlan(samples, tuple(events), *background, float(rng.uniform(*config.reverberation)))
+
+
+def _draw_recordings(
+    recordings: Recordings | None, count: int, config: SceneConfig, rng: np.random.Generator
+) -> np.ndarray:
+    """Draws the recordings of events, labels uniformly; -1 for synthetic sounds."""
+    if recordings is None:
+        return np.full(count, -1)
+    chosen = [recordings.draw(rng) for _ in range(count)]
+    return np.where(rng.random(count) < config.clip_share, chosen, -1)
 
 
 def _place(
-    samples: int, lengths: np.ndarray, gap: int, overlap: bool, rng: np.random.Generator
+    samples: int, lengths: np.ndarray, config: SceneConfig, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns sorted starts and the lengths of the events that fit, in samples. All arrangements are equally likely."""
-    if overlap:
+    """Returns sorted starts, in samples, and which of the events they are of: those that fit.
+
+    Without pauses all arrangements are equally likely.
+    """
+    gap = round(config.gap * SAMPLE_RATE)
+    if config.pause is not None:
+        pauses = np.round(rng.uniform(*config.pause, len(lengths)) * SAMPLE_RATE).astype(int)
+        steps = np.maximum(lengths + pauses, 0)[:-1]  # an event does not begin before the last one
+        starts = np.concatenate([[0], np.cumsum(steps)])
+        ends = np.maximum.accumulate(starts + lengths)
+        fitting = int(np.sum(ends <= samples - 2 * gap))
+        free = samples - 2 * gap - int(ends[fitting - 1])
+        return starts[:fitting] + gap + rng.integers(0, free + 1), np.arange(fitting)
+    if config.overlap:
         starts = gap + np.floor(rng.random(len(lengths)) * (samples - 2 * gap - lengths + 1)).astype(int)
         order = np.argsort(starts, kind="stable")
-        return starts[order], lengths[order]
+        return starts[order], order
     fitting = int(np.sum(np.cumsum(lengths + gap) + gap <= samples))
     lengths = lengths[:fitting]
     free = samples - gap - int(np.sum(lengths + gap))
     before = np.sort(rng.integers(0, free + 1, fitting))  # free samples before each event
-    return before + gap + np.cumsum(lengths + gap) - (lengths + gap), lengths
+    return before + gap + np.cumsum(lengths + gap) - (lengths + gap), np.arange(fitting)
 
 
 def _draw_pitch(label: str, rng: np.random.Generator) -> tuple[float, float] | None:

@@ -186,7 +186,7 @@ def _draw_ranges(values: Ranges, unit: str) -> "Figure":
     from matplotlib.figure import Figure
 
     groups = list(next(iter(next(iter(values.values())).values())))
-    colors = dict(zip(groups, (COLORS[index % len(COLORS)] for index in (4, 5, 2, 3, 0, 1)), strict=False))
+    colors = dict(zip(groups, _group_colors(len(groups)), strict=True))
     height = sum(1 + len(lines) for lines in values.values())
     figure = Figure((9, height * _LINE + 1.0), layout="constrained")
     axes = figure.subplots()
@@ -214,3 +214,37 @@ def _draw_ranges(values: Ranges, unit: str) -> "Figure":
     axes.spines[["top", "right", "left"]].set_visible(False)
     figure.legend(loc="outside upper center", ncols=len(groups), frameon=False)
     return figure
+
+
+Curves = Mapping[str, Mapping[int, tuple[float, float, float]]]  # name -> step -> lowest, mean and highest score
+
+
+def plot_learning_curves(path: AnyPath, curves: Curves) -> None:
+    """Writes a PNG of scores (0 to 1) by step: a line at the mean, a band from lowest to highest.
+
+    Raises MossAudioError without matplotlib or if the file can't be written.
+    """
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
+    figure = Figure((9, 4), layout="constrained")
+    axes = figure.subplots()
+    for (name, curve), color in zip(curves.items(), _group_colors(len(curves)), strict=True):
+        steps = sorted(curve)
+        lowest, mean, highest = (100 * np.array(part) for part in zip(*(curve[step] for step in steps), strict=True))
+        axes.fill_between(steps, lowest, highest, color=color, alpha=0.2, linewidth=0)
+        axes.plot(steps, mean, "o-", color=color, markersize=4, label=name)
+    axes.set_xlabel("step")
+    axes.set_ylabel("score in validation, %")
+    axes.set_xlim(left=0)
+    axes.set_ylim(0, 100)
+    axes.grid(color="0.9", linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside upper center", ncols=len(curves), frameon=False)
+    save_figure(figure, path)
+
+
+def _group_colors(count: int) -> list[str]:
+    """Returns colours of compared runs that are far apart."""
+    order = (4, 5, 2, 3, 0, 1)
+    return [COLORS[order[index % len(order)] % len(COLORS)] for index in range(count)]

@@ -166,12 +166,17 @@ def _asks_for_seconds(question: str | Clip) -> bool:
 
 _SCENE_MEASURES = {
     "timeline": "events",
+    "words": "timed_text",
+    "transcript": "text",
     "caption": "label",
     "start": "seconds",
     "duration": "seconds",
     "what_at": "label",
     "pitch": "label",
+    "fine_pitch": "label",
     "loudness": "label",
+    "fine_loudness": "label",
+    "voice": "label",
 }
 
 

@@ -257,6 +257,7 @@ def sample_maker(
         model,
         answers=config.data.answers,
         thoughts=config.data.thoughts,
+        label_times=config.data.label_times,
         default_prompt=config.data.default_prompt,
         augmentation=augmentation,
     )
