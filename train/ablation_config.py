@@ -43,11 +43,12 @@ _TIMES = SceneConfig(
 )
 _EASY_TIMES = dataclasses.replace(_TIMES, seconds=(4.0, 8.0))
 _DETAILS = SceneConfig(
-    seconds=(3.0, 4.0),
+    seconds=(1.6, 2.0),
     events=(2, 2),
     labels=("tone",),
-    event_seconds=(0.4, 1.0),
-    tasks=("fine_pitch", "fine_loudness"),
+    event_seconds=(0.4, 0.6),
+    gap=0.1,
+    tasks=("pitch", "fine_pitch", "loudness", "fine_loudness"),
 )
 _DIGITS = dataclasses.replace(digit_strings(), tasks=("timeline",))
 _ANSWERS = AnswerConfig(batch_size=25, max_new_tokens=128)
@@ -122,9 +123,9 @@ FAMILIES: dict[str, AblationConfig] = {
         scenes=_DETAILS,
         easy_scenes=dataclasses.replace(_DETAILS, tasks=("pitch", "loudness")),
         test_scenes=_DETAILS,
-        bins=((3.0, 4.0),),
-        tokens=208,
-        chunks=2,
+        bins=((1.6, 2.0),),
+        tokens=256,
+        chunks=4,
         batch_size=16,
     ),
     "digits": AblationConfig(

@@ -1,4 +1,4 @@
-"""The ablation: arms that differ in one thing, the choice of learning rates, and a comparison that resumes."""
+"""The ablation: arms that differ in one thing, the choice of learning rates, paired differences, and resuming."""
 
 import dataclasses
 import json
@@ -10,21 +10,28 @@ import pytest
 from moss_audio_jax import MossAudioError, load_processor
 from moss_audio_jax.weights.parameters import abstract_parameters
 from train import ablation
-from train.ablation import LATE_START, LONGER, TRAINED, VALIDATION, Run, ablate, questions, run_config, table
-from train.ablation_config import ARMS, AblationConfig
+from train.ablation import Run, ablate, learning_curve, questions, run_config
+from train.ablation_config import ARMS, FAMILIES, AblationConfig
+from train.ablation_report import Result, difference_table, mean_interval, score_table, speed_table
 from train.config import model_config
 from train.data.config import SceneConfig
 from train.evaluation.config import AnswerConfig
 
 SCENES = SceneConfig(seconds=(2.0, 3.0), events=(1, 2), tasks=("timeline", "start", "loudness"))
 SMALL = AblationConfig(
-    arms=("both", "neither"),
+    arms=("both", "no markers"),
     steps=2,
     seeds=2,
     learning_rates=(1e-3, 2e-3),
     scenes=SCENES,
     easy_scenes=SCENES,
+    test_scenes=SCENES,
+    bins=((2.0, 3.0), (3.0, 6.0)),
     easy_examples=8,
+    tokens=208,
+    chunks=2,
+    validations=1,
+    validation_questions=4,
     questions=3,
     answers=AnswerConfig(batch_size=9, max_new_tokens=4),
 )
@@ -33,71 +40,103 @@ SMALL = AblationConfig(
 def test_arms_differ_in_what_they_are_named_after():
     configs = {arm: run_config(Run(arm, 1e-3, 0), AblationConfig()) for arm in ARMS}
     models = {arm: model_config(config.model) for arm, config in configs.items()}
-    assert {arm: (model.processor.enable_time_marker, model.num_deepstack) for arm, model in models.items()} == {
-        "both": (True, 2),
-        "no markers": (False, 2),
-        "no DeepStack": (True, 0),
-        "neither": (False, 0),
-    }
-    shared = [dataclasses.replace(config, model=configs["both"].model) for config in configs.values()]
-    assert all(config == configs["both"] for config in shared)
-    without = set(abstract_parameters(models["neither"], np.float32))
-    missing = set(abstract_parameters(models["both"], np.float32)) - without
-    assert missing and all(path.startswith("deepstack_audio_merger_list.") for path in missing)
+    for arm, of_arm in ARMS.items():
+        model = models[arm]
+        assert model.processor.enable_time_marker == ("no markers" not in arm)
+        assert (model.num_deepstack == 0) == ("no DeepStack" in arm)
+        assert (model.audio_config.encoder_layers == 6) == ("deep encoder" in arm)
+        assert configs[arm].data.label_times == ("timed labels" in arm)
+        whole = of_arm.without
+        if whole is None:
+            continue
+        # One thing less than the arm that it is compared with, in the configuration and in the parameters.
+        assert dataclasses.replace(configs[arm], model=configs[whole].model) == configs[whole]
+        names = {arm: set(abstract_parameters(models[arm], np.float32)) for arm in (arm, whole)}
+        missing = names[whole] - names[arm]
+        assert all(path.startswith("deepstack_audio_merger_list.") for path in missing)
+        assert bool(missing) == ("no DeepStack" in arm)
 
 
-def test_questions_are_as_many_of_every_task_and_late_starts_are_their_own():
-    config = dataclasses.replace(SMALL, questions=20)
-    items = questions(config)
-    counts = {
-        source: [item.task for item in items if item.source == source] for source in (VALIDATION, TRAINED, LONGER)
-    }
-    for source in (VALIDATION, TRAINED):
-        assert {task: counts[source].count(task) for task in SCENES.tasks} == dict.fromkeys(SCENES.tasks, 20)
-    assert counts[LONGER].count("start") + counts[LONGER].count(LATE_START) == 20
-    for item in items:
-        seconds = len(item.clips[0].wave()) / 16000
-        assert seconds == 6 if item.source == LONGER else 2 <= seconds <= 3
-        if item.task in ("start", LATE_START):
-            assert (float(item.reference) > 3) == (item.task == LATE_START)
-    assert 5 < counts[LONGER].count(LATE_START) < 15
-    questions_of = {source: [item.reference for item in items if item.source == source] for source in counts}
-    assert questions_of[VALIDATION] != questions_of[TRAINED]
+def test_families_test_what_they_train():
+    for name, family in FAMILIES.items():
+        assert family.family == name and set(family.test_scenes.tasks) == set(family.scenes.tasks)
+        assert all(ARMS[arm].without in (None, *family.arms) for arm in family.arms)
+        config = run_config(Run(family.arms[0], 1e-3, 0), family)
+        assert config.mixture.scenes.scenes == family.scenes and config.data.tokens == family.tokens
+    digits = FAMILIES["digits"]
+    (tested,) = digits.test_scenes.clips_only
+    assert tested in digits.scenes.clips_except and tested not in digits.test_scenes.clips_except
+
+
+def test_questions_are_as_many_of_every_task_in_every_test():
+    items = questions(dataclasses.replace(SMALL, questions=5))
+    for source, (least, most) in (("2 to 3 s", (2, 3)), ("3 to 6 s", (3, 6))):
+        of_test = [item for item in items if item.source == source]
+        tasks = [item.task for item in of_test]
+        assert {task: tasks.count(task) for task in SCENES.tasks} == dict.fromkeys(SCENES.tasks, 5)
+        assert all(least <= len(item.clips[0].wave()) / 16000 <= most for item in of_test)
+
+
+def result(score: float, curve: dict[int, float]) -> Result:
+    return Result({"2 to 3 s": {"start": score}}, curve)
+
+
+def test_tables_compare_seed_by_seed():
+    both = {0: result(0.9, {10: 0.4, 20: 0.6, 30: 0.9}), 1: result(0.7, {10: 0.5, 20: 0.4, 30: 0.7})}
+    without = {0: result(0.7, {10: 0.1, 20: 0.2, 30: 0.3}), 1: result(0.6, {10: 0.1, 20: 0.5, 30: 0.6})}
+    arms = {"both": both, "no markers": without}
+    assert score_table(arms).splitlines() == [
+        "| test | task | both | no markers |",
+        "| --- | --- | --- | --- |",
+        "| 2 to 3 s | start | 80.0 (70-90) | 65.0 (60-70) |",
+    ]
+    # Differences 20 and 10: mean 15, t(0.975, 1) = 12.706, standard error 5.
+    assert mean_interval([20, 10]) == pytest.approx((15, 15 - 63.53, 15 + 63.53), abs=0.01)
+    assert (
+        difference_table(arms, [("both", "no markers")]).splitlines()[-1]
+        == "| 2 to 3 s | start | +15.0 [-48.5, +78.5] |"
+    )
+    assert difference_table({arm: {0: runs[0]} for arm, runs in arms.items()}, [("both", "no markers")]) == ""
+    assert speed_table(arms).splitlines()[2:] == [
+        "| both | 15 (2 of 2 runs) | 30 (1 of 2 runs) | 80.0 |",
+        "| no markers | 20 (1 of 2 runs) | - (0 of 2 runs) | 45.0 |",
+    ]
 
 
 def test_the_better_learning_rate_of_each_arm_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """With made-up measures: the rates' validation scores alone choose."""
+    """With made-up results: the rates' last validation alone chooses."""
 
-    def fake(run: Run, config: AblationConfig, items, directory: Path) -> dict:
-        right = {("both", 1e-3): 0.5, ("both", 2e-3): 0.9, ("neither", 1e-3): 0.4, ("neither", 2e-3): 0.2}
-        validation = right[run.arm, run.learning_rate]
+    def fake(run: Run, config: AblationConfig, items, directory: Path) -> Result:
+        right = {("both", 1e-3): 0.5, ("both", 2e-3): 0.9, ("no markers", 1e-3): 0.4, ("no markers", 2e-3): 0.2}
         tests = 0.1 * run.seed + (0.5 if run.arm == "both" else 0.3)
-        return {
-            source: {"timeline": {"f1": score}, "start": {"share_within": score}, "loudness": {"accuracy": score}}
-            for source, score in ((VALIDATION, validation), (TRAINED, tests), (LONGER, tests / 2))
-        }
+        scores = {"2 to 3 s": dict.fromkeys(SCENES.tasks, tests), "3 to 6 s": dict.fromkeys(SCENES.tasks, tests / 2)}
+        return Result(scores, {1: 0.95, 2: right[run.arm, run.learning_rate]})
 
-    monkeypatch.setattr(ablation, "_measures", fake)
+    monkeypatch.setattr(ablation, "_result", fake)
     assert ablate(SMALL, tmp_path / "out")
     results = json.loads((tmp_path / "out" / "ablation.json").read_text())
-    assert results["learning_rates"] == {"both": 2e-3, "neither": 1e-3}
+    assert results["learning_rates"] == {"both": 2e-3, "no markers": 1e-3}
     assert sorted((run["arm"], run["learning_rate"], run["seed"]) for run in results["runs"]) == [
         ("both", 1e-3, 0),
         ("both", 2e-3, 0),
         ("both", 2e-3, 1),
-        ("neither", 1e-3, 0),
-        ("neither", 1e-3, 1),
-        ("neither", 2e-3, 0),
+        ("no markers", 1e-3, 0),
+        ("no markers", 1e-3, 1),
+        ("no markers", 2e-3, 0),
     ]
-    lines = (tmp_path / "out" / "ablation.md").read_text().splitlines()
-    assert lines[0] == "| scenes | task | both | neither |"
-    assert lines[2] == "| as in training | timeline | 55.0 (50-60) | 35.0 (30-40) |"
-    assert "| longer | mean | 27.5 (25-30) | 17.5 (15-20) |" in lines
-    assert lines[-1] == "|  | learning rate | 0.002 | 0.001 |"
+    text = (tmp_path / "out" / "ablation.md").read_text()
+    assert "| 2 to 3 s | timeline | 55.0 (50-60) | 35.0 (30-40) |" in text
+    assert (
+        "| test | task | both less no markers, 2 seeds |" in text
+        and "| 3 to 6 s | start | +10.0 [+10.0, +10.0] |" in text
+    )
     assert (tmp_path / "out" / "ablation.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_whole_ablation_in_small_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_whole_ablation_in_small_resumes_where_it_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     """Through the real loop and evaluation; stopped before the last run, and begun again."""
     out = tmp_path / "out"
     config = dataclasses.replace(SMALL, learning_rates=(1e-3,), seeds=1)
@@ -109,12 +148,15 @@ def test_a_whole_ablation_in_small_goes_on_where_it_stopped(tmp_path: Path, monk
 
     monkeypatch.setattr(ablation, "train", stopped_at_second)
     assert not ablate(config, out)
-    assert not (out / "ablation.md").exists()
+    assert "| both |" in (out / "ablation.md").read_text()  # of the runs that are done
     assert ablate(config, out)
-    assert trained == ["both-0.001-seed_0", "neither-0.001-seed_0", "neither-0.001-seed_0"]
-    assert not load_processor(out / "runs" / "neither-0.001-seed_0").config.processor.enable_time_marker
+    said = capsys.readouterr().err
+    assert "run 1 of 2: both-0.001-seed_0 is done" in said and "run 2 of 2: no_markers-0.001-seed_0, about" in said
+    assert trained == ["both-0.001-seed_0", "no_markers-0.001-seed_0", "no_markers-0.001-seed_0"]
+    assert not load_processor(out / "runs" / "no_markers-0.001-seed_0").config.processor.enable_time_marker
+    assert list(learning_curve(out / "runs" / "both-0.001-seed_0")) == [2]
     runs = json.loads((out / "ablation.json").read_text())["runs"]
-    assert [set(run["scores"][TRAINED]) for run in runs] == [{"timeline", "start", "loudness"}] * 2
+    assert [set(run["scores"]["3 to 6 s"]) for run in runs] == [{"timeline", "start", "loudness"}] * 2
     assert ablate(config, out) and len(trained) == 3  # nothing is left to train
     with pytest.raises(MossAudioError, match="steps is 3 and was 2"):
         ablate(dataclasses.replace(config, steps=3), out)
@@ -127,10 +169,9 @@ def ablation_outcome(*, preempted: bool):
 
 
 def test_values_are_checked():
-    with pytest.raises(MossAudioError, match="arms must be some of both, no markers, no DeepStack, neither, not "):
+    with pytest.raises(MossAudioError, match="arms must be some of both, no markers, no DeepStack, timed labels, "):
         AblationConfig(arms=())
     with pytest.raises(MossAudioError, match="seeds must be 1 or more, not 0"):
         AblationConfig(seeds=0)
-    with pytest.raises(MossAudioError, match="longer must be above 1, not 1"):
-        AblationConfig(longer=1.0)
-    assert table({"both": [{TRAINED: {"start": 1.0}, LONGER: {"start": 0.0}}]}, {"both": Run("both", 1e-3, 0)})
+    with pytest.raises(MossAudioError, match="family must be one of times, details, digits, not 'all'"):
+        AblationConfig(family="all")

@@ -165,6 +165,10 @@ class AugmentConfig:
         return bool(self.speeds or self.gain_db != (0, 0) or self.noise or self.masks)
 
 
+def _is_background(name: str) -> bool:
+    return name in BACKGROUNDS or "/" in name
+
+
 @dataclass(frozen=True)
 class SceneConfig:
     """Sound scenes. Pairs are the bounds of a uniform draw; equal bounds fix the value."""
@@ -233,7 +237,8 @@ class SceneConfig:
             self, None, ("event_seconds",), lambda seconds: seconds[0] >= SHORTEST_EVENT, f"{SHORTEST_EVENT} or more"
         )
         require(self, None, ("gap",), lambda gap: gap >= 0, "0 or more")
-        require(self, None, ("backgrounds",), bool, f"some of {', '.join(BACKGROUNDS)}, or directories of recordings")
+        places = f"some of {', '.join(BACKGROUNDS)}, or directories of recordings, such as ./rain"
+        require(self, None, ("backgrounds",), lambda names: bool(names) and all(map(_is_background, names)), places)
         require(self, None, ("speed",), lambda speed: speed[0] >= 0.5 and speed[1] <= 2, "from 0.5 to 2")
         require(self, None, ("clip_share",), lambda share: 0 <= share <= 1, "from 0 to 1")
         require(self, None, ("clip_trim_db",), lambda decibels: decibels >= 0, "0 or more")
