@@ -472,14 +472,14 @@ def _evaluate(
     import jax
 
     from moss_audio_jax.pictures import require_matplotlib
-    from train.evaluation.evaluate import evaluate, has_events, read_questions
+    from train.evaluation.evaluate import evaluate, has_timeline, read_questions
     from train.evaluation.measures import measures_table
     from train.running.distributed import exit_if_peer_lost, on_first_process
 
     items = read_questions(config)
     if plot:
         require_matplotlib()
-        if not any(map(has_events, items)):
+        if not any(map(has_timeline, items)):
             raise MossAudioError("--plot draws timelines of events, but no question asks for one: leave it out")
 
     def require_all_writable() -> None:

@@ -36,7 +36,7 @@ ARMS = {
 
 _TIMES = SceneConfig(
     seconds=(4.0, 30.0),
-    events=(1, 3),
+    events=(0, 3),
     labels=("tone", "click", "noise", "hum"),
     tasks=("timeline", "start"),
     questions=2,

@@ -176,7 +176,8 @@ class SceneConfig:
     seconds: tuple[float, float] = (8.0, 8.0)
     """Length of a scene, drawn in steps of a mel frame (10 ms)."""
     events: tuple[int, int] = (1, 4)
-    """Number of events. A scene too short for the number drawn has as many as fit."""
+    """Number of events. A scene too short for the number drawn has as many as fit. The timeline of a scene without
+    events is `nothing`."""
     labels: tuple[str, ...] = LABELS
     """Classes to draw from; a class named twice is drawn twice as often. tone: steady; chirp: gliding; click: a row of
     clicks; noise: a burst; dial: DTMF digits; hum: a low buzz; siren: not in the default, for a model to learn
@@ -231,7 +232,7 @@ class SceneConfig:
         for name, known in (("labels", SOUND_NAMES), ("tasks", TASK_NAMES)):
             chosen = f"some of {', '.join(known)}"
             require(self, None, (name,), lambda found, known=known: bool(found) and set(found) <= set(known), chosen)
-        require(self, None, ("events",), lambda events: events[0] >= 1, "1 or more")
+        require(self, None, ("events",), lambda events: events[0] >= 0 and events[1] >= 1, "0 or more, and 1 or more")
         require_positive(self, None, "questions")
         require(
             self, None, ("event_seconds",), lambda seconds: seconds[0] >= SHORTEST_EVENT, f"{SHORTEST_EVENT} or more"

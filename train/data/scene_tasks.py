@@ -21,8 +21,9 @@ _COMPARISONS = {
 }
 _VOICE_QUESTIONS = ("Do both words have the same voice?", "Does one person say both words?")
 _ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth")
+NOTHING = "nothing"  # is heard
 _MARGIN = 0.1  # minimum seconds between a time that is asked about and any onset or offset
-_QUIET_SHARE = 0.25  # of `what_at` questions: the share whose answer is "nothing"
+_QUIET_SHARE = 0.25  # of `what_at` questions: the share whose answer is NOTHING
 
 
 def _ask(wordings: tuple[str, ...], subject: str, rng: np.random.Generator) -> str:
@@ -30,15 +31,17 @@ def _ask(wordings: tuple[str, ...], subject: str, rng: np.random.Generator) -> s
 
 
 def _ask_timeline(plan: ScenePlan, rng: np.random.Generator) -> Asked:
-    return _ask(PROMPTS["events"], "", rng), timeline(plan.events, EVENT_DECIMALS)
+    return _ask(PROMPTS["events"], "", rng), timeline(plan.events, EVENT_DECIMALS) or NOTHING
 
 
 def _ask_words(plan: ScenePlan, rng: np.random.Generator) -> Asked:
-    return _ask(PROMPTS["transcribe_words"], "", rng), timeline(plan.events, SPEECH_DECIMALS)
+    words = timeline(plan.events, SPEECH_DECIMALS)
+    return (_ask(PROMPTS["transcribe_words"], "", rng), words) if words else None
 
 
 def _ask_transcript(plan: ScenePlan, rng: np.random.Generator) -> Asked:
-    return _ask(PROMPTS["transcribe"], "", rng), transcript(plan.events)
+    words = transcript(plan.events)
+    return (_ask(PROMPTS["transcribe"], "", rng), words) if words else None
 
 
 def transcript(words: Sequence[TimedText]) -> str:
@@ -51,11 +54,15 @@ def _ask_caption(plan: ScenePlan, rng: np.random.Generator) -> Asked:
 
 
 def _ask_start(plan: ScenePlan, rng: np.random.Generator) -> Asked:
+    if not plan.events:
+        return None
     subject, event = _pick_event(plan, rng)
     return _ask(TIME_QUESTIONS["start"], subject, rng), f"{event.start:.{EVENT_DECIMALS}f}"
 
 
 def _ask_duration(plan: ScenePlan, rng: np.random.Generator) -> Asked:
+    if not plan.events:
+        return None
     subject, event = _pick_event(plan, rng)
     return _ask(TIME_QUESTIONS["duration"], subject, rng), f"{event.end - event.start:.{EVENT_DECIMALS}f}"
 
@@ -86,7 +93,7 @@ def _ask_what_at(plan: ScenePlan, rng: np.random.Generator) -> Asked:
     index = rng.choice(np.flatnonzero(wanted))
     labels = [event.text for event, is_heard in zip(plan.events, heard[index], strict=True) if is_heard]
     question = _ask(TIME_QUESTIONS["what_at"], f"{times[index]:.{EVENT_DECIMALS}f}", rng)
-    return question, ", ".join(labels) or "nothing"
+    return question, ", ".join(labels) or NOTHING
 
 
 def _ask_pitch(plan: ScenePlan, rng: np.random.Generator) -> Asked:
@@ -172,7 +179,7 @@ _BACKGROUND_PHRASES = {"white": "a faint hiss", "pink": "a faint rushing", "brow
 def caption(plan: ScenePlan) -> str:
     """Describes the events in order of their start: `A tone, then a hum, over a faint hiss.`"""
     background = _BACKGROUND_PHRASES.get(plan.background, "other sound")
-    sentence = f"{', then '.join(map(_phrase, plan.events))}, over {background}."
+    sentence = f"{', then '.join(map(_phrase, plan.events)) or NOTHING}, over {background}."
     return sentence[0].upper() + sentence[1:]
 
 

@@ -190,7 +190,7 @@ def _place(
     Without pauses all arrangements are equally likely.
     """
     gap = round(config.gap * SAMPLE_RATE)
-    if config.pause is not None:
+    if config.pause is not None and len(lengths):
         pauses = np.round(rng.uniform(*config.pause, len(lengths)) * SAMPLE_RATE).astype(int)
         steps = np.maximum(lengths + pauses, 0)[:-1]  # an event does not begin before the last one
         starts = np.concatenate([[0], np.cumsum(steps)])

@@ -100,7 +100,7 @@ class Evaluation:
         """
         from train.evaluation.plots import plot_timelines
 
-        pairs = [pair for pair in zip(self.questions, self.answers, strict=True) if has_events(pair[0])]
+        pairs = [pair for pair in zip(self.questions, self.answers, strict=True) if has_timeline(pair[0])]
         shown = indices_of_all_labels([question for question, _ in pairs], most)
         if shown:  # a partial evaluation may have none
             plot_timelines(path, [timeline_plot(pairs[index][0], pairs[index][1].text) for index in shown])
@@ -135,9 +135,9 @@ def clip_title(question: Question) -> str:
     return f"{file} ({place})" if file else place
 
 
-def has_events(question: Question) -> bool:
-    """True if the question asks for a timeline of events."""
-    return question.measure == "events"
+def has_timeline(question: Question) -> bool:
+    """True if the question asks for a timeline, of events or of words."""
+    return question.measure in ("events", "timed_text")
 
 
 def evaluate(

@@ -35,7 +35,7 @@ from train.data.packing import Bin, Packer, pack_row, stack_rows
 from train.data.samples import Sample
 from train.evaluation.answers import answer_questions, prompt_length, whole_batch
 from train.evaluation.config import AnswerConfig
-from train.evaluation.evaluate import has_events, timeline_plot
+from train.evaluation.evaluate import has_timeline, timeline_plot
 from train.evaluation.measures import measure
 from train.evaluation.plots import plot_timelines
 from train.evaluation.questions import Question, manifest_questions, manifest_texts, scene_questions
@@ -119,7 +119,7 @@ class Validation:
     def _sample(self, step: int, item: Question, answer: str, shown: bool) -> ShownSample:
         figure = None
         # Figures are optional: without matplotlib the run continues without them.
-        if shown and has_events(item) and importlib.util.find_spec("matplotlib") and jax.process_index() == 0:
+        if shown and has_timeline(item) and importlib.util.find_spec("matplotlib") and jax.process_index() == 0:
             figure = self._figures / f"step {step} {item.name.replace('/', '_')}.png"
             figure.parent.mkdir(parents=True, exist_ok=True)
             plot_timelines(figure, [timeline_plot(item, answer)])
