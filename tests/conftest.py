@@ -223,3 +223,13 @@ def released(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("checkpoints") / "released"
     rehearse("tiny", directory, seed=1)
     return directory
+
+
+@pytest.fixture(scope="session")
+def digits_dir() -> Path:
+    """Recordings of spoken digits: $MOSS_AUDIO_DIGITS or else ../shared/audio/free-spoken-digit-dataset."""
+    shared = Path(__file__).parents[2] / "shared" / "audio" / "free-spoken-digit-dataset"
+    directory = Path(os.environ.get("MOSS_AUDIO_DIGITS", shared)) / "recordings"
+    if not directory.is_dir():
+        pytest.skip(f"{directory} is absent: set MOSS_AUDIO_DIGITS to a clone of free-spoken-digit-dataset")
+    return directory

@@ -5,7 +5,6 @@ might: times are rounded and a little wrong, and words that a window's edge cuts
 """
 
 import itertools
-import os
 import re
 import struct
 import subprocess
@@ -120,16 +119,6 @@ def test_events_of_scenes_are_neither_lost_nor_doubled(tmp_path, overlap):
 
 
 # Spoken digits
-
-
-@pytest.fixture(scope="session")
-def digits_dir() -> Path:
-    """Recordings of spoken digits: $MOSS_AUDIO_DIGITS or else ../shared/audio/free-spoken-digit-dataset."""
-    shared = Path(__file__).parents[2] / "shared" / "audio" / "free-spoken-digit-dataset"
-    directory = Path(os.environ.get("MOSS_AUDIO_DIGITS", shared)) / "recordings"
-    if not directory.is_dir():
-        pytest.skip(f"{directory} is absent: set MOSS_AUDIO_DIGITS to a clone of free-spoken-digit-dataset")
-    return directory
 
 
 def spoken(directory: Path, count: int, seed: int, noise: float) -> tuple[np.ndarray, list[TimedText]]:

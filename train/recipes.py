@@ -138,7 +138,10 @@ def spoken_digits() -> RunConfig:
     """Trains the small model from scratch to transcribe strings of 1 to 8 spoken digits, with the times of each word.
 
     Launch: git clone https://github.com/Jakobovski/free-spoken-digit-dataset, then
-    moss-audio-train run --recipe spoken_digits --out runs/digits
+    moss-audio-train run --recipe spoken_digits --out runs/digits. Recordings elsewhere: --mixture.clips.
+
+    Chips: none, two CPU cores. Time: about 21 min (estimated; 35 min measured beside other work). Result: WER 2.7% on
+    300 strings of the test recordings, times of words 40 ms from the true ones (measured; docs/speech.md).
     """
     strings = digit_strings()
     single = dataclasses.replace(strings, seconds=(2.0, 4.0), events=(1, 3))

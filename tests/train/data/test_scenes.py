@@ -302,6 +302,18 @@ def test_every_task_is_drawn_and_answered():
         assert {task.answer for task in tasks if task.name == name} == {"first", "second"}
 
 
+def test_scenes_without_events_have_nothing_in_their_timeline():
+    asked = ("timeline", "start", "duration", "words", "transcript", "caption")
+    silent = SceneConfig(events=(0, 1), tasks=asked)
+    tasks = [make_task(0, index, silent) for index in range(60)]
+    empty = [task for task in tasks if not task.scene.events]
+    assert {task.name for task in empty} == {"timeline", "caption"}  # the others ask about an event
+    assert {task.answer for task in empty if task.name == "timeline"} == {"nothing"}
+    assert all(task.answer.startswith("Nothing, over ") for task in empty if task.name == "caption")
+    assert not parse_timeline("nothing").items
+    assert {len(make_scene(0, index, replace(silent, pause=(0.1, 0.2))).events) for index in range(10)} == {0, 1}
+
+
 def test_as_an_example():
     task = make_task(0, 0, SceneConfig())
     example = task.example("scene 0")
@@ -324,7 +336,7 @@ def test_as_an_example():
         ({"labels": ()}, "labels must be some of"),
         ({"tasks": ("sing",)}, "tasks must be some of timeline"),
         ({"backgrounds": ("blue",)}, "backgrounds must be some of white"),
-        ({"events": (0, 2)}, "events must be 1 or more"),
+        ({"events": (0, 0)}, "events must be 0 or more, and 1 or more"),
         ({"event_seconds": (0.05, 1)}, "event_seconds must be 0.1 or more"),
         ({"seconds": (1.8, 8)}, "seconds must be 1.9 s or more, for the longest event"),
         ({"gap": -0.1}, "gap must be 0 or more"),
