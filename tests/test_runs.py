@@ -110,7 +110,13 @@ def test_every_verb_runs_and_the_run_is_a_command_that_train_takes(script, bin_d
 
 
 def test_every_script_that_rents_is_tried():
-    assert {script.name for script in SCRIPTS} - VERBS.keys() == {"config.sh", "hosts.sh", "on_host.sh", "demo.sh"}
+    assert {script.name for script in SCRIPTS} - VERBS.keys() == {
+        "config.sh",
+        "hosts.sh",
+        "on_host.sh",
+        "demo.sh",
+        "spoken_digits.sh",
+    }
 
 
 @pytest.mark.parametrize("script", VERBS)
