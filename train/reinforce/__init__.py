@@ -1,0 +1,6 @@
+"""Post-training by reward: questions -> answers drawn from the model -> rewards -> updates.
+
+config     options
+objective  loss of drawn tokens: DAPO, GRPO, GSPO
+step       an update, and log-probabilities of drawn tokens, as compiled programs
+"""
