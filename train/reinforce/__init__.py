@@ -2,5 +2,6 @@
 
 config     options
 objective  loss of drawn tokens: DAPO, GRPO, GSPO
+rewards    rewards of answers, by name and weight; a user's own
 step       an update, and log-probabilities of drawn tokens, as compiled programs
 """
