@@ -11,8 +11,8 @@ A softmax needs all vocabulary blocks before the first gradient, so the logits a
         1st pass: logits -> running log-partition, target's logit, largest or mean logit
         2nd pass: logits -> softmax - onehot -> gradients with respect to hidden states and head
 
-Both passes of a cross-entropy run in the forward pass of training; its backward pass only scales the gradients. Those of
-`blockwise_logprobs`, which an objective may do anything with, run in the forward and the backward pass.
+Both passes of a cross-entropy run in the forward pass of training; its backward pass only scales the gradients. Those
+of `blockwise_logprobs`, which an objective may do anything with, run in the forward and the backward pass.
 """
 
 import dataclasses
@@ -90,7 +90,6 @@ def _cross_entropy(z_loss: float, block: int, hidden, head, targets, loss_mask, 
 
 def _forward(z_loss: float, block: int, hidden, head, targets, loss_mask, in_group):
     """Computes `_cross_entropy`, and its gradients with respect to `hidden` and `head`."""
-    batch, length = targets.shape
     # x [n, b, c, hidden], the others [n, b, c]: n token blocks of c positions.
     x, targets, loss_mask, in_group = _token_blocks((hidden, targets, loss_mask, in_group), block)
     vocabulary_blocks = _vocabulary_blocks(head)

@@ -1,4 +1,4 @@
-"""The objective of `reinforce` equals PyTorch's by the formulas of the papers, and TRL's; so do gradients of a model."""
+"""The objective of `reinforce` equals PyTorch's by the papers' formulas, and TRL's; so do gradients of a model."""
 
 import collections
 from types import SimpleNamespace

@@ -46,7 +46,9 @@ class RolloutConfig:
     """Answers to each question: its group."""
     max_new_tokens: int = 2048
     """Tokens of an answer at most. A prompt and an answer must fit into --data.tokens."""
-    sampling: Annotated[Sampling, tyro.conf.arg(name="")] = Sampling(temperature=1.0, top_k=50)
+    sampling: Annotated[Sampling, tyro.conf.arg(name="")] = dataclasses.field(
+        default_factory=lambda: Sampling(temperature=1.0, top_k=50)
+    )
     """Sampling of the answers."""
     slots: int = 256
     """Answers in progress at once. Each takes keys and values of --data.tokens tokens."""
@@ -59,7 +61,7 @@ class RolloutConfig:
         require_positive(self, "rollout.", "prompts", "max_new_tokens", "slots", "most_prompts", "overlong")
         require(self, "rollout.", ("samples",), lambda count: count >= 2, "2 or more, to compare answers")
         if self.sampling.temperature == 0:
-            raise MossAudioError("--rollout.temperature must be above 0, not 0: answers that are all the same teach nothing")
+            raise MossAudioError("--rollout.temperature must be above 0, not 0: equal answers teach nothing")
         if self.sampling.repetition_penalty != 1:
             raise MossAudioError(
                 "--rollout.repetition-penalty must be 1, off, as the objective compares probabilities without a "
@@ -105,7 +107,7 @@ class ReinforceConfig(RunConfig):
     augment: tyro.conf.Suppress[AugmentConfig] = dataclasses.field(default_factory=AugmentConfig)
     microbatches: tyro.conf.Suppress[int] = 1
     questions: QuestionsConfig = dataclasses.field(default_factory=QuestionsConfig)
-    rollout: RolloutConfig = RolloutConfig()
+    rollout: RolloutConfig = dataclasses.field(default_factory=RolloutConfig)
     rewards: tuple[str, ...] = ("correct=1",)
     """NAME=WEIGHT: rewards whose weighted sum an answer gets. NAME is one of docs/reinforce.md, or FILE.py:FUNCTION."""
     reward_seconds: float = 60.0

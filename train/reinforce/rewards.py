@@ -233,14 +233,18 @@ def _within(
         )
     if failed:
         error = failed[0]
-        raise RewardError(f"{of} raised {type(error).__name__}: {error}: repair it, and run the same command") from error
+        raise RewardError(
+            f"{of} raised {type(error).__name__}: {error}: repair it, and run the same command"
+        ) from error
     if len(found) != len(answers):
-        raise RewardError(f"the reward {name} must return a number for each of {len(answers)} answers, not {len(found)}")
+        raise RewardError(
+            f"the reward {name} must return a number for each of {len(answers)} answers, not {len(found)}"
+        )
     for index, value in enumerate(found):
         if not _is_finite(value):
             raise RewardError(
-                f"the reward {name} of {questions[index].name!r}, answer {answers[index].text[:80]!r}, must be a finite "
-                f"number, not {value!r}: repair it, and run the same command"
+                f"the reward {name} of {questions[index].name!r}, answer {answers[index].text[:80]!r}, must be a "
+                f"finite number, not {value!r}: repair it, and run the same command"
             )
     return [float(value) for value in found]
 

@@ -33,8 +33,8 @@ def policy_step(
 ) -> tuple[TrainState, Metrics]:
     """Returns the state after an update, and its metrics: means over the drawn tokens.
 
-    batch: in microbatches. temperature: that the tokens were drawn at. is_last: of the updates of a step, which the step
-    of the state counts. There is no dropout: the ratio to old probabilities would be mostly that of two masks.
+    batch: in microbatches. temperature: that the tokens were drawn at. is_last: of the updates of a step; the state
+    counts it. There is no dropout: the ratio to old probabilities would be mostly that of two masks.
     """
     sums, gradients = policy_sums(graphdef, config, objective, temperature, state.trainable, state.frozen, batch)
     step, rate = state.step, learning_rate(optimizer, state.step)
