@@ -125,7 +125,7 @@ def blockwise_logprobs(
 
     The distribution is the softmax of logits / temperature. targets, block: as in `blockwise_cross_entropy`.
     """
-    found = _logprobs(temperature, min(block, targets.shape[1]), hidden, head, targets)
+    found: Any = _logprobs(temperature, min(block, targets.shape[1]), hidden, head, targets)
     return found[0], jax.lax.stop_gradient(found[1])
 
 

@@ -9,7 +9,7 @@ from moss_audio_jax.commands.options import require, require_choice, require_pos
 from moss_audio_jax.commands.paths import PathArgument
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.sampling_config import Sampling
-from train.config import RunConfig
+from train.config import RunConfig, said_once, with_paths
 from train.data.config import AugmentConfig, SceneConfig
 from train.data.mixture_config import MixtureConfig
 
@@ -51,14 +51,16 @@ class RolloutConfig:
     )
     """Sampling of the answers."""
     slots: int = 256
-    """Answers in progress at once. Each takes keys and values of --data.tokens tokens."""
+    """Answers in progress at once, which share the devices. Each takes keys and values of `length` tokens."""
+    length: int | None = None
+    """Tokens of a prompt and its answer at most. Default: --data.tokens. Questions that are too long are left out."""
     most_prompts: float = 3.0
     """Questions that a step may ask in all, as a multiple of `prompts`, to replace those that are dropped."""
     overlong: int = 512
     """Tokens before `max_new_tokens` in which the reward `overlong` falls from 0 to -1."""
 
     def __post_init__(self):
-        require_positive(self, "rollout.", "prompts", "max_new_tokens", "slots", "most_prompts", "overlong")
+        require_positive(self, "rollout.", "prompts", "max_new_tokens", "slots", "length", "most_prompts", "overlong")
         require(self, "rollout.", ("samples",), lambda count: count >= 2, "2 or more, to compare answers")
         if self.sampling.temperature == 0:
             raise MossAudioError("--rollout.temperature must be above 0, not 0: equal answers teach nothing")
@@ -124,12 +126,28 @@ class ReinforceConfig(RunConfig):
                 f"--objective.minibatches must be at most the {self.rollout.prompts} of --rollout.prompts, not "
                 f"{self.objective.minibatches}"
             )
-        if self.rollout.max_new_tokens >= self.data.tokens:
+        length = self.rollout.length or self.data.tokens
+        if not self.rollout.max_new_tokens < length <= self.data.tokens:
             raise MossAudioError(
-                f"--data.tokens must hold a prompt and --rollout.max-new-tokens {self.rollout.max_new_tokens}, not "
-                f"{self.data.tokens}: raise it"
+                f"--data.tokens, or --rollout.length up to it, must hold a prompt and --rollout.max-new-tokens "
+                f"{self.rollout.max_new_tokens}, not {length} of {self.data.tokens}: raise it"
             )
 
     @property
     def held_out_scenes(self) -> SceneConfig:
         return self.questions.scene
+
+
+def with_question_paths(
+    config: ReinforceConfig,
+    init: str | None = None,
+    data: tuple[str, ...] = (),
+    eval_data: tuple[str, ...] = (),
+    *,
+    default: ReinforceConfig | None = None,
+) -> ReinforceConfig:
+    """Returns the configuration with the paths of `--init`, `--data` and `--eval-data`; see `with_paths`."""
+    known = () if default is None else default.questions.data
+    paths = said_once("--data", data, "--questions.data", config.questions.data, known)
+    config = dataclasses.replace(config, questions=dataclasses.replace(config.questions, data=paths))
+    return with_paths(config, init, (), eval_data, default=default)

@@ -170,7 +170,7 @@ class Rewards:
 
     def total(self, scores: dict[str, list[float]]) -> np.ndarray:
         """Sums the rewards of each answer, weighted; float64."""
-        return sum((self.weights[name] * np.array(found) for name, found in scores.items()), np.float64(0))
+        return np.sum([self.weights[name] * np.array(found) for name, found in scores.items()], axis=0)
 
 
 def _weighted(text: str) -> tuple[str, float]:

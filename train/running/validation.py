@@ -202,7 +202,7 @@ def questions_and_texts(config: RunConfig) -> tuple[list[Question], list[tuple[s
             "--validation.objectives needs --validation.data: give both, or leave --validation.objectives out"
         )
     if not paths:
-        return scene_questions(count, config.mixture.scenes.scenes, seed=config.seed + HELD_OUT_SEED), []
+        return scene_questions(count, config.held_out_scenes, seed=config.seed + HELD_OUT_SEED), []
     items = []
     for path in paths:
         prompt = config.data.default_prompt
