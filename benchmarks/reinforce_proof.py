@@ -5,8 +5,8 @@
 
 For each seed: a model of half a million parameters is trained on questions of when a sound begins until it answers 40%
 to 60% of held-out ones to 0.2 s; from there `reinforce` alone trains it, once by the reward `seconds` and once by the
-same rewards shuffled among the answers to each question. Writes proof/proof.md and proof/proof.png, and resumes what was
-stopped.
+same rewards shuffled among the answers to each question. Writes proof/proof.md and proof/proof.png. The same command,
+started again, resumes what was stopped.
 """
 
 import argparse
@@ -64,14 +64,11 @@ def supervised_config(seed: int) -> RunConfig:
 
 def supervised(out: pathlib.Path, seed: int) -> float:
     """Trains until enough held-out questions are answered; returns their share."""
-    steps = SUPERVISED_EVERY
-    while True:
-        config = supervised_config(seed)
+    config = supervised_config(seed)
+    while not (found := scores(out)) or found[-1][1] < BEGIN_AT:
+        steps = (found[-1][0] if found else 0) + SUPERVISED_EVERY
         train(dataclasses.replace(config, loop=dataclasses.replace(config.loop, steps=steps)), out)
-        share = scores(out)[-1][1]
-        if share >= BEGIN_AT:
-            return share
-        steps += SUPERVISED_EVERY
+    return found[-1][1]
 
 
 def reinforce_config(start: pathlib.Path, seed: int, reward: str, args: argparse.Namespace) -> ReinforceConfig:

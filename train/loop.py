@@ -106,7 +106,7 @@ def train(config: RunConfig, out: AnyPath, *, mesh: Mesh | None = None, resume: 
         profile = stack.enter_context(Profile(out, config.loop.profile_first, config.loop.profile_steps))
         stack.enter_context(jax.set_mesh(mesh))
         stack.enter_context(exit_if_peer_lost())  # exits first: closing checkpoints would wait for the lost process
-        between_steps = (data.get_state, checkpoints, report, validation, stop, watchdog)
+        between_steps = (lambda: gather_data_state(data.get_state()), checkpoints, report, validation, stop, watchdog)
         run = _Run(config, model, *between_steps, data, HostSums(mesh), profile, num_groups=len(order.groups))
         keep()
         return run(state, start, record.skipped_steps)

@@ -155,6 +155,7 @@ class _Run(BetweenSteps):
             self.stop.save_on_ctrl_c()
             figures = self._figures(rollout, batches, began)
             self.report.add(step, metrics, lambda figures=figures: figures)
+            self.report.flush()
             shown = rollout.asked[: self.config.validation.show_samples]
             self.report.add_rollouts(step, [group.shown() for group in shown])
             self.after(state)

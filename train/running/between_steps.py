@@ -18,7 +18,7 @@ from train.config import RunConfig
 from train.running.beginning import saved_part
 from train.running.best import Best
 from train.running.checkpoints import Checkpoints
-from train.running.distributed import first_process_decides, gather_data_state
+from train.running.distributed import first_process_decides
 from train.running.report import RunReport
 from train.running.validation import Validation
 from train.running.watchdog import Watchdog
@@ -85,7 +85,7 @@ class Termination:
 class BetweenSteps:
     """Base of the loops of runs, which call `begin`, then `after` each step while it `goes_on`, then `end`.
 
-    data_state: returns the position in the data, or this process's part of it, after the last step.
+    data_state: returns the position in the data of all processes after the last step.
     """
 
     config: RunConfig
@@ -132,9 +132,7 @@ class BetweenSteps:
     def save(self, state: TrainState) -> None:
         with self.watchdog.long(f"the checkpoint of step {self.step}"):
             self.report.commit()
-            self.checkpoints.save(
-                self.step, saved_part(state, self.model), gather_data_state(self.data_state()), self.best
-            )
+            self.checkpoints.save(self.step, saved_part(state, self.model), self.data_state(), self.best)
         self.saved = self.step
         self.clock.restart()
 
