@@ -111,7 +111,8 @@ def proof(args: argparse.Namespace) -> None:
     for seed in args.seeds:
         start = out / f"supervised-{seed}"
         before = supervised(start, seed)
-        for name, reward in (("reward", "seconds"), ("shuffled", f"{pathlib.Path(__file__)}:shuffled")):
+        rewards = {"reward": "seconds", "shuffled": f"{pathlib.Path(__file__)}:shuffled"}
+        for name, reward in list(rewards.items())[: 1 if args.no_control else 2]:
             run = out / f"{name}-{seed}"
             began = time.time()
             reinforce(reinforce_config(start, seed, reward, args), run)
@@ -155,6 +156,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=16, help="questions of a step")
     parser.add_argument("--samples", type=int, default=16, help="answers to a question")
     parser.add_argument("--minibatches", type=int, default=1, help="updates of a step")
+    parser.add_argument("--no-control", action="store_true", help="leave out the runs with shuffled rewards")
     proof(parser.parse_args())
 
 

@@ -93,6 +93,15 @@ def test_a_run_tells_what_was_drawn_and_learned(straight: Path, config: Reinforc
     assert [line["step"] for line in lines(straight, "scores.jsonl")] == [2, 3]
 
 
+def test_the_curves_of_a_run_have_its_rewards(straight: Path, tmp_path: Path):
+    pytest.importorskip("matplotlib")
+    from train.running import curves
+
+    shown = curves._draw([curves.read_curves(straight, "by reward")])
+    labels = [axes.get_ylabel() for axes in shown.axes]
+    assert labels[2:6] == ["reward", "groups kept", "tokens of an answer", "entropy"] and "eval/loss" in labels
+
+
 def test_a_run_that_was_stopped_ends_bit_for_bit_the_same(straight: Path, config: ReinforceConfig, tmp_path: Path):
     """After the first step, of which there is no regular checkpoint."""
     out = tmp_path / "run"
