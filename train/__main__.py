@@ -334,13 +334,17 @@ def _scanned(arguments: list[str], option: str) -> str | None:
 
 def plan_command(arguments: list[str]) -> Callable[..., None]:
     """Makes the command `plan`. Its options are those of `run` with the defaults of the recipe, and some more."""
-    recipe_config = _named_recipe(arguments, "pretrain_stage2")
+    by_reward = _scanned(arguments, "mode") == "reinforce"
+    recipe_config: Any = _named_recipe(arguments, "pretrain_stage2") if not by_reward else None
+    if by_reward:
+        recipe_config = read_reinforce_recipe(_scanned(arguments, "recipe") or "dapo")
+    kind: Any = type(recipe_config)
 
     def plan(
         *,
         topology: str,
-        recipe: str = "pretrain_stage2",
-        mode: Literal["train", "generate", "serve", "load"] = "train",
+        recipe: str = "dapo" if by_reward else "pretrain_stage2",
+        mode: Literal["train", "generate", "serve", "load", "reinforce"] = "train",
         preset: str | None = None,
         slices: int = 1,
         batch_size: int | None = None,
@@ -352,7 +356,7 @@ def plan_command(arguments: list[str]) -> Callable[..., None]:
         kv_int8: bool = False,
         eval_data: tuple[str, ...] = (),
         json: PathArgument | None = None,
-        config: Annotated[RunConfig, tyro.conf.arg(name="")] = recipe_config,
+        config: Annotated[kind, tyro.conf.arg(name="")] = recipe_config,  # pyright: ignore[reportInvalidTypeForm]
     ) -> None:
         """Compiles a recipe's step for a TPU, on any machine without one; prints whether it fits and how fast it is.
 
@@ -363,7 +367,7 @@ def plan_command(arguments: list[str]) -> Callable[..., None]:
                 by, such as v5litepod-8, v5p-128 or v6e-64.
             recipe: Recipe, or config.json of a run, that gives the other options their defaults.
             mode: train: a training step. generate: prefill and decoding of a token, in bfloat16. serve: an engine with
-                --batch-size slots of --tokens. load: loading alone.
+                --batch-size slots of --tokens. load: loading alone. reinforce: answers and an update of `reinforce`.
             preset: Size of the model, short for --model.preset.
             slices: Number of such TPUs, each with a replica.
             batch_size: Sequences of a step (or prompts) in all, short for --data.batch-size.
@@ -444,6 +448,11 @@ def _plan(
         sizes = {"slots": config.data.batch_size, "length": config.data.tokens, "kv_int8": kv_int8}
         mesh = make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
         return named | plan_serving(model, mesh, **sizes)
+    if mode == "reinforce":
+        from train.planning.plan_reinforce import plan_reinforce
+
+        assert isinstance(config, ReinforceConfig)  # of its recipes
+        return named | plan_reinforce(config, devices)
     if mode == "load":
         return named | plan.plan_load(model, devices, tensor=config.mesh.tensor)
     report = named | plan.plan_step(config, devices, segments)
