@@ -238,7 +238,7 @@ def run_command(arguments: list[str]) -> Callable[..., None]:
         join(processes)  # before anything else of JAX
         from train.loop import train
 
-        _train(train, settled, out, resume)
+        _train(settled, out, resume, train)
 
     run.__doc__ = _with_recipe(run.__doc__, arguments)
     return run
@@ -283,7 +283,7 @@ def reinforce_command(arguments: list[str]) -> Callable[..., None]:
         join(processes)  # before anything else of JAX
         from train.reinforce.loop import reinforce as train
 
-        _train(train, settled, out, resume)
+        _train(settled, out, resume, train)
 
     reinforce.__doc__ = _with_recipe(reinforce.__doc__, arguments)
     return reinforce
@@ -465,8 +465,8 @@ def _plan(
     return report
 
 
-def _train(train: Callable[..., Any], config: RunConfig, out: Path, resume: ResumeConfig) -> None:
-    """Calls the loop of a command, and says how it ended."""
+def _train(config: RunConfig, out: Path, resume: ResumeConfig, train: Callable[..., Any]) -> None:
+    """Calls `train`, the loop of a command, and says how it ended."""
     import jax
 
     from moss_audio_jax.weights.locate import RUN_BEST

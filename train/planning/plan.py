@@ -433,8 +433,8 @@ def _rollout(report: dict[str, Any]) -> list[str]:
     half, usable = report["rollout"], report["hbm_usable_bytes_per_chip"] / GIB
     return [
         f"its answers {'FIT' if half['fits'] else 'DO NOT FIT'}: {half['hbm_bytes_per_chip'] / GIB:.2f} of "
-        f"{usable:.2f} GiB a chip, {half['state_bytes_per_chip'] / GIB:.2f} of them the state; {half['answers']} answers in "
-        f"{half['slots']} slots of {half['max_length']} tokens",
+        f"{usable:.2f} GiB a chip, {half['state_bytes_per_chip'] / GIB:.2f} of them the state; {half['answers']} "
+        f"answers in {half['slots']} slots of {half['max_length']} tokens",
         f"ESTIMATE of a step whose answers all have their most tokens: {report['estimated_rollout_half_seconds']:.1f} "
         f"s of answers ({half['estimated_prompt_seconds']:.1f} s of them for prompts), "
         f"{report['estimated_update_half_seconds']:.1f} s of {report['updates']} updates",
