@@ -42,6 +42,7 @@ class Drawing:
 
     seeds: high and low 32 bits. eos_ids: an answer stops after any of them; padded with -1.
     limits: tokens of an answer at most. fill: the token after an answer's end. steering: None steers nothing.
+    as_drawn: True where the logprobs are those that the tokens are drawn with, not the model's own.
     """
 
     sampling: SamplingArrays
@@ -50,6 +51,7 @@ class Drawing:
     limits: Int[Any, " b"]
     fill: Int[Any, " b"]
     steering: Steering | None = None
+    as_drawn: Bool[Any, " b"] | bool = False
 
 
 def make_drawing(
@@ -85,7 +87,7 @@ class Answers:
     stopped: ends at one of its eos ids, at its limit, or at logits that are not finite.
     finite: True while all logits of a sequence were finite.
     seen: tokens of the prompt and of the answer so far.
-    logprobs: of the drawn tokens, by the model's own logits.
+    logprobs: of the drawn tokens, see `Drawing.as_drawn`.
     warmed: number of tokens after which the answer was warmed up, to leave a loop; 0 if it was not.
     """
 
@@ -286,8 +288,10 @@ def _draw(model: MossAudio, answers: Answers, drawing: Drawing) -> tuple[Answers
     # come back sharded over the vocabulary first; otherwise XLA would all-gather the head's columns.
     logits = constrain(model.logits(constrain(answers.hidden, None, "embed")), None, "vocab")
     logits = constrain(logits, "batch", None)
-    token = jnp.where(active, _chosen(logits, answers, drawing, keys), drawing.fill)
+    chosen, as_drawn = _chosen(logits, answers, drawing, keys)
+    token = jnp.where(active, chosen, drawing.fill)
     own = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0] - jax.nn.logsumexp(logits, axis=-1)
+    logprobs = jnp.where(drawing.as_drawn, as_drawn, own)
     finite = answers.finite & (~active | jnp.isfinite(logits).all(-1))
     at_count = active[:, None] & (jnp.arange(answers.tokens.shape[1]) == counts[:, None])
     counts, warmed = counts + active, answers.warmed
@@ -304,22 +308,25 @@ def _draw(model: MossAudio, answers: Answers, drawing: Drawing) -> tuple[Answers
         stopped=answers.stopped | ended,
         finite=finite,
         seen=answers.seen.at[jnp.arange(token.shape[0]), token].set(True),
-        logprobs=jnp.where(at_count, own[:, None], answers.logprobs),
+        logprobs=jnp.where(at_count, logprobs[:, None], answers.logprobs),
         warmed=warmed,
     )
     return answers, token
 
 
-def _chosen(logits: Float[Array, "b vocab"], answers: Answers, drawing: Drawing, keys: jax.Array) -> Int[Array, " b"]:
-    """Returns the next token of each answer."""
+def _chosen(
+    logits: Float[Array, "b vocab"], answers: Answers, drawing: Drawing, keys: jax.Array
+) -> tuple[Int[Array, " b"], Float[Array, " b"]]:
+    """Returns the next token of each answer, and the logprob that it was drawn with: 0 if it was forced."""
     sampling, steering = drawing.sampling, drawing.steering
     if steering is None:
-        return sampling(logits, answers.seen, keys)
+        return sampling.draw(logits, answers.seen, keys)
     warm = jnp.maximum(sampling.temperature, WARM_TEMPERATURE)
     sampling = dataclasses.replace(sampling, temperature=jnp.where(answers.warmed > 0, warm, sampling.temperature))
     banned = steering.banned(drawing.eos_ids, answers.counts)
-    token = sampling(steering.with_bias(logits), answers.seen, keys, banned)
-    return steering.forced(token, answers.tokens, answers.counts)
+    drawn, logprobs = sampling.draw(steering.with_bias(logits), answers.seen, keys, banned)
+    token = steering.forced(drawn, answers.tokens, answers.counts)
+    return token, jnp.where(token == drawn, logprobs, 0)
 
 
 def why_not_finite(model: MossAudio, row: int, count: int) -> str:

@@ -54,7 +54,17 @@ class SamplingArrays:
         keys: jax.Array,
         banned: Int[Array, "b n"] | None = None,
     ) -> Int[Array, " b"]:
-        """Draws one token for each sequence.
+        """Draws one token for each sequence. Arguments as of `draw`."""
+        return self.draw(logits, seen, keys, banned)[0]
+
+    def draw(
+        self,
+        logits: Float[Array, "b vocab"],
+        seen: Bool[Array, "b vocab"],
+        keys: jax.Array,
+        banned: Int[Array, "b n"] | None = None,
+    ) -> tuple[Int[Array, " b"], Float[Array, " b"]]:
+        """Draws one token for each sequence; returns them with the logprobs that they were drawn with (0 if greedy).
 
         seen: tokens of the prompt and answer so far. keys: random keys [b]. banned: ids not to draw, padded with -1.
         """
@@ -63,11 +73,15 @@ class SamplingArrays:
             logits = jax.lax.cond((banned >= 0).any(), _without, lambda logits, _: logits, logits, banned)
         likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
-        def drawn() -> Int[Array, " b"]:
-            tokens = jax.vmap(jax.random.categorical)(keys, self._filtered(logits)).astype(jnp.int32)
-            return jnp.where(self.temperature == 0, likeliest, tokens)
+        def drawn() -> tuple[Int[Array, " b"], Float[Array, " b"]]:
+            weights = self._filtered(logits)
+            tokens = jax.vmap(jax.random.categorical)(keys, weights).astype(jnp.int32)
+            found = jnp.take_along_axis(weights, tokens[:, None], axis=1)[:, 0] - jax.nn.logsumexp(weights, axis=-1)
+            greedy = self.temperature == 0
+            return jnp.where(greedy, likeliest, tokens), jnp.where(greedy, 0, found)
 
-        return jax.lax.cond((self.temperature > 0).any(), drawn, lambda: likeliest)
+        certain = jnp.zeros(len(likeliest), logits.dtype)
+        return jax.lax.cond((self.temperature > 0).any(), drawn, lambda: (likeliest, certain))
 
     def log_weights(self, logits: Float[Array, "b vocab"], seen: Bool[Array, "b vocab"]) -> Float[Array, "b vocab"]:
         """Returns the log weights that tokens are drawn by at temperature > 0: -inf for those that can't be drawn."""

@@ -371,11 +371,15 @@ def prompts_read(monkeypatch) -> list[int]:
 
 def logprobs_of(model: MossAudio, processor: Processor, request: Request, ids: tuple[int, ...]) -> np.ndarray:
     """Logprobs of an answer by one pass over the prompt and the answer."""
-    prompt = processor([request.text], [list(request.audio)])
-    read = prompt.tokens[0][prompt.segment_ids[0] != 0].tolist()
-    mels = [processor.mel(clip) for clip in request.audio]
+    logits = logits_of(model, processor, request, ids)
+    return np.asarray(jax.nn.log_softmax(logits))[np.arange(len(ids)), ids]
+
+
+def logits_of(model: MossAudio, processor: Processor, request: Request, ids: tuple[int, ...]) -> jax.Array:
+    """Logits that each id of an answer is drawn from, [ids, vocab]."""
+    read, mels = encoded_prompt(processor, request)
     logits = model(make_inputs([[*read, *ids]], [mels], config=model.config))[0]
-    return np.asarray(jax.nn.log_softmax(logits))[np.arange(len(read) - 1, len(read) + len(ids) - 1), ids]
+    return logits[len(read) - 1 : len(read) + len(ids) - 1]
 
 
 def test_logprobs_are_those_of_the_model_whatever_the_options(engine, model, processor, requests):
@@ -386,6 +390,35 @@ def test_logprobs_are_those_of_the_model_whatever_the_options(engine, model, pro
         (reply,) = engine.run([request])
         assert len(reply.ids) == 12
         np.testing.assert_allclose(reply.logprobs, logprobs_of(model, processor, request, reply.ids), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_logprobs_may_be_those_that_the_ids_were_drawn_with(engine, model, processor, requests, whole: bool):
+    """By the model's logits after temperature and top-k; of an answer that comes in pieces and of one at its end."""
+    sampling = Sampling(0.7, top_k=9)
+    request = dataclasses.replace(requests[0], sampling=sampling, seed=4, logprobs="drawn", whole=whole)
+    (reply,) = engine.run([request])
+    assert reply.text == processor.decode(reply.ids)
+    logits = np.asarray(logits_of(model, processor, request, reply.ids)) / 0.7
+    kept = np.where(logits >= np.sort(logits)[:, -9:-8], logits, -np.inf)
+    expected = np.asarray(jax.nn.log_softmax(kept))[np.arange(len(reply.ids)), reply.ids]
+    np.testing.assert_allclose(reply.logprobs, expected, atol=1e-4, rtol=0)
+    assert engine.run([dataclasses.replace(request, sampling=Sampling())])[0].logprobs == (0.0,) * 12
+
+
+def test_prompts_of_groups_are_read_once_also_together(model, processor, engine, requests, prompts_read):
+    """Five answers to each of three prompts of one shape, of which two are read at a time, in fewer slots."""
+    asked = [dataclasses.replace(requests[0], text=text, n=5, sampling=Sampling(1.0)) for text in ("A?", "B?", "C?")]
+    encoded = [(request, *encoded_prompt(processor, request)) for request in asked]
+    with Engine(model, processor, slots=4, max_length=256, prompts=2) as grouped:
+        found = [handle.result(120) for handle in grouped.submit_all(encoded)]
+    assert len(prompts_read) <= 4  # at most one row of a pair that is read is read again
+    assert found == engine.run(asked)
+
+
+def encoded_prompt(processor: Processor, request: Request) -> tuple[list[int], list[np.ndarray]]:
+    inputs = processor([request.text], [list(request.audio)])
+    return inputs.tokens[0][inputs.segment_ids[0] != 0].tolist(), [processor.mel(clip) for clip in request.audio]
 
 
 def test_n_answers_are_those_of_as_many_seeds_to_a_prompt_that_is_read_once(engine, requests, prompts_read):

@@ -264,7 +264,7 @@ def refusal(command: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> str:
         patched.setattr(module.app, "cli", cli, raising=False)
         patched.setattr(module, "run_cli", lambda command: command())
         patched.setattr("train.__main__.is_begun", lambda out: False)  # nobody's bucket is asked
-        patched.setattr("train.__main__.stored_config", lambda run: None)  # nor the run of `--branch`
+        patched.setattr("train.__main__.stored_config", lambda run, kind: None)  # nor the run of `--branch`
         try:
             module.main()
         except SystemExit as end:
@@ -290,6 +290,7 @@ PAGES = {  # the fewest commands that each has; the other pages have none
     "docs/evaluation.md": 4,
     "docs/finetune.md": 15,
     "docs/parity.md": 3,
+    "docs/reinforce.md": 3,
     "docs/speech.md": 1,
     "docs/timelines.md": 7,
     "docs/tpu.md": 8,

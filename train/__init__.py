@@ -15,6 +15,7 @@ ablation_config    options of the ablation
 ablation_report    tables of the ablation
 data               manifests -> packed batches; imports moss_audio_jax alone
 evaluation         questions with known answers -> measures; imports data
+reinforce          post-training by reward: answers drawn from the model -> rewards -> updates
 planning           memory and speed of a recipe on TPUs that need not be present
 running            a run's directory, checkpoints, reports, validation, processes
 
@@ -25,6 +26,7 @@ Each package has a map of its modules in its docstring. Common changes:
     augmentation: data.augment                      workers, hosts, exact resume: data.pipeline, data.lanes
     another benchmark: evaluation.question_files    another metric: evaluation.metrics, evaluation.measures
     another TPU: planning.chips                     figures of a step: loop, running.figures, running.report
+    a reward: reinforce.rewards                     the objective of reward: reinforce.objective
     a new option: config, data.config, recipes      options that may change on resume: running.resume
     contents of a checkpoint: running.checkpoints   where metrics go: running.report, running.sink
 """

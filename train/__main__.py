@@ -7,7 +7,7 @@ import itertools
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Annotated, Any, Literal
 
 from moss_audio_jax.commands.interruption import ends_on_ctrl_c
@@ -24,10 +24,11 @@ with ends_on_ctrl_c():  # these imports take long enough to be interrupted
     from moss_audio_jax.storage.paths import Path, require_writable
     from moss_audio_jax.storage.retries import retried
     from train.ablation_config import FAMILIES, AblationConfig
-    from train.config import RunConfig, with_paths
+    from train.config import Config, RunConfig, with_paths
     from train.data.config import ColumnsConfig, SceneConfig
     from train.evaluation.config import EvaluationConfig
-    from train.recipes import DOCSTRINGS, RECIPES, read_recipe
+    from train.recipes import DOCSTRINGS, RECIPES, REINFORCE_RECIPES, read_recipe, read_reinforce_recipe
+    from train.reinforce.config import ReinforceConfig, with_question_paths
     from train.running.config import DistributedConfig, ResumeConfig
     from train.running.config_file import stored_config
     from train.running.directory import is_begun
@@ -235,10 +236,57 @@ def run_command(arguments: list[str]) -> Callable[..., None]:
         _require_recipe(recipe, stored)
         settled = with_paths(config, init, data, eval_data, default=stored)
         join(processes)  # before anything else of JAX
-        _train(settled, out, resume)
+        from train.loop import train
+
+        _train(settled, out, resume, train)
 
     run.__doc__ = _with_recipe(run.__doc__, arguments)
     return run
+
+
+def reinforce_command(arguments: list[str]) -> Callable[..., None]:
+    """Makes the command `reinforce`. Defaults are those of the run in `--out` or `--branch`, or else of the recipe."""
+    one_process, at_the_newest = DistributedConfig(), ResumeConfig()
+    stored = _stored_config(arguments, ReinforceConfig)
+    defaults = stored or read_reinforce_recipe(_scanned(arguments, "recipe") or "dapo")
+
+    def reinforce(
+        *,
+        recipe: str | None = None,
+        out: PathArgument,
+        init: str | None = None,
+        data: tuple[str, ...] = (),
+        eval_data: tuple[str, ...] = (),
+        config: Annotated[ReinforceConfig, tyro.conf.arg(name="")] = defaults,
+        resume: Annotated[ResumeConfig, tyro.conf.arg(name="")] = at_the_newest,
+        processes: Annotated[DistributedConfig, tyro.conf.arg(name="")] = one_process,
+    ) -> None:
+        """Trains by reward: draws answers to questions, judges them, and learns from the better ones.
+
+        Resumes and ends like `run`. docs/reinforce.md explains it.
+
+        Args:
+            recipe: Recipe, or config.json of any such run, that gives the options of a new run their defaults.
+            out: Directory of the run: config.json, metrics.jsonl, rollouts.jsonl, checkpoints/.
+            init: Checkpoint to start from, short for --model.checkpoint; OWNER/NAME on the Hugging Face hub, too.
+            data: Questions with known answers, short for --questions.data.
+            eval_data: Data to evaluate on, short for --validation.data; at each checkpoint unless --validation.every is
+                given.
+            config: Options of the recipe.
+            resume: Resuming, and changed options.
+            processes: Processes of the run, if there are several.
+        """
+        from train.running.distributed import join
+
+        _require_recipe(recipe, stored, REINFORCE_RECIPES)
+        settled = with_question_paths(config, init, data, eval_data, default=stored)
+        join(processes)  # before anything else of JAX
+        from train.reinforce.loop import reinforce as train
+
+        _train(settled, out, resume, train)
+
+    reinforce.__doc__ = _with_recipe(reinforce.__doc__, arguments)
+    return reinforce
 
 
 def _with_recipe(docstring: str | None, arguments: list[str]) -> str:
@@ -249,9 +297,9 @@ def _with_recipe(docstring: str | None, arguments: list[str]) -> str:
     return f"{summary}\n\n{indented}{rest}" if recipe else docstring or ""
 
 
-def _require_recipe(recipe: str | None, stored: RunConfig | None) -> None:
+def _require_recipe(recipe: str | None, stored: RunConfig | None, known: Iterable[str] = RECIPES) -> None:
     if recipe is None and stored is None:
-        raise MossAudioError(f"--recipe must be given to begin a run: one of {', '.join(RECIPES)}, or a config.json")
+        raise MossAudioError(f"--recipe must be given to begin a run: one of {', '.join(known)}, or a config.json")
     begun_with = stored and stored.recipe
     if recipe is not None and begun_with is not None and recipe != begun_with:
         raise MossAudioError(
@@ -259,13 +307,13 @@ def _require_recipe(recipe: str | None, stored: RunConfig | None) -> None:
         )
 
 
-def _stored_config(arguments: list[str]) -> RunConfig | None:
+def _stored_config(arguments: list[str], kind: type[Config] = RunConfig) -> Config | None:
     """Reads the configuration of the run in `--out`, or of the one that `--branch` begins from; None for a new run."""
     out, branch = _scanned(arguments, "out"), _scanned(arguments, "branch")
     if out is not None and is_begun(out):
-        return stored_config(out)
+        return stored_config(out, kind)
     if branch is not None and (origin := ResumeConfig(branch=branch).origin):
-        return stored_config(origin[0])
+        return stored_config(origin[0], kind)
     return None
 
 
@@ -286,13 +334,17 @@ def _scanned(arguments: list[str], option: str) -> str | None:
 
 def plan_command(arguments: list[str]) -> Callable[..., None]:
     """Makes the command `plan`. Its options are those of `run` with the defaults of the recipe, and some more."""
-    recipe_config = _named_recipe(arguments, "pretrain_stage2")
+    by_reward = _scanned(arguments, "mode") == "reinforce"
+    recipe_config: Any = _named_recipe(arguments, "pretrain_stage2") if not by_reward else None
+    if by_reward:
+        recipe_config = read_reinforce_recipe(_scanned(arguments, "recipe") or "dapo")
+    kind: Any = type(recipe_config)
 
     def plan(
         *,
         topology: str,
-        recipe: str = "pretrain_stage2",
-        mode: Literal["train", "generate", "serve", "load"] = "train",
+        recipe: str = "dapo" if by_reward else "pretrain_stage2",
+        mode: Literal["train", "generate", "serve", "load", "reinforce"] = "train",
         preset: str | None = None,
         slices: int = 1,
         batch_size: int | None = None,
@@ -304,7 +356,7 @@ def plan_command(arguments: list[str]) -> Callable[..., None]:
         kv_int8: bool = False,
         eval_data: tuple[str, ...] = (),
         json: PathArgument | None = None,
-        config: Annotated[RunConfig, tyro.conf.arg(name="")] = recipe_config,
+        config: Annotated[kind, tyro.conf.arg(name="")] = recipe_config,  # pyright: ignore[reportInvalidTypeForm]
     ) -> None:
         """Compiles a recipe's step for a TPU, on any machine without one; prints whether it fits and how fast it is.
 
@@ -315,7 +367,7 @@ def plan_command(arguments: list[str]) -> Callable[..., None]:
                 by, such as v5litepod-8, v5p-128 or v6e-64.
             recipe: Recipe, or config.json of a run, that gives the other options their defaults.
             mode: train: a training step. generate: prefill and decoding of a token, in bfloat16. serve: an engine with
-                --batch-size slots of --tokens. load: loading alone.
+                --batch-size slots of --tokens. load: loading alone. reinforce: answers and an update of `reinforce`.
             preset: Size of the model, short for --model.preset.
             slices: Number of such TPUs, each with a replica.
             batch_size: Sequences of a step (or prompts) in all, short for --data.batch-size.
@@ -396,6 +448,11 @@ def _plan(
         sizes = {"slots": config.data.batch_size, "length": config.data.tokens, "kv_int8": kv_int8}
         mesh = make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
         return named | plan_serving(model, mesh, **sizes)
+    if mode == "reinforce":
+        from train.planning.plan_reinforce import plan_reinforce
+
+        assert isinstance(config, ReinforceConfig)  # of its recipes
+        return named | plan_reinforce(config, devices)
     if mode == "load":
         return named | plan.plan_load(model, devices, tensor=config.mesh.tensor)
     report = named | plan.plan_step(config, devices, segments)
@@ -408,11 +465,11 @@ def _plan(
     return report
 
 
-def _train(config: RunConfig, out: Path, resume: ResumeConfig) -> None:
+def _train(config: RunConfig, out: Path, resume: ResumeConfig, train: Callable[..., Any]) -> None:
+    """Calls `train`, the loop of a command, and says how it ended."""
     import jax
 
     from moss_audio_jax.weights.locate import RUN_BEST
-    from train.loop import train
 
     logging.basicConfig(format="%(message)s", force=True)  # prints the names of skipped examples
     # Orbax logs the traceback of a checkpoint that can't be written. It is raised too, and printed as a sentence.
@@ -567,12 +624,14 @@ def plot(
 def _cli() -> None:
     """Adds the commands whose options depend on the arguments, and runs the one that is named."""
     arguments = current_arguments(sys.argv[1:])
-    for name, make in (
-        ("ablate", ablate_command),
-        ("check", check_command),
-        ("run", run_command),
-        ("plan", plan_command),
-    ):
+    made = {
+        "ablate": ablate_command,
+        "check": check_command,
+        "run": run_command,
+        "reinforce": reinforce_command,
+        "plan": plan_command,
+    }
+    for name, make in made.items():
         app.command(name=name)(make(arguments[1:] if arguments[:1] == [name] else []))
     app.cli(prog="moss-audio-train", description=__doc__, args=arguments)
 

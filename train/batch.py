@@ -1,6 +1,6 @@
 """A `TrainingBatch` on its way to the devices: cut into microbatches, and sharded over the data-parallel axes."""
 
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +12,12 @@ from moss_audio_jax.inputs import ModelInputs
 from moss_audio_jax.sharding import num_parts, partition_spec
 from train.data import TrainingBatch
 
+Batch = TypeVar("Batch")
 
-def split_microbatches(batch: TrainingBatch, count: int) -> TrainingBatch:
+
+def split_microbatches(batch: Batch, count: int) -> Batch:
     """Reshapes every array [b, ...] to [count, b / count, ...], for `train_step`; to be called on the host."""
-    rows = batch.loss_mask.shape[0]
+    rows = jax.tree.leaves(batch)[0].shape[0]
     if rows % count:
         raise MossAudioError(f"a batch of {rows} sequences can't be cut into {count} equal microbatches")
     return jax.tree.map(lambda x: x.reshape(count, rows // count, *x.shape[1:]), batch)

@@ -8,14 +8,14 @@ Imports nothing heavy: `--help` needs these classes.
 
 import dataclasses
 from collections.abc import Iterable
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import tyro
 
 from moss_audio_jax.commands.options import MeshConfig, option, require, require_choice, require_positive
 from moss_audio_jax.config import PRESETS, LoraConfig, MossAudioConfig
 from moss_audio_jax.errors import MossAudioError
-from train.data.config import AugmentConfig, ColumnsConfig, DataConfig
+from train.data.config import AugmentConfig, ColumnsConfig, DataConfig, SceneConfig
 from train.data.mixture_config import MixtureConfig
 
 Schedule = Literal["cosine", "wsd"]
@@ -345,19 +345,27 @@ class RunConfig:
         return dataclasses.replace(model_config(self.model), lora=self.lora)
 
     @property
+    def held_out_scenes(self) -> SceneConfig:
+        """Scenes that the run is evaluated on if it has no other data for that."""
+        return self.mixture.with_clips(self.mixture.scenes.scenes)
+
+    @property
     def last_step(self) -> int | None:
         """Last step of the run; None if it ends with its data."""
         return self.loop.steps or (self.optimizer.total_steps if self.loop.epochs is None else None)
 
 
+Config = TypeVar("Config", bound=RunConfig)
+
+
 def with_paths(
-    config: RunConfig,
+    config: Config,
     init: str | None = None,
     data: tuple[str, ...] = (),
     eval_data: tuple[str, ...] = (),
     *,
     default: RunConfig | None = None,
-) -> RunConfig:
+) -> Config:
     """Returns the configuration with the paths of `--init`, `--data` and `--eval-data`, short for three of its fields.
 
     default: configuration of a run that is resumed. Its fields give way to the paths.
@@ -368,9 +376,9 @@ def with_paths(
     known: Any = (None, (), ())
     if default is not None:
         known = (default.model.checkpoint, default.mixture.conversations.paths, default.validation.data)
-    checkpoint = _said_once("--init", init, "--model.checkpoint", model.checkpoint, known[0])
-    paths = _said_once("--data", data, "--mixture.conversations.paths", group.paths, known[1])
-    held_out = _said_once("--eval-data", eval_data, "--validation.data", validation.data, known[2])
+    checkpoint = said_once("--init", init, "--model.checkpoint", model.checkpoint, known[0])
+    paths = said_once("--data", data, "--mixture.conversations.paths", group.paths, known[1])
+    held_out = said_once("--eval-data", eval_data, "--validation.data", validation.data, known[2])
     every = config.loop.checkpoint_every if eval_data and validation.every is None else validation.every
     return dataclasses.replace(
         config,
@@ -380,7 +388,8 @@ def with_paths(
     )
 
 
-def _said_once(short: str, value: Any, long: str, field: Any, default: Any) -> Any:
+def said_once(short: str, value: Any, long: str, field: Any, default: Any) -> Any:
+    """Returns the value of an option or of the field that it is short for; raises MossAudioError if they differ."""
     if value and field and value != field and field != default:
         shown = [" ".join(said) if isinstance(said, tuple) else said for said in (value, field)]
         raise MossAudioError(f"{short} {shown[0]} and {long} {shown[1]} name different things: give one of them")

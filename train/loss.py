@@ -8,16 +8,17 @@ head is all-gathered only while it is used, and its gradient is reduce-scattered
 A softmax needs all vocabulary blocks before the first gradient, so the logits are computed twice:
 
     for each vocabulary block, for each token block:
-        1st pass: logits -> running log-partition, target's logit, largest logit
+        1st pass: logits -> running log-partition, target's logit, largest or mean logit
         2nd pass: logits -> softmax - onehot -> gradients with respect to hidden states and head
 
-Both passes run in the forward pass of training; its backward pass only scales the gradients.
+Both passes of a cross-entropy run in the forward pass of training; its backward pass only scales the gradients. Those
+of `blockwise_logprobs`, which an objective may do anything with, run in the forward and the backward pass.
 """
 
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -89,42 +90,14 @@ def _cross_entropy(z_loss: float, block: int, hidden, head, targets, loss_mask, 
 
 def _forward(z_loss: float, block: int, hidden, head, targets, loss_mask, in_group):
     """Computes `_cross_entropy`, and its gradients with respect to `hidden` and `head`."""
-    batch, length = targets.shape
     # x [n, b, c, hidden], the others [n, b, c]: n token blocks of c positions.
     x, targets, loss_mask, in_group = _token_blocks((hidden, targets, loss_mask, in_group), block)
     vocabulary_blocks = _vocabulary_blocks(head)
     sums, log_z = _sums(x, vocabulary_blocks, targets, loss_mask, in_group)
-    # Each device first adds up the head's gradient over its own sequences, [parts, hidden, t, v]: a sum over devices in
-    # here would be one for every token block.
-    parts = _batch_parts(batch)
-
-    def split_batch(x: jax.Array) -> jax.Array:
-        return constrain(x.reshape(parts, -1, *x.shape[1:]), "batch")
-
-    def add_vocabulary_block(x_gradient, vocabulary_block):
-        kernel, ids = _gathered(vocabulary_block)
-
-        def add_token_block(kernel_gradient, tokens):
-            x, targets, loss_mask, log_z, x_gradient = tokens
-            # d(-log p)/d(logits) = softmax - onehot; d(log_z^2)/d(logits) = 2 log_z softmax
-            softmax = jnp.exp(_logits(x, kernel) - log_z[..., None, None])
-            gradient = softmax * (1 + 2 * z_loss * log_z)[..., None, None] - _is_target(ids, targets)
-            gradient = (gradient * loss_mask[..., None, None]).astype(x.dtype)  # [b, c, t, v]
-            x_gradient += jnp.einsum("bctv,dtv->bcd", gradient, kernel, preferred_element_type=jnp.float32)
-            by_part = (split_batch(x), split_batch(gradient))
-            kernel_gradient += jnp.einsum("pbcd,pbctv->pdtv", *by_part, preferred_element_type=jnp.float32)
-            return constrain(kernel_gradient, "batch", None, "vocab", None), x_gradient
-
-        start = constrain(jnp.zeros((parts, *kernel.shape), jnp.float32), "batch", None, "vocab", None)
-        tokens = (x, targets, loss_mask, log_z, x_gradient)
-        kernel_gradient, x_gradient = jax.lax.scan(add_token_block, start, tokens)
-        return x_gradient, constrain(kernel_gradient.sum(0), "embed", "vocab", None)
-
-    x_gradient, by_block = jax.lax.scan(add_vocabulary_block, jnp.zeros(x.shape, jnp.float32), vocabulary_blocks)
-    # [blocks, hidden, t, v] -> [hidden, vocab]
-    head_gradient = constrain(by_block.transpose(1, 2, 0, 3).reshape(head.shape), "embed", "vocab")
-    # [n, b, c, hidden] -> [b, s, hidden]
-    x_gradient = x_gradient.swapaxes(0, 1).reshape(batch, -1, hidden.shape[-1])[:, :length].astype(hidden.dtype)
+    # d(-log p)/d(logits) = softmax - onehot; d(log_z^2)/d(logits) = 2 log_z softmax
+    of_softmax = (1 + 2 * z_loss * log_z) * loss_mask
+    gradients = _gradients(x, vocabulary_blocks, targets, log_z, of_softmax, loss_mask)
+    x_gradient, head_gradient = _unblocked(gradients, hidden, head)
     # An empty array tells the backward pass the head's dtype.
     return (sums.loss + z_loss * sums.z, sums), (x_gradient, head_gradient, jnp.zeros((0,), head.dtype))
 
@@ -140,6 +113,102 @@ def _backward(z_loss: float, block: int, residuals, cotangents):
 _cross_entropy.defvjp(_forward, _backward)
 
 
+def blockwise_logprobs(
+    hidden: Float[Array, "b s hidden"],
+    head: Float[Array, "hidden vocab"],
+    targets: Int[Array, "b s"],
+    *,
+    temperature: float = 1.0,
+    block: int = TOKEN_BLOCK,
+) -> tuple[Float[Array, "b s"], Float[Array, "b s"]]:
+    """Returns each target's log-probability, and the entropy of the distribution it is of, which has no gradient.
+
+    The distribution is the softmax of logits / temperature. targets, block: as in `blockwise_cross_entropy`.
+    """
+    found: Any = _logprobs(temperature, min(block, targets.shape[1]), hidden, head, targets)
+    return found[0], jax.lax.stop_gradient(found[1])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _logprobs(temperature: float, block: int, hidden, head, targets) -> tuple[jax.Array, jax.Array]:
+    return _logprobs_forward(temperature, block, hidden, head, targets)[0]
+
+
+def _logprobs_forward(temperature: float, block: int, hidden, head, targets):
+    x, target_blocks = _token_blocks((hidden, targets), block)
+    found = _first_pass(x, _vocabulary_blocks(head), target_blocks, temperature, of_mean=True)
+    batch, length = targets.shape
+    logprobs, entropy = (
+        values.swapaxes(0, 1).reshape(batch, -1)[:, :length]
+        for values in (found.at_target - found.log_z, found.log_z - found.summary)
+    )
+    return (logprobs, entropy), (hidden, head, targets, found.log_z)
+
+
+def _logprobs_backward(temperature: float, block: int, residuals, cotangents):
+    hidden, head, targets, log_z = residuals
+    x, targets, of_logprobs = _token_blocks((hidden, targets, cotangents[0]), block)
+    gradients = _gradients(x, _vocabulary_blocks(head), targets, log_z, -of_logprobs, -of_logprobs, temperature)
+    by_hidden, by_head = _unblocked(gradients, hidden, head)
+    return by_hidden, by_head.astype(head.dtype), None
+
+
+_logprobs.defvjp(_logprobs_forward, _logprobs_backward)
+
+
+def _gradients(
+    x: Float[Array, "n b c hidden"],
+    vocabulary_blocks: VocabularyBlocks,
+    targets: Int[Array, "n b c"],
+    log_z: Float[Array, "n b c"],
+    of_softmax: Float[Array, "n b c"],
+    of_target: Float[Array, "n b c"],
+    temperature: float = 1.0,
+) -> tuple[Float[Array, "n b c hidden"], Float[Array, "blocks hidden t v"]]:
+    """Computes the second pass: float32 gradients with respect to x and to the vocabulary blocks' kernels.
+
+    Those with respect to logits / temperature are of_softmax * softmax - of_target * onehot.
+    """
+    # Each device first adds up the head's gradient over its own sequences, [parts, hidden, t, v]: a sum over devices in
+    # here would be one for every token block.
+    parts = _batch_parts(x.shape[1])
+
+    def split_batch(x: jax.Array) -> jax.Array:
+        return constrain(x.reshape(parts, -1, *x.shape[1:]), "batch")
+
+    def add_vocabulary_block(x_gradient, vocabulary_block):
+        kernel, ids = _gathered(vocabulary_block)
+
+        def add_token_block(kernel_gradient, tokens):
+            x, targets, log_z, of_softmax, of_target, x_gradient = tokens
+            softmax = jnp.exp(_logits(x, kernel, temperature) - log_z[..., None, None])
+            gradient = softmax * of_softmax[..., None, None]
+            gradient -= jnp.where(_is_target(ids, targets), of_target[..., None, None], 0)
+            gradient = (gradient / temperature).astype(x.dtype)  # [b, c, t, v]
+            x_gradient += jnp.einsum("bctv,dtv->bcd", gradient, kernel, preferred_element_type=jnp.float32)
+            by_part = (split_batch(x), split_batch(gradient))
+            kernel_gradient += jnp.einsum("pbcd,pbctv->pdtv", *by_part, preferred_element_type=jnp.float32)
+            return constrain(kernel_gradient, "batch", None, "vocab", None), x_gradient
+
+        start = constrain(jnp.zeros((parts, *kernel.shape), jnp.float32), "batch", None, "vocab", None)
+        tokens = (x, targets, log_z, of_softmax, of_target, x_gradient)
+        kernel_gradient, x_gradient = jax.lax.scan(add_token_block, start, tokens)
+        return x_gradient, constrain(kernel_gradient.sum(0), "embed", "vocab", None)
+
+    return jax.lax.scan(add_vocabulary_block, jnp.zeros(x.shape, jnp.float32), vocabulary_blocks)
+
+
+def _unblocked(gradients: tuple[jax.Array, jax.Array], hidden: jax.Array, head: jax.Array):
+    """Reshapes gradients by block to those of `hidden`, in its dtype, and of `head`, in float32."""
+    x_gradient, by_block = gradients
+    batch, length, size = hidden.shape
+    # [blocks, hidden, t, v] -> [hidden, vocab]
+    head_gradient = constrain(by_block.transpose(1, 2, 0, 3).reshape(head.shape), "embed", "vocab")
+    # [n, b, c, hidden] -> [b, s, hidden]
+    x_gradient = x_gradient.swapaxes(0, 1).reshape(batch, -1, size)[:, :length].astype(hidden.dtype)
+    return x_gradient, head_gradient
+
+
 def _sums(
     x: Float[Array, "n b c hidden"],
     vocabulary_blocks: VocabularyBlocks,
@@ -148,24 +217,8 @@ def _sums(
     in_group: Bool[Array, "n b c groups"] | None,
 ) -> tuple[LossSums, Float[Array, "n b c"]]:
     """Computes the sums over all token blocks, and every token's log-partition."""
-
-    def add_vocabulary_block(carry, vocabulary_block):
-        kernel, ids = _gathered(vocabulary_block)
-
-        def of_token_block(tokens):
-            x, targets = tokens
-            logits = _logits(x, kernel)
-            at_target = jnp.sum(logits, axis=(-2, -1), where=_is_target(ids, targets))
-            return jax.nn.logsumexp(logits, axis=(-2, -1)), at_target, logits.max((-2, -1))
-
-        found = jax.lax.map(of_token_block, (x, targets))
-        return tuple(combine(*pair) for combine, *pair in zip(combining, carry, found, strict=True)), None
-
-    # Each token's log-partition, target's logit and largest logit, [n, b, c], over the vocabulary blocks so far.
-    combining = (jnp.logaddexp, jnp.add, jnp.maximum)
-    least = jnp.full(targets.shape, -jnp.inf, jnp.float32)
-    start = (least, jnp.zeros_like(least), least)
-    (log_z, at_target, highest), _ = jax.lax.scan(add_vocabulary_block, start, vocabulary_blocks)
+    found = _first_pass(x, vocabulary_blocks, targets)
+    log_z, at_target, highest = found.log_z, found.at_target, found.summary
     # A target outside the vocabulary leaves `at_target` 0; the mask is 0 there.
     per_token = (log_z - at_target, jnp.square(log_z), at_target >= highest, 1.0)
     sums = LossSums(*(jnp.sum(values * loss_mask) for values in per_token))
@@ -174,6 +227,50 @@ def _sums(
         by_group = jnp.stack([jnp.sum(values, axis=(0, 1, 2), where=in_group) for values in tokens])
         sums = dataclasses.replace(sums, by_group=by_group)
     return sums, log_z
+
+
+class _Logits(NamedTuple):
+    """What the first pass finds of each token's logits. summary: the largest, or their mean by the softmax."""
+
+    log_z: Float[Array, "n b c"]
+    at_target: Float[Array, "n b c"]
+    summary: Float[Array, "n b c"]
+
+
+def _first_pass(
+    x: Float[Array, "n b c hidden"],
+    vocabulary_blocks: VocabularyBlocks,
+    targets: Int[Array, "n b c"],
+    temperature: float = 1.0,
+    of_mean: bool = False,
+) -> _Logits:
+    """Computes the first pass. of_mean: the summary is the mean logit; otherwise it is the largest."""
+
+    def add_vocabulary_block(before: _Logits, vocabulary_block):
+        kernel, ids = _gathered(vocabulary_block)
+
+        def of_token_block(tokens):
+            x, targets = tokens
+            logits = _logits(x, kernel, temperature)
+            at_target = jnp.sum(logits, axis=(-2, -1), where=_is_target(ids, targets))
+            log_z = jax.nn.logsumexp(logits, axis=(-2, -1))
+            if of_mean:
+                softmax = jnp.exp(logits - log_z[..., None, None])
+                return _Logits(log_z, at_target, jnp.sum(softmax * logits, axis=(-2, -1)))
+            return _Logits(log_z, at_target, logits.max((-2, -1)))
+
+        block = jax.lax.map(of_token_block, (x, targets))
+        log_z = jnp.logaddexp(before.log_z, block.log_z)
+        if of_mean:
+            first, second = (jnp.exp(part.log_z - log_z) * part.summary for part in (before, block))
+            summary = first + second
+        else:
+            summary = jnp.maximum(before.summary, block.summary)
+        return _Logits(log_z, before.at_target + block.at_target, summary), None
+
+    least = jnp.full(targets.shape, -jnp.inf, jnp.float32)
+    start = _Logits(least, jnp.zeros_like(least), jnp.zeros_like(least) if of_mean else least)
+    return jax.lax.scan(add_vocabulary_block, start, vocabulary_blocks)[0]
 
 
 def _vocabulary_blocks(head: Float[Array, "hidden vocab"]) -> VocabularyBlocks:
@@ -219,8 +316,11 @@ def _token_blocks(arrays: tuple[Any, ...], block: int) -> tuple[Any, ...]:
     return jax.tree.map(cut, arrays)
 
 
-def _logits(x: Float[Array, "b c hidden"], kernel: Float[Array, "hidden t v"]) -> Float[Array, "b c t v"]:
-    logits = jnp.einsum("bcd,dtv->bctv", x, kernel, preferred_element_type=jnp.float32)
+def _logits(
+    x: Float[Array, "b c hidden"], kernel: Float[Array, "hidden t v"], temperature: float
+) -> Float[Array, "b c t v"]:
+    """Computes logits / temperature."""
+    logits = jnp.einsum("bcd,dtv->bctv", x, kernel, preferred_element_type=jnp.float32) / temperature
     return constrain(logits, "batch", None, "vocab", None)
 
 

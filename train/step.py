@@ -10,7 +10,8 @@ all arrays are sharded as `sharding.RULES` says.
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,9 @@ import optax
 from flax import nnx
 
 from moss_audio_jax.config import ADAPTER_LEAVES
+from moss_audio_jax.inputs import ModelInputs
 from moss_audio_jax.int8 import int8_kernels
+from moss_audio_jax.language_model import HiddenStates
 from moss_audio_jax.model import MossAudio
 from train.config import OptimizerConfig, StepConfig
 from train.data.packing import TrainingBatch
@@ -27,6 +30,7 @@ from train.optimizer import Parameters, apply_gradients, by_part, learning_rate,
 from train.state import RecentValues, TrainState, constrain_to_rules, model_of
 
 Metrics = dict[str, jax.Array]
+Sums = TypeVar("Sums")
 LEAST_PROGRESS = 1e-6  # a first batch may hold only beginnings of long texts, and then no example is finished
 
 
@@ -50,19 +54,51 @@ def train_step(
     A step whose loss or gradient norm is a spike or not finite (a batch without supervised tokens has no loss) leaves
     parameters and moments unchanged, bit for bit, and counts as skipped.
     """
-    # 1. Loss and gradients of the whole batch.
     dropout_key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
     arguments = (graphdef, config, state.trainable, state.frozen, batch, dropout_key)
     (sums, audio_sums), gradients = loss_and_gradients(*arguments, num_groups)
-    gradients = {path: leaf.astype(jnp.float32) for path, leaf in gradients.items()}
-    loss, norm = sums.loss / sums.tokens, optax.tree.norm(gradients)
-
-    # 2. Is it a spike? The answer stays on the devices.
+    loss = sums.loss / sums.tokens
     phase = state.phase if batch.phase is None else jnp.maximum(state.phase, batch.phase.max())
-    accepted, watched = _judged(state, phase, loss, norm, config)
-
-    # 3. The update. A skipped step computes it as well, and keeps the old arrays.
     rate = learning_rate(optimizer, state.step, expected_steps(state.step, batch.progress))
+    state, of_update = updated(graphdef, config, optimizer, state, loss, gradients, rate, phase)
+    metrics: Metrics = {
+        "loss": loss,
+        "z": sums.z / sums.tokens,
+        "accuracy": sums.correct / sums.tokens,
+        "tokens": sums.tokens,
+        **of_update,
+    }
+    if sums.by_group is not None:
+        group_loss, group_tokens = sums.by_group
+        metrics |= {"loss_of_group": group_loss / group_tokens, "tokens_of_group": group_tokens}
+    if config.audio_label_weight:
+        metrics["audio_label_loss"] = audio_sums.loss / audio_sums.tokens
+        metrics["audio_label_accuracy"] = audio_sums.correct / audio_sums.tokens
+    if host_figures is not None:
+        metrics |= {"host_sums": host_figures[0].sum(0), "host_greatest": host_figures[1].max(0)}
+    return state, metrics
+
+
+def updated(
+    graphdef: nnx.GraphDef,
+    config: StepConfig,
+    optimizer: OptimizerConfig,
+    state: TrainState,
+    loss: jax.Array,
+    gradients: Parameters,
+    rate: jax.Array,
+    phase: jax.Array | None = None,
+) -> tuple[TrainState, Metrics]:
+    """Returns the state after a step of this loss and these gradients, and the update's metrics.
+
+    rate: the schedule's. phase: the latest of the mixture; None: that of the state.
+    """
+    # 1. Is it a spike? The answer stays on the devices.
+    gradients = {path: leaf.astype(jnp.float32) for path, leaf in gradients.items()}
+    norm = optax.tree.norm(gradients)
+    accepted, watched = _judged(state, state.phase if phase is None else phase, loss, norm, config)
+
+    # 2. The update. A skipped step computes it as well, and keeps the old arrays.
     trainable, moments = apply_gradients(optimizer, state.trainable, state.moments, gradients, rate, accepted)
     ema = state.ema
     if ema is not None:
@@ -80,10 +116,6 @@ def train_step(
         **watched,
     )
     metrics: Metrics = {
-        "loss": loss,
-        "z": sums.z / sums.tokens,
-        "accuracy": sums.correct / sums.tokens,
-        "tokens": sums.tokens,
         "grad_norm": norm,
         **{f"grad_norm/{part}": optax.tree.norm(leaves) for part, leaves in by_part(gradients).items()},
         "learning_rate": rate,
@@ -91,14 +123,6 @@ def train_step(
         "skipped_total": state.skipped,
         "skipped_in_a_row": state.skipped_in_a_row,
     }
-    if sums.by_group is not None:
-        group_loss, group_tokens = sums.by_group
-        metrics |= {"loss_of_group": group_loss / group_tokens, "tokens_of_group": group_tokens}
-    if config.audio_label_weight:
-        metrics["audio_label_loss"] = audio_sums.loss / audio_sums.tokens
-        metrics["audio_label_accuracy"] = audio_sums.correct / audio_sums.tokens
-    if host_figures is not None:
-        metrics |= {"host_sums": host_figures[0].sum(0), "host_greatest": host_figures[1].max(0)}
     return constrain_to_rules(graphdef, state.trainable | state.frozen, state), metrics
 
 
@@ -155,12 +179,35 @@ def loss_and_gradients(
     labelled = jnp.maximum((batch.audio_labels >= 0).sum(), 1) if config.audio_label_weight else None
     counts = TokenCounts(batch.loss_mask.sum(), labelled)
 
-    def objective(trainable: Parameters, microbatch: TrainingBatch, key: jax.Array):
-        # Cast here, so that the gradients are those of the float32 masters.
-        model = model_of(graphdef, in_compute_dtype(trainable | frozen, config))
+    def part(model: MossAudio, microbatch: TrainingBatch, key: jax.Array, trainable: Parameters):
         return microbatch_loss(
             model, microbatch, config, key, trainable=trainable, counts=counts, num_groups=num_groups
         )
+
+    start = LossSums.zero(num_groups), LossSums.zero()
+    return sums_and_gradients(graphdef, config, trainable, frozen, batch, dropout_key, part, start)
+
+
+def sums_and_gradients(
+    graphdef: nnx.GraphDef,
+    config: StepConfig,
+    trainable: Parameters,
+    frozen: Parameters,
+    batch: Any,
+    dropout_key: jax.Array,
+    part: Callable[[MossAudio, Any, jax.Array, Parameters], tuple[jax.Array, Sums]],
+    start: Sums,
+) -> tuple[Sums, Parameters]:
+    """Adds up an objective's gradients with respect to `trainable`, and what it counts, over microbatches.
+
+    batch: in microbatches; all its arrays have them as their first axis.
+    part: a microbatch's part of the objective: (model in the compute dtype, microbatch, its dropout key, masters) ->
+        (value, sums). start: sums of nothing.
+    """
+
+    def objective(trainable: Parameters, microbatch: Any, key: jax.Array):
+        # Cast here, so that the gradients are those of the float32 masters.
+        return part(model_of(graphdef, in_compute_dtype(trainable | frozen, config)), microbatch, key, trainable)
 
     def add_microbatch(carry, item):
         index, microbatch = item
@@ -170,12 +217,10 @@ def loss_and_gradients(
         gradients = constrain_to_rules(graphdef, trainable | frozen, gradients)
         return jax.tree.map(jnp.add, carry, (sums, gradients)), None
 
-    start = (
-        (LossSums.zero(num_groups), LossSums.zero()),
-        {path: jnp.zeros_like(leaf, config.gradient_dtype) for path, leaf in trainable.items()},
-    )
+    zeros = {path: jnp.zeros_like(leaf, config.gradient_dtype) for path, leaf in trainable.items()}
     # A scan over microbatches holds the activations of one at a time.
-    return jax.lax.scan(add_microbatch, start, (jnp.arange(batch.loss_mask.shape[0]), batch))[0]
+    microbatches = jnp.arange(jax.tree.leaves(batch)[0].shape[0])
+    return jax.lax.scan(add_microbatch, (start, zeros), (microbatches, batch))[0]
 
 
 def microbatch_loss(
@@ -199,17 +244,7 @@ def microbatch_loss(
     model: in the compute dtype. batch: one microbatch. key: of this microbatch's dropout.
     trainable: masters of the parameters that get gradients, by path. counts: of the global batch.
     """
-    layers = model.config.language_config.num_hidden_layers
-    float32_sums = config.reduce_dtype == "float32" and config.compute_dtype != "float32"
-    hidden = model.hidden_states(
-        batch.inputs,
-        middle=(layers + 1) // 2 if config.audio_label_weight else None,
-        decoder_frozen=not any(map(_is_of_a_decoder_layer, trainable)),
-        masters=trainable if float32_sums else None,
-        dropout_key=key,
-        encoder_dropout=config.encoder_dropout and any(path.startswith("audio_encoder.") for path in trainable),
-        remat=config.remat,
-    )
+    hidden = hidden_states(model, batch.inputs, config, trainable, key, middle=bool(config.audio_label_weight))
     cross_entropy = functools.partial(blockwise_cross_entropy, head=model.head, block=config.loss_chunk)
     total, sums = cross_entropy(
         hidden.last,
@@ -228,6 +263,29 @@ def microbatch_loss(
             label_total, label_sums = cross_entropy(states, targets=batch.audio_labels, loss_mask=is_labelled)
             total += config.audio_label_weight * label_total / counts.labelled
     return total, (sums, label_sums)
+
+
+def hidden_states(
+    model: MossAudio,
+    inputs: ModelInputs,
+    config: StepConfig,
+    trainable: Parameters,
+    dropout_key: jax.Array | None,
+    *,
+    middle: bool = False,
+) -> HiddenStates:
+    """Runs the network as a training step does. dropout_key: None: no dropout. middle: with the middle layer's."""
+    layers = model.config.language_config.num_hidden_layers
+    float32_sums = config.reduce_dtype == "float32" and config.compute_dtype != "float32"
+    return model.hidden_states(
+        inputs,
+        middle=(layers + 1) // 2 if middle else None,
+        decoder_frozen=not any(map(_is_of_a_decoder_layer, trainable)),
+        masters=trainable if float32_sums else None,
+        dropout_key=dropout_key,
+        encoder_dropout=config.encoder_dropout and any(path.startswith("audio_encoder.") for path in trainable),
+        remat=config.remat,
+    )
 
 
 def in_compute_dtype(parameters: Parameters, config: StepConfig) -> Parameters:

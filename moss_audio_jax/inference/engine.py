@@ -10,7 +10,7 @@ import bisect
 import collections
 import hashlib
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Self
 
 import jax
@@ -106,13 +106,14 @@ class Engine:
             )
             self._layers = copied_layers(self._graphdef, self._state)
         self._prompts, self._prefixes = prompts, Prefixes(prefix_bytes)
-        self._just_read: tuple[Prompt, ReadPrompts] | None = None  # while further answers to it are to begin
+        self._just_read: tuple[Prompt, ReadPrompts, int] | None = None  # its row, while further answers are to begin
         self._handles: list[Handle | None] = [None] * slots
         self._samplings = [GREEDY] * slots
         self._seeds = np.zeros((slots, 2), np.uint32)
         self._eos_ids = np.full((slots, MIN_EOS_IDS), -1, np.int32)
         self._limits = np.zeros(slots, np.int32)
         self._steering = no_steering(slots, processor.tokenizer)
+        self._as_drawn = np.zeros(slots, bool)
         self._read_by_handle = np.zeros(slots, np.int32)  # tokens of each answer that its handle has
         self._waiting: collections.deque[Handle] = collections.deque()
         self._changed = threading.Condition()
@@ -148,18 +149,30 @@ class Engine:
 
     def submit_ids(self, request: Request, ids: Sequence[int], mels: Sequence[Mel]) -> Handle:
         """Queues a request whose prompt is encoded already: its own text, clips and system prompt are not read."""
-        prompt = self._prompt(request, list(ids), mels)
-        config, tokenizer = self._model.config, self._processor.tokenizer
-        eos_ids = tuple(config.eos_ids if request.eos_ids is None else request.eos_ids)
-        others = [Handle(request, prompt, eos_ids, tokenizer, number) for number in range(1, request.n)]
-        first = Handle(request, prompt, eos_ids, tokenizer, 0, others)
+        return self.submit_all([(request, ids, mels)])[0]
+
+    def submit_all(self, requests: Iterable[tuple[Request, Sequence[int], Sequence[Mel]]]) -> list[Handle]:
+        """Queues requests, encoded as for `submit_ids`, at once, so that what the engine does depends on them alone.
+
+        Hence several processes that share the model's mesh may each have an engine of their own: they submit the same,
+        and no more before all of it is answered.
+        """
+        firsts = [self._handle(request, ids, mels) for request, ids, mels in requests]
         with self._changed:
             if self._closed is not None:
                 raise MossAudioError(f"the engine is closed ({self._closed}): make another one")
             still = [handle for handle in self._waiting if not handle.done]  # without those that were cancelled
-            self._waiting = collections.deque([*still, first, *others])
+            self._waiting = collections.deque([*still, *(handle for first in firsts for handle in first.answers)])
             self._changed.notify()
-        return first
+        return firsts
+
+    def _handle(self, request: Request, ids: Sequence[int], mels: Sequence[Mel]) -> Handle:
+        """Makes the handle of the first answer to a request."""
+        prompt = self._prompt(request, list(ids), mels)
+        config, tokenizer = self._model.config, self._processor.tokenizer
+        eos_ids = tuple(config.eos_ids if request.eos_ids is None else request.eos_ids)
+        others = [Handle(request, prompt, eos_ids, tokenizer, number) for number in range(1, request.n)]
+        return Handle(request, prompt, eos_ids, tokenizer, 0, others)
 
     @property
     def closed(self) -> str | None:
@@ -198,10 +211,10 @@ class Engine:
             pieces = QUESTION_PIECES[: bisect.bisect_left(QUESTION_PIECES, self.max_length) + 1]
             for number, (tokens, chunks) in enumerate(self._shapes):
                 one = padded(sequence, tokens, chunks)
-                self._insert(self._read(_joined([one] * self._prompts)), [0] * self._prompts)
+                self._insert(self._read(_joined([one] * self._prompts)), [0] * self._prompts, [0] * self._prompts)
                 if chunks:  # clips that are read apart from questions, one by one
                     for piece in pieces if number == 1 else pieces[:1]:
-                        self._insert(self._read_on(self._read(one), [0] * piece), [0])
+                        self._insert(self._read_on(self._read(one), [0] * piece), [0], [0])
                 progress(number + 1, len(self._shapes))
             self._limits[0] = 0
             self._decode(steps=1)
@@ -277,37 +290,51 @@ class Engine:
         return admitted
 
     def _begin(self, admitted: list[tuple[int, Handle]]) -> None:
-        """Reads prompts, and begins answers to them in slots."""
-        groups: dict[tuple[int, int], list[tuple[int, Handle]]] = collections.defaultdict(list)
+        """Reads prompts, each once for all answers to it that begin, and begins them in slots."""
+        by_prompt: dict[int, tuple[Prompt, list[int]]] = {}
         for slot, handle in admitted:
             self._set_options(slot, handle)
-            prompt = handle.prompt
-            if self._prompts == 1 or prompt.question:
-                self._insert(self._read_once(prompt), [slot])
+            by_prompt.setdefault(id(handle.prompt), (handle.prompt, []))[1].append(slot)
+        shapes: dict[tuple[int, int], list[tuple[Prompt, list[int]]]] = collections.defaultdict(list)
+        for prompt, slots in by_prompt.values():
+            if self._just_read is not None and self._just_read[0] is prompt:
+                self._begin_answers(self._just_read[1], {self._just_read[2]: (prompt, slots)})
+            elif self._prompts == 1 or prompt.question:
+                self._begin_answers(self._read_whole(prompt), {0: (prompt, slots)})
             else:
-                groups[prompt.inputs.tokens.shape[1], prompt.inputs.audio_chunks.shape[1]].append((slot, handle))
-        for group in groups.values():
+                shapes[prompt.inputs.tokens.shape[1], prompt.inputs.audio_chunks.shape[1]].append((prompt, slots))
+        for group in shapes.values():
             for start in range(0, len(group), self._prompts):
                 few = group[start : start + self._prompts]
-                few += few[-1:] * (self._prompts - len(few))
-                inputs = [handle.prompt.inputs for _, handle in few]
-                self._insert(self._read(_joined(inputs)), [slot for slot, _ in few])
+                inputs = [prompt.inputs for prompt, _ in few]
+                inputs += inputs[-1:] * (self._prompts - len(few))
+                self._begin_answers(self._read(_joined(inputs)), dict(enumerate(few)))
+
+    def _begin_answers(self, read: ReadPrompts, rows: Mapping[int, tuple[Prompt, list[int]]]) -> None:
+        """Begins answers in slots. rows: row of what was read -> its prompt, and the slots of answers to it.
+
+        Keeps what was read while further answers are to begin: requests wait in order, so they are to one prompt.
+        """
+        for row, (prompt, slots) in rows.items():
+            prompt.answers -= len(slots)
+            if prompt.answers:
+                self._just_read = prompt, read, row
+            elif self._just_read is not None and self._just_read[0] is prompt:
+                self._just_read = None
+        pairs = [(slot, row) for row, (_, slots) in rows.items() for slot in slots]
+        size = len(read.hidden)  # as many at a time as prompts are read: one program
+        for start in range(0, len(pairs), size):
+            few = pairs[start : start + size]
+            few += few[-1:] * (size - len(few))
+            self._insert(read, [slot for slot, _ in few], [row for _, row in few])
 
     def _set_options(self, slot: int, handle: Handle) -> None:
         request = handle.request
         self._samplings[slot], self._limits[slot] = request.sampling, request.max_new_tokens
         self._seeds[slot], self._read_by_handle[slot] = row_seeds(handle.number + 1, request.seed, None)[-1], 0
         self._set_eos_ids(slot, handle.eos_ids)
+        self._as_drawn[slot] = request.logprobs == "drawn"
         steer(self._steering, slot, request, handle.prompt.opened)
-
-    def _read_once(self, prompt: Prompt) -> ReadPrompts:
-        """Reads a prompt, unless the last answer that has begun was to the same."""
-        if self._just_read is None or self._just_read[0] is not prompt:
-            self._just_read = prompt, self._read_whole(prompt)
-        read, prompt.answers = self._just_read[1], prompt.answers - 1
-        if not prompt.answers:
-            self._just_read = None
-        return read
 
     def _read_whole(self, prompt: Prompt) -> ReadPrompts:
         if not prompt.question:
@@ -337,9 +364,9 @@ class Engine:
                 read = read_on(self._graphdef, self._state, read, tokens, np.array([len(piece)], np.int32))
             return read
 
-    def _insert(self, read: ReadPrompts, slots: list[int]) -> None:
+    def _insert(self, read: ReadPrompts, slots: list[int], rows: list[int]) -> None:
         with on_mesh_of(self._state):
-            self._answers = insert(self._answers, read, np.array(slots, np.int32))
+            self._answers = insert(self._answers, read, np.array(slots, np.int32), np.array(rows, np.int32))
 
     def _decode(self, steps: int, until_one_stops: bool = False) -> None:
         drawing = Drawing(
@@ -349,6 +376,7 @@ class Engine:
             self._limits,
             np.zeros_like(self._limits),
             self._steering,
+            self._as_drawn,
         )
         with on_mesh_of(self._state):
             self._answers = decode_answers(

@@ -37,6 +37,9 @@ class Request:
     thinking_budget: tokens after which an open thought is ended, and the answer follows. None: no limit.
     context: what is known about the clips; hot_words: names and terms that may occur. See `asked`.
     reuse: reads the clips apart from the question, and keeps what was read for other requests about the same clips.
+    logprobs: of `Reply.logprobs`: by the model's own logits ("model"), or as the ids were drawn, after temperature,
+        top-k, top-p, penalty and bias ("drawn").
+    whole: the text comes in one piece at the end, which takes the engine less time. Without `stop`.
     """
 
     text: str
@@ -56,6 +59,8 @@ class Request:
     context: str = ""
     hot_words: Sequence[str] = ()
     reuse: bool = False
+    logprobs: Literal["model", "drawn"] = "model"
+    whole: bool = False
 
     @property
     def asked(self) -> str:
@@ -87,6 +92,10 @@ class Request:
                 raise MossAudioError(
                     f"logit_bias must be finite and of ids from 0 to {vocab - 1}, not {token}: {bias}; -1e9 forbids one"
                 )
+        if self.logprobs not in ("model", "drawn"):
+            raise MossAudioError(f"logprobs must be model or drawn, not {self.logprobs!r}")
+        if self.whole and self.stop:
+            raise MossAudioError("an answer that comes whole can't end at a stop string: leave one of them out")
         if self.loops not in _LOOPS:
             raise MossAudioError(f"loops must be ignore, stop or warm, not {self.loops!r}")
         if self.thinking_budget is None:
@@ -132,8 +141,8 @@ class Reply:
     ids: all that were drawn, up to the one that completed a stop string.
     finish_reason: "stop" at an end token or a stop string, "length" at `max_new_tokens`, "loop" if the answer repeated
         itself and the request forbade that, or "cancelled".
-    logprobs: of each id, by the model's own logits, before any bias, penalty, temperature or limit. They are not
-        compared by ==.
+    logprobs: of each id, by the model's own logits, before any bias, penalty, temperature or limit; or those of
+        `Request.logprobs`. They are not compared by ==.
     others: the other answers to a request for n of them.
     """
 
@@ -247,6 +256,12 @@ class Handle:
     def feed(self, ids: Sequence[int], logprobs: Sequence[float], *, last: bool) -> None:
         """Takes the next ids, from the engine's thread; ends the answer at a stop string. last: it has ended."""
         with self._lock:
+            if self.request.whole and not self.done:
+                self._ids += ids
+                self._logprobs += logprobs
+                if last:
+                    self._take(self._splitter.feed(self._decoder.feed(self._ids)))
+                ids = logprobs = ()
             for token, logprob in zip(ids, logprobs, strict=True):
                 if self.done:
                     return

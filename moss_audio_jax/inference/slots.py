@@ -91,14 +91,14 @@ def read_on(
 
 
 @functools.partial(jit, donate_argnames="answers")
-def insert(answers: Answers, read: ReadPrompts, slots: Int[Any, " k"]) -> Answers:
-    """Begins the answer to each prompt in a slot. Equal prompts may have the same slot."""
+def insert(answers: Answers, read: ReadPrompts, slots: Int[Any, " n"], rows: Int[Any, " n"]) -> Answers:
+    """Begins an answer to prompt `rows[i]` in slot `slots[i]`. The same pair may be there several times."""
 
     def put(stack: Array, prompts: Array) -> Array:
         prompts = prompts[:, :, :, : stack.shape[3]]
-        for row in range(len(slots)):
-            place = (0, slots[row], 0, 0, 0)[: stack.ndim]
-            stack = jax.lax.dynamic_update_slice(stack, prompts[:, row : row + 1], place)
+        for slot, row in zip(slots, rows, strict=True):
+            prompt = jax.lax.dynamic_slice_in_dim(prompts, row, 1, axis=1)
+            stack = jax.lax.dynamic_update_slice(stack, prompt, (0, slot, 0, 0, 0)[: stack.ndim])
         return sharded(stack)
 
     def put_all(stack: Slots, prompts: Slots) -> Slots:
@@ -107,16 +107,16 @@ def insert(answers: Answers, read: ReadPrompts, slots: Int[Any, " k"]) -> Answer
     cache = KVCache(
         put_all(answers.cache.keys, read.cache.keys),
         put_all(answers.cache.values, read.cache.values),
-        answers.cache.lengths.at[slots].set(read.cache.lengths),
+        answers.cache.lengths.at[slots].set(read.cache.lengths[rows]),
     )
     return dataclasses.replace(
         answers,
         cache=cache,
-        hidden=answers.hidden.at[slots].set(read.hidden),
+        hidden=answers.hidden.at[slots].set(read.hidden[rows]),
         counts=answers.counts.at[slots].set(0),
         stopped=answers.stopped.at[slots].set(False),
         finite=answers.finite.at[slots].set(True),
-        seen=answers.seen.at[slots].set(read.seen),
+        seen=answers.seen.at[slots].set(read.seen[rows]),
         warmed=answers.warmed.at[slots].set(0),
     )
 

@@ -11,7 +11,7 @@ import pytest
 
 from moss_audio_jax.sharding import constrain, make_mesh
 from train import loss
-from train.loss import blockwise_cross_entropy
+from train.loss import blockwise_cross_entropy, blockwise_logprobs
 
 BATCH, LENGTH, WIDTH, VOCABULARY = 4, 50, 16, 1000
 
@@ -178,3 +178,27 @@ def test_memory_is_that_of_a_chunk():
     logits = 2 * 1024 * 8192 * 4
     assert temporary(plain) > logits  # what is measured here shows up in the analysis
     assert temporary(blockwise_cross_entropy, block=32) < logits / 8
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logprobs_equal_those_of_all_logits(temperature: float, blocks):
+    """Values, entropy, and the gradients of a function of them that weighs each token differently."""
+    hidden, head, targets, weights = problem()
+    targets = np.maximum(targets, 0)
+
+    def of_all_logits(hidden, head):
+        logits = jax.nn.log_softmax(hidden @ head / temperature)
+        return jnp.take_along_axis(logits, targets[..., None], -1)[..., 0], -(jnp.exp(logits) * logits).sum(-1)
+
+    def blockwise(hidden, head):
+        return blockwise_logprobs(hidden, head, targets, temperature=temperature, block=16)
+
+    def objective(function, hidden, head):
+        logprobs, entropy = function(hidden, head)
+        return (weights * jnp.sin(logprobs)).sum(), (logprobs, entropy)
+
+    found, expected = (
+        jax.jit(jax.value_and_grad(functools.partial(objective, function), (0, 1), has_aux=True))(hidden, head)
+        for function in (blockwise, of_all_logits)
+    )
+    close(found, expected, 2e-5)

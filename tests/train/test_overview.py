@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from train.recipes import RECIPES
-from train.running.overview import overview
+from train.running.overview import described, overview
 
 
 def test_a_run_in_a_line():
@@ -13,7 +13,7 @@ def test_a_run_in_a_line():
     device = SimpleNamespace(device_kind="TPU v5e")
     mesh = SimpleNamespace(devices=np.array([[device, device]]))
     state = SimpleNamespace(trainable={"a": np.zeros((1000, 2))}, frozen={"b": np.zeros(500)})
-    groups = config.mixture.groups(config.seed)
+    groups = list(map(described, config.mixture.groups(config.seed)))
     steps = f"{config.last_step:,} steps of 16 sequences of 208 tokens"
     begin = config.mixture.scenes.begin
     assert overview(config, groups, mesh, state, 0) == (

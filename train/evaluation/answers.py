@@ -145,11 +145,11 @@ def _answers_of_engine(
 
     with ThreadPoolExecutor() as pool, contextlib.ExitStack() as engines:
         order = _longest_first(pool, questions)
-        encoded += [pool.submit(_encode, processor, questions[i], config.time_markers) for i in order[:slots]]
+        encoded += [pool.submit(encode_question, processor, questions[i], config.time_markers) for i in order[:slots]]
         for place, index in enumerate(order):
             ids, mels = encoded.popleft().result()
             encoded += [
-                pool.submit(_encode, processor, questions[following], config.time_markers)
+                pool.submit(encode_question, processor, questions[following], config.time_markers)
                 for following in order[place + slots : place + slots + 1]
             ]
             needed = len(ids) + config.max_new_tokens
@@ -170,7 +170,7 @@ def _likeliest_letters(
     """Yields the letter of the likeliest option of each multiple choice."""
     with ThreadPoolExecutor() as pool:
         for index in _longest_first(pool, questions):
-            ids, mels = _encode(processor, questions[index], config.time_markers)
+            ids, mels = encode_question(processor, questions[index], config.time_markers)
             letters = LETTERS[: len(questions[index].choices)]
             prompt = make_inputs([ids], [mels], config=processor.config)
             logprobs = option_logprobs(model, prompt, [processor.tokenizer.encode(letter) for letter in letters])
@@ -198,7 +198,9 @@ def _batches(
     mine = slice(host * size // hosts, (host + 1) * size // hosts)  # rows that this process reads
 
     def make(indices: Sequence[int]) -> ModelInputs:
-        encoded = {index: _encode(processor, questions[index], config.time_markers) for index in dict.fromkeys(indices)}
+        encoded = {
+            index: encode_question(processor, questions[index], config.time_markers) for index in dict.fromkeys(indices)
+        }
         ids, mels = zip(*(encoded[index] for index in indices), strict=True)
         return make_inputs(ids, mels, config=processor.config)
 
@@ -238,7 +240,9 @@ def _gathered(indices: Sequence[int], inputs: Future[ModelInputs], mesh: Mesh) -
     return np.asarray(multihost_utils.process_allgather(places, tiled=True)).tolist(), batch
 
 
-def _encode(processor: Processor, question: Question, time_markers: bool | None) -> tuple[list[int], list[np.ndarray]]:
+def encode_question(
+    processor: Processor, question: Question, time_markers: bool | None
+) -> tuple[list[int], list[np.ndarray]]:
     """Returns the token ids of a prompt, and the mels [mel bins, frames] of its clips."""
     turns, mels = turns_and_mels(question.turns, lambda clip: _named(clip.name, processor.mel, clip.wave()))
     encode = partial(build_conversation, time_markers=time_markers, processor=processor.config.processor)

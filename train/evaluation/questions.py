@@ -182,10 +182,11 @@ _SCENE_MEASURES = {
 
 def scene_questions(count: int, config: SceneConfig, *, seed: int = 0) -> list[Question]:
     """Returns one question about each of the scenes 0 to `count` - 1. The seed should not be that of training."""
-    return [_scene_question(index, config, seed) for index in range(count)]
+    return [scene_question(index, config, seed) for index in range(count)]
 
 
-def _scene_question(index: int, config: SceneConfig, seed: int) -> Question:
+def scene_question(index: int, config: SceneConfig, seed: int) -> Question:
+    """Makes the question about one scene."""
     task = make_task(seed, index, config)
     name = f"scene {index} of seed {seed}"
     turns = task.example(name).conversation[:1]  # the first of the questions that training asks

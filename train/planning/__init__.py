@@ -10,5 +10,6 @@ estimate           roofline estimate of step time and MFU
 calibration        published measurements of similar models against that estimate
 plan               the report of a training step, of generation, of loading: the command `plan`
 plan_evaluation    the same for the evaluations within a training run
+plan_reinforce     the same for a step of `reinforce`: its answers and its updates
 plan_serving       the same for an engine
 """

@@ -407,6 +407,8 @@ def plan_table(report: dict[str, Any]) -> str:
         for kind, sums in report["collectives"].items()
     ]
     lines += _estimate(report)
+    if "rollout" in report:
+        lines += _rollout(report)
     if "estimated_decode_seconds_per_token" in report:
         seconds = report["estimated_decode_seconds_per_token"]
         speed_of_all = report.get("slots", report.get("sequences")) / seconds
@@ -425,6 +427,18 @@ def _evaluation(report: dict[str, Any]) -> list[str]:
     if "would_fit" in report:
         lines += [f"would fit: {report['would_fit'] or 'no smaller batch; leave --validation.every out'}"]
     return lines
+
+
+def _rollout(report: dict[str, Any]) -> list[str]:
+    half, usable = report["rollout"], report["hbm_usable_bytes_per_chip"] / GIB
+    return [
+        f"its answers {'FIT' if half['fits'] else 'DO NOT FIT'}: {half['hbm_bytes_per_chip'] / GIB:.2f} of "
+        f"{usable:.2f} GiB a chip, {half['state_bytes_per_chip'] / GIB:.2f} of them the state; {half['answers']} "
+        f"answers in {half['slots']} slots of {half['max_length']} tokens",
+        f"ESTIMATE of a step whose answers all have their most tokens: {report['estimated_rollout_half_seconds']:.1f} "
+        f"s of answers ({half['estimated_prompt_seconds']:.1f} s of them for prompts), "
+        f"{report['estimated_update_half_seconds']:.1f} s of {report['updates']} updates",
+    ]
 
 
 def _estimate(report: dict[str, Any]) -> list[str]:

@@ -47,7 +47,7 @@ def plan_serving(
         read = compile_for_memory(reading, mesh)
         if read.problem is None:
             prompts = jax.tree.map(placed, reading.out_info, read.outputs)
-            inserted = compile_for_memory(insert.trace(answers, prompts, np.zeros(parts, np.int32)), mesh)
+            inserted = compile_for_memory(insert.trace(answers, prompts, *[np.zeros(parts, np.int32)] * 2), mesh)
         else:
             inserted = read
         decode = compile_for_memory(

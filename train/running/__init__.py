@@ -4,6 +4,8 @@ directory           names of the files in a run's directory
 model_directory     writes model/ of a run: configuration and tokenizer
 config              options of a start: where it resumes, its processes
 config_file         reads and writes a run's config.json
+beginning           files of a run, and the state that it starts or resumes from
+between_steps       checkpoints, evaluations and the end of a run
 checkpoints         saves and restores the state of a run
 resume              record of a run in its config.json; which options may change when it resumes
 additions           data that join a run: the example at which they begin

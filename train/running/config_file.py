@@ -11,16 +11,16 @@ from moss_audio_jax.commands.renamed import current_content
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.storage.json_files import read_json
 from moss_audio_jax.storage.paths import AnyPath, to_path
-from train.config import ModelSource, RunConfig
+from train.config import Config, ModelSource, RunConfig
 from train.running.directory import CONFIG_FILE
 
 NAMED = "named"  # field of a mixture that holds its named groups
 RECORD = ("starts", "versions", "history")  # keys of config.json beside the configuration
 
 
-def stored_config(run: AnyPath) -> RunConfig:
-    """Reads the configuration of a run from its config.json."""
-    return read_config(to_path(run) / CONFIG_FILE)
+def stored_config(run: AnyPath, kind: type[Config] = RunConfig) -> Config:
+    """Reads the configuration of a run from its config.json. kind: that of the run's command."""
+    return read_config(to_path(run) / CONFIG_FILE, kind)
 
 
 def stored_source(run: AnyPath) -> ModelSource:
@@ -28,10 +28,15 @@ def stored_source(run: AnyPath) -> ModelSource:
     return read_back(ModelSource, read_content(to_path(run) / CONFIG_FILE)["model"])
 
 
-def read_config(path: AnyPath) -> RunConfig:
-    """Reads the configuration in a config.json; raises MossAudioError if it holds none."""
+def read_config(path: AnyPath, kind: type[Config] = RunConfig) -> Config:
+    """Reads the configuration in a config.json; raises MossAudioError if it holds none of this kind."""
+    content = read_content(path)
+    is_of_reinforce = "rollout" in content
+    if is_of_reinforce != any(field.name == "rollout" for field in dataclasses.fields(kind)):
+        command, other = ("run", "reinforce") if is_of_reinforce else ("reinforce", "run")
+        raise MossAudioError(f"{path} is of `{other}`: give it to that command, and not to `{command}`")
     try:
-        return read_back(RunConfig, read_content(path))
+        return read_back(kind, content)
     except (TypeError, KeyError, AttributeError) as error:
         raise MossAudioError(
             f"{path} must be the config.json of a run ({error}): restore it from a copy, or name another one"

@@ -20,6 +20,13 @@ _SMOOTHED_OVER = 50  # the smoothing window is 1/50 of a run's steps
 _LOG_ABOVE = 8.0  # the loss axis is logarithmic if the highest loss is more than this times the lowest
 _MOST_SCORES = 4  # panels of scores, at most
 _TOKENS = "tokens/"
+# Metrics of `reinforce` with a panel each, and their labels.
+_OF_REWARD = {
+    "reward": "reward",
+    "groups_kept": "groups kept",
+    "answer_tokens": "tokens of an answer",
+    "entropy": "entropy",
+}
 
 
 @dataclass
@@ -121,17 +128,18 @@ def _draw(runs: Sequence[Curves]) -> "Figure":
     from matplotlib.figure import Figure
 
     scores = _shown_scores(runs)
-    heights = [3.2, 1.4] + [1.8] * len(scores)
+    rewarded = [name for name in _OF_REWARD if any(name in run.metrics for run in runs)]
+    heights = [3.2, 1.4] + [1.8] * (len(rewarded) + len(scores))
     figure = Figure((9, sum(heights) + 0.6), layout="constrained")
     axes = figure.subplots(len(heights), 1, sharex=True, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
     for run, color in zip(runs, (COLORS[index] for index in _ORDER * len(runs)), strict=False):
-        _draw_run(list(axes), run, scores, color, alone=len(runs) == 1)
+        _draw_run(list(axes), run, rewarded, scores, color, alone=len(runs) == 1)
     _draw_joins(list(axes), runs)
     axes[0].set_ylabel("loss of training")
     axes[1].set_ylabel("learning rate")
     axes[1].set_ylim(bottom=0)
     axes[1].ticklabel_format(axis="y", scilimits=(-2, 3))
-    for name, panel in zip(scores, axes[2:], strict=True):
+    for name, panel in zip([*map(_OF_REWARD.__getitem__, rewarded), *scores], axes[2:], strict=True):
         panel.set_ylabel(name)
     _scale(axes[0], runs)
     for panel in axes:
@@ -155,7 +163,9 @@ def _shown_scores(runs: Sequence[Curves]) -> list[str]:
     return sorted(overall, key=lambda name: (-counts[name], name != "eval/loss", name))[:_MOST_SCORES]
 
 
-def _draw_run(axes: Sequence["Axes"], run: Curves, scores: Sequence[str], color: str, *, alone: bool) -> None:
+def _draw_run(
+    axes: Sequence["Axes"], run: Curves, rewarded: Sequence[str], scores: Sequence[str], color: str, *, alone: bool
+) -> None:
     loss, rate, *panels = axes
     steps, values = run.metrics["loss"]
     loss.plot(steps, values, color=color, alpha=0.25, linewidth=0.7, label="each step" if alone else None)
@@ -164,7 +174,12 @@ def _draw_run(axes: Sequence["Axes"], run: Curves, scores: Sequence[str], color:
         loss.set_title(run.name, loc="left", fontsize=10)
     if "learning_rate" in run.metrics:
         rate.plot(*run.metrics["learning_rate"], color=color)
-    for name, panel in zip(scores, panels, strict=True):
+    for name, panel in zip(rewarded, panels, strict=False):
+        if name in run.metrics:
+            steps, values = run.metrics[name]
+            panel.plot(steps, values, color=color, alpha=0.25, linewidth=0.7)
+            panel.plot(steps, _smoothed(values, max(len(values) // _SMOOTHED_OVER // 2, 1)), color=color, linewidth=1.6)
+    for name, panel in zip(scores, panels[len(rewarded) :], strict=True):
         if name in run.scores:
             panel.plot(*run.scores[name], "o-", color=color, markersize=4)
 

@@ -16,11 +16,13 @@ from train.data.objectives import render
 LEARNED_FROM = 300  # examples
 
 
-def write_model_files(source: ModelSource, config: MossAudioConfig, order: ExampleOrder, directory: AnyPath) -> None:
+def write_model_files(
+    source: ModelSource, config: MossAudioConfig, order: ExampleOrder | None, directory: AnyPath
+) -> None:
     """Writes the files, config.json last; keeps them if config.json is there, as in a resumed run.
 
     With LoRA also writes adapter_config.json: the adapter and its base. The base of a run is its newest checkpoint now.
-    order: gives the texts of a learned tokenizer.
+    order: gives the texts of a learned tokenizer; None: there are none.
     """
     directory = to_path(directory)
     if exists(directory / "config.json"):
@@ -30,9 +32,11 @@ def write_model_files(source: ModelSource, config: MossAudioConfig, order: Examp
         raise MossAudioError(
             f"without --model.checkpoint, --model.tokenizer must be a directory of tokenizer files, or {LEARNED}"
         )
+    if tokenizer == LEARNED and order is None:
+        raise MossAudioError(f"--model.tokenizer {LEARNED} is for `run`: name a checkpoint with a tokenizer")
     directory.rmtree(missing_ok=True)
     directory.mkdir(parents=True)
-    if tokenizer == LEARNED:
+    if tokenizer == LEARNED and order is not None:
         write_small_tokenizer(directory, _texts(order), config.processor.audio_start_id)
     files = locate(source.checkpoint, weights=False).companion_files() if source.checkpoint else []
     for file in files + (locate(tokenizer, weights=False).tokenizer_files() if tokenizer != LEARNED else []):

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from train.planning.flops import CONVENTION
-from train.running.sink import ShownSample, Sink, Values
+from train.running.sink import RolloutGroup, ShownSample, Sink, Values
 
 ESTIMATED_AFTER = 5  # steps until the time that is left is estimated
 
@@ -56,7 +56,8 @@ class Progress(Sink):
             epoch = [f"epoch {line['epoch']:.2f}"] if "epoch" in line else []
             epoch += [f"{line['audio_hours']:.2f} h of audio"] if line.get("audio_hours") else []
             loss, skipped = f"loss {line['loss']:.4f}", f"skipped {line['skipped_total']}"
-            self._print("  ".join([place, *epoch, loss, skipped, *figures]))
+            reward = [f"reward {line['reward']:.3f}", f"kept {line['groups_kept']:.0%}"] if "reward" in line else []
+            self._print("  ".join([place, *epoch, *reward, loss, skipped, *figures]))
             self._unprinted = []
 
     def _rates(self, step: int) -> list[str]:
@@ -84,6 +85,14 @@ class Progress(Sink):
         # Only overall scores: dozens of each task and class are in the file.
         overall = [f"{name} {value:.4g}" for name, value in scores.items() if name.count("/") == 1]
         self._print("  ".join([f"step {step}", *overall]))
+
+    def write_rollouts(self, step: int, groups: Sequence[RolloutGroup]) -> None:
+        for group in groups if step % self._log_every == 0 else ():
+            best, worst = (group.reward.index(pick(group.reward)) for pick in (max, min))
+            self._print(f"step {step}, {group.name}: {_short(group.question)}")
+            self._print(f"  expected  {_short(group.reference)}")
+            for at in dict.fromkeys((best, worst)):
+                self._print(f"  {group.reward[at]:8.3f}  {_short(group.answers[at])}")
 
     def write_samples(self, step: int, samples: Sequence[ShownSample]) -> None:
         for sample in samples:

@@ -15,8 +15,8 @@ from typing import Any
 from moss_audio_jax.errors import MossAudioError
 from moss_audio_jax.storage.paths import GrowingFile, Path, atomic_file, atomic_write, exists, read_bytes
 from moss_audio_jax.storage.retries import retried
-from train.running.directory import ANSWERS, METRICS_FILE, SAMPLES_FILE, SCORES_FILE
-from train.running.sink import ANSWER_COLUMNS, ShownSample, Sink, Values, answer_row
+from train.running.directory import ANSWERS, METRICS_FILE, ROLLOUTS_FILE, SAMPLES_FILE, SCORES_FILE
+from train.running.sink import ANSWER_COLUMNS, RolloutGroup, ShownSample, Sink, Values, answer_row
 
 
 class RecordFiles(Sink):
@@ -27,6 +27,7 @@ class RecordFiles(Sink):
         # An evaluation writes its scores last. Without them it runs again, so its samples are removed.
         of_samples = start if scores_of(out, start) else start - 1
         last = {METRICS_FILE: start, SCORES_FILE: start, SAMPLES_FILE: of_samples}
+        last |= {ROLLOUTS_FILE: start} if exists(out / ROLLOUTS_FILE) else {}
         self._files = {name: _open_after(out / name, step) for name, step in last.items()}
 
     def _write(self, name: str, lines: Iterable[Mapping[str, Any]]) -> None:
@@ -51,6 +52,11 @@ class RecordFiles(Sink):
         path = self._out / ANSWERS / f"{step}.md"
         retried(path, lambda: path.parent.mkdir(exist_ok=True))
         atomic_write(path, _markdown_table(ANSWER_COLUMNS, map(answer_row, answers)))
+
+    def write_rollouts(self, step: int, groups: Sequence[RolloutGroup]) -> None:
+        if ROLLOUTS_FILE not in self._files:  # `run` has none
+            self._files[ROLLOUTS_FILE] = GrowingFile(self._out / ROLLOUTS_FILE)
+        self._write(ROLLOUTS_FILE, [{"step": step} | group._asdict() for group in groups])
 
     def commit(self) -> None:
         for file in self._files.values():

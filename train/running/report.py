@@ -5,6 +5,7 @@ The sinks are `progress` (stderr), `record_files`, `tensorboard` and `weights_an
     out/metrics.jsonl    one line per step; JSON has no NaN, so values that are not finite are null
     out/scores.jsonl     one line per evaluation
     out/samples.jsonl    one line per sample that an evaluation shows
+    out/rollouts.jsonl   of `reinforce`: one line per question whose answers are shown, with their rewards
     out/answers/         one Markdown table per evaluation, named by its step: all questions, references and answers
     out/tensorboard/     metrics, scores and samples for TensorBoard
     out/wandb_run.txt    on request: id of the run in Weights & Biases, which a resumed run continues
@@ -28,7 +29,7 @@ from train.running.directory import METRICS_FILE
 from train.running.distributed import from_first_process
 from train.running.progress import Progress
 from train.running.record_files import RecordFiles, scores_of
-from train.running.sink import ShownSample, Sink, Values
+from train.running.sink import RolloutGroup, ShownSample, Sink, Values
 from train.running.tensorboard import TensorBoard
 from train.running.weights_and_biases import WeightsAndBiases
 
@@ -160,6 +161,12 @@ class RunReport:
         with _writing_into(self._out):
             for sink in self._sinks:
                 sink.write_samples(step, samples)
+
+    def add_rollouts(self, step: int, groups: Sequence[RolloutGroup]) -> None:
+        """Shows drawn answers of this step with their rewards."""
+        with _writing_into(self._out):
+            for sink in self._sinks:
+                sink.write_rollouts(step, groups)
 
     def add_answers(self, step: int, answers: Sequence[ShownSample]) -> None:
         """Writes a table of all answers of an evaluation after this step."""

@@ -65,6 +65,13 @@ RULES: tuple[tuple[str, Rule], ...] = (
     ("lora.*", "never"),
     ("optimizer.freeze", "never"),
     ("optimizer.name", "never"),
+    # Post-training by reward.
+    ("rollout.slots", "free"),
+    ("reward_seconds", "free"),
+    ("questions.*", "asked"),
+    ("rollout.*", "asked"),
+    ("rewards", "asked"),
+    ("objective.*", "asked"),
     # Everything else.
     ("optimizer.*", "asked"),
     ("step.*", "asked"),
@@ -75,7 +82,7 @@ RULES: tuple[tuple[str, Rule], ...] = (
     ("seed", "asked"),
 )
 # Options that determine the examples and their order.
-DATA_OPTIONS = ("data.*", "mixture.*", "columns.*", "augment.*", "seed")
+DATA_OPTIONS = ("data.*", "mixture.*", "questions.*", "columns.*", "augment.*", "seed")
 LIBRARIES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 

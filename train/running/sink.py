@@ -19,6 +19,18 @@ class ShownSample(NamedTuple):
     figure: Path | None = None
 
 
+class RolloutGroup(NamedTuple):
+    """Drawn answers to a question of `reinforce`, and their rewards. rewards: by name, one for each answer."""
+
+    name: str
+    question: str
+    reference: str
+    answers: Sequence[str]
+    tokens: Sequence[int]
+    reward: Sequence[float]
+    rewards: Mapping[str, Sequence[float]]
+
+
 def answer_row(answer: ShownSample) -> list[str]:
     """Returns the cells of an answer, by ANSWER_COLUMNS."""
     return [getattr(answer, column) for column in ANSWER_COLUMNS]
@@ -36,6 +48,8 @@ class Sink:
     def write_samples(self, step: int, samples: Sequence[ShownSample]) -> None: ...
 
     def write_answers(self, step: int, answers: Sequence[ShownSample]) -> None: ...
+
+    def write_rollouts(self, step: int, groups: Sequence[RolloutGroup]) -> None: ...
 
     def commit(self) -> None: ...
 

@@ -202,8 +202,7 @@ def questions_and_texts(config: RunConfig) -> tuple[list[Question], list[tuple[s
             "--validation.objectives needs --validation.data: give both, or leave --validation.objectives out"
         )
     if not paths:
-        scenes = config.mixture.with_clips(config.mixture.scenes.scenes)
-        return scene_questions(count, scenes, seed=config.seed + HELD_OUT_SEED), []
+        return scene_questions(count, config.held_out_scenes, seed=config.seed + HELD_OUT_SEED), []
     items = []
     for path in paths:
         prompt = config.data.default_prompt
