@@ -69,9 +69,9 @@ def seconds(question: Question, answer: Answered) -> float:
 
 
 def events(question: Question, answer: Answered) -> float:
-    """F1 of the events of a timeline, with onsets within 0.2 s."""
+    """F1 of the events of a timeline, with onsets within 0.2 s; of no events at all, `equal`."""
     score = score_events([parse_timeline(answer.text).items], [question.labels], ONSET_TOLERANCE)
-    return score.total.f1 or 0.0
+    return equal(question, answer) if score.total.f1 is None else score.total.f1
 
 
 def words(question: Question, answer: Answered) -> float:
