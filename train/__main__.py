@@ -537,7 +537,7 @@ def _evaluate(
     if plot:
         require_matplotlib()
         if not any(map(has_timeline, items)):
-            raise MossAudioError("--plot draws timelines of sounds or words, but no question asks for one: leave it out")
+            raise MossAudioError("--plot draws timelines, but no question asks for one: leave it out")
 
     def require_all_writable() -> None:
         for path in filter(None, (out, predictions, plot)):
