@@ -183,7 +183,9 @@ def test_gradients_of_a_model_on_packed_answers_equal_pytorch(pair: Pair):
     parameters, graphdef = parameters_of(pair.model), nnx.split(pair.model)[0]
     program = jax.jit(policy_sums, static_argnums=(0, 1, 2, 3))
     sums, gradients = program(graphdef, step, config, temperature, parameters, {}, split_microbatches(whole, 1))
-    np.testing.assert_allclose(sums["loss"], expected.item(), rtol=TOLERANCE)
+    # Advantages of both signs nearly cancel: rounding is of the size of the terms, not of their sum.
+    size = float(np.abs(in_row["weight"] * in_row["advantages"]).sum())
+    np.testing.assert_allclose(sums["loss"], expected.item(), rtol=0, atol=TOLERANCE * size)
     gradients_in_pytorch = {name: parameter.grad for name, parameter in reference.named_parameters()}
     assert not above(TOLERANCE, errors(released(pair, gradients), gradients_in_pytorch))
 
