@@ -61,6 +61,8 @@ def reinforce(
     Arguments and errors: those of `train.loop.train`. A reward that fails raises RewardError, after a checkpoint.
     """
     out, resume = to_path(out), resume or ResumeConfig()
+    if resume.skip_steps is not None:
+        raise MossAudioError("--skip-steps is for `run`, which reads its data in steps: leave it out")
     before = out if is_begun(out) else None if resume.origin is None else resume.origin[0]
     config = dataclasses.replace(config, model=with_commits(config.model, before))
     source = source_of(config, out, resume)

@@ -17,6 +17,7 @@ from train.reinforce.config import ObjectiveConfig, QuestionsConfig, ReinforceCo
 from train.reinforce.loop import reinforce
 from train.running.between_steps import Outcome
 from train.running.checkpoints import Checkpoints
+from train.running.config import ResumeConfig
 from train.state import TrainState, abstract_state
 
 # A random model writes no answer that is right: any difference of answers is a reward.
@@ -123,3 +124,9 @@ def test_a_reward_that_fails_ends_a_run_whose_steps_are_saved(config: ReinforceC
         reinforce(failing, tmp_path, mesh=one_device())
     with Checkpoints(tmp_path, read_only=True) as checkpoints:
         assert checkpoints.steps[-1] >= 1
+
+
+def test_steps_of_data_cannot_be_skipped(config: ReinforceConfig, tmp_path: Path):
+    with pytest.raises(MossAudioError, match="--skip-steps is for `run`"):
+        reinforce(config, tmp_path / "run", mesh=one_device(), resume=ResumeConfig(skip_steps="3:4"))
+    assert not (tmp_path / "run").exists()
