@@ -40,7 +40,15 @@ from moss_audio_jax.weights.names import released_leaves
 
 TESTS = Path(__file__).parent
 # So that neither of two workers is left alone with one of them.
-LONGEST = ("test_loop.py", "test_lora.py", "test_processes.py", "test_ablation.py", "test_finetune.py", "test_step.py")
+LONGEST = (
+    "test_loop.py",
+    "test_lora.py",
+    "test_processes.py",
+    "test_reinforce_processes.py",
+    "test_ablation.py",
+    "test_finetune.py",
+    "test_step.py",
+)
 TINY_AUDIO_ID = 511  # tests/data/tiny has no processor_config.json to say so
 THINK, THOUGHT = 259, 260  # ids of <think> and </think> after `add_thinking_tokens`
 # A whole prompt about one clip, which ends in an open thought.
