@@ -596,7 +596,7 @@ def test_a_prompt_enters_a_slot_without_a_copy_of_the_others(sizes, prompts):
             )
         )
         read = placed(read, mesh) if prompts > 1 else read
-        compiled = insert.trace(answers, read, np.zeros(prompts, np.int32)).lower().compile()
+        compiled = insert.trace(answers, read, *[np.zeros(prompts, np.int32)] * 2).lower().compile()
     memory: Any = compiled.memory_analysis()
     held = 2 * math.prod(answers.cache.keys.shape) * 2 // mesh.size
     assert memory.alias_size_in_bytes >= held and memory.temp_size_in_bytes < held / 100
