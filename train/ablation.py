@@ -16,7 +16,8 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from moss_audio_jax.pictures import require_matplotlib
@@ -175,27 +176,18 @@ class _Progress:
     def __init__(self, runs: int):
         self._runs, self._number, self._seconds = runs, itertools.count(1), []
 
-    def run(self, name: str, *, done: bool) -> "_Timed":
-        number = next(self._number)
-        left = self._runs - number + 1
-        estimate = ""
-        if self._seconds:
-            minutes = sum(self._seconds) / len(self._seconds) * left / 60
-            estimate = f", about {minutes:.0f} min left"
-        print(f"run {number} of {self._runs}: {name}{' is done' if done else estimate}", file=sys.stderr, flush=True)
-        return _Timed(None if done else self._seconds)
-
-
-class _Timed:
-    def __init__(self, seconds: list[float] | None):
-        self._seconds = seconds
-
-    def __enter__(self) -> None:
-        self._began = time.monotonic()
-
-    def __exit__(self, *_: object) -> None:
-        if self._seconds is not None:
-            self._seconds.append(time.monotonic() - self._began)
+    @contextmanager
+    def run(self, name: str, *, done: bool) -> Iterator[None]:
+        """Says that a run begins, and measures its time unless it was done before."""
+        number, said = next(self._number), " is done" if done else ""
+        if self._seconds and not done:
+            minutes = sum(self._seconds) / len(self._seconds) * (self._runs - number + 1) / 60
+            said = f", about {minutes:.0f} min left"
+        print(f"run {number} of {self._runs}: {name}{said}", file=sys.stderr, flush=True)
+        began = time.monotonic()
+        yield
+        if not done:
+            self._seconds.append(time.monotonic() - began)
 
 
 def _result(run: Run, config: AblationConfig, items: Sequence[Question], directory: Path) -> Result | None:
@@ -204,9 +196,8 @@ def _result(run: Run, config: AblationConfig, items: Sequence[Question], directo
     if not path.exists():
         if train(run_config(run, config), directory).preempted:
             return None
-        measures = evaluate(directory, items, EvaluationConfig(answers=config.answers), progress=True).results[
-            "measures"
-        ]
+        evaluation = evaluate(directory, items, EvaluationConfig(answers=config.answers), progress=True)
+        measures = evaluation.results["measures"]
         content = {"scores": scores(measures), "curve": learning_curve(directory), "measures": measures}
         atomic_write(path, json.dumps(content, indent=2) + "\n")
     content = json.loads(path.read_text("utf-8"))
