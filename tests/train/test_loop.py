@@ -551,7 +551,7 @@ def test_mistakes_on_the_command_line_are_refused(tmp_path: Path, options: tuple
 def test_values_are_checked(config: RunConfig):
     with pytest.raises(MossAudioError, match="steps must be 1 or more, not 0"):
         LoopConfig(steps=0)
-    with pytest.raises(MossAudioError, match="4b, 8b, small, tiny, not '5b'"):
+    with pytest.raises(MossAudioError, match="4b, 8b, small, deep, tiny, not '5b'"):
         ModelSource(preset="5b")
     with pytest.raises(MossAudioError, match="microbatches must divide the batch of 2 sequences, not 3"):
         dataclasses.replace(config, microbatches=3)
