@@ -3,7 +3,7 @@
 import dataclasses
 
 from moss_audio_jax.commands.options import require, require_choice, require_positive
-from train.data.config import SceneConfig
+from train.data.config import DRUMS, SceneConfig
 from train.evaluation.config import AnswerConfig
 from train.recipes import TEST_DIGITS, digit_strings
 
@@ -34,6 +34,8 @@ ARMS = {
 }
 
 
+FAMILY_NAMES = ("times", "details", "drums", "voices", "digits")
+
 _TIMES = SceneConfig(
     seconds=(4.0, 30.0),
     events=(0, 3),
@@ -49,8 +51,11 @@ _DETAILS = SceneConfig(
     event_seconds=(0.4, 0.6),
     gap=0.1,
     tasks=("pitch", "fine_pitch", "loudness", "fine_loudness"),
+    questions=3,
 )
+_DRUMS = dataclasses.replace(_DETAILS, events=(2, 3), labels=DRUMS, seconds=(2.0, 2.4), tasks=("drum",))
 _DIGITS = dataclasses.replace(digit_strings(), tasks=("timeline",))
+_VOICES = dataclasses.replace(_DIGITS, seconds=(2.0, 3.0), events=(2, 2), tasks=("voice",))
 _ANSWERS = AnswerConfig(batch_size=25, max_new_tokens=128)
 
 
@@ -60,8 +65,8 @@ class AblationConfig:
 
     family: str = "times"
     """Tasks to compare the models by, which gives the other options their defaults. times: sounds and their times in
-    clips of 4 to 30 s. details: which of two sounds is higher, or louder, and whether two words have one voice. digits:
-    spoken digits and their times."""
+    clips of 4 to 30 s. details: which of two tones is higher, or louder. drums: which drum it is. voices: whether two
+    spoken digits have the same voice. digits: spoken digits and their times."""
     arms: tuple[str, ...] = ("both", "no markers")
     """Models to compare: both, no markers, no DeepStack; with digits of the time among the auxiliary labels: timed
     labels, and timed labels, no markers; with an encoder of 6 layers: deep encoder, and deep encoder, no DeepStack."""
@@ -86,7 +91,7 @@ class AblationConfig:
     """Directory of recordings, in place of the one that the scenes name."""
     batch_size: int = 8
     """Packed sequences in a batch."""
-    tokens: int = 512
+    tokens: int = 544  # few scenes of 30 s have more than 512
     """Tokens of a packed sequence."""
     chunks: int = 8
     """Audio chunks (4 s each) of a packed sequence."""
@@ -100,7 +105,7 @@ class AblationConfig:
     """Generation of the answers."""
 
     def __post_init__(self):
-        require_choice(self, "", "family", ("times", "details", "digits"))
+        require_choice(self, "", "family", FAMILY_NAMES)
         chosen = f"some of {', '.join(ARMS)}"
         require(self, "", ("arms",), lambda arms: bool(arms) and set(arms) <= set(ARMS), chosen)
         counts = ("steps", "seeds", "questions", "validations", "validation_questions", "batch_size")
@@ -115,29 +120,40 @@ class AblationConfig:
         return self.scenes.seconds[1]
 
 
-FAMILIES: dict[str, AblationConfig] = {
-    "times": AblationConfig(),
-    "details": AblationConfig(
-        family="details",
+def _of_test_recordings(scenes: SceneConfig) -> SceneConfig:
+    others = tuple(glob for glob in scenes.clips_except if glob != TEST_DIGITS)
+    return dataclasses.replace(scenes, clips_only=(TEST_DIGITS,), clips_except=others)
+
+
+def _family_of_details(family: str, scenes: SceneConfig, easy: SceneConfig, test: SceneConfig) -> AblationConfig:
+    return AblationConfig(
+        family=family,
         arms=("both", "no DeepStack"),
-        scenes=_DETAILS,
-        easy_scenes=dataclasses.replace(_DETAILS, tasks=("pitch", "loudness")),
-        test_scenes=_DETAILS,
-        bins=((1.6, 2.0),),
-        tokens=256,
+        steps=700,
+        scenes=scenes,
+        easy_scenes=easy,
+        easy_examples=15_000,
+        test_scenes=test,
+        bins=(scenes.seconds,),
+        tokens=320,
         chunks=4,
         batch_size=16,
+    )
+
+
+FAMILIES: dict[str, AblationConfig] = {
+    "times": AblationConfig(),
+    "details": _family_of_details(
+        "details", _DETAILS, dataclasses.replace(_DETAILS, tasks=("pitch", "loudness")), _DETAILS
     ),
+    "drums": _family_of_details("drums", _DRUMS, _DRUMS, _DRUMS),
+    "voices": _family_of_details("voices", _VOICES, _VOICES, _of_test_recordings(_VOICES)),
     "digits": AblationConfig(
         family="digits",
         scenes=_DIGITS,
         easy_scenes=dataclasses.replace(_DIGITS, seconds=(2.0, 4.0), events=(1, 3)),
         easy_examples=16_000,
-        test_scenes=dataclasses.replace(
-            _DIGITS,
-            clips_only=(TEST_DIGITS,),
-            clips_except=tuple(glob for glob in _DIGITS.clips_except if glob != TEST_DIGITS),
-        ),
+        test_scenes=_of_test_recordings(_DIGITS),
         bins=((2.0, 6.0), (6.0, 12.0), (12.0, 18.0)),
         tokens=320,
         chunks=4,

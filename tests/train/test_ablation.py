@@ -11,7 +11,7 @@ from moss_audio_jax import MossAudioError, load_processor
 from moss_audio_jax.weights.parameters import abstract_parameters
 from train import ablation
 from train.ablation import Run, ablate, learning_curve, questions, run_config
-from train.ablation_config import ARMS, FAMILIES, AblationConfig
+from train.ablation_config import ARMS, FAMILIES, FAMILY_NAMES, AblationConfig
 from train.ablation_report import Result, difference_table, mean_interval, score_table, speed_table
 from train.config import model_config
 from train.data.config import SceneConfig
@@ -58,6 +58,7 @@ def test_arms_differ_in_what_they_are_named_after():
 
 
 def test_families_test_what_they_train():
+    assert tuple(FAMILIES) == FAMILY_NAMES
     for name, family in FAMILIES.items():
         assert family.family == name and set(family.test_scenes.tasks) == set(family.scenes.tasks)
         assert all(ARMS[arm].without in (None, *family.arms) for arm in family.arms)
@@ -173,5 +174,5 @@ def test_values_are_checked():
         AblationConfig(arms=())
     with pytest.raises(MossAudioError, match="seeds must be 1 or more, not 0"):
         AblationConfig(seeds=0)
-    with pytest.raises(MossAudioError, match="family must be one of times, details, digits, not 'all'"):
+    with pytest.raises(MossAudioError, match="family must be one of times, details, drums, voices, digits, not 'all'"):
         AblationConfig(family="all")

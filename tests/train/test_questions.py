@@ -118,7 +118,7 @@ def test_the_references_themselves_score_perfectly(tmp_path: Path):
     questions = [{"id": n, "choices": ["dog", "cat"], "answer": answer} for n, answer in enumerate(("cat", "dog"))]
     (tmp_path / "mmar.json").write_text(json.dumps([question | fields for fields in questions]))
     asked = tuple(task for task in TASKS if task != "voice")  # which is of recordings
-    scenes = SceneConfig(events=(2, 3), labels=("tone", "hum"), tasks=asked, questions=1)
+    scenes = SceneConfig(events=(2, 3), labels=("tone", "hum", "kick"), tasks=asked, questions=1)
     items = [
         *manifest_questions(tmp_path / "test.jsonl"),
         *scene_questions(60, scenes, seed=3),

@@ -19,11 +19,12 @@ Thoughts = Literal["learn", "mask"]
 Oversize = Literal["skip", "truncate", "refuse"]
 
 LABELS = ("tone", "chirp", "click", "noise", "dial", "hum")  # of scenes, by default
-SOUND_NAMES = (*LABELS, "siren")
+DRUMS = ("kick", "tom", "snare", "clap", "hat")
+SOUND_NAMES = (*LABELS, "siren", *DRUMS)
 BACKGROUNDS = ("white", "pink", "brown")
 TASK_NAMES = (
     *("timeline", "words", "transcript", "caption", "start", "duration", "what_at"),
-    *("pitch", "fine_pitch", "loudness", "fine_loudness", "voice"),
+    *("pitch", "fine_pitch", "loudness", "fine_loudness", "voice", "drum"),
 )
 SHORTEST_EVENT = 0.1  # seconds
 SEEDS = 2**32  # number of seeds that scenes can have
@@ -181,7 +182,7 @@ class SceneConfig:
     labels: tuple[str, ...] = LABELS
     """Classes to draw from; a class named twice is drawn twice as often. tone: steady; chirp: gliding; click: a row of
     clicks; noise: a burst; dial: DTMF digits; hum: a low buzz; siren: not in the default, for a model to learn
-    later."""
+    later; kick, tom, snare, clap, hat: drums, nor in the default."""
     event_seconds: tuple[float, float] = (0.3, 1.5)
     """Length of an event, in seconds."""
     clips: str | None = None
@@ -222,7 +223,8 @@ class SceneConfig:
     tasks: tuple[str, ...] = ("timeline",)
     """Questions to draw from; a name given twice is drawn twice as often. timeline: of events, in tenths of a second;
     words: the events as words, in hundredths; transcript: without times; fine_pitch: which of two is higher by one or
-    two semitones; fine_loudness: louder by 2.5 to 3.5 dB; voice: whether two recordings have the same voice."""
+    two semitones; fine_loudness: louder by 2.5 to 3.5 dB; voice: whether two recordings have the same voice; drum:
+    name of the first drum, or the second, and so on."""
     questions: int = 1
     """Questions about one scene in a training example, one turn each; fewer if the scene has none left."""
 

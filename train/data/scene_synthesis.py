@@ -230,6 +230,51 @@ def _siren(event: Event, samples: int, rng: np.random.Generator) -> np.ndarray:
     return _ramped(np.sin(2 * np.pi * (cycles % 1).astype(np.float32)))
 
 
+# Drums: (lowest and highest final pitch in Hz, seconds in which the tone falls by 60 dB), and the same of the noise.
+_KICK = (45.0, 65.0), 0.5
+_TOM = (90.0, 140.0), 0.5
+_SNARE = (160.0, 220.0), 0.2
+_SNARE_NOISE = 0.35
+_CLAP_NOISE = 0.3
+_HAT_NOISE = 0.15
+_STRIKE = 0.03  # seconds in which the first pitch of a drum, twice the last, falls
+_CLAPS = (0.0, 0.012, 0.024)  # seconds
+
+
+def _drum(pitch: tuple[float, float], fall: float) -> Callable[[Event, int, np.random.Generator], np.ndarray]:
+    def drum(event: Event, samples: int, rng: np.random.Generator) -> np.ndarray:
+        """Decaying sine whose pitch falls by an octave after the strike."""
+        seconds = _seconds(samples)
+        hertz = log_uniform(pitch, rng) * (1 + np.exp(-seconds / _STRIKE))
+        return _ramped(np.sin(2 * np.pi * np.cumsum(hertz) / SAMPLE_RATE) * 10 ** (-3 * seconds / fall))
+
+    return drum
+
+
+def _rattle(samples: int, fall: float, rng: np.random.Generator) -> np.ndarray:
+    return rng.standard_normal(samples, np.float32) * 10 ** (-3 * _seconds(samples) / fall)
+
+
+def _snare(event: Event, samples: int, rng: np.random.Generator) -> np.ndarray:
+    """A drum and the noise of its wires."""
+    noise = _rattle(samples, _SNARE_NOISE, rng)
+    return _ramped(_drum(*_SNARE)(event, samples, rng) + noise / np.abs(noise).max())
+
+
+def _clap(event: Event, samples: int, rng: np.random.Generator) -> np.ndarray:
+    """Bursts of noise in close succession; the last one decays."""
+    sound = np.zeros(samples, np.float32)
+    for first in (round(seconds * SAMPLE_RATE) for seconds in _CLAPS):
+        sound[first:] = _rattle(samples - first, _CLAP_NOISE, rng)
+        sound[first:] *= np.minimum(1, np.arange(1, samples - first + 1, dtype=np.float32) / (_RAMP * SAMPLE_RATE))
+    return _ramped(sound)
+
+
+def _hat(event: Event, samples: int, rng: np.random.Generator) -> np.ndarray:
+    """High noise that decays soon: the second difference of white noise."""
+    return _ramped(np.diff(_rattle(samples + 2, _HAT_NOISE, rng), 2))
+
+
 SOUNDS: dict[str, Callable[[Event, int, np.random.Generator], np.ndarray]] = {
     "tone": _tone,
     "chirp": _tone,
@@ -238,6 +283,11 @@ SOUNDS: dict[str, Callable[[Event, int, np.random.Generator], np.ndarray]] = {
     "dial": _dial,
     "hum": _hum,
     "siren": _siren,
+    "kick": _drum(*_KICK),
+    "tom": _drum(*_TOM),
+    "snare": _snare,
+    "clap": _clap,
+    "hat": _hat,
 }
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from train.data.config import DRUMS
 from train.data.manifest import TimedText
 from train.data.objectives import EVENT_DECIMALS, PROMPTS, SPEECH_DECIMALS, TIME_QUESTIONS, timeline
 from train.data.scene_synthesis import Event, ScenePlan
@@ -20,6 +21,7 @@ _COMPARISONS = {
     "loudness": ("Which {0} is louder, the first or the second?", "Is the first or the second {0} louder?"),
 }
 _VOICE_QUESTIONS = ("Do both words have the same voice?", "Does one person say both words?")
+_DRUM_QUESTIONS = ("Which drum is the {0} one?", "What is the {0} drum?")
 _ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth")
 NOTHING = "nothing"  # is heard
 _MARGIN = 0.1  # minimum seconds between a time that is asked about and any onset or offset
@@ -150,6 +152,14 @@ def _ask_voice(plan: ScenePlan, rng: np.random.Generator) -> Asked:
     return _ask(_VOICE_QUESTIONS, "", rng), "yes" if wanted else "no"
 
 
+def _ask_drum(plan: ScenePlan, rng: np.random.Generator) -> Asked:
+    drums = [event.text for event in plan.events if event.text in DRUMS][: len(_ORDINALS)]
+    if not drums:
+        return None
+    index = int(rng.integers(len(drums)))
+    return _ask(_DRUM_QUESTIONS, _ORDINALS[index], rng), drums[index]
+
+
 TASKS: dict[str, Callable[[ScenePlan, np.random.Generator], Asked]] = {
     "timeline": _ask_timeline,
     "words": _ask_words,
@@ -163,6 +173,7 @@ TASKS: dict[str, Callable[[ScenePlan, np.random.Generator], Asked]] = {
     "loudness": _ask_loudness,
     "fine_loudness": _ask_fine_loudness,
     "voice": _ask_voice,
+    "drum": _ask_drum,
 }
 
 _PHRASES = {
@@ -172,6 +183,11 @@ _PHRASES = {
     "dial": "dialled digits",
     "hum": "a hum",
     "siren": "a siren",
+    "kick": "a kick drum",
+    "tom": "a tom",
+    "snare": "a snare drum",
+    "clap": "a clap",
+    "hat": "a hi-hat",
 }
 _BACKGROUND_PHRASES = {"white": "a faint hiss", "pink": "a faint rushing", "brown": "a faint rumble"}
 

@@ -177,6 +177,7 @@ _SCENE_MEASURES = {
     "loudness": "label",
     "fine_loudness": "label",
     "voice": "label",
+    "drum": "label",
 }
 
 
