@@ -6,7 +6,9 @@ seed is of (run, step, place, number of the answer).
 """
 
 import dataclasses
+import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -16,7 +18,7 @@ import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh
 
-from moss_audio_jax.errors import MossAudioError
+from moss_audio_jax.errors import MossAudioError, StorageError
 from moss_audio_jax.inference.engine import Engine
 from moss_audio_jax.inference.requests import Handle, Reply, Request
 from moss_audio_jax.inputs import ModelInputs, encode_sequence
@@ -24,6 +26,7 @@ from moss_audio_jax.model import MossAudio
 from moss_audio_jax.processor import Processor
 from moss_audio_jax.sharding import num_parts
 from train.data import Interrupted
+from train.data.budget import TooLong
 from train.evaluation.answers import encode_question, whole_batch
 from train.evaluation.questions import Question
 from train.reinforce.config import ReinforceConfig
@@ -31,6 +34,8 @@ from train.reinforce.questions import QuestionOrder
 from train.reinforce.rewards import Answered, RewardError, Rewards
 from train.running.distributed import from_first_process
 from train.running.sink import RolloutGroup
+
+log = logging.getLogger(__name__)
 
 EVERY = 32  # tokens that the engine draws before the host looks, unless an answer ends and another waits
 POLL_SECONDS = 0.2  # between two checks of `stopped`
@@ -122,12 +127,12 @@ class Rollouts:
         asked: list[Group] = []
         kept: list[Group] = []
         seconds = {"rollout_seconds": 0.0, "reward_seconds": 0.0}
-        too_long = 0
+        left_out = Counter({"too_long": 0, "unreadable": 0})
         with Engine(model, self._processor, slots=self._slots, max_length=self._length, every=EVERY) as engine:
             while len(kept) < chosen.prompts and len(asked) < most:
                 wanted = min(chosen.prompts - len(kept), most - len(asked))
                 taken, place, skipped = self._taken(place, wanted)
-                too_long += skipped
+                left_out.update(skipped)
                 began = time.perf_counter()
                 replies = self._replies(engine, taken, step, stopped)
                 drawn = time.perf_counter()
@@ -139,33 +144,46 @@ class Rollouts:
         self.place = place
         for ahead in range(place, place + chosen.prompts):  # while the update runs
             self._encoding(ahead)
-        return Rollout(kept, asked, _figures(asked, kept) | seconds | {"too_long": too_long})
+        return Rollout(kept, asked, _figures(asked, kept) | seconds | left_out)
 
-    def _taken(self, place: int, count: int) -> tuple[list[tuple[int, Encoded]], int, int]:
-        """Returns the next questions that fit with their places, the place after them, and the number left out."""
+    def _taken(self, place: int, count: int) -> tuple[list[tuple[int, Encoded]], int, Counter[str]]:
+        """Returns the next usable questions with their places, the place after them, and the numbers left out."""
         taken: list[tuple[int, Encoded]] = []
-        begin, in_a_row = place, 0
+        begin, in_a_row, skipped = place, 0, Counter[str]()
+        most = min(self._config.data.max_skips_in_a_row, self._order.count)
         for ahead in range(place, place + count):
             self._encoding(ahead)
         while len(taken) < count:
-            encoded = self._encoding(place).result()
-            if self._fits(encoded):
-                taken.append((place, encoded))
+            try:
+                taken.append((place, self._usable(place)))
                 in_a_row = 0
-            else:
+            except StorageError:  # not the fault of the question
+                raise
+            except MossAudioError as error:
+                kind = "too_long" if isinstance(error, TooLong) else "unreadable"
+                log.warning("skipped (%s): %s", kind.replace("_", " "), error)
+                skipped[kind] += 1
                 in_a_row += 1
-            if in_a_row >= min(self._config.data.max_skips_in_a_row, self._order.count):
-                raise MossAudioError(
-                    f"{encoded.question.name}: {in_a_row} questions in a row are too long, this one with "
-                    f"{len(encoded.ids)} tokens and {encoded.inputs.audio_chunks.shape[1]} chunks of audio: with "
-                    f"--rollout.max-new-tokens {self._config.rollout.max_new_tokens} they must fit into {self._length} "
-                    f"tokens and {self._config.data.chunks} chunks: raise --data.tokens, --rollout.length or "
-                    "--data.chunks"
-                )
+                if in_a_row >= most:
+                    raise MossAudioError(
+                        f"none of {in_a_row} questions in a row could be used; the last: {error}"
+                    ) from error
             place += 1
         for done in [known for known in self._coming if known < begin]:
             del self._coming[done]
-        return taken, place, place - begin - count
+        return taken, place, skipped
+
+    def _usable(self, place: int) -> Encoded:
+        """Waits for the question at a place. Raises TooLong, or MossAudioError if its audio can't be read."""
+        encoded = self._encoding(place).result()
+        chunks, new = encoded.inputs.audio_chunks.shape[1], self._config.rollout.max_new_tokens
+        if len(encoded.ids) + new > self._length or chunks > self._config.data.chunks:
+            raise TooLong(
+                f"{encoded.question.name}: {len(encoded.ids)} tokens and {chunks} chunks of audio, with "
+                f"--rollout.max-new-tokens {new}, must fit into {self._length} tokens and {self._config.data.chunks} "
+                "chunks: raise --data.tokens, --rollout.length or --data.chunks"
+            )
+        return encoded
 
     def _encoding(self, place: int) -> Future[Encoded]:
         if place not in self._coming:
@@ -178,10 +196,6 @@ class Rollouts:
         inputs = encode_sequence(ids, mels, self._processor.config)
         inputs = dataclasses.replace(inputs, audio_chunks=inputs.audio_chunks.astype(ml_dtypes.bfloat16))
         return Encoded(question, ids, mels, inputs)
-
-    def _fits(self, encoded: Encoded) -> bool:
-        length = len(encoded.ids) + self._config.rollout.max_new_tokens
-        return length <= self._length and encoded.inputs.audio_chunks.shape[1] <= self._config.data.chunks
 
     def _replies(
         self, engine: Engine, taken: Sequence[tuple[int, Encoded]], step: int, stopped: Callable[[], bool]
