@@ -29,7 +29,7 @@ LENGTHS = np.array([7, 3, 12, 1, 9, 5, 12, 2])  # of the answers to two question
 CASES = {
     "dapo": ObjectiveConfig(),
     "dapo with KL": ObjectiveConfig(kl=0.1, rollout_cap=0.0),
-    "grpo": ObjectiveConfig(algorithm="grpo", clip_high=0.2),
+    "grpo": ObjectiveConfig(algorithm="grpo"),
     "gspo": ObjectiveConfig(algorithm="gspo", clip_low=0.01, clip_high=0.02),
 }
 
@@ -77,7 +77,7 @@ def in_pytorch(new: Any, case: dict[str, np.ndarray], config: ObjectiveConfig) -
     if config.algorithm == "gspo":
         log_ratio = ((log_ratio * mask).sum(1, keepdim=True) / lengths).expand_as(log_ratio)
     ratio = log_ratio.exp()
-    clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
+    clipped = ratio.clamp(*config.ratios)
     loss = -torch.minimum(ratio * of["advantages"], clipped * of["advantages"])
     if config.rollout_cap:
         loss = loss * (of["old"] - of["drawn"]).exp().clamp(max=config.rollout_cap)
@@ -116,8 +116,8 @@ def test_the_objective_and_its_gradient_equal_those_of_trl(name: str):
         model=SimpleNamespace(training=True),
         loss_type="dapo" if config.algorithm == "dapo" else "grpo",
         importance_sampling_level="sequence" if config.algorithm == "gspo" else "token",
-        epsilon_low=config.clip_low,
-        epsilon_high=config.clip_high,
+        epsilon_low=1 - config.ratios[0],
+        epsilon_high=config.ratios[1] - 1,
         beta=config.kl,
         use_vllm=bool(config.rollout_cap),
         vllm_importance_sampling_correction=True,

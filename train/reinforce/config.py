@@ -14,6 +14,7 @@ from train.data.config import AugmentConfig, SceneConfig
 from train.data.mixture_config import MixtureConfig
 
 Algorithm = Literal["dapo", "grpo", "gspo"]
+_CLIPS: dict[str, tuple[float, float]] = {"dapo": (0.2, 0.28), "grpo": (0.2, 0.2), "gspo": (3e-4, 4e-4)}  # the papers'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,12 +78,11 @@ class ObjectiveConfig:
 
     algorithm: Algorithm = "dapo"
     """dapo: mean over all tokens of the update. grpo (arXiv 2402.03300): mean over answers of the mean over their
-    tokens. gspo (arXiv 2507.18071): that of grpo, with one ratio of probabilities for each answer; its clips are of the
-    order of 3e-4."""
-    clip_low: float = 0.2
-    """The ratio of new to old probability stops to count below 1 - this."""
-    clip_high: float = 0.28
-    """The ratio stops to count above 1 + this."""
+    tokens. gspo (arXiv 2507.18071): that of grpo, with one ratio of probabilities for each answer."""
+    clip_low: float | None = None
+    """The ratio of new to old probability stops to count below 1 - this. Default: 0.2; of gspo 0.0003."""
+    clip_high: float | None = None
+    """The ratio stops to count above 1 + this. Default: 0.28 of dapo, 0.2 of grpo, 0.0004 of gspo."""
     rollout_cap: float = 2.0
     """Largest ratio of the trainer's to the rollout's probability of a token, which weighs its term. 0: no weight."""
     kl: float = 0.0
@@ -93,9 +93,17 @@ class ObjectiveConfig:
     def __post_init__(self):
         require_choice(self, "objective.", "algorithm", get_args(Algorithm))
         require_positive(self, "objective.", "minibatches")
-        require(self, "objective.", ("clip_low",), lambda value: 0 < value < 1, "above 0 and below 1")
-        require(self, "objective.", ("clip_high",), lambda value: value > 0, "above 0")
+        require(self, "objective.", ("clip_low",), lambda value: value is None or 0 < value < 1, "above 0 and below 1")
+        require(self, "objective.", ("clip_high",), lambda value: value is None or value > 0, "above 0")
         require(self, "objective.", ("rollout_cap", "kl"), lambda value: value >= 0, "0 or more")
+
+    @property
+    def ratios(self) -> tuple[float, float]:
+        """Lowest and highest ratio of new to old probability that counts."""
+        low, high = _CLIPS[self.algorithm]
+        low = low if self.clip_low is None else self.clip_low
+        high = high if self.clip_high is None else self.clip_high
+        return 1 - low, 1 + high
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The objective of post-training by reward, from the log-probabilities of drawn tokens.
 
     for each drawn token:    ratio = pi / pi_old                       (gspo: the geometric mean over the answer)
-                             gain = min(ratio A, clip(ratio, 1 - low, 1 + high) A)
+                             gain = min(ratio A, clip(ratio, low, high) A)
                              cut = min(pi_old / pi_rollout, cap)
                              loss = -cut gain + kl (pi_0 / pi - log(pi_0 / pi) - 1)
     objective                sum of weight * loss
@@ -77,7 +77,7 @@ def policy_loss(
     if config.algorithm == "gspo":
         log_ratio = _mean_of_answer(log_ratio, drawn, batch.inputs.segment_ids)
     ratio = jnp.exp(log_ratio)
-    low, high = 1 - config.clip_low, 1 + config.clip_high
+    low, high = config.ratios
     gain = jnp.minimum(ratio * batch.advantages, jnp.clip(ratio, low, high) * batch.advantages)
     of_rollout = jnp.exp(old - of_drawn(batch.drawn))
     cut = jnp.minimum(of_rollout, config.rollout_cap) if config.rollout_cap else jnp.ones_like(of_rollout)
