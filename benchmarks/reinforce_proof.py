@@ -156,7 +156,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", help="directory of all runs, the table and the picture")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of the runs")
-    parser.add_argument("--steps", type=int, default=200, help="steps of each run by reward")
+    parser.add_argument("--steps", type=int, default=150, help="steps of each run by reward")
     parser.add_argument("--rate", type=float, default=5e-4, help="learning rate")
     parser.add_argument("--prompts", type=int, default=32, help="questions of a step")
     parser.add_argument("--samples", type=int, default=8, help="answers to a question")
