@@ -17,21 +17,19 @@ import time
 
 import numpy as np
 
-from moss_audio_jax.sampling_config import Sampling
-from train.config import LoopConfig, ModelSource, OptimizerConfig, RunConfig, StepConfig, ValidationConfig
-from train.data.config import DataConfig, SceneConfig
+from train.config import LoopConfig, ModelSource, RunConfig, ValidationConfig
 from train.data.mixture_config import MixtureConfig, SceneGroupConfig
 from train.loop import train
-from train.recipes import RECIPES
-from train.reinforce.config import ObjectiveConfig, QuestionsConfig, ReinforceConfig, RolloutConfig
+from train.recipes import RECIPES, REINFORCE_RECIPES
+from train.reinforce.config import ObjectiveConfig, ReinforceConfig
 from train.reinforce.loop import reinforce
 from train.reinforce.rewards import seconds
 
-SCENES = SceneConfig(seconds=(4.0, 4.0), events=(1, 2), tasks=("start",))
+SCENES = REINFORCE_RECIPES["reward_times"].questions.scene
 # The supervised start learns to hear from timelines, and what the questions mean from few of them.
 TIMELINES = dataclasses.replace(SCENES, tasks=("timeline",))
 SHARE = 0.1  # of questions
-HELD_OUT = 400  # questions of an evaluation
+HELD_OUT = REINFORCE_RECIPES["reward_times"].validation.count
 SUPERVISED_EVERY = 50  # steps between evaluations of the supervised start
 BEGIN_AT = 0.40  # share of right answers from which the supervised start is enough
 SCORE = "eval/share_within"
@@ -67,36 +65,24 @@ def supervised_config(seed: int) -> RunConfig:
     )
 
 
-def supervised(out: pathlib.Path, seed: int) -> float:
-    """Trains until enough held-out questions are answered; returns their share."""
+def supervised(out: pathlib.Path, seed: int) -> float | None:
+    """Trains until enough held-out questions are answered; returns their share, or None if SIGTERM stopped it."""
     config = supervised_config(seed)
     while not (found := scores(out)) or found[-1][1] < BEGIN_AT:
         steps = (found[-1][0] if found else 0) + SUPERVISED_EVERY
-        train(dataclasses.replace(config, loop=dataclasses.replace(config.loop, steps=steps)), out)
+        if train(dataclasses.replace(config, loop=dataclasses.replace(config.loop, steps=steps)), out).preempted:
+            return None
     return found[-1][1]
 
 
 def reinforce_config(start: pathlib.Path, seed: int, reward: str, args: argparse.Namespace) -> ReinforceConfig:
-    return ReinforceConfig(
-        data=DataConfig(batch_size=4, tokens=1024, chunks=8),
-        optimizer=OptimizerConfig(
-            learning_rate=args.rate, total_steps=args.steps, warmup_steps=5, weight_decay=0.0, final_fraction=0.1
-        ),
-        loop=LoopConfig(checkpoint_every=50, log_every=10),
-        validation=ValidationConfig(
-            every=50, count=HELD_OUT, max_new_tokens=8, batch_size=HELD_OUT // 2, show_samples=1
-        ),
+    recipe = REINFORCE_RECIPES["reward_times"]
+    return dataclasses.replace(
+        recipe,
+        optimizer=dataclasses.replace(recipe.optimizer, learning_rate=args.rate, total_steps=args.steps),
         model=ModelSource(checkpoint=str(start)),
-        step=StepConfig(compute_dtype="float32", remat="none", loss_chunk=1024, spike_sigma=0.0),
-        questions=QuestionsConfig(scenes=1_000_000, scene=SCENES),
-        rollout=RolloutConfig(
-            prompts=args.prompts,
-            samples=args.samples,
-            max_new_tokens=8,
-            slots=args.prompts * args.samples,
-            length=128,
-            sampling=Sampling(1.0, 50, 1.0),
-            overlong=1,
+        rollout=dataclasses.replace(
+            recipe.rollout, prompts=args.prompts, samples=args.samples, slots=args.prompts * args.samples
         ),
         rewards=(f"{reward}=1",),
         objective=ObjectiveConfig(minibatches=args.minibatches),
@@ -116,11 +102,14 @@ def proof(args: argparse.Namespace) -> None:
     for seed in args.seeds:
         start = out / f"supervised-{seed}"
         before = supervised(start, seed)
+        if before is None:
+            return
         rewards = {"reward": "seconds", "shuffled": f"{pathlib.Path(__file__)}:shuffled"}
         for name, reward in list(rewards.items())[: 1 if args.no_control else 2]:
             run = out / f"{name}-{seed}"
             began = time.time()
-            reinforce(reinforce_config(start, seed, reward, args), run)
+            if reinforce(reinforce_config(start, seed, reward, args), run).preempted:
+                return
             took = sum(json.loads(line)["step_seconds"] for line in (run / "metrics.jsonl").read_text().splitlines())
             rows.append((seed, name, before, scores(run)[-1][1], took / 60))
             print(rows[-1], f"{time.time() - began:.0f} s", flush=True)

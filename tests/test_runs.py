@@ -115,6 +115,7 @@ def test_every_script_that_rents_is_tried():
         "hosts.sh",
         "on_host.sh",
         "demo.sh",
+        "reinforce.sh",
         "spoken_digits.sh",
     }
 

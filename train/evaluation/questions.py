@@ -164,7 +164,7 @@ def _asks_for_seconds(question: str | Clip) -> bool:
 
 # Sound scenes
 
-_SCENE_MEASURES = {
+SCENE_MEASURES = {
     "timeline": "events",
     "words": "timed_text",
     "transcript": "text",
@@ -191,7 +191,7 @@ def scene_question(index: int, config: SceneConfig, seed: int) -> Question:
     task = make_task(seed, index, config)
     name = f"scene {index} of seed {seed}"
     turns = task.example(name).conversation[:1]  # the first of the questions that training asks
-    return Question(name, "scenes", task.name, turns, task.answer, _SCENE_MEASURES[task.name], labels=task.scene.events)
+    return Question(name, "scenes", task.name, turns, task.answer, SCENE_MEASURES[task.name], labels=task.scene.events)
 
 
 # Benchmarks

@@ -75,6 +75,7 @@ def reinforce(
     require_even_batch(config.data.batch_size, 1, mesh)
     rewards = Rewards(config.rewards, config.rollout, config.reward_seconds)
     order = QuestionOrder(config)
+    rewards.require_judges(order.measures)
     with ExitStack() as stack:
         keep = stack.enter_context(clean_start(out))
         stop = stack.enter_context(Termination())

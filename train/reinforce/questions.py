@@ -8,7 +8,13 @@ import numpy as np
 
 from moss_audio_jax.errors import MossAudioError
 from train.data.config import SceneConfig
-from train.evaluation.questions import Question, benchmark_questions, manifest_questions, scene_question
+from train.evaluation.questions import (
+    SCENE_MEASURES,
+    Question,
+    benchmark_questions,
+    manifest_questions,
+    scene_question,
+)
 from train.reinforce.config import ReinforceConfig
 from train.reinforce.rewards import BY_MEASURE
 
@@ -35,6 +41,12 @@ class QuestionOrder:
         scenes = SceneQuestions(config.questions.scenes, config.questions.scene, config.seed)
         self._parts: list[Sequence[Question]] = [asked, scenes]
         self.count = len(asked) + len(scenes)
+        # Measure -> a question that is judged by it.
+        self.measures = {question.measure: question.name for question in asked}
+        if scenes:
+            self.measures |= {
+                SCENE_MEASURES[task]: f"the task {task} of scenes" for task in config.questions.scene.tasks
+            }
         if not self.count:
             raise MossAudioError(
                 f"there is nothing to ask ({self.unjudged} questions without a measure): give --data with known "

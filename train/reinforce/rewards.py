@@ -12,7 +12,7 @@ import math
 import pathlib
 import re
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -108,6 +108,17 @@ BY_MEASURE: dict[str, Reward] = {
 }
 
 
+# Measures of the questions that a reward can judge, where these are not all.
+JUDGED: dict[str, tuple[str, ...]] = {
+    "choice": ("choice",),
+    "seconds": ("seconds",),
+    "events": ("events",),
+    "words": ("text", "timed_text"),
+    "timed_text": ("timed_text",),
+    "times": ("timed_text", "events"),
+}
+
+
 def correct(question: Question, answer: Answered) -> float:
     """The reward of the question's measure: choice, equal, seconds, events, words or timed_text."""
     return BY_MEASURE[question.measure](question, answer)
@@ -156,6 +167,17 @@ class Rewards:
                 raise MossAudioError(f"--rewards name {name} twice: give it once, with one weight")
             self.weights[name] = weight
             self._functions[name] = overlong(config) if name == OVERLONG else NAMED.get(name) or imported(name)
+
+    def require_judges(self, measures: Mapping[str, str]) -> None:
+        """Raises MossAudioError if a reward can't judge one of the measures. measures: measure -> a question of it."""
+        for name in self.weights:
+            for measure, question in measures.items():
+                if measure not in JUDGED.get(name, (measure,)):
+                    raise MossAudioError(
+                        f"--rewards {name} judges questions by {' or '.join(JUDGED[name])}, and {question} is judged "
+                        f"by {measure}: give correct, which takes the measure of each question, or choose the "
+                        "questions by --questions.objectives or --questions.scenes.tasks"
+                    )
 
     def __call__(self, questions: Sequence[Question], answers: Sequence[Answered]) -> dict[str, list[float]]:
         """Returns each reward of each answer, without weights.

@@ -28,6 +28,14 @@ TIMELINE = question("[1.0]tone[2.0][3.0]hum[4.0]", "events", labels=EVENTS)
 TIMED = question("[1.0]tone[2.0][3.0]hum[4.0]", "timed_text", labels=EVENTS)
 
 
+def test_a_reward_of_other_questions_is_refused():
+    Rewards(("correct", "equal", "format", "overlong"), CONFIG, 10).require_judges({"text": "a", "seconds": "b"})
+    Rewards(("words",), CONFIG, 10).require_judges({"text": "a", "timed_text": "b"})
+    message = "--rewards seconds judges questions by seconds, and item 3 is judged by events: give correct, which"
+    with pytest.raises(MossAudioError, match=message):
+        Rewards(("correct", "seconds"), CONFIG, 10).require_judges({"seconds": "a", "events": "item 3"})
+
+
 @pytest.mark.parametrize(
     ("asked", "text", "expected"),
     [
