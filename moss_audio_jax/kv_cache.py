@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Float32, Int, Int8
 from moss_audio_jax.config import LanguageConfig
 from moss_audio_jax.sharding import constrain, on_cpu
 
-_AXES = ("layers", "batch", "heads", None, None)
+STACK_AXES = ("layers", "batch", "heads", None, None)  # of keys or values, and without the last of scales
 
 
 @jax.tree_util.register_dataclass
@@ -89,7 +89,7 @@ def kept_as(stack: Slots, x: Slots) -> Slots:
 
 def sharded(stack: Array) -> Array:
     """Shards an array of a stack."""
-    return constrain(stack, *_AXES[: stack.ndim])
+    return constrain(stack, *STACK_AXES[: stack.ndim])
 
 
 @functools.partial(jax.vmap, in_axes=(1, 1, 0), out_axes=1)

@@ -21,7 +21,7 @@ from moss_audio_jax import model as model_module
 from moss_audio_jax import splash as splash_module
 from moss_audio_jax.attention import causal_attend, rotary_phases, self_attend
 from moss_audio_jax.generation import decode_answers, make_drawing, prefill_prompts
-from moss_audio_jax.kv_cache import KVCache
+from moss_audio_jax.kv_cache import STACK_AXES, KVCache
 from moss_audio_jax.language_model import LanguageModel
 from moss_audio_jax.sampling_config import Sampling
 from moss_audio_jax.sharding import make_mesh, named_sharding
@@ -319,14 +319,12 @@ def test_decoding_holds_the_cache_once_and_gathers_no_head(batch, tensor, steere
 
 def placed(loop, mesh: Mesh):
     """The state of decoding as it is sharded: keys and values by heads too, the rest by sequences."""
-    cache = loop.cache
 
-    def as_stack(x):
-        return shaped(mesh, x.shape, x.dtype, *["layers", "batch", "heads", None, None][: x.ndim])
+    def as_kept(x):
+        axes = STACK_AXES if x.ndim > 3 else ("batch", None)
+        return shaped(mesh, x.shape, x.dtype, *axes[: x.ndim])
 
-    keys, values = jax.tree.map(as_stack, (cache.keys, cache.values))
-    loop = jax.tree.map(lambda x: shaped(mesh, x.shape, x.dtype, *["batch", *[None] * 4][: x.ndim]), loop)
-    return dataclasses.replace(loop, cache=dataclasses.replace(loop.cache, keys=keys, values=values))
+    return jax.tree.map(as_kept, loop)
 
 
 def assert_splash(compiled, tokens: int, *, kernels: int):

@@ -46,7 +46,7 @@ from moss_audio_jax.kv_cache import KVCache
 from moss_audio_jax.sharding import make_mesh
 from moss_audio_jax.steering import MAX_PERIOD, MIN_LOOP, REPEATS, ends_in_a_loop
 from moss_audio_jax.tokenizer import Tokenizer
-from tests.conftest import OPENED, THINK, THOUGHT, add_thinking_tokens, compilations, random_mel
+from tests.conftest import OPENED, SMALL_MODEL, THINK, THOUGHT, add_thinking_tokens, compilations, random_mel
 from tests.test_attention import placed
 from tests.test_generate import broken, on_mesh
 from train.planning.topology import topology_devices
@@ -579,9 +579,38 @@ def test_the_likeliest_option_is_chosen(model, processor):
             choose(model, processor, "Which?", none, clips)
 
 
+@pytest.mark.parametrize("kv_dtype", [np.float32, np.int8])
+@pytest.mark.parametrize("prompts", [1, 4])  # one that every device has, or one on each part of the mesh
+def test_prompts_enter_the_slots_of_a_mesh_as_those_of_one_device(prompts: int, kv_dtype: Any):
+    config, slots, rows = SMALL_MODEL, np.array([5, 0, 6, 3], np.int32), np.array([0, 0, 2, 3], np.int32) % prompts
+    rng = np.random.default_rng(0)
+
+    def filled(tree: Any) -> Any:
+        return jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 40, x.shape)).astype(x.dtype), tree)
+
+    answers = filled(empty_slots(config, 8, 32, 32, jnp.float32, kv_dtype))
+    cache = filled(KVCache.empty(config.language_config, prompts, 16, np.float32))
+    hidden = jnp.zeros((prompts, config.language_config.hidden_size))
+    read = ReadPrompts(cache, hidden, jnp.zeros((prompts, config.language_config.vocab_size), bool))
+    copies = jax.tree.map(jnp.copy, answers)
+    expected = insert(answers, read, slots, rows)
+    assert np.abs(np.asarray(jax.tree.leaves(expected.cache.keys)[0] - jax.tree.leaves(copies.cache.keys)[0])).any()
+    mesh = make_mesh(replica=2, fsdp=2, tensor=1, devices=jax.devices()[:4])
+    with jax.set_mesh(mesh):
+        on_mesh = jax.tree.map(lambda x, shape: jax.device_put(x, shape.sharding), copies, placed(copies, mesh))
+        if prompts > 1:
+            read = jax.tree.map(lambda x, shape: jax.device_put(x, shape.sharding), read, placed(read, mesh))
+        found = insert(on_mesh, read, slots, rows)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
 @pytest.mark.tpu
-@pytest.mark.parametrize(("sizes", "prompts"), [({"tensor": 4}, 1), ({"fsdp": 2, "tensor": 2}, 2)], ids=str)
-def test_a_prompt_enters_a_slot_without_a_copy_of_the_others(sizes, prompts):
+@pytest.mark.parametrize(
+    ("sizes", "prompts", "share"),
+    [({"tensor": 4}, 1, 0.01), ({"fsdp": 2, "tensor": 2}, 2, 0.01), ({"fsdp": 4}, 4, 0.1)],  # one prompt is 1/16
+    ids=str,
+)
+def test_a_prompt_enters_a_slot_without_a_copy_of_the_others(sizes, prompts, share):
     pytest.importorskip("libtpu")
     mesh = make_mesh(**sizes, devices=topology_devices("v5e:2x2"))
     language = dataclasses.replace(MossAudioConfig.preset("4b").language_config, num_hidden_layers=4, vocab_size=16384)
@@ -599,4 +628,4 @@ def test_a_prompt_enters_a_slot_without_a_copy_of_the_others(sizes, prompts):
         compiled = insert.trace(answers, read, *[np.zeros(prompts, np.int32)] * 2).lower().compile()
     memory: Any = compiled.memory_analysis()
     held = 2 * math.prod(answers.cache.keys.shape) * 2 // mesh.size
-    assert memory.alias_size_in_bytes >= held and memory.temp_size_in_bytes < held / 100
+    assert memory.alias_size_in_bytes >= held and memory.temp_size_in_bytes < share * held

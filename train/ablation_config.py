@@ -38,12 +38,12 @@ FAMILY_NAMES = ("times", "details", "drums", "voices", "digits")
 
 _TIMES = SceneConfig(
     seconds=(4.0, 30.0),
-    events=(0, 3),
+    events=(1, 3),
     labels=("tone", "click", "noise", "hum"),
-    tasks=("timeline", "start"),
-    questions=2,
+    tasks=("start",),
+    questions=3,
 )
-_EASY_TIMES = dataclasses.replace(_TIMES, seconds=(4.0, 8.0))
+_EASY_TIMES = dataclasses.replace(_TIMES, seconds=(4.0, 8.0), events=(1, 2))
 _DETAILS = SceneConfig(
     seconds=(1.6, 2.0),
     events=(2, 2),

@@ -11,13 +11,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from moss_audio_jax.compilation import jit
 from moss_audio_jax.config import DOWNSAMPLE_RATE, MossAudioConfig
 from moss_audio_jax.generation import Answers
 from moss_audio_jax.inputs import ModelInputs, bucket, coarse_buckets
-from moss_audio_jax.kv_cache import KVCache, Slots, kept_as, sharded
+from moss_audio_jax.kv_cache import STACK_AXES, KVCache, Slots, kept_as
+from moss_audio_jax.sharding import batch_is_sharded, num_parts, partition_spec
 
 MIN_PROMPT = 128  # tokens of the smallest prompt program
 QUESTION_PIECES = (32, 128, 512)  # tokens that `read_on` reads at a time
@@ -96,10 +98,7 @@ def insert(answers: Answers, read: ReadPrompts, slots: Int[Any, " n"], rows: Int
 
     def put(stack: Array, prompts: Array) -> Array:
         prompts = prompts[:, :, :, : stack.shape[3]]
-        for slot, row in zip(slots, rows, strict=True):
-            prompt = jax.lax.dynamic_slice_in_dim(prompts, row, 1, axis=1)
-            stack = jax.lax.dynamic_update_slice(stack, prompt, (0, slot, 0, 0, 0)[: stack.ndim])
-        return sharded(stack)
+        return (_put_in_shards if batch_is_sharded() else _put)(stack, prompts, slots, rows)
 
     def put_all(stack: Slots, prompts: Slots) -> Slots:
         return jax.tree.map(put, stack, kept_as(stack, prompts))
@@ -119,6 +118,58 @@ def insert(answers: Answers, read: ReadPrompts, slots: Int[Any, " n"], rows: Int
         seen=answers.seen.at[slots].set(read.seen[rows]),
         warmed=answers.warmed.at[slots].set(0),
     )
+
+
+def _put(stack: Array, prompts: Array, slots: Int[Any, " n"], rows: Int[Any, " n"]) -> Array:
+    """Writes row `rows[i]` of [layers, rows, kv, t, ...] over the slot `slots[i]` of a stack."""
+    for slot, row in zip(slots, rows, strict=True):
+        prompt = jax.lax.dynamic_slice_in_dim(prompts, row, 1, axis=1)
+        stack = jax.lax.dynamic_update_slice(stack, prompt, (0, slot, 0, 0, 0)[: stack.ndim])
+    return stack
+
+
+def _put_in_shards(stack: Array, prompts: Array, slots: Int[Any, " n"], rows: Int[Any, " n"]) -> Array:
+    """Does the same where slots, and perhaps rows, are sharded over the mesh.
+
+    One row at a time is sent to all devices, once for all its slots in a row. XLA would gather all rows on each.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    (axes,) = partition_spec(("batch",), mesh)
+    spread = prompts.shape[1] % num_parts("batch", mesh) == 0
+    names = STACK_AXES[: stack.ndim]
+    of_stack = partition_spec(names, mesh)
+    of_prompts = of_stack if spread else partition_spec([None if name == "batch" else name for name in names], mesh)
+
+    def of_shard(stack: Array, prompts: Array, slots: Array, rows: Array) -> Array:
+        part = jax.lax.axis_index(axes)
+
+        def sent(row: Array) -> Array:
+            if not spread:
+                return jax.lax.dynamic_slice_in_dim(prompts, row, 1, axis=1)
+            here, place = _within(row, part, prompts.shape[1])
+            one = jax.lax.dynamic_slice_in_dim(prompts, place, 1, axis=1)
+            return jax.lax.psum(jnp.where(here, one, jnp.zeros_like(one)), axes)
+
+        def put(carry: tuple[Array, Array, Array], pair: tuple[Array, Array]) -> tuple[Any, None]:
+            (stack, prompt, before), (slot, row) = carry, pair
+            prompt = jax.lax.cond(row == before, lambda: prompt, lambda: sent(row))
+            here, place = _within(slot, part, stack.shape[1])
+            start = (0, place, 0, 0, 0)[: stack.ndim]
+            old = jax.lax.dynamic_slice(stack, start, prompt.shape)
+            return (jax.lax.dynamic_update_slice(stack, jnp.where(here, prompt, old), start), prompt, row), None
+
+        nothing = jnp.zeros_like(prompts[:, :1])
+        return jax.lax.scan(put, (stack, nothing, jnp.int32(-1)), (slots, rows))[0][0]
+
+    specs = (of_stack, of_prompts, PartitionSpec(), PartitionSpec())
+    # check_vma does not know that the row is the same on all devices after `psum`, in one branch of `cond` alone.
+    return jax.shard_map(of_shard, in_specs=specs, out_specs=of_stack, check_vma=False)(stack, prompts, slots, rows)
+
+
+def _within(index: Array, part: Array, size: int) -> tuple[Array, Array]:
+    """Returns whether an index of a sharded axis is in this part of it, and its place there, or any place if not."""
+    place = index - part * size
+    return (place >= 0) & (place < size), jnp.clip(place, 0, size - 1)
 
 
 @functools.partial(jax.jit, static_argnames="count")
