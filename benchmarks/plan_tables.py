@@ -30,8 +30,8 @@ COLUMNS = ("sequences a chip", "HBM a chip, GiB", "of", "a chip sends, GiB", "es
 
 
 def is_tabled(gate: dict[str, Any]) -> bool:
-    """Returns True if the gate's mesh is of data-parallel parts alone, so that `recomputed` serves it."""
-    return "--mesh.tensor" not in gate["plan"]
+    """Returns True if `recomputed` serves the gate: one program, on a mesh of data-parallel parts alone."""
+    return not any(option in gate["plan"] for option in ("--mesh.tensor", "--mode reinforce"))
 
 
 def recomputed(gate: dict[str, Any]) -> dict[str, Any]:

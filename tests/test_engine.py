@@ -607,7 +607,11 @@ def test_prompts_enter_the_slots_of_a_mesh_as_those_of_one_device(prompts: int, 
 @pytest.mark.tpu
 @pytest.mark.parametrize(
     ("sizes", "prompts", "share"),
-    [({"tensor": 4}, 1, 0.01), ({"fsdp": 2, "tensor": 2}, 2, 0.01), ({"fsdp": 4}, 4, 0.1)],  # one prompt is 1/16
+    [
+        ({"tensor": 4}, 1, 0.01),
+        ({"fsdp": 2, "tensor": 2}, 2, 0.01),
+        ({"fsdp": 4}, 16, 0.1),
+    ],  # one of these prompts is 1/16
     ids=str,
 )
 def test_a_prompt_enters_a_slot_without_a_copy_of_the_others(sizes, prompts, share):

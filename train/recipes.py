@@ -206,7 +206,9 @@ def dapo() -> ReinforceConfig:
         ),
         step=StepConfig(spike_sigma=0.0),
         loop=LoopConfig(checkpoint_every=20, log_every=1),
-        rollout=RolloutConfig(prompts=128, samples=16, max_new_tokens=2048, sampling=Sampling(1.0, 50, 1.0)),
+        rollout=RolloutConfig(
+            prompts=128, samples=16, max_new_tokens=2048, slots=2048, sampling=Sampling(1.0, 50, 1.0)
+        ),
         rewards=("correct=1", "format=0.2", "overlong=0.5"),
     )
 

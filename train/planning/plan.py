@@ -431,10 +431,11 @@ def _evaluation(report: dict[str, Any]) -> list[str]:
 
 def _rollout(report: dict[str, Any]) -> list[str]:
     half, usable = report["rollout"], report["hbm_usable_bytes_per_chip"] / GIB
+    by_program = ", ".join(f"{name} {size / GIB:.2f}" for name, size in half["hbm_bytes_by_program"].items())
     return [
         f"its answers {'FIT' if half['fits'] else 'DO NOT FIT'}: {half['hbm_bytes_per_chip'] / GIB:.2f} of "
         f"{usable:.2f} GiB a chip, {half['state_bytes_per_chip'] / GIB:.2f} of them the state; {half['answers']} "
-        f"answers in {half['slots']} slots of {half['max_length']} tokens",
+        f"answers in {half['slots']} slots of {half['max_length']} tokens; GiB by program, without code: {by_program}",
         f"ESTIMATE of a step whose answers all have their most tokens: {report['estimated_rollout_half_seconds']:.1f} "
         f"s of answers ({half['estimated_prompt_seconds']:.1f} s of them for prompts), "
         f"{report['estimated_update_half_seconds']:.1f} s of {report['updates']} updates",
