@@ -18,7 +18,7 @@ from moss_audio_jax.compilation import jit
 from moss_audio_jax.config import DOWNSAMPLE_RATE, MossAudioConfig
 from moss_audio_jax.generation import Answers
 from moss_audio_jax.inputs import ModelInputs, bucket, coarse_buckets
-from moss_audio_jax.kv_cache import STACK_AXES, KVCache, Slots, kept_as
+from moss_audio_jax.kv_cache import STACK_AXES, KVCache, Slots, kept_as, sharded
 from moss_audio_jax.sharding import batch_is_sharded, num_parts, partition_spec
 
 MIN_PROMPT = 128  # tokens of the smallest prompt program
@@ -125,13 +125,14 @@ def _put(stack: Array, prompts: Array, slots: Int[Any, " n"], rows: Int[Any, " n
     for slot, row in zip(slots, rows, strict=True):
         prompt = jax.lax.dynamic_slice_in_dim(prompts, row, 1, axis=1)
         stack = jax.lax.dynamic_update_slice(stack, prompt, (0, slot, 0, 0, 0)[: stack.ndim])
-    return stack
+    return sharded(stack)
 
 
 def _put_in_shards(stack: Array, prompts: Array, slots: Int[Any, " n"], rows: Int[Any, " n"]) -> Array:
     """Does the same where slots, and perhaps rows, are sharded over the mesh.
 
-    One row at a time is sent to all devices, once for all its slots in a row. XLA would gather all rows on each.
+    One row at a time is sent to all devices, and once for slots that follow each other in `slots`. For `_put` XLA
+    gathers all rows on every device.
     """
     mesh = jax.sharding.get_abstract_mesh()
     (axes,) = partition_spec(("batch",), mesh)

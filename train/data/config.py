@@ -182,7 +182,7 @@ class SceneConfig:
     labels: tuple[str, ...] = LABELS
     """Classes to draw from; a class named twice is drawn twice as often. tone: steady; chirp: gliding; click: a row of
     clicks; noise: a burst; dial: DTMF digits; hum: a low buzz; siren: not in the default, for a model to learn
-    later; kick, tom, snare, clap, hat: drums, nor in the default."""
+    later; kick, tom, snare, clap, hat: drums, which are not in the default either."""
     event_seconds: tuple[float, float] = (0.3, 1.5)
     """Length of an event, in seconds."""
     clips: str | None = None
