@@ -17,6 +17,7 @@ import time
 
 import numpy as np
 
+from moss_audio_jax.errors import MossAudioError
 from train.config import LoopConfig, ModelSource, RunConfig, ValidationConfig
 from train.data.mixture_config import MixtureConfig, SceneGroupConfig
 from train.loop import train
@@ -108,8 +109,11 @@ def proof(args: argparse.Namespace) -> None:
         for name, reward in list(rewards.items())[: 1 if args.no_control else 2]:
             run = out / f"{name}-{seed}"
             began = time.time()
-            if reinforce(reinforce_config(start, seed, reward, args), run).preempted:
-                return
+            try:
+                if reinforce(reinforce_config(start, seed, reward, args), run).preempted:
+                    return
+            except MossAudioError as error:  # shuffled rewards can end with one answer to everything
+                print(f"{run}: {error}", flush=True)
             took = sum(json.loads(line)["step_seconds"] for line in (run / "metrics.jsonl").read_text().splitlines())
             rows.append((seed, name, before, scores(run)[-1][1], took / 60))
             print(rows[-1], f"{time.time() - began:.0f} s", flush=True)
