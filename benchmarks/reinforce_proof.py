@@ -1,6 +1,6 @@
 """Post-training by reward lifts the held-out accuracy of a small model, and shuffled rewards do not.
 
-    python -m benchmarks.reinforce_proof proof            # three seeds and a control of each, about 2 h on two cores
+    python -m benchmarks.reinforce_proof proof            # three seeds and a control of each, 80 min on two cores
     python -m benchmarks.reinforce_proof proof --seeds 0  # one of them
 
 For each seed: a model of half a million parameters is trained on timelines, and on few questions of when a sound

@@ -197,7 +197,9 @@ def dapo() -> ReinforceConfig:
     16 answers to each of 128 questions at temperature 1, top-p 1 and top-k 50, of at most 2048 tokens; groups of equal
     rewards are replaced; clips of 0.2 and 0.28; the ratio to the rollout's probabilities is cut at 2.
 
-    Result: not measured at 4B or 8B; docs/reinforce.md measures the same code on a small model.
+    Chips: v5p:4x4x4, 22.12 of 95.73 GiB a chip; v6e:8x8, 22.13 of 31.24 GiB (estimated, 8B). Time: 97 s and 220 s a
+    step whose answers all have 2048 tokens (estimated). Result: not measured at 4B or 8B; docs/reinforce.md measures
+    the same code on a small model.
     """
     return ReinforceConfig(
         data=DataConfig(batch_size=64, tokens=4096, chunks=32),
@@ -220,7 +222,8 @@ def reward_times() -> ReinforceConfig:
     moss-audio-train reinforce --recipe reward_times --out runs/rewarded --init runs/start. Questions of your own:
     --data questions.jsonl --questions.scenes 0.
 
-    Chips: none, two CPU cores. Time and result: docs/reinforce.md.
+    Chips: none, two CPU cores. Time: 18 to 23 min on one core (measured beside other work). Result: held-out answers
+    within 0.2 s rise from 40-45% to 62-74% (measured, three seeds; docs/reinforce.md).
     """
     held_out = 400
     return ReinforceConfig(
