@@ -98,7 +98,7 @@ def insert(answers: Answers, read: ReadPrompts, slots: Int[Any, " n"], rows: Int
 
     def put(stack: Array, prompts: Array) -> Array:
         prompts = prompts[:, :, :, : stack.shape[3]]
-        return (_put_in_shards if batch_is_sharded() else _put)(stack, prompts, slots, rows)
+        return (_put_in_shards if _are_sharded(stack) else _put)(stack, prompts, slots, rows)
 
     def put_all(stack: Slots, prompts: Slots) -> Slots:
         return jax.tree.map(put, stack, kept_as(stack, prompts))
@@ -165,6 +165,11 @@ def _put_in_shards(stack: Array, prompts: Array, slots: Int[Any, " n"], rows: In
     specs = (of_stack, of_prompts, PartitionSpec(), PartitionSpec())
     # check_vma does not know that the row is the same on all devices after `psum`, in one branch of `cond` alone.
     return jax.shard_map(of_shard, in_specs=specs, out_specs=of_stack, check_vma=False)(stack, prompts, slots, rows)
+
+
+def _are_sharded(stack: Array) -> bool:
+    """Returns True if the mesh cuts the slots of a stack into several equal parts."""
+    return batch_is_sharded() and stack.shape[1] % num_parts("batch", jax.sharding.get_abstract_mesh()) == 0
 
 
 def _within(index: Array, part: Array, size: int) -> tuple[Array, Array]:
