@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From labelled clips to a better model by reward: a small model is trained from scratch until it answers some of the
 # questions about times that the labels know the answers to, then `reinforce` trains it by the rewards of its answers.
-# Ends with both evaluations and curves. docs/reinforce.md has the figures. Needs two CPU cores for a quarter of an hour.
+# Ends with both evaluations and curves. docs/reinforce.md has the figures. Took 24 minutes on one CPU core.
 #
 #   runs/reinforce.sh [OUT [STEPS]]
 #

@@ -218,9 +218,9 @@ def dapo() -> ReinforceConfig:
 def reward_times() -> ReinforceConfig:
     """Trains a small model by reward to tell when a sound begins, in scenes of 4 s: DAPO on two CPU cores.
 
-    Launch: runs/reinforce.sh, whose first steps make a model that answers half of such questions; then
-    moss-audio-train reinforce --recipe reward_times --out runs/rewarded --init runs/start. Questions of your own:
-    --data questions.jsonl --questions.scenes 0.
+    Launch: moss-audio-train reinforce --recipe reward_times --out runs/rewarded --init CHECKPOINT, of a model that
+    answers some of these questions, as benchmarks/reinforce_proof.py trains one. Questions of your own:
+    --data questions.jsonl --questions.scenes 0 --rewards correct=1, as in runs/reinforce.sh.
 
     Chips: none, two CPU cores. Time: 18 to 23 min on one core (measured beside other work). Result: held-out answers
     within 0.2 s rise from 40-45% to 62-74% (measured, three seeds; docs/reinforce.md).

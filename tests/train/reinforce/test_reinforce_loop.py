@@ -29,6 +29,8 @@ from train.state import TrainState, abstract_state
 
 # A random model writes no answer that is right: any difference of answers is a reward.
 REWARDS = """
+from benchmarks.reinforce_proof import exchanged
+
 def bytes_of(question, answer):
     return sum(answer.text.encode("utf-8", "replace")) % 7 / 7
 
@@ -45,15 +47,7 @@ def share_of_ascii(question, answer):
     return sum(character.isascii() for character in text) / max(len(text), 1)
 
 def shuffled(questions, answers):
-    # those of share_of_ascii, exchanged among the answers to each question
-    import numpy as np
-
-    found = np.array([share_of_ascii(*pair) for pair in zip(questions, answers)])
-    names = np.array([question.name for question in questions])
-    rng = np.random.default_rng(sum(answer.tokens for answer in answers))
-    for name in dict.fromkeys(names):
-        found[names == name] = rng.permutation(found[names == name])
-    return found.tolist()
+    return exchanged(share_of_ascii, questions, answers)
 
 shuffled.batched = True
 """
