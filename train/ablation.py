@@ -59,6 +59,7 @@ class Run:
 def run_config(run: Run, config: AblationConfig) -> RunConfig:
     """Returns the recipe `time_events` with the arm's model and the ablation's scenes."""
     recipe, arm = RECIPES["time_events"], ARMS[run.arm]
+    middle_end = config.easy_examples + config.middle_examples
     return dataclasses.replace(
         recipe,
         model=dataclasses.replace(
@@ -70,7 +71,10 @@ def run_config(run: Run, config: AblationConfig) -> RunConfig:
         data=DataConfig(config.batch_size, config.tokens, config.chunks, open_bins=8, label_times=arm.label_times),
         mixture=MixtureConfig(
             easy_scenes=SceneGroupConfig(1.0, config.easy_scenes, end=config.easy_examples),
-            scenes=SceneGroupConfig(1.0, config.scenes, begin=config.easy_examples),
+            middle_scenes=SceneGroupConfig(
+                float(config.middle_examples > 0), config.middle_scenes, begin=config.easy_examples, end=middle_end
+            ),
+            scenes=SceneGroupConfig(1.0, config.scenes, begin=middle_end),
             clips=config.clips,
         ),
         optimizer=dataclasses.replace(

@@ -134,6 +134,8 @@ class MixtureConfig:
     """Sound scenes."""
     easy_scenes: SceneGroupConfig = SceneGroupConfig()
     """Sound scenes of a curriculum's beginning."""
+    middle_scenes: SceneGroupConfig = SceneGroupConfig()
+    """Sound scenes between a curriculum's beginning and its end."""
     full_scenes: SceneGroupConfig = SceneGroupConfig()
     """Sound scenes of the greatest length, which random lengths seldom reach."""
     clips: str | None = None
