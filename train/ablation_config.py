@@ -68,7 +68,7 @@ class AblationConfig:
     """Tasks to compare the models by, which gives the other options their defaults. times: sounds and their times in
     clips of 4 to 30 s. details: which of two tones is higher, or louder. drums: which drum it is. voices: whether two
     spoken digits have the same voice. digits: spoken digits and their times."""
-    arms: tuple[str, ...] = ("timed labels", "timed labels, no markers")
+    arms: tuple[str, ...] = ("both", "no markers")
     """Models to compare: both, no markers, no DeepStack; with digits of the time among the auxiliary labels: timed
     labels, and timed labels, no markers; with an encoder of 6 layers: deep encoder, and deep encoder, no DeepStack."""
     steps: int = 1200
