@@ -84,7 +84,11 @@ def run_config(run: Run, config: AblationConfig) -> RunConfig:
             warmup_steps=min(recipe.optimizer.warmup_steps, config.steps // 2),
             decay_steps=config.steps // 2,
         ),
-        step=dataclasses.replace(recipe.step, loss_chunk=config.tokens),
+        step=dataclasses.replace(
+            recipe.step,
+            loss_chunk=config.tokens,
+            audio_label_weight=recipe.step.audio_label_weight if arm.labels else 0.0,
+        ),
         validation=ValidationConfig(
             every=max(config.steps // config.validations, 1),
             count=config.validation_questions,

@@ -12,12 +12,13 @@ from train.recipes import TEST_DIGITS, digit_strings
 class Arm:
     """A model of the ablation.
 
-    label_times: digits of the time are among the auxiliary labels of audio tokens.
+    labels: audio tokens have auxiliary labels. label_times: digits of the time are among them.
     preset: size of the model. without: the arm that has one thing less, to compare with.
     """
 
     time_markers: bool = True
     deepstack: bool = True
+    labels: bool = True
     label_times: bool = False
     preset: str = "small"
     without: str | None = None
@@ -29,6 +30,8 @@ ARMS = {
     "no DeepStack": Arm(deepstack=False, without="both"),
     "timed labels": Arm(label_times=True),
     "timed labels, no markers": Arm(label_times=True, time_markers=False, without="timed labels"),
+    "no labels": Arm(labels=False),
+    "no labels, no DeepStack": Arm(labels=False, deepstack=False, without="no labels"),
     "deep encoder": Arm(preset="deep"),
     "deep encoder, no DeepStack": Arm(preset="deep", deepstack=False, without="deep encoder"),
 }
@@ -70,7 +73,8 @@ class AblationConfig:
     spoken digits have the same voice. digits: spoken digits and their times."""
     arms: tuple[str, ...] = ("both", "no markers")
     """Models to compare: both, no markers, no DeepStack; with digits of the time among the auxiliary labels: timed
-    labels, and timed labels, no markers; with an encoder of 6 layers: deep encoder, and deep encoder, no DeepStack."""
+    labels, and timed labels, no markers; without auxiliary labels: no labels, and no labels, no DeepStack; with an
+    encoder of 6 layers: deep encoder, and deep encoder, no DeepStack."""
     steps: int = 1200
     """Steps of every run."""
     seeds: int = 5

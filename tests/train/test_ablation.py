@@ -46,6 +46,7 @@ def test_arms_differ_in_what_they_are_named_after():
         assert (model.num_deepstack == 0) == ("no DeepStack" in arm)
         assert (model.audio_config.encoder_layers == 6) == ("deep encoder" in arm)
         assert configs[arm].data.label_times == ("timed labels" in arm)
+        assert (configs[arm].step.audio_label_weight == 0) == ("no labels" in arm)
         whole = of_arm.without
         if whole is None:
             continue
