@@ -143,7 +143,7 @@ def spoken_digits() -> RunConfig:
     Launch: git clone https://github.com/Jakobovski/free-spoken-digit-dataset, then
     moss-audio-train run --recipe spoken_digits --out runs/digits. Recordings elsewhere: --mixture.clips.
 
-    Chips: none, two CPU cores. Time: about 21 min (estimated; 35 min measured beside other work). Result: WER 2.7% on
+    Chips: none, two CPU cores. Time: about 19 min (estimated; 35 min measured beside other work). Result: WER 2.7% on
     300 strings of the test recordings, times of words 40 ms from the true ones (measured; docs/speech.md).
     """
     strings = digit_strings()
