@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 import scipy.stats
@@ -24,6 +24,11 @@ class Result:
         """Score of the last validation."""
         return self.curve[max(self.curve)]
 
+    @property
+    def while_training(self) -> float:
+        """Mean score of the validations: the faster a run learns, the higher it is."""
+        return float(np.mean(list(self.curve.values())))
+
     def steps_until(self, score: float) -> int | None:
         """Returns the step of the first validation with at least this score; None if there is none."""
         return next((step for step in sorted(self.curve) if self.curve[step] >= score), None)
@@ -34,14 +39,14 @@ Row = Sequence[str]
 
 
 def score_table(arms: Arms) -> str:
-    """Formats a line per test and task: mean, minimum and maximum over the seeds, in percent."""
+    """Formats a line per measure: mean, minimum and maximum over the seeds, in percent."""
     rows: list[Row] = [("test", "task", *arms)]
-    for source, task in _cells(arms):
+    for names, measure in _measures(arms):
         shown = []
         for runs in arms.values():
-            values = [100 * run.scores[source][task] for run in runs.values()]
+            values = [100 * measure(run) for run in runs.values()]
             shown.append(f"{np.mean(values):.1f} ({min(values):.0f}-{max(values):.0f})")
-        rows.append((source, task, *shown))
+        rows.append((*names, *shown))
     return _markdown(rows)
 
 
@@ -55,15 +60,15 @@ def difference_table(arms: Arms, pairs: Sequence[tuple[str, str]]) -> str:
         return ""
     titles = (f"{first} less {second}, {len(_common(arms, first, second))} seeds" for first, second in pairs)
     rows: list[Row] = [("test", "task", *titles)]
-    for source, task in _cells(arms):
+    for names, measure in _measures(arms):
         shown = []
         for first, second in pairs:
             differences = [
-                100 * (arms[first][seed].scores[source][task] - arms[second][seed].scores[source][task])
+                100 * (measure(arms[first][seed]) - measure(arms[second][seed]))
                 for seed in _common(arms, first, second)
             ]
             shown.append("{:+.1f} [{:+.1f}, {:+.1f}]".format(*mean_interval(differences)))
-        rows.append((source, task, *shown))
+        rows.append((*names, *shown))
     return _markdown(rows)
 
 
@@ -95,10 +100,14 @@ def mean_curve(runs: Collection[Result]) -> dict[int, tuple[float, float, float]
     return {step: (min(found), float(np.mean(found)), max(found)) for step, found in values.items()}
 
 
-def _cells(arms: Arms) -> list[tuple[str, str]]:
-    """Returns every test and task that all runs have."""
+def _measures(arms: Arms) -> list[tuple[tuple[str, str], Callable[[Result], float]]]:
+    """Returns test and task of every score, and how to read it; the mean of the validations is last."""
     first = next(iter(next(iter(arms.values())).values()))
-    return [(source, task) for source, tasks in first.scores.items() for task in tasks]
+    cells = [(source, task) for source, tasks in first.scores.items() for task in tasks]
+    return [
+        *((cell, lambda run, cell=cell: run.scores[cell[0]][cell[1]]) for cell in cells),
+        (("while training", "all"), lambda run: run.while_training),
+    ]
 
 
 def _common(arms: Arms, first: str, second: str) -> list[int]:
