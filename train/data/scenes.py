@@ -9,6 +9,7 @@ A scene depends on the seed, its index and the configuration alone: any worker c
 One core makes hundreds of 8-second scenes per second.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -128,9 +129,10 @@ def make_task(seed: int, index: int, config: SceneConfig) -> SceneTask:
     for attempt in range(_ATTEMPTS):
         scene_rng = _generator(seed, index, stream=attempt)
         plan = _draw_plan(config, scene_rng)
-        asked = TASKS[name](plan, rng)
+        asking = copy.deepcopy(rng)  # one draw for all scenes: an answer that fits few of them stays as likely
+        asked = TASKS[name](plan, asking)
         if asked is not None:
-            more = [TASKS[str(rng.choice(config.tasks))](plan, rng) for _ in range(config.questions - 1)]
+            more = [TASKS[str(asking.choice(config.tasks))](plan, asking) for _ in range(config.questions - 1)]
             others = tuple(dict.fromkeys(pair for pair in more if pair is not None and pair != asked))
             return SceneTask(name, _synthesize(plan, config, scene_rng), *asked, more=others)
     raise MossAudioError(

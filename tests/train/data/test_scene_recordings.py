@@ -147,6 +147,13 @@ def test_words_and_voices(clips: Path):
     assert [item.measure for item in items] == ["timed_text"] * 2
 
 
+def test_among_many_voices_two_are_as_often_the_same_as_not(clips: Path):
+    for name in range(10):
+        soundfile.write(clips / f"meow_voice{name}_1.wav", tone(200 + 50 * name, 0.4), RATE)
+    answers = [make_task(0, index, config(clips, tasks=("voice",))).answer for index in range(60)]
+    assert 20 < answers.count("yes") < 40
+
+
 def test_as_files_by_the_command(clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     arguments = ["scenes", str(tmp_path / "out"), "--count", "2", "--scenes.clips", str(clips)]
     options = [
