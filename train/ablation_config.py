@@ -59,7 +59,7 @@ _DETAILS = SceneConfig(
 )
 _DRUMS = dataclasses.replace(_DETAILS, events=(2, 3), labels=DRUMS, seconds=(2.0, 2.4), tasks=("drum",))
 _DIGITS = dataclasses.replace(digit_strings(), tasks=("timeline",))
-_VOICES = dataclasses.replace(_DIGITS, seconds=(2.0, 3.0), events=(2, 2), tasks=("voice",))
+_VOICES = dataclasses.replace(_DIGITS, seconds=(2.0, 3.0), events=(2, 2), tasks=("voice", "speaker"), questions=3)
 _ANSWERS = AnswerConfig(batch_size=25, max_new_tokens=128)
 
 
@@ -69,8 +69,8 @@ class AblationConfig:
 
     family: str = "times"
     """Tasks to compare the models by, which gives the other options their defaults. times: sounds and their times in
-    clips of 4 to 30 s. details: which of two tones is higher, or louder. drums: which drum it is. voices: whether two
-    spoken digits have the same voice. digits: spoken digits and their times."""
+    clips of 4 to 30 s. details: which of two tones is higher, or louder. drums: which drum it is. voices: who says two
+    digits, and whether one person says both. digits: spoken digits and their times."""
     arms: tuple[str, ...] = ("both", "no markers")
     """Models to compare: both, no markers, no DeepStack; with digits of the time among the auxiliary labels: timed
     labels, and timed labels, no markers; without auxiliary labels: no labels, and no labels, no DeepStack; with an
@@ -157,7 +157,9 @@ FAMILIES: dict[str, AblationConfig] = {
         "details", _DETAILS, dataclasses.replace(_DETAILS, tasks=("pitch", "loudness")), _DETAILS
     ),
     "drums": _family_of_details("drums", _DRUMS, _DRUMS, _DRUMS),
-    "voices": _family_of_details("voices", _VOICES, _VOICES, _of_test_recordings(_VOICES)),
+    "voices": _family_of_details(
+        "voices", _VOICES, dataclasses.replace(_VOICES, tasks=("speaker",)), _of_test_recordings(_VOICES)
+    ),
     "digits": AblationConfig(
         family="digits",
         scenes=_DIGITS,

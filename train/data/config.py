@@ -24,7 +24,7 @@ SOUND_NAMES = (*LABELS, "siren", *DRUMS)
 BACKGROUNDS = ("white", "pink", "brown")
 TASK_NAMES = (
     *("timeline", "words", "transcript", "caption", "start", "duration", "what_at"),
-    *("pitch", "fine_pitch", "loudness", "fine_loudness", "voice", "drum"),
+    *("pitch", "fine_pitch", "loudness", "fine_loudness", "voice", "speaker", "drum"),
 )
 SHORTEST_EVENT = 0.1  # seconds
 SEEDS = 2**32  # number of seeds that scenes can have
@@ -223,8 +223,8 @@ class SceneConfig:
     tasks: tuple[str, ...] = ("timeline",)
     """Questions to draw from; a name given twice is drawn twice as often. timeline: of events, in tenths of a second;
     words: the events as words, in hundredths; transcript: without times; fine_pitch: which of two is higher by one or
-    two semitones; fine_loudness: louder by 2.5 to 3.5 dB; voice: whether two recordings have the same voice; drum:
-    name of the first drum, or the second, and so on."""
+    two semitones; fine_loudness: louder by 2.5 to 3.5 dB; voice: whether two recordings have the same voice; speaker:
+    name of the first voice, or the second, and so on; drum: the same of drums."""
     questions: int = 1
     """Questions about one scene in a training example, one turn each; fewer if the scene has none left."""
 

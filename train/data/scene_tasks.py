@@ -21,6 +21,7 @@ _COMPARISONS = {
     "loudness": ("Which {0} is louder, the first or the second?", "Is the first or the second {0} louder?"),
 }
 _VOICE_QUESTIONS = ("Do both words have the same voice?", "Does one person say both words?")
+_SPEAKER_QUESTIONS = ("Who says the {0} word?", "Whose voice is the {0} one?")
 _DRUM_QUESTIONS = ("Which drum is the {0} one?", "What is the {0} drum?")
 _ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth")
 NOTHING = "nothing"  # is heard
@@ -152,12 +153,20 @@ def _ask_voice(plan: ScenePlan, rng: np.random.Generator) -> Asked:
     return _ask(_VOICE_QUESTIONS, "", rng), "yes" if wanted else "no"
 
 
+def _ask_speaker(plan: ScenePlan, rng: np.random.Generator) -> Asked:
+    return _ask_which(_SPEAKER_QUESTIONS, [event.voice for event in plan.events if event.voice], rng)
+
+
 def _ask_drum(plan: ScenePlan, rng: np.random.Generator) -> Asked:
-    drums = [event.text for event in plan.events if event.text in DRUMS][: len(_ORDINALS)]
-    if not drums:
+    return _ask_which(_DRUM_QUESTIONS, [event.text for event in plan.events if event.text in DRUMS], rng)
+
+
+def _ask_which(wordings: tuple[str, ...], names: Sequence[str], rng: np.random.Generator) -> Asked:
+    """Asks for the first of the names, or the second, and so on."""
+    if not names:
         return None
-    index = int(rng.integers(len(drums)))
-    return _ask(_DRUM_QUESTIONS, _ORDINALS[index], rng), drums[index]
+    index = int(rng.integers(min(len(names), len(_ORDINALS))))
+    return _ask(wordings, _ORDINALS[index], rng), names[index]
 
 
 TASKS: dict[str, Callable[[ScenePlan, np.random.Generator], Asked]] = {
@@ -173,6 +182,7 @@ TASKS: dict[str, Callable[[ScenePlan, np.random.Generator], Asked]] = {
     "loudness": _ask_loudness,
     "fine_loudness": _ask_fine_loudness,
     "voice": _ask_voice,
+    "speaker": _ask_speaker,
     "drum": _ask_drum,
 }
 

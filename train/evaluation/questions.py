@@ -177,6 +177,7 @@ SCENE_MEASURES = {
     "loudness": "label",
     "fine_loudness": "label",
     "voice": "label",
+    "speaker": "label",
     "drum": "label",
 }
 

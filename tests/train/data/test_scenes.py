@@ -281,6 +281,15 @@ def test_loudnesses_are_compared_where_they_clearly_differ():
     assert ask("loudness", layout(NOISE, TONE)) is None
 
 
+def test_speakers_are_named_in_their_order():
+    words = [
+        Event("seven", begin, begin + 0.5, -9.0, recording=0, voice=name) for begin, name in ((1, "ann"), (2, "bo"))
+    ]
+    asked = {ask("speaker", layout(words[0], TONE, words[1]), seed) for seed in range(40)}
+    assert {("first" in question, answer) for question, answer in asked} == {(True, "ann"), (False, "bo")}
+    assert ask("speaker", layout(TONE, NOISE)) is None
+
+
 def test_drums_are_named_in_their_order():
     kick, hat = Event("kick", 1.0, 1.5, -9.0), Event("hat", 6.0, 6.5, -9.0)
     asked = {ask("drum", layout(kick, TONE, hat), seed) for seed in range(40)}
@@ -312,7 +321,7 @@ def test_caption():
 
 
 def test_every_task_is_drawn_and_answered():
-    of_synthetic = tuple(task for task in TASKS if task != "voice")
+    of_synthetic = tuple(task for task in TASKS if task not in ("voice", "speaker"))
     labels = (*LABELS, "snare", "hat")
     config = SceneConfig(tasks=of_synthetic, labels=labels, events=(1, 6), seconds=(8, 12))
     tasks = [make_task(0, index, config) for index in range(200)]
