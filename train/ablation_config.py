@@ -59,7 +59,14 @@ _DETAILS = SceneConfig(
 )
 _DRUMS = dataclasses.replace(_DETAILS, events=(2, 3), labels=DRUMS, seconds=(2.0, 2.4), tasks=("drum",))
 _DIGITS = dataclasses.replace(digit_strings(), tasks=("timeline",))
-_VOICES = dataclasses.replace(_DIGITS, seconds=(2.0, 3.0), events=(2, 2), tasks=("voice", "speaker"), questions=3)
+_VOICES = dataclasses.replace(
+    _DIGITS,
+    seconds=(2.0, 3.0),
+    events=(2, 2),
+    speed=(1.0, 1.0),  # another speed is another voice
+    tasks=("voice", "speaker"),
+    questions=3,
+)
 _ANSWERS = AnswerConfig(batch_size=25, max_new_tokens=128)
 
 
@@ -134,11 +141,13 @@ def _of_test_recordings(scenes: SceneConfig) -> SceneConfig:
     return dataclasses.replace(scenes, clips_only=(TEST_DIGITS,), clips_except=others)
 
 
-def _family_of_details(family: str, scenes: SceneConfig, easy: SceneConfig, test: SceneConfig) -> AblationConfig:
+def _family_of_details(
+    family: str, steps: int, scenes: SceneConfig, easy: SceneConfig, test: SceneConfig
+) -> AblationConfig:
     return AblationConfig(
         family=family,
         arms=("both", "no DeepStack"),
-        steps=700,
+        steps=steps,
         scenes=scenes,
         easy_scenes=easy,
         easy_examples=10_000,
@@ -154,17 +163,18 @@ def _family_of_details(family: str, scenes: SceneConfig, easy: SceneConfig, test
 FAMILIES: dict[str, AblationConfig] = {
     "times": AblationConfig(),
     "details": _family_of_details(
-        "details", _DETAILS, dataclasses.replace(_DETAILS, tasks=("pitch", "loudness")), _DETAILS
+        "details", 700, _DETAILS, dataclasses.replace(_DETAILS, tasks=("pitch", "loudness")), _DETAILS
     ),
-    "drums": _family_of_details("drums", _DRUMS, _DRUMS, _DRUMS),
+    "drums": _family_of_details("drums", 500, _DRUMS, _DRUMS, _DRUMS),
     "voices": _family_of_details(
-        "voices", _VOICES, dataclasses.replace(_VOICES, tasks=("speaker",)), _of_test_recordings(_VOICES)
+        "voices", 1000, _VOICES, dataclasses.replace(_VOICES, tasks=("speaker",)), _of_test_recordings(_VOICES)
     ),
     "digits": AblationConfig(
         family="digits",
+        steps=2000,
         scenes=_DIGITS,
         easy_scenes=dataclasses.replace(_DIGITS, seconds=(2.0, 4.0), events=(1, 3)),
-        easy_examples=16_000,
+        easy_examples=8000,
         middle_examples=0,
         test_scenes=_of_test_recordings(_DIGITS),
         bins=((2.0, 6.0), (6.0, 12.0), (12.0, 18.0)),
