@@ -143,8 +143,8 @@ def spoken_digits() -> RunConfig:
     Launch: git clone https://github.com/Jakobovski/free-spoken-digit-dataset, then
     moss-audio-train run --recipe spoken_digits --out runs/digits. Recordings elsewhere: --mixture.clips.
 
-    Chips: none, two CPU cores. Time: 21 min (measured). Result: WER 2.5% on 300 strings of the test
-    recordings, times of words 39 ms from the true ones (measured; docs/speech.md).
+    Chips: none, two CPU cores. Time: 21 min (measured). Result: WER 2.5% on 300 strings of the test recordings, times
+    of words 39 ms from the true ones (measured; docs/speech.md).
     """
     strings = digit_strings()
     single = dataclasses.replace(strings, seconds=(2.0, 4.0), events=(1, 3))

@@ -147,7 +147,7 @@ def _compare(
 
 def _ask_voice(plan: ScenePlan, rng: np.random.Generator) -> Asked:
     voices = [event.voice for event in plan.events if event.voice]
-    wanted = bool(rng.integers(2))  # equally many answers of both kinds, whatever the voices are
+    wanted = bool(rng.integers(2))
     if len(voices) != 2 or (voices[0] == voices[1]) != wanted:
         return None
     return _ask(_VOICE_QUESTIONS, "", rng), "yes" if wanted else "no"
@@ -185,6 +185,8 @@ TASKS: dict[str, Callable[[ScenePlan, np.random.Generator], Asked]] = {
     "speaker": _ask_speaker,
     "drum": _ask_drum,
 }
+
+BALANCED = ("voice",)  # the answer is drawn once, and scenes until one has it, so that a rare answer is as likely
 
 _PHRASES = {
     "tone": "a tone",

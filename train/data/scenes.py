@@ -23,7 +23,7 @@ from train.data.manifest import Clip, Example, Message
 from train.data.mixture import ENDLESS
 from train.data.recordings import Recordings, open_recordings
 from train.data.scene_synthesis import Event, Scene, ScenePlan, log_uniform, synthesize
-from train.data.scene_tasks import SPEECH_TASKS, TASKS, caption, transcript
+from train.data.scene_tasks import BALANCED, SPEECH_TASKS, TASKS, caption, transcript
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,7 +129,7 @@ def make_task(seed: int, index: int, config: SceneConfig) -> SceneTask:
     for attempt in range(_ATTEMPTS):
         scene_rng = _generator(seed, index, stream=attempt)
         plan = _draw_plan(config, scene_rng)
-        asking = copy.deepcopy(rng)  # one draw for all scenes: an answer that fits few of them stays as likely
+        asking = copy.deepcopy(rng) if name in BALANCED else rng
         asked = TASKS[name](plan, asking)
         if asked is not None:
             more = [TASKS[str(asking.choice(config.tasks))](plan, asking) for _ in range(config.questions - 1)]

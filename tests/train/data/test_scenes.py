@@ -331,6 +331,12 @@ def test_every_task_is_drawn_and_answered():
         assert {task.answer for task in tasks if task.name == name} == {"first", "second"}
 
 
+def test_where_no_time_is_quiet_a_time_with_a_sound_is_asked_about():
+    """Though a quarter of these questions look for a quiet time: for another scene the kind is drawn anew."""
+    loud = SceneConfig(seconds=(2, 2), events=(1, 1), event_seconds=(1.75, 1.8), gap=0.1, tasks=("what_at",))
+    assert "nothing" not in {make_task(0, index, loud).answer for index in range(20)}
+
+
 def test_scenes_without_events_have_nothing_in_their_timeline():
     asked = ("timeline", "start", "duration", "words", "transcript", "caption")
     silent = SceneConfig(events=(0, 1), tasks=asked)
