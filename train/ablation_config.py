@@ -58,9 +58,8 @@ _DETAILS = SceneConfig(
     questions=3,
 )
 _DRUMS = dataclasses.replace(_DETAILS, events=(2, 3), labels=DRUMS, seconds=(2.0, 2.4), tasks=("drum",))
-_DIGITS = dataclasses.replace(digit_strings(), tasks=("timeline",))
 _VOICES = dataclasses.replace(
-    _DIGITS,
+    digit_strings(),
     seconds=(2.0, 3.0),
     events=(2, 2),
     speed=(1.0, 1.0),  # another speed is another voice
@@ -77,7 +76,7 @@ class AblationConfig:
     family: str = "times"
     """Tasks to compare the models by, which gives the other options their defaults. times: sounds and their times in
     clips of 4 to 30 s. details: which of two tones is higher, or louder. drums: which drum it is. voices: who says two
-    digits, and whether one person says both. digits: spoken digits and their times."""
+    digits, and whether one person says both. digits: a spoken digit and its time, in clips of 4 to 30 s."""
     arms: tuple[str, ...] = ("both", "no markers")
     """Models to compare: both, no markers, no DeepStack; with digits of the time among the auxiliary labels: timed
     labels, and timed labels, no markers; without auxiliary labels: no labels, and no labels, no DeepStack; with an
@@ -141,6 +140,13 @@ def _of_test_recordings(scenes: SceneConfig) -> SceneConfig:
     return dataclasses.replace(scenes, clips_only=(TEST_DIGITS,), clips_except=others)
 
 
+def _spoken(scenes: SceneConfig) -> SceneConfig:
+    """Makes spoken digits of the sounds."""
+    return dataclasses.replace(
+        digit_strings(), seconds=scenes.seconds, events=scenes.events, pause=None, tasks=scenes.tasks
+    )
+
+
 def _family_of_details(
     family: str, steps: int, scenes: SceneConfig, easy: SceneConfig, test: SceneConfig
 ) -> AblationConfig:
@@ -171,15 +177,9 @@ FAMILIES: dict[str, AblationConfig] = {
     ),
     "digits": AblationConfig(
         family="digits",
-        steps=2000,
-        scenes=_DIGITS,
-        easy_scenes=dataclasses.replace(_DIGITS, seconds=(2.0, 4.0), events=(1, 3)),
-        easy_examples=8000,
-        middle_examples=0,
-        test_scenes=_of_test_recordings(_DIGITS),
-        bins=((2.0, 6.0), (6.0, 12.0), (12.0, 18.0)),
-        tokens=320,
-        chunks=4,
-        batch_size=16,
+        scenes=_spoken(_TIMES),
+        easy_scenes=_spoken(_ONE_CHUNK),
+        middle_scenes=_spoken(_FEW_CHUNKS),
+        test_scenes=_of_test_recordings(_spoken(_TIMES)),
     ),
 }
