@@ -141,7 +141,7 @@ def _of_test_recordings(scenes: SceneConfig) -> SceneConfig:
 
 
 def _spoken(scenes: SceneConfig) -> SceneConfig:
-    """Makes spoken digits of the sounds."""
+    """Returns scenes of the same lengths and tasks with spoken digits in place of the sounds."""
     return dataclasses.replace(
         digit_strings(), seconds=scenes.seconds, events=scenes.events, pause=None, tasks=scenes.tasks
     )
